@@ -1,0 +1,1 @@
+"""Conversations -> text -> token ids and what each token is. The only renderer."""

@@ -1,0 +1,120 @@
+"""The chat templates as data: the strings around system text, turns and labels. `render.py` puts them together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steerjax.errors import ModelError
+
+# Its sentence is part of every prompt of the reference's models (reference/steerlm.md 2.1).
+STEERLM_SYSTEM_PROMPT = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around a conversation's texts. Pairs are (before, after).
+
+    Attributes:
+        name: the key in `TEMPLATES`.
+        begin: before everything.
+        system: around the system text.
+        user: around a user's text.
+        assistant: the header of an assistant turn, where a generation starts.
+        label: around the label string, right after the header.
+        unlabelled_gap: between header and response where there is no label; belongs to the response.
+        end: after a response, and trained in SFT: what tells the server to stop.
+        end_opens: the tail of `end` that is already the head of the next turn.
+        after_end: between `end` and the next turn.
+        reward_end: after a response whose reward is read at its last token.
+        control_strings: what a user's text must not contain.
+        default_system: the system text where none is given; None leaves the system part out.
+        system_in_user: the system part stands inside the first user turn, before the text.
+        strip: texts lose leading and trailing whitespace.
+        alternates: turns go user, assistant, user, ...; other orders cannot be written.
+    """
+
+    name: str
+    system: tuple[str, str]
+    user: tuple[str, str]
+    assistant: str
+    label: tuple[str, str]
+    end: str
+    reward_end: str
+    control_strings: frozenset[str]
+    begin: str = ""
+    unlabelled_gap: str = ""
+    end_opens: str = ""
+    after_end: str = ""
+    default_system: str | None = None
+    system_in_user: bool = False
+    strip: bool = True
+    alternates: bool = False
+
+
+# reference/steerlm.md 2.1, 2.5, 2.7. Texts stand as they are, and there is no BOS.
+EXTRA_ID = Template(
+    name="extra_id",
+    system=("<extra_id_0>System\n", "\n"),
+    user=("<extra_id_1>User\n", "\n"),
+    assistant="<extra_id_1>Assistant\n",
+    label=("<extra_id_2>", "\n"),
+    end="\n<extra_id_1>",
+    end_opens="<extra_id_1>",
+    reward_end="\n<extra_id_2>",
+    control_strings=frozenset({"<extra_id_0>", "<extra_id_1>", "<extra_id_2>"}),
+    default_system=STEERLM_SYSTEM_PROMPT,
+    strip=False,
+)
+
+CHATML = Template(
+    name="chatml",
+    system=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=("<|im_start|>user\n", "<|im_end|>\n"),
+    assistant="<|im_start|>assistant\n",
+    label=("<|attributes|>", "\n"),
+    end="<|im_end|>",
+    after_end="\n",
+    reward_end="<|im_end|>",
+    control_strings=frozenset({"<|im_start|>", "<|im_end|>", "<|attributes|>"}),
+)
+
+# Llama 3's prompt format without the lines of dates that its own template adds to the system text.
+LLAMA3 = Template(
+    name="llama3",
+    begin="<|begin_of_text|>",
+    system=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+    user=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    assistant="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    label=("<|attributes|>", "\n"),
+    end="<|eot_id|>",
+    reward_end="<|eot_id|>",
+    control_strings=frozenset(
+        {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|attributes|>"}
+    ),
+)
+
+LLAMA2 = Template(
+    name="llama2",
+    system=("<<SYS>>\n", "\n<</SYS>>\n\n"),
+    user=("<s>[INST] ", " [/INST]"),
+    assistant="",
+    label=(" <|attributes|>", "\n"),
+    unlabelled_gap=" ",
+    end=" </s>",
+    reward_end=" </s>",
+    control_strings=frozenset({"<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|attributes|>"}),
+    system_in_user=True,
+    alternates=True,
+)
+
+TEMPLATES: dict[str, Template] = {template.name: template for template in (EXTRA_ID, CHATML, LLAMA3, LLAMA2)}
+
+
+def get_template(name: str) -> Template:
+    """The template called `name`. Raises ModelError for any other name."""
+    if name not in TEMPLATES:
+        raise ModelError(f"unknown chat template '{name}'\n  cure: use one of: {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]

@@ -1,0 +1,1 @@
+"""Orbax, behind one small module."""

@@ -1,0 +1,98 @@
+"""A run's checkpoints: parameters, training state and provenance in `checkpoints/STEP/`, written in the background.
+
+`params` is an item of its own, so that whoever only wants the model need not know the optimizer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from steerjax.errors import CheckpointError
+from steerjax.training.state import TrainState
+
+METRIC = "loss"
+
+
+class CheckpointStore:
+    """Saves and restores train states; keeps the newest `keep_last` and the best by validation loss.
+
+    Every process calls every method; Orbax writes each shard once.
+    """
+
+    def __init__(self, directory: Path, keep_last: int):
+        best = checkpoint_managers.BestN(
+            get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
+        )
+        policies = [checkpoint_managers.LatestN(keep_last), best]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), enable_async_checkpointing=True
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint; None where there is none."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Step of the kept checkpoint with the least validation loss."""
+        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        scored = {step: m[METRIC] for step, m in metrics.items() if m}
+        return min(scored, key=scored.get) if scored else None
+
+    def save(self, state: TrainState, step: int, provenance: dict, validation_loss: float | None) -> None:
+        """Starts writing; returns when the state has been copied and may be donated."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                training=ocp.args.StandardSave(_training(state)),
+                provenance=ocp.args.JsonSave(provenance),
+            ),
+            metrics=None if validation_loss is None else {METRIC: validation_loss},
+            force=True,
+        )
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state at a step, read straight into the shardings of `abstract`, whatever mesh it was saved from.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be read as such a state.
+        """
+        args = ocp.args.Composite(
+            params=ocp.args.StandardRestore(abstract.params), training=ocp.args.StandardRestore(_training(abstract))
+        )
+        try:
+            found = self._manager.restore(step, args=args)
+        except (ValueError, KeyError, OSError) as error:
+            raise CheckpointError(
+                f"{self._manager.directory}/{step} cannot be restored: {error}\n"
+                "  cure: the config that the run was started with, or another --workdir"
+            ) from error
+        return TrainState(params=found["params"], **found["training"])
+
+    def provenance(self, step: int) -> dict:
+        """Attribute schema, template, data hashes and config that the checkpoint at a step carries."""
+        return self._manager.restore(step, args=ocp.args.Composite(provenance=ocp.args.JsonRestore()))["provenance"]
+
+    def wait(self) -> None:
+        """Blocks until everything is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _training(state: TrainState) -> dict:
+    return {
+        "step": state.step,
+        "optimizer": state.optimizer,
+        "bad_steps": state.bad_steps,
+        "bad_in_row": state.bad_in_row,
+    }

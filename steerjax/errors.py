@@ -1,0 +1,43 @@
+"""The errors a user meets. Each message says what is wrong, where, and what cures it."""
+
+
+class SteerjaxError(Exception):
+    """Base class: commands print the message without a traceback and exit with status 2."""
+
+
+class ConfigError(SteerjaxError):
+    """A key of the experiment has a wrong name, type or value."""
+
+
+class DataError(SteerjaxError):
+    """A row of a data file cannot be used.
+
+    Args:
+        message: what is wrong.
+        file: path of the file, where known.
+        line: line in the file (row in a table), counted from 1.
+        field: the field of the row.
+        cure: what the user can do.
+    """
+
+    def __init__(self, message: str, *, file: str = "", line: int = 0, field: str = "", cure: str = ""):
+        self.message, self.file, self.line, self.field, self.cure = message, file, line, field, cure
+        where = f"{file}:{line}" if file and line else file or (f"line {line}" if line else "")
+        head = ": ".join(part for part in (where, field and f"field '{field}'", message) if part)
+        super().__init__(head + (f"\n  cure: {cure}" if cure else ""))
+
+    def at(self, file: str, line: int = 0) -> "DataError":
+        """The same error with its place filled in (for code that knows the row but not the file)."""
+        return DataError(self.message, file=file, line=line, field=self.field, cure=self.cure)
+
+
+class ModelError(SteerjaxError):
+    """A model folder, tokenizer or architecture field that we do not read or implement."""
+
+
+class CheckpointError(SteerjaxError):
+    """A run's folder or checkpoint does not fit what was asked."""
+
+
+class TrainingError(SteerjaxError):
+    """Training cannot go on, e.g. gradients stay non-finite."""

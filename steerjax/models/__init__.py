@@ -1,0 +1,1 @@
+"""Llama in Flax Linen: thin modules over pure functions."""

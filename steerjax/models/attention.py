@@ -1,0 +1,77 @@
+"""Attention with one meaning of the mask: causal, within a segment, and across branches only through their prompt."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Layout(NamedTuple):
+    """Where each token of a packed row belongs.
+
+    Attributes:
+        segments: which prompt group, from 1; 0 is padding.
+        branches: 0 in the prompt, from 1 in the responses that share it.
+    """
+
+    segments: Int[Array, "B T"]
+    branches: Int[Array, "B T"]
+
+
+def allowed(queries: Layout, keys: Layout, offset: int = 0) -> Bool[Array, "B T S"]:
+    """True where a query may look at a key: not later in the row, same segment, and prompt or the same branch.
+
+    `offset` is the place in the row of the first query, relative to the first key. Padding sees only padding (never
+    nothing, so that no softmax is empty).
+    """
+    T, S = queries.segments.shape[1], keys.segments.shape[1]
+    causal = jnp.arange(T)[:, None] + offset >= jnp.arange(S)
+    same_segment = queries.segments[:, :, None] == keys.segments[:, None, :]
+    key_branch = keys.branches[:, None, :]
+    return causal & same_segment & ((key_branch == 0) | (key_branch == queries.branches[:, :, None]))
+
+
+def attend(
+    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B T N H"]:
+    """Softmax attention over the keys that `mask` allows, N/K query heads to a key-value head; softmax in float32."""
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+
+
+def causal_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    layout: Layout,
+    chunk: int = 256,
+) -> Float[Array, "B T N H"]:
+    """Self-attention over packed rows, the queries in chunks that are given only the keys before them.
+
+    Half of the score matrix is never computed, and none of it is kept for the backward pass.
+
+    Args:
+        chunk: queries a chunk, in tokens.
+    """
+    T = q.shape[1]
+    outputs = []
+    for start in range(0, T, chunk):
+        end = min(start + chunk, T)
+        before = Layout(*(x[:, :end] for x in layout))
+        outputs.append(_attend_chunk(q[:, start:end], k[:, :end], v[:, :end], before, start))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(4,))
+def _attend_chunk(q, k, v, layout, start):
+    queries = Layout(*(x[:, start:] for x in layout))
+    return attend(q, k, v, allowed(queries, layout, offset=start))

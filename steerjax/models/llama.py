@@ -1,0 +1,196 @@
+"""Llama in Linen. Modules hold parameters and names; the mathematics is in rope.py and attention.py.
+
+Letters: B rows, T tokens, D model width, F feed-forward width, N query heads, K key-value heads, H head size,
+L layers, V vocabulary, A attributes.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from steerjax.models.attention import Layout, causal_attention
+from steerjax.models.blockwise import BlockPlan, block_plan, sharded_blockwise_attention
+from steerjax.models.config import LlamaConfig
+from steerjax.models.rope import apply_rope, rope_tables
+from steerjax.parallel.rules import constrain, logical
+
+# What a layer keeps for its backward pass: name -> checkpoint policy (None: everything, no remat).
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], epsilon: float) -> Float[Array, "... D"]:
+    """x over its root mean square, times scale; statistics in float32, returned in x's dtype."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return scale.astype(x.dtype) * normed.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    epsilon: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", logical(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32)
+        return rms_norm(x, scale, self.epsilon)
+
+
+class Projection(nn.Module):
+    """A linear map over named axes: contracts the last `len(inputs)` dimensions of x into `outputs`.
+
+    Attributes:
+        inputs, outputs: (logical axis, size) of each dimension of the kernel.
+    """
+
+    inputs: tuple[tuple[str, int], ...]
+    outputs: tuple[tuple[str, int], ...]
+    use_bias: bool
+    stddev: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        names, shape = zip(*self.inputs, *self.outputs, strict=True)
+        kernel = self.param("kernel", logical(nn.initializers.normal(self.stddev), *names), shape, jnp.float32)
+        y = jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs))
+        if self.use_bias:
+            names, shape = zip(*self.outputs, strict=True)
+            y += self.param("bias", logical(nn.initializers.zeros, *names), shape, jnp.float32).astype(self.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+    dtype: jnp.dtype
+    chunk: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: tuple[Array, Array], layout: Layout, plan: BlockPlan | None
+    ) -> Float[Array, "B T D"]:
+        c = self.config
+        embed, head = ("embed", c.hidden_size), ("head", c.head_dim)
+        heads, kv_heads = ("heads", c.num_heads), ("kv_heads", c.num_kv_heads)
+        shared = {"use_bias": c.attention_bias, "stddev": c.initializer_range, "dtype": self.dtype}
+        q = Projection((embed,), (heads, head), **shared, name="q")(x)
+        k = Projection((embed,), (kv_heads, head), **shared, name="k")(x)
+        v = Projection((embed,), (kv_heads, head), **shared, name="v")(x)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q = constrain(q, "batch", "length", "activation_heads", None)
+        if plan is None:
+            y = causal_attention(q, k, v, layout, self.chunk)
+        else:
+            y = sharded_blockwise_attention(q, k, v, layout, plan, self.chunk)
+        return Projection((heads, head), (embed,), **shared, name="o")(y)
+
+
+class MLP(nn.Module):
+    config: LlamaConfig
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        c = self.config
+        embed, mlp = ("embed", c.hidden_size), ("mlp", c.intermediate_size)
+        shared = {"use_bias": c.mlp_bias, "stddev": c.initializer_range, "dtype": self.dtype}
+        gate = Projection((embed,), (mlp,), **shared, name="gate")(x)
+        up = Projection((embed,), (mlp,), **shared, name="up")(x)
+        y = constrain(jax.nn.silu(gate) * up, "batch", "length", "activation_mlp")
+        return Projection((mlp,), (embed,), **shared, name="down")(y)
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+    dtype: jnp.dtype
+    chunk: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: tuple[Array, Array], layout: Layout, plan: BlockPlan | None
+    ):
+        c = self.config
+        normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
+        x = x + Attention(c, self.dtype, self.chunk, name="attention")(normed, rope, layout, plan)
+        normed = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
+        x = x + MLP(c, self.dtype, name="mlp")(normed)
+        return constrain(x, "batch", "length", "activation_embed"), None  # None: nn.scan's per-layer output
+
+
+class Llama(nn.Module):
+    """The backbone: token ids -> hidden states after the final norm.
+
+    Attributes:
+        config: the architecture.
+        dtype: of the computation; parameters are float32.
+        remat: a name of REMAT_POLICIES.
+        unroll: layers a step of the scan. 1 compiles one layer; more costs compile time and saves time on a CPU.
+        attention: "chunked" (attention.py) or "blockwise" (blockwise.py); the same function.
+        chunk: queries a chunk or block of the attention, in tokens.
+    """
+
+    config: LlamaConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+    attention: str = "chunked"
+    chunk: int = 256
+
+    def setup(self):
+        c = self.config
+        policy = REMAT_POLICIES[self.remat]
+        block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            unroll=min(self.unroll, c.num_layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        embedding = logical(nn.initializers.normal(c.initializer_range), "vocab", "embed")
+        self.embedding = self.param("embedding", embedding, (c.vocab_size, c.hidden_size), jnp.float32)
+        self.layers = scanned(c, self.dtype, self.chunk)
+        self.final_norm = RMSNorm(c.rms_norm_eps)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
+    ) -> Float[Array, "B T D"]:
+        c = self.config
+        x = constrain(self.embedding.astype(self.dtype)[tokens], "batch", "length", "activation_embed")
+        rope = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        blockwise = self.attention == "blockwise" and tokens.shape[1] % self.chunk == 0
+        plan = block_plan(layout, self.chunk) if blockwise else None
+        x, _ = self.layers(x, rope, layout, plan)
+        return self.final_norm(x)
+
+
+class CausalLM(nn.Module):
+    """Llama with a language-model head: float32 logits."""
+
+    config: LlamaConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+    attention: str = "chunked"
+    chunk: int = 256
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
+    ) -> Float[Array, "B T V"]:
+        c = self.config
+        backbone = Llama(c, self.dtype, self.remat, self.unroll, self.attention, self.chunk, name="llama")
+        hidden = backbone(tokens, positions, layout)
+        if c.tie_word_embeddings:
+            kernel = backbone.embedding.T
+        else:
+            init = logical(nn.initializers.normal(c.initializer_range), "embed", "vocab")
+            kernel = self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
+        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,18 @@
+"""python -m steerjax.train --config configs/rm.py [--config.KEY=VALUE ...] --workdir DIR
+
+Trains a reward model; run again with the same workdir, it resumes.
+"""
+
+from __future__ import annotations
+
+from steerjax.command import run_command
+
+
+def main(experiment, workdir) -> None:
+    from steerjax.training.loop import train_reward_model
+
+    train_reward_model(experiment, workdir)
+
+
+if __name__ == "__main__":
+    run_command(main, __doc__)

@@ -1,0 +1,1 @@
+"""Train state, step, schedules, input, loop."""

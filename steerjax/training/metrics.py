@@ -1,0 +1,88 @@
+"""What a run says while it goes: metrics.jsonl, TensorBoard, and a line or a bar on the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class MetricsWriter:
+    """Writes records of one step; only process 0 has one that writes.
+
+    `metrics.jsonl` has a JSON object a line with `step` and `split`; a value that is not finite is null.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int, *, active: bool):
+        self._active = active
+        if not active:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._path = workdir / "metrics.jsonl"
+        kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step]
+        # The steps after the checkpoint are done again; their first records go, so that none stands twice.
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, self._path)
+        self._file = self._path.open("a", buffering=1)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, split: str, values: Mapping[str, float | int | None]) -> None:
+        """Adds a record. `step` counts finished updates."""
+        if not self._active:
+            return
+        clean = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
+        for name, value in clean.items():
+            if value is not None:
+                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._active:
+            self._file.close()
+            self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line that a killed process left half written is dropped."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is not a whole line
+    return [json.loads(line) for line in lines]
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere; silent but on process 0."""
+
+    def __init__(self, first: int, steps: int, *, active: bool):
+        self._active, self._steps = active, steps
+        self._bar = None
+        if active and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
+        self._every = max(1, steps // 20)
+
+    def step(self, step: int, loss: float, examples_per_second: float) -> None:
+        """Says that a step is done."""
+        words = f"loss {loss:.4f}, {examples_per_second:.1f} examples/s"
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(words)
+        elif self._active and (step % self._every == 0 or step == self._steps):
+            print(f"step {step}/{self._steps}: {words}", flush=True)
+
+    def say(self, words: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(words)
+        elif self._active:
+            print(words, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

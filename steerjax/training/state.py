@@ -1,0 +1,85 @@
+"""The train state, made straight into its shards."""
+
+from __future__ import annotations
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+from flax.core import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from steerjax.data.batch import Batch
+from steerjax.models.attention import Layout
+from steerjax.models.reward_head import RewardInputs, RewardModel
+from steerjax.parallel.rules import parameter_shardings
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that training changes.
+
+    Attributes:
+        step: steps done, also those whose update was left out.
+        params: plain nested dict, float32.
+        optimizer: optax state.
+        bad_steps: steps whose gradients were not finite, in the whole run.
+        bad_in_row: such steps since the last good one.
+    """
+
+    step: jax.Array
+    params: dict
+    optimizer: optax.OptState
+    bad_steps: jax.Array
+    bad_in_row: jax.Array
+
+
+def reward_inputs(batch: Batch) -> RewardInputs:
+    """What the model sees of a batch (everything but the ratings)."""
+    return RewardInputs(batch.tokens, batch.positions, Layout(batch.segments, batch.branches), batch.ends)
+
+
+def _dummy_inputs() -> RewardInputs:
+    one = jnp.zeros((1, 1), jnp.int32)
+    return RewardInputs(one, one, Layout(one, one), one)
+
+
+def abstract_state(model: RewardModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is allocated. Optimizer moments lie as their parameters."""
+    boxed = jax.eval_shape(model.init, jax.random.key(0), _dummy_inputs())["params"]
+    shardings = parameter_shardings(boxed, mesh)
+    params = meta.unbox(boxed)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    optimizer_state = jax.eval_shape(optimizer.init, params)
+    optimizer_shardings = optax.tree.map_params(
+        optimizer, lambda _, s: s, optimizer_state, shardings, transform_non_params=lambda _: replicated
+    )
+
+    def sharded(array, sharding):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(
+        step=counter,
+        params=jax.tree.map(sharded, params, shardings),
+        optimizer=jax.tree.map(sharded, optimizer_state, optimizer_shardings),
+        bad_steps=counter,
+        bad_in_row=counter,
+    )
+
+
+def shardings_of(abstract):
+    """The shardings in a tree of ShapeDtypeStructs."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def init_state(
+    model: RewardModel, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+) -> TrainState:
+    """A fresh state, every leaf made in its own shards."""
+
+    def init(key):
+        params = meta.unbox(model.init(key, _dummy_inputs())["params"])
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, optimizer.init(params), zero, zero)
+
+    return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))

@@ -1,0 +1,191 @@
+import json
+import shutil
+
+import pytest
+from chat_helpers import TOKENIZERS, small_llama_spm
+
+from steerjax.chat.tokenizer import EMBEDDED, load_tokenizer
+from steerjax.errors import ModelError
+
+TEXTS = [
+    "",
+    "Hello, world.",
+    " one leading space",
+    "  two   runs of  spaces  ",
+    "tab\tand\t\ttabs\t",
+    "\r\nCRLF\r\n\r\nmore\r",
+    "\n\n\nnewlines\n",
+    "😀 👩‍👩‍👧 e\u0301 ＦＵＬＬ \ufb01 日本語 \u200b\ufeff\u2028\x85",
+    "\0 nul",
+    "<0x0A> <s> </s> <unk> <pad>",
+    "2024-01-31: 12345678",
+    "    if x:\n        return {'a': [1, 2]}\n",
+]
+CONTROLS = frozenset({"<s>", "</s>"})
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("continuation", [False, True])
+def test_text_comes_back(tokenizers, name, text, continuation):
+    tokenizer = tokenizers[name]
+    ids = tokenizer.encode(text, continuation=continuation)
+    assert tokenizer.decode(ids, continuation=continuation) == text
+    assert all(0 <= index < tokenizer.vocab_size for index in ids)
+
+
+def test_every_sample_text_comes_back(embedded, texts):
+    assert [text for text in texts if embedded.decode(embedded.encode(text)) != text] == []
+
+
+def test_u2581_is_sentencepieces_space(embedded, llama_spm, gpt2_like):
+    assert embedded.decode(embedded.encode("a\u2581b")) == "a b"  # the one exception that the module names
+    assert llama_spm.decode(llama_spm.encode("a\u2581b")) == "a b"
+    assert gpt2_like.decode(gpt2_like.encode("a\u2581b")) == "a\u2581b"
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_continuation_equals_one_go(tokenizers, name):
+    tokenizer = tokenizers[name]
+    for first, second in [("Hello", " world"), ("Hi there\n", "you"), ("Hi.\n", "two  spaces"), ("x", "\n<s>")]:
+        whole = tokenizer.encode(first + second)
+        assert tokenizer.encode(first) + tokenizer.encode(second, continuation=True) == whole, (first, second)
+
+
+def test_dummy_prefix_only_at_the_start(llama_spm, train_tokenizer, texts, tmp_path_factory):
+    for tokenizer in (llama_spm, small_llama_spm(train_tokenizer, texts, tmp_path_factory)):
+        assert tokenizer.encode("the") != tokenizer.encode("the", continuation=True)
+        assert tokenizer.encode(" the", continuation=True) == tokenizer.encode("the")
+        assert tokenizer.encode("the") == tokenizer.processor.encode("the")
+
+
+def test_a_newline_that_joins_what_follows_is_refused(train_tokenizer, texts, tmp_path):
+    # A dummy prefix, and pieces that begin with a newline: a continuation has no tokens of its own.
+    path = tmp_path / "joins.model"
+    path.write_bytes(
+        train_tokenizer.train(texts, 1000, add_dummy_prefix=True, user_defined_symbols=["\n", "\nx"], pad_id=-1)
+    )
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("y", continuation=True)
+    with pytest.raises(ModelError, match="joins a newline"):
+        tokenizer.encode("x", continuation=True)
+
+
+def test_control_pieces_only_when_asked_for(embedded, llama_spm):
+    for tokenizer in (embedded, llama_spm):
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        assert bos not in tokenizer.encode("<s>hi</s>")
+        assert eos not in tokenizer.encode("<s>hi</s>")
+        ids = tokenizer.encode("<s>hi </s><s>you", controls=CONTROLS)
+        hi, you = tokenizer.encode("hi "), tokenizer.encode("you")
+        assert ids == [bos, *hi, eos, bos, *you]  # a fresh text, with its prefix, after each
+        assert tokenizer.decode(ids) == "<s>hi </s><s>you"
+        assert tokenizer.restarts_after("<s>")
+        assert not tokenizer.restarts_after("hi")
+
+
+def test_special_strings(embedded, gpt2_like, llama_spm):
+    expected = {"<extra_id_0>", "<extra_id_1>", "<extra_id_2>", "<|im_start|>", "<|im_end|>", "<|attributes|>"}
+    assert embedded.special_strings == expected  # without "\n"
+    assert llama_spm.special_strings == frozenset()
+    for tokenizer in (embedded, gpt2_like):
+        for string in tokenizer.special_strings:
+            assert tokenizer.encode(f"a{string}b").count(tokenizer.token_id(string)) == 1
+    assert embedded.token_id("no such piece") is None
+    assert gpt2_like.token_id("no such piece") is None
+
+
+def test_one_character_pieces_are_ordinary_text(train_tokenizer, texts, tmp_path):
+    path = tmp_path / "digits.model"
+    path.write_bytes(train_tokenizer.train(texts, 1000, user_defined_symbols=["1", "2", "  ", "<x>"], pad_id=-1))
+    assert load_tokenizer(path).special_strings == {"<x>"}
+
+
+def test_embedded_ids(embedded):
+    assert (embedded.vocab_size, embedded.pad_id, embedded.bos_id, embedded.eos_id) == (4096, 0, 2, 3)
+    assert embedded.files == (EMBEDDED,)
+    assert len(embedded.encode("\n")) == len(embedded.encode("<extra_id_1>")) == 1
+    assert embedded.encode("123") == [*embedded.encode("1"), *embedded.encode("2"), *embedded.encode("3")]
+
+
+def test_script_makes_the_packaged_model(train_tokenizer):
+    """Byte for byte, with the sentencepiece that made it (0.2.3); run the script again after an upgrade."""
+    sample = train_tokenizer.sample_texts(train_tokenizer.SAMPLE)
+    first = train_tokenizer.train(sample)
+    assert first == train_tokenizer.train(sample)
+    assert first == EMBEDDED.read_bytes()
+
+
+def folder_with(tmp_path, source, config=None, special_map=None):
+    shutil.copy(source.files[0], tmp_path / "tokenizer.json")
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", special_map)):
+        if content is not None:
+            (tmp_path / name).write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_special_ids_from_the_files_beside(gpt2_like, tmp_path):
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": None}
+    folder = folder_with(tmp_path, gpt2_like, config, {"pad_token": "<|im_end|>", "eos_token": "<|eot_id|>"})
+    tokenizer = load_tokenizer(folder)
+    names = ("<s>", "</s>", "<|im_end|>")
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == tuple(map(tokenizer.token_id, names))
+    assert {file.name for file in tokenizer.files} == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }
+    assert tokenizer.hash == gpt2_like.hash
+    assert (gpt2_like.bos_id, gpt2_like.eos_id, gpt2_like.pad_id) == (None, None, None)
+
+
+def test_a_folder_prefers_tokenizer_json(gpt2_like, tmp_path):
+    shutil.copy(EMBEDDED, tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path).hash == load_tokenizer("embedded").hash
+    assert load_tokenizer(folder_with(tmp_path, gpt2_like)).hash == gpt2_like.hash
+
+
+def test_a_file_by_its_name(gpt2_like):
+    assert load_tokenizer(gpt2_like.files[0]).hash == gpt2_like.hash
+    assert load_tokenizer(str(EMBEDDED)).hash == load_tokenizer("embedded").hash
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: d / "missing", "no tokenizer at"),
+        (lambda d: d, "neither tokenizer.json"),
+        (lambda d: write(d / "tokenizer.model", b"no model"), "no SentencePiece model"),
+        (lambda d: write(d / "tokenizer.model", b""), "SentencePiece model"),
+        (lambda d: write(d / "tokenizer.json", b'{"a": 1}'), "no tokenizer.json"),
+        (lambda d: write(d / "pytorch_model.bin", b"\x80\x02"), "pickle"),
+        (lambda d: write(d / "tokenizer.pkl", b"\x80\x02"), "pickle"),
+        (lambda d: write(d / "vocab.txt", b"a"), "no tokenizer that is read"),
+        (lambda d: write(write(d / "a.model", b"a").with_name("b.model"), b"b").parent, "several .model"),
+    ],
+)
+def test_errors_name_the_cure(tmp_path, make, message):
+    path = make(tmp_path)
+    with pytest.raises(ModelError, match=message) as error:
+        load_tokenizer(path)
+    assert "cure:" in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+def test_a_truncated_model_is_refused(tmp_path):
+    path = write(tmp_path / "cut.model", EMBEDDED.read_bytes()[:1000])
+    with pytest.raises(ModelError):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(("content", "message"), [('{"eos_token": "<no>"}', "<no>"), ("[1", "no JSON object")])
+def test_wrong_files_beside(gpt2_like, tmp_path, content, message):
+    folder = folder_with(tmp_path, gpt2_like)
+    (folder / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(folder)

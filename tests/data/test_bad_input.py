@@ -1,0 +1,286 @@
+"""Every kind of bad input: what is said, the place, the field, and a cure."""
+
+import builtins
+import gzip
+import json
+
+import pytest
+
+from steerjax.attributes import HELPSTEER
+from steerjax.data.loading import load_conversations
+from steerjax.data.readers import iter_rows
+from steerjax.errors import DataError
+
+GOOD = {"prompt": "good prompt", "response": "fine", "helpfulness": 3}
+SYSTEM, USER, ASSISTANT = "<extra_id_0>System\ns\n", "<extra_id_1>User\nu\n", "<extra_id_1>Assistant\na\n"
+TEXT = f"{SYSTEM}{USER}{ASSISTANT}<extra_id_2>"
+LABEL = [-100] * 4 + [3, 3, 3, 3, 3]
+
+
+def helpsteer(**changes):
+    return {"prompt": "p", "response": "r", "helpfulness": 3} | changes
+
+
+def without(key):
+    return {name: value for name, value in helpsteer().items() if name != key}
+
+
+def regression(text=TEXT, label=tuple(LABEL)):
+    return {"text": text, "label": list(label) if isinstance(label, tuple) else label}
+
+
+def reference(*turns, **fields):
+    return {"conversations": [{"from": name, "value": "v", "label": label} for name, label in turns]} | fields
+
+
+def conversation(*turns, **fields):
+    return {"turns": list(turns)} | fields
+
+
+def turn(role, **changes):
+    return {"role": role, "content": "c"} | changes
+
+
+BAD_ROWS = {  # name -> (row, field, part of the message)
+    "unknown format": ({"question": "q"}, "", "unknown format with keys ['question']"),
+    "ambiguous format": (helpsteer(turns=[]), "", "could be any of: helpsteer, conversation"),
+    # HelpSteer
+    "prompt missing": (without("prompt"), "prompt", "missing"),
+    "prompt null": (helpsteer(prompt=None), "prompt", "missing"),
+    "prompt not text": (helpsteer(prompt=["p"]), "prompt", "expected text, got list"),
+    "prompt blank": (helpsteer(prompt=" \n"), "prompt", "empty"),
+    "response missing": (without("response"), "response", "missing"),
+    "response not text": (helpsteer(response=4), "response", "expected text, got int"),
+    "response empty": (helpsteer(response=""), "response", "empty"),
+    "response of white space": (helpsteer(response=" \t\u00a0\n"), "response", "empty"),
+    "half a surrogate pair": (helpsteer(response="a\ud83d"), "response", "surrogate"),
+    "system not text": (helpsteer(system=1), "system", "expected text, got int"),
+    "no attribute": (without("helpfulness"), "helpfulness", "no attribute of the schema"),
+    "rating is text": (helpsteer(helpfulness="3"), "helpfulness", "rating '3' is not a number"),
+    "rating is boolean": (helpsteer(helpfulness=True), "helpfulness", "rating True is not a number"),
+    "rating is NaN": (helpsteer(helpfulness=float("nan")), "helpfulness", "rating nan is not finite"),
+    "rating is infinite": (helpsteer(helpfulness=float("-inf")), "helpfulness", "rating -inf is not finite"),
+    "rating too high": (helpsteer(correctness=5), "correctness", "rating 5 is outside 0..4"),
+    "rating too low": (helpsteer(verbosity=-0.5), "verbosity", "rating -0.5 is outside 0..4"),
+    "rating beyond floats": (helpsteer(helpfulness=10**400), "", "too large"),
+    "empty turn within a prompt": (
+        helpsteer(prompt="a\n<extra_id_1>Assistant\n \n<extra_id_1>User\nb"),
+        "prompt",
+        "empty",
+    ),
+    # Regression
+    "text without end": (regression(TEXT.removesuffix("<extra_id_2>")), "text", "does not end with"),
+    "text without system": (regression(TEXT.removeprefix(SYSTEM)), "text", "does not begin with <extra_id_0>System"),
+    "text without turns": (regression(f"{SYSTEM}<extra_id_2>"), "text", "last turn is not the assistant's"),
+    "text ends with the user": (regression(f"{SYSTEM}{USER}<extra_id_2>"), "text", "last turn is not the assistant's"),
+    "text with unknown role": (regression(TEXT.replace("User", "Human")), "text", "unknown role 'Human'"),
+    "text with an empty turn": (regression(TEXT.replace("\na\n", "\n\n")), "text", "empty"),
+    "text begins with the assistant": (regression(f"{SYSTEM}{ASSISTANT}<extra_id_2>"), "text", "expected user, got"),
+    "label missing": ({"text": TEXT}, "label", "missing"),
+    "label not a list": (regression(label=3), "label", "expected a list of 9 numbers"),
+    "label too short": (regression(label=tuple(LABEL[4:])), "label", "expected a list of 9 numbers"),
+    "label of another schema": (regression(label=(2, *LABEL[1:])), "label.quality", "no such attribute"),
+    "label out of range": (regression(label=(*LABEL[:8], 9)), "label.verbosity", "rating 9 is outside 0..4"),
+    "label not a number": (regression(label=(*LABEL[:8], "3")), "label.verbosity", "rating '3' is not a number"),
+    # Reference
+    "conversations empty": (reference(), "conversations", "expected a list of turns"),
+    "speaker unknown": (reference(("Bot", None)), "conversations[0].from", "unknown role 'Bot'"),
+    "speaker repeated": (
+        reference(("User", None), ("User", None)),
+        "conversations[1].from",
+        "expected assistant, got user",
+    ),
+    "user labelled": (reference(("User", "helpfulness:3")), "conversations[0].from", "a user turn is rated"),
+    "label a number": (
+        reference(("User", None), ("Assistant", 3)),
+        "conversations[1].label",
+        "expected text or null, got int",
+    ),
+    "label unreadable": (
+        reference(("User", None), ("Assistant", "helpfulness=3")),
+        "conversations[1].label.helpfulness=3",
+        "not name:number",
+    ),
+    "label of unknown name": (
+        reference(("User", None), ("Assistant", "quality:3")),
+        "conversations[1].label.quality",
+        "unknown attribute 'quality'",
+    ),
+    "label beyond range": (
+        reference(("User", None), ("Assistant", "helpfulness:-1")),
+        "conversations[1].label.helpfulness",
+        "rating -1 is outside",
+    ),
+    "mask on the assistant": (reference(("User", None), mask="Assistant"), "mask", "masks the assistant"),
+    "mask not text": (reference(("User", None), mask=1), "mask", "expected text, got int"),
+    "type unknown": (reference(("User", None), type="TEXT"), "type", "unknown type 'TEXT'"),
+    "second label": (
+        {"conversations": [{"from": "User", "value": "v", "gt_label": "x"}]},
+        "conversations[0].gt_label",
+        "unknown key",
+    ),
+    # Conversation
+    "turns not a list": ({"turns": {"role": "user"}}, "turns", "expected a list of turns"),
+    "turn not an object": (conversation("hi"), "turns[0]", "expected an object, got str"),
+    "role missing": (conversation({"content": "c"}), "turns[0].role", "missing"),
+    "role unknown": (conversation(turn("user"), turn("bot")), "turns[1].role", "unknown role 'bot'"),
+    "role capital": (conversation(turn("User")), "turns[0].role", "unknown role 'User'"),
+    "system as a turn": (conversation(turn("system"), turn("user")), "turns[0].role", "unknown role 'system'"),
+    "assistant first": (conversation(turn("assistant")), "turns[0].role", "expected user, got assistant"),
+    "content missing": (conversation({"role": "user"}), "turns[0].content", "missing"),
+    "content empty": (conversation(turn("user"), turn("assistant", content="")), "turns[1].content", "empty"),
+    "unknown key in a turn": (conversation(turn("user", rating=1)), "turns[0].rating", "unknown key"),
+    "ratings a list": (
+        conversation(turn("user"), turn("assistant", ratings=[3])),
+        "turns[1].ratings",
+        "expected an object of name to number, got list",
+    ),
+    "ratings of unknown name": (
+        conversation(turn("user"), turn("assistant", ratings={"funny": 1})),
+        "turns[1].ratings.funny",
+        "no such attribute",
+    ),
+    "ratings out of range": (
+        conversation(turn("user"), turn("assistant", ratings={"coherence": 4.5})),
+        "turns[1].ratings.coherence",
+        "rating 4.5 is outside 0..4",
+    ),
+    "prediction not finite": (
+        conversation(turn("user"), turn("assistant", predicted_ratings={"coherence": float("inf")})),
+        "turns[1].predicted_ratings.coherence",
+        "not finite",
+    ),
+    "user rated": (conversation(turn("user", ratings={"coherence": 4})), "turns[0].role", "a user turn is rated"),
+    "id not text": (conversation(turn("user"), id=7), "id", "expected text, got int"),
+    "system of a conversation not text": (conversation(turn("user"), system=[]), "system", "expected text, got list"),
+}
+
+BAD_FILES = {  # name -> (file name, bytes, line, field, part of the message); a line of 0 is the whole file
+    "broken JSON": ("f.jsonl", b'\n{"prompt": "a"\n', 2, "", "broken JSON: Expecting ',' delimiter"),
+    "two objects on a line": ("f.jsonl", b"{} {}\n", 1, "", "broken JSON: Extra data, column 4"),
+    "line is a list": ("f.jsonl", b"[]\n", 1, "", "expected an object, got list"),
+    "line is a number": ("f.jsonl", b"17\n", 1, "", "expected an object, got int"),
+    "key twice": ("f.jsonl", b'{"prompt": "a", "prompt": "b"}\n', 1, "prompt", "stands twice"),
+    "key of a turn twice": ("f.jsonl", b'{"turns": [{"role": "user", "role": "user"}]}\n', 1, "role", "stands twice"),
+    "nested too deep": ("f.jsonl", b"[" * 100_000 + b"\n", 1, "", "nested too deep"),
+    "integer too long": ("f.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}\n", 1, "", "broken JSON: Exceeds the limit"),
+    "Latin-1 JSONL": ("f.jsonl", b'{"prompt": "caf\xe9"}\n', 1, "", "not UTF-8: byte 0xe9"),
+    "UTF-16 JSONL": ("f.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), 1, "", "not UTF-8: byte 0xff"),
+    "Latin-1 JSON": ("f.json", b'[\n{"prompt": "caf\xe9"}]', 2, "", "not UTF-8: byte 0xe9"),
+    "broken JSON list": ("f.json", b'[\n{},\n{"a" 1}]', 3, "", "broken JSON"),
+    "JSON of one object": ("f.json", b'{"prompt": "a"}', 1, "", "expected a list of objects"),
+    "JSON of lines": ("f.json", b"{}\n{}\n", 2, "", "broken JSON: Extra data"),
+    "JSON key twice": ("f.json", b'[{"prompt": "a", "prompt": "b"}]', 1, "prompt", "stands twice"),
+    "JSON row no object": ("f.json", b"[3]", 1, "", "expected an object, got int"),
+    "CSV without header": ("f.csv", b"What?,That.,3\n", 1, "prompt", "header lacks"),
+    "CSV empty": ("f.csv", b"", 1, "prompt", "header lacks"),
+    "CSV without response": ("f.csv", b"prompt,answer\na,b\n", 1, "response", "header lacks"),
+    "CSV column twice": ("f.csv", b"prompt,response,prompt\na,b,c\n", 1, "prompt", "column twice"),
+    "CSV cell too many": ("f.csv", b"prompt,response,verbosity\na,b,1,2\n", 2, "", "4 cells under a header of 3"),
+    "CSV cell too few": ("f.csv", b"prompt,response,verbosity\na,b\n", 2, "", "2 cells under a header of 3"),
+    "CSV quote open": ("f.csv", b'prompt,response,verbosity\n"a,b,1\n', 2, "", "broken CSV: unexpected end"),
+    "CSV header quote open": ("f.csv", b'prompt,"response\n', 1, "", "broken CSV: unexpected end"),
+    "CSV rating is text": ("f.csv", b"prompt,response,verbosity\na,b,good\n", 2, "verbosity", "'good' is not a number"),
+    "CSV rating is nan": ("f.csv", b"prompt,response,verbosity\na,b,nan\n", 2, "verbosity", "not finite"),
+    "CSV response empty": ("f.csv", b'prompt,response,verbosity\n"x\ny",,1\n', 2, "response", "missing"),
+    "Latin-1 CSV": ("f.csv", b"prompt,response,verbosity\na,caf\xe9,1\n", 2, "", "not UTF-8: byte 0xe9"),
+    "Latin-1 CSV header": ("f.csv", b"prompt,response,\xe9\n", 1, "", "not UTF-8: byte 0xe9"),
+    "no gzip": ("f.jsonl.gz", b"{}\n", 0, "", "cannot read: Not a gzipped file"),
+    "gzip cut short": ("f.jsonl.gz", gzip.compress(b"{}" * 9999, mtime=0)[:-20], 0, "", "cannot read"),
+    "no Parquet": ("f.parquet", b"PAR0" * 9, 0, "", "broken Parquet"),
+    "empty file": ("f.jsonl", b"", 0, "", "no row"),
+    "blank lines only": ("f.jsonl", b"\n \n", 0, "", "no row"),
+    "empty list": ("f.json", b"[]", 0, "", "no row"),
+    "unknown type": ("f.tsv", b"prompt\tresponse\n", 0, "", "unknown file type '.tsv'"),
+    "no extension": ("rows", b"{}", 0, "", "unknown file type ''"),
+}
+
+
+def refusal(source, **options):
+    with pytest.raises(DataError) as caught:
+        load_conversations([str(source)], HELPSTEER, **options)
+    return caught.value
+
+
+def assert_says(error, path, line, field, fragment):
+    assert (error.file, error.line, error.field) == (str(path), line, field)
+    assert fragment in error.message
+    assert error.cure.strip()
+    assert str(error).startswith(f"{path}:{line}: " if line else f"{path}: ")
+    assert f"cure: {error.cure}" in str(error)
+
+
+@pytest.mark.parametrize(("row", "field", "fragment"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_row(tmp_path, row, field, fragment):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(row)}\n", encoding="utf-8")
+    error = refusal(path)
+    assert_says(error, path, 3, field, fragment)
+    assert "on_bad_row='skip'" in error.cure
+
+    (kept,), (skipped,) = load_conversations([str(path)], HELPSTEER, on_bad_row="skip")
+    assert (kept.line, skipped.file, skipped.line) == (1, str(path), 3)
+    assert fragment in skipped.reason
+    assert field in skipped.reason
+
+
+@pytest.mark.parametrize(("name", "content", "line", "field", "fragment"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file(tmp_path, name, content, line, field, fragment):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert_says(refusal(path), path, line, field, fragment)
+    refusal(path, on_bad_row="skip")  # none of them has a usable row
+
+
+def test_parquet_column_twice(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "f.parquet"
+    columns = [pyarrow.array(["a"])] * 3
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["prompt", "response", "prompt"]), path)
+    assert_says(refusal(path), path, 0, "prompt", "column twice")
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert_says(refusal(tmp_path / "none.jsonl"), tmp_path / "none.jsonl", 0, "", "no such file")
+    assert_says(refusal(tmp_path), tmp_path, 0, "", "this is a folder")
+
+
+def test_missing_sample():
+    error = refusal("embedded:helpsteer3")
+    assert_says(error, "embedded:helpsteer3", 0, "", "no embedded sample 'helpsteer3'")
+    assert "helpsteer2" in error.cure
+
+
+def test_hub_failure(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def load_dataset(name, *, split):
+        raise ValueError(f"Unknown split {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert_says(refusal("hub:a/b:dev"), "hub:a/b:dev", 0, "", "cannot load from the hub: Unknown split dev")
+
+
+@pytest.mark.parametrize(("source", "package"), [("f.parquet", "pyarrow"), ("hub:nvidia/HelpSteer", "datasets")])
+def test_missing_package_names_what_to_install(tmp_path, monkeypatch, source, package):
+    if source.endswith("parquet"):
+        source = str(tmp_path / source)
+        (tmp_path / "f.parquet").write_bytes(b"PAR1")
+    real_import = builtins.__import__
+
+    def no_package(name, *args, **kwargs):
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", no_package)
+    error = refusal(source)
+    assert_says(error, source, 0, "", f"need the package '{package}'")
+    assert error.cure == "pip install 'steerjax[datasets]'"
+
+
+def test_a_missing_file_is_refused_before_the_first_row(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        iter_rows(str(tmp_path / "none.jsonl"))

@@ -1,0 +1,307 @@
+"""Good rows of every format and file type, read to the letter."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from steerjax.attributes import HELPSTEER, OASST, STEERLM, format_label
+from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations
+from steerjax.errors import ConfigError, DataError
+
+SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[3] / "shared"))
+DOCUMENTATION = Path(__file__).parents[2] / "docs/formats.md"
+HERE, NEMO = Path(__file__).parent, SHARED / "data/nemo_aligner"  # the second is absent in a plain clone
+REGRESSION = [path for path in [HERE / "regression.jsonl", NEMO / "test-rm.jsonl"] if path.exists()]
+DIALOGUES = [path for path in [HERE / "dialogues.jsonl", NEMO / "dummy-sft.jsonl"] if path.exists()]
+
+ROWS = [
+    {"prompt": 'Say "hi", twice.\nNow.', "response": "hi\u2028hi", "helpfulness": 4, "correctness": None},
+    {"prompt": "  Grüße? 😀", "response": "ja\n", "helpfulness": 2.5, "correctness": 0},
+]
+TURNS = [
+    (Turn("user", 'Say "hi", twice.\nNow.'), Turn("assistant", "hi\u2028hi", {"helpfulness": 4.0})),
+    (Turn("user", "  Grüße? 😀"), Turn("assistant", "ja\n", {"helpfulness": 2.5, "correctness": 0.0})),
+]
+REGRESSION_TEXT = (
+    "<extra_id_0>System\nBe kind.\n<extra_id_1>User\nHi\n\nthere\n<extra_id_1>Assistant\nYo\n"
+    "<extra_id_1>User\nMore\n<extra_id_1>Assistant\nOK <b>\n\n<extra_id_2>"
+)
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def as_json(rows):
+    return json.dumps(rows, indent=1).encode()
+
+
+def as_csv(rows):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def converted(path, schema=HELPSTEER, format="auto"):
+    return [conversation for _, conversation in read_conversations(str(path), schema, format)]
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize(
+    ("extension", "encode", "lines"),
+    [
+        ("jsonl", as_jsonl, [1, 2]),
+        ("json", as_json, [1, 2]),
+        ("csv", as_csv, [2, 4]),  # the first record spans two lines
+        ("parquet", as_parquet, [1, 2]),
+    ],
+)
+def test_every_file_type_gives_the_same_conversations(tmp_path, extension, encode, lines, compressed):
+    path = tmp_path / f"rows.{extension}{'.gz' if compressed else ''}"
+    path.write_bytes(gzip.compress(encode(ROWS)) if compressed else encode(ROWS))
+    got = converted(path)
+    assert [conversation.turns for conversation in got] == TURNS
+    assert [conversation.line for conversation in got] == lines
+    assert [conversation.id for conversation in got] == [f"{path}:{line}" for line in lines]
+    assert all(conversation.file == str(path) and conversation.system is None for conversation in got)
+
+
+@pytest.mark.parametrize(("extension", "encode"), [("jsonl", as_jsonl), ("json", as_json), ("csv", as_csv)])
+def test_byte_order_mark_is_tolerated(tmp_path, extension, encode):
+    path = tmp_path / f"rows.{extension}"
+    path.write_bytes(b"\xef\xbb\xbf" + encode(ROWS))
+    assert [conversation.turns for conversation in converted(path)] == TURNS
+
+
+def test_blank_lines_count_and_crlf_is_no_content(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\r\n" + as_jsonl(ROWS[:1]).replace(b"\n", b"\r\n") + b"  \n" + as_jsonl(ROWS[1:]).rstrip())
+    assert [(line, row["prompt"]) for line, row in iter_rows(str(path))] == [
+        (2, ROWS[0]["prompt"]),
+        (4, ROWS[1]["prompt"]),
+    ]
+
+
+def test_a_broken_row_does_not_end_the_file(tmp_path):
+    jsonl, table = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
+    jsonl.write_bytes(b'{"prompt": \n{"a": "\xff"}\n[1]\n{"a": 1, "a": 2}\n' + as_jsonl(ROWS))
+    table.write_bytes(b'prompt,response\n"a"b,c\nd,e,f\ng,\xff\nh,i\n')
+    for path, kinds in [(jsonl, "eeeerr"), (table, "eeer")]:
+        rows = list(iter_rows(str(path)))
+        assert "".join("e" if isinstance(row, DataError) else "r" for _, row in rows) == kinds
+        assert all(row.line == line for line, row in rows if isinstance(row, DataError))
+
+
+def test_csv_parses_numbers_only_in_columns_that_are_no_text(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"prompt,response,system,helpfulness,verbosity,note\r\n1+1?,2,,3,,4a\r\n")
+    assert list(iter_rows(str(path))) == [
+        (2, {"prompt": "1+1?", "response": "2", "system": None, "helpfulness": 3.0, "verbosity": None, "note": "4a"})
+    ]
+
+
+def test_hub_rows(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    asked = []
+
+    def load_dataset(name, *, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [conversation.turns for conversation in converted("hub:nvidia/HelpSteer")] == TURNS
+    assert converted("hub:nvidia/HelpSteer2:validation")[1].id == "hub:nvidia/HelpSteer2:validation:2"
+    assert asked == [("nvidia/HelpSteer", "train"), ("nvidia/HelpSteer2", "validation")]
+
+
+@pytest.mark.parametrize(("name", "count", "prompts"), [("helpsteer", 429, 120), ("helpsteer2", 80, 40)])
+def test_embedded_sample(name, count, prompts):
+    got = converted(f"embedded:{name}")
+    assert len(got) == count
+    assert len({conversation.turns[0].content for conversation in got}) == prompts
+    assert all(set(conversation.turns[-1].ratings) == set(HELPSTEER.names) for conversation in got)
+    assert got[0].id == f"embedded:{name}:1"
+
+
+def test_helpsteer_ignores_other_columns_and_keeps_a_system_text():
+    row = {"prompt": "p", "response": "r", "system": "", "quality": 9, "annotator": "x", "coherence": 1, "extra": [1]}
+    assert conversation_from_row(row, HELPSTEER) == Conversation(
+        (Turn("user", "p"), Turn("assistant", "r", {"coherence": 1.0})), system=""
+    )
+
+
+def test_helpsteer_row_may_be_unrated():
+    row = {"prompt": "p", "response": "r", **dict.fromkeys(HELPSTEER.names)}
+    assert conversation_from_row(row, HELPSTEER).turns[1].ratings is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "contents"),
+    [
+        ("a\n\n<extra_id_1>Assistant\nb\n\nc\n<extra_id_1>User\nd", ["a\n", "b\n\nc", "d"]),
+        (
+            "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc\n<extra_id_1>Assistant\nd\n<extra_id_1>User\ne",
+            ["a", "b", "c", "d", "e"],
+        ),
+        # What follows is no thread: it stays text, and the renderer refuses the control string.
+        ("a\n<extra_id_1>Assistant\nb", ["a\n<extra_id_1>Assistant\nb"]),
+        ("a\n<extra_id_1>User\nb", ["a\n<extra_id_1>User\nb"]),
+        ("a\n<extra_id_1>User\nb\n<extra_id_1>Assistant\nc", ["a\n<extra_id_1>User\nb\n<extra_id_1>Assistant\nc"]),
+        ("a <extra_id_1>Assistant\nb\n<extra_id_1>user\nc", ["a <extra_id_1>Assistant\nb\n<extra_id_1>user\nc"]),
+        ("a\n<extra_id_1>Assistant\nb<extra_id_2>\n<extra_id_1>User\nc", ["a", "b<extra_id_2>", "c"]),
+    ],
+)
+def test_helpsteer2_prompt_is_split_into_turns(prompt, contents):
+    turns = conversation_from_row({"prompt": prompt, "response": "r", "verbosity": 3}, HELPSTEER).turns
+    assert [turn.content for turn in turns] == [*contents, "r"]
+    assert [turn.role for turn in turns] == [("user", "assistant")[index % 2] for index in range(len(turns))]
+    assert [turn.ratings for turn in turns] == [None] * len(contents) + [{"verbosity": 3.0}]
+
+
+def test_regression_text_is_parsed_into_turns():
+    row = {"text": REGRESSION_TEXT, "label": [-100, -100.0, -100, -100, 4, 3.5, -100, 0, 2]}
+    expected = (
+        Turn("user", "Hi\n\nthere"),
+        Turn("assistant", "Yo"),
+        Turn("user", "More"),
+        Turn("assistant", "OK <b>\n", {"helpfulness": 4.0, "correctness": 3.5, "complexity": 0.0, "verbosity": 2.0}),
+    )
+    assert conversation_from_row(row, HELPSTEER) == Conversation(expected, "Be kind.")
+    assert conversation_from_row(row, STEERLM) == Conversation(expected, "Be kind.")
+    row["text"] = row["text"].replace("Be kind.", "")
+    assert conversation_from_row(row, HELPSTEER).system == ""
+
+
+def test_regression_labels_outside_the_schema_are_dropped_only_where_missing():
+    row = {"text": REGRESSION_TEXT, "label": [-100] * 4 + [4, 3, 3, 0, 2]}
+    with pytest.raises(DataError, match="no such attribute") as caught:
+        conversation_from_row(row, OASST)
+    assert "helpsteer or steerlm" in caught.value.cure
+    row["label"] = [1, 2] + [-100] * 7
+    assert conversation_from_row(row, OASST).turns[-1].ratings == {"quality": 1.0, "toxicity": 2.0}
+
+
+@pytest.mark.parametrize("path", REGRESSION, ids=lambda path: path.name)
+def test_regression_golden_file(path):
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    got = converted(path)
+    assert len(got) == len(rows) > 0
+    for conversation, row in zip(got, rows, strict=True):
+        names = {"user": "User", "assistant": "Assistant"}
+        body = "".join(f"<extra_id_1>{names[turn.role]}\n{turn.content}\n" for turn in conversation.turns)
+        assert f"<extra_id_0>System\n{conversation.system}\n{body}<extra_id_2>" == row["text"]
+        assert list(conversation.turns[-1].ratings.values()) == row["label"][4:]
+
+
+def test_reference_conversations():
+    row = {
+        "conversations": [
+            {"from": "user", "value": "Hi", "label": None},
+            {"from": "ASSISTANT", "value": "Yo", "label": "verbosity:0,helpfulness:4"},
+            {"from": "Human", "value": "More"},
+            {"from": "Assistant", "value": "OK", "label": ""},
+        ],
+        "system": "",
+        "mask": "User, Human",
+        "type": "VALUE_TO_TEXT",
+        "dataset": "made up",
+    }
+    rated = Turn("assistant", "Yo", {"verbosity": 0.0, "helpfulness": 4.0})
+    turns = (Turn("user", "Hi"), rated, Turn("user", "More"), Turn("assistant", "OK"))
+    assert conversation_from_row(row, HELPSTEER) == Conversation(turns, "")
+    del row["system"]
+    assert conversation_from_row(row, HELPSTEER, "reference").system is None
+
+
+@pytest.mark.parametrize("path", DIALOGUES, ids=lambda path: path.name)
+def test_reference_golden_file(path):
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    got = converted(path)
+    assert len(got) == len(rows) > 0
+    for conversation, row in zip(got, rows, strict=True):
+        assert conversation.system == row["system"]
+        turns = [(turn.role.capitalize(), turn.content) for turn in conversation.turns]
+        assert turns == [(entry["from"], entry["value"]) for entry in row["conversations"]]
+        labels = [entry.get("label") for entry in row["conversations"]]
+        assert [
+            format_label(turn.ratings, HELPSTEER) if turn.ratings else None for turn in conversation.turns
+        ] == labels
+
+
+def test_conversation_round_trip():
+    conversation = Conversation(
+        (
+            Turn("user", "Hi"),
+            Turn("assistant", "Yo", {"quality": 4.0}, {"quality": 4.25, "humor": -0.5}),  # a prediction may overshoot
+            Turn("user", "More"),
+        ),
+        system=None,
+        id="thread 7",
+    )
+    row = json.loads(json.dumps(conversation.to_json()))
+    assert conversation_from_row(row, OASST) == conversation
+    assert conversation_from_row(Conversation(conversation.turns[:1]).to_json(), OASST).id == ""
+
+
+def test_conversations_in_parquet(tmp_path):
+    rows = [
+        {"turns": [{"role": "user", "content": "a", "ratings": None}], "system": "s"},
+        {
+            "turns": [
+                {"role": "user", "content": "b", "ratings": None},
+                {"role": "assistant", "content": "c", "ratings": {"humor": 1, "quality": None, "verbosity": None}},
+            ],
+            "system": None,
+        },
+    ]
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(as_parquet(rows))
+    got = converted(path, OASST)
+    assert [conversation.system for conversation in got] == ["s", None]
+    assert got[1].turns == (Turn("user", "b"), Turn("assistant", "c", {"humor": 1.0}))
+
+
+@pytest.mark.parametrize("example", re.findall(r"```json\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.S))
+def test_documented_example(example):
+    row = json.loads(example)
+    assert conversation_from_row(row, HELPSTEER).turns[-1].ratings == {"helpfulness": 4.0, "verbosity": 2.0}
+
+
+def test_documented_csv(tmp_path):
+    (example,) = re.findall(r"```csv\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.S)
+    (tmp_path / "rows.csv").write_text(example, encoding="utf-8")
+    assert [c.turns[-1].ratings for c in converted(tmp_path / "rows.csv")] == [
+        {"helpfulness": 4.0, "verbosity": 2.0},
+        {"helpfulness": 1.0},
+    ]
+
+
+def test_forced_format_settles_an_ambiguous_row():
+    row = {"prompt": "p", "response": "r", "text": "note", "verbosity": 1}
+    with pytest.raises(DataError, match="helpsteer, regression"):
+        conversation_from_row(row, HELPSTEER)
+    assert conversation_from_row(row, HELPSTEER, "helpsteer").turns[1].content == "r"
+
+
+def test_unknown_format_names_the_known_ones():
+    with pytest.raises(ConfigError, match=re.escape("auto, helpsteer, regression, reference, conversation")):
+        conversation_from_row({}, HELPSTEER, "helpster")

@@ -1,0 +1,164 @@
+"""Logits and rewards equal transformers' in float32, on random tiny configs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from steerjax.models.attention import Layout
+from steerjax.models.config import LlamaConfig, RopeScaling
+from steerjax.models.llama import CausalLM
+from steerjax.models.reward_head import RewardInputs, RewardModel
+
+pytestmark = pytest.mark.parity
+
+BASE = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_layers": 2, "num_heads": 4}
+CASES = {
+    "multi-head": {"num_kv_heads": 4},
+    "gqa-2": {"num_kv_heads": 2},
+    "gqa-4": {"num_kv_heads": 1},
+    "tied": {"tie_word_embeddings": True},
+    "untied": {"tie_word_embeddings": False},
+    "theta-5e5": {"rope_theta": 5e5},
+    "llama3-8": {"rope_theta": 5e5, "rope_scaling": RopeScaling(8.0), "start": 8150},
+    "llama3-32": {"rope_theta": 5e5, "rope_scaling": RopeScaling(32.0), "start": 9000},
+    "head-dim-20": {"head_dim": 20},
+    "epsilon": {"rms_norm_eps": 1e-3},
+    "attention-bias": {"attention_bias": True},
+    "mlp-bias": {"mlp_bias": True},
+    "one-layer": {"num_layers": 1},
+}
+
+
+def hf_config(config: LlamaConfig, **more):
+    from transformers import LlamaConfig as HFConfig
+
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    scaling = config.rope_scaling
+    if scaling.factor != 1:
+        rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
+        rope |= {"high_freq_factor": scaling.high_freq_factor}
+        rope |= {"original_max_position_embeddings": scaling.original_max_position_embeddings}
+    return HFConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
+        tie_word_embeddings=config.tie_word_embeddings, attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias, rope_parameters=rope, max_position_embeddings=131072, **more,
+    )  # fmt: skip
+
+
+def randomize(module, seed: int):
+    """Fills every parameter, biases and norms too, so that none can be left out unseen."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.15 * noise)
+    return module.eval()
+
+
+def from_torch(module, config: LlamaConfig) -> dict:
+    """transformers' parameters as ours, written out by hand: the oracle does not use our key map."""
+    weights = {name: value.detach().numpy() for name, value in module.state_dict().items()}
+    D, N, K, H = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+    shapes = {
+        "attention.q": ("self_attn.q_proj", (D, N, H)),
+        "attention.k": ("self_attn.k_proj", (D, K, H)),
+        "attention.v": ("self_attn.v_proj", (D, K, H)),
+        "attention.o": ("self_attn.o_proj", (N, H, D)),
+        "mlp.gate": ("mlp.gate_proj", (D, config.intermediate_size)),
+        "mlp.up": ("mlp.up_proj", (D, config.intermediate_size)),
+        "mlp.down": ("mlp.down_proj", (config.intermediate_size, D)),
+    }
+
+    def stack(name, reshape):
+        return np.stack([reshape(weights[f"model.layers.{i}.{name}"]) for i in range(config.num_layers)])
+
+    layers: dict = {"attention": {}, "mlp": {}}
+    for ours, (theirs, shape) in shapes.items():
+        group, name = ours.split(".")
+        entry = {"kernel": stack(f"{theirs}.weight", lambda w, shape=shape: w.T.reshape(shape))}
+        if f"model.layers.0.{theirs}.bias" in weights:
+            bias_shape = shape[1:] if name in ("q", "k", "v") else shape[-1:]
+            entry["bias"] = stack(f"{theirs}.bias", lambda b, shape=bias_shape: b.reshape(shape))
+        layers[group][name] = entry
+    layers["attention_norm"] = {"scale": stack("input_layernorm.weight", lambda w: w)}
+    layers["mlp_norm"] = {"scale": stack("post_attention_layernorm.weight", lambda w: w)}
+    return {
+        "embedding": weights["model.embed_tokens.weight"],
+        "layers": layers,
+        "final_norm": {"scale": weights["model.norm.weight"]},
+    }, weights
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("chunk", [8, 256])
+def test_logits_equal_transformers(name, chunk):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    case = {**BASE, **CASES[name]}
+    start = case.pop("start", 0)
+    config = LlamaConfig(**case)
+    theirs = randomize(LlamaForCausalLM(hf_config(config, attn_implementation="eager")), seed=0)
+    params, weights = from_torch(theirs, config)
+    params = {"llama": params}
+    if not config.tie_word_embeddings:
+        params["lm_head"] = weights["lm_head.weight"].T
+
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24))
+    positions = np.arange(24)[None].repeat(2, 0) + start
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.tensor(tokens), position_ids=torch.tensor(positions)).logits.numpy()
+    layout = Layout(jnp.ones((2, 24), jnp.int32), jnp.zeros((2, 24), jnp.int32))
+    logits = CausalLM(config, chunk=chunk).apply({"params": params}, tokens, positions, layout)
+    assert np.abs(expected).max() > 0.5  # the comparison is of something
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("readout", ["last"])
+def test_rewards_equal_sequence_classification(readout):
+    """Right padding, rows of different length, five labels."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    config = LlamaConfig(**BASE, num_kv_heads=2)
+    more = {"num_labels": 5, "pad_token_id": 0, "attn_implementation": "eager"}
+    theirs = randomize(LlamaForSequenceClassification(hf_config(config, **more)), seed=1)
+    params, weights = from_torch(theirs, config)
+    params = {"llama": params, "reward_head": weights["score.weight"].T}
+
+    lengths = np.array([24, 7, 15])
+    tokens = np.random.default_rng(1).integers(1, config.vocab_size, (3, 24))
+    real = np.arange(24)[None] < lengths[:, None]
+    tokens = np.where(real, tokens, 0)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens), attention_mask=torch.tensor(real.astype(int))).logits.numpy()
+    layout = Layout(jnp.asarray(real, jnp.int32), jnp.zeros((3, 24), jnp.int32))
+    inputs = RewardInputs(jnp.asarray(tokens), jnp.arange(24)[None].repeat(3, 0), layout, lengths[:, None] - 1)
+    rewards = RewardModel(config, 5, readout=readout).apply({"params": params}, inputs)
+    np.testing.assert_allclose(rewards[:, 0], expected, atol=1e-4, rtol=0)
+
+
+def test_remat_and_unroll_change_nothing():
+    """Loss and gradients are the same for every remat policy and unroll."""
+    config = LlamaConfig(**BASE | {"num_layers": 3})
+    tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, 16))
+    layout = Layout(jnp.ones((1, 16), jnp.int32), jnp.zeros((1, 16), jnp.int32))
+    inputs = RewardInputs(jnp.asarray(tokens), jnp.arange(16)[None], layout, jnp.array([[15]]))
+
+    def gradients(**options):
+        model = RewardModel(config, 2, **options)
+        params = jax.tree.map(
+            lambda x: x.unbox() if hasattr(x, "unbox") else x,
+            model.init(jax.random.key(0), inputs)["params"],
+            is_leaf=lambda x: hasattr(x, "unbox"),
+        )
+        return jax.grad(lambda p: jnp.square(model.apply({"params": p}, inputs)).sum())(params)
+
+    plain = gradients()
+    for options in ({"remat": "full"}, {"remat": "dots"}, {"unroll": 3}, {"unroll": 2, "remat": "full"}):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, gradients(**options))
