@@ -1,0 +1,290 @@
+"""The command as a user runs it: resume after SIGKILL, compile once, reports, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from steerjax.checkpoints.store import CheckpointStore
+from steerjax.config import MeshConfig, default_config, resolve
+from steerjax.errors import CheckpointError, TrainingError
+from steerjax.training import loop
+from steerjax.training.metrics import read_metrics
+
+TIMES = ("examples_per_second", "tokens_per_second", "model_tflops_per_second_per_device")
+RECIPE = '''
+from steerjax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.data.train = ({data!r},)
+    config.data.validation_fraction = 0.25
+    config.model.update(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
+    config.batch.update(rows=8, row_length=128)
+    config.compute.attention_chunk = 32
+    config.train.update(steps=12, evaluate_every=5, checkpoint_every=4, plots=False)
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=2)
+    return config
+'''
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """A tiny recipe over 60 made-up rows of 20 prompts."""
+    folder = tmp_path_factory.mktemp("recipe")
+    random = np.random.default_rng(0)
+    names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    words = "the model answers with care and says what it knows about rivers trees and stones".split()
+    with (folder / "rows.jsonl").open("w") as file:
+        for prompt in range(20):
+            for _ in range(3):
+                response = " ".join(random.choice(words, random.integers(2, 12)))
+                ratings = dict(zip(names, random.integers(0, 5, 5).tolist(), strict=True))
+                file.write(json.dumps({"prompt": f"Question {prompt}?", "response": response, **ratings}) + "\n")
+    path = folder / "recipe.py"
+    path.write_text(RECIPE.format(data=str(folder / "rows.jsonl")))
+    return path
+
+
+def experiment(recipe: Path, **train):
+    namespace: dict = {}
+    exec(recipe.read_text(), namespace)
+    config = namespace["get_config"]()
+    config.train.update(train)
+    return resolve(config.to_dict())
+
+
+def command(recipe: Path, workdir: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "steerjax.train", f"--config={recipe}", f"--workdir={workdir}", *flags]
+
+
+def environment(repository: Path) -> dict[str, str]:
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "/tmp/steerjax-test-cache")
+    python_path = os.pathsep.join([str(repository), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"PYTHONPATH": python_path, "JAX_COMPILATION_CACHE_DIR": cache}
+
+
+def records(workdir: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(workdir / "metrics.jsonl")]
+
+
+def parameters(workdir: Path, e) -> dict:
+    """The last checkpoint's parameters, as host arrays with their paths."""
+    import jax
+
+    splits = loop.load_splits(e, loop.SCHEMAS["helpsteer"], loop.make_renderer(e, loop.SCHEMAS["helpsteer"]))
+    run = loop.Run(e, loop.SCHEMAS["helpsteer"], loop.make_mesh(e.mesh, jax.devices()[:1]), *splits[:2])
+    with CheckpointStore(workdir / "checkpoints", 2) as store:
+        assert store.latest_step() == e.train.steps
+        return jax.device_get(store.restore(e.train.steps, run.abstract).params)
+
+
+def with_vocabulary(e):
+    import dataclasses
+
+    from steerjax.chat.tokenizer import load_tokenizer
+
+    size = load_tokenizer("embedded").vocab_size
+    return dataclasses.replace(e, model=dataclasses.replace(e.model, vocab_size=size))
+
+
+def kill_after_step(arguments: list[str], workdir: Path, step: int, env: dict, sent: signal.Signals) -> int:
+    """Starts the command and sends a signal once metrics.jsonl has that step."""
+    process = subprocess.Popen(arguments, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 240
+    try:
+        while not any(r["step"] >= step for r in read_metrics(workdir / "metrics.jsonl")):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.time() < deadline
+            time.sleep(0.02)
+        process.send_signal(sent)
+        return process.wait(timeout=120)
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe, repository, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    subprocess.run(command(recipe, workdir), env=environment(repository), check=True, stdout=subprocess.DEVNULL)
+    return workdir
+
+
+def assert_same_parameters(a, b, rtol: float = 0.0) -> None:
+    import jax
+
+    from tests.helpers import assert_trees_close
+
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    assert_trees_close(a, b, rtol=rtol)
+
+
+@pytest.mark.parametrize("step", [6, 11])
+def test_killed_and_started_again_equals_uninterrupted(recipe, repository, uninterrupted, tmp_path, step):
+    """SIGKILL in mid-run; the later metrics and the parameters are the same to the bit."""
+    env = environment(repository)
+    assert kill_after_step(command(recipe, tmp_path), tmp_path, step, env, signal.SIGKILL) == -signal.SIGKILL
+    subprocess.run(command(recipe, tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
+    assert records(tmp_path) == records(uninterrupted)
+    e = with_vocabulary(experiment(recipe))
+    assert_same_parameters(parameters(tmp_path, e), parameters(uninterrupted, e))
+
+
+def test_resumed_on_another_mesh(recipe, repository, uninterrupted, tmp_path):
+    """From one device to data 2, fsdp 2, tensor 1 and eight virtual devices: within 1e-5."""
+    env = environment(repository)
+    kill_after_step(command(recipe, tmp_path), tmp_path, 6, env, signal.SIGKILL)
+    env |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+    subprocess.run(command(recipe, tmp_path, *flags), env=env, check=True, stdout=subprocess.DEVNULL)
+    for ours, expected in zip(records(tmp_path), records(uninterrupted), strict=True):
+        assert ours["step"] == expected["step"]
+        np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-5)
+    e = with_vocabulary(experiment(recipe))
+    assert_same_parameters(parameters(tmp_path, e), parameters(uninterrupted, e), rtol=1e-5)
+
+
+def test_sigterm_saves_and_says_so(recipe, repository, uninterrupted, tmp_path):
+    env = environment(repository)
+    assert kill_after_step(command(recipe, tmp_path), tmp_path, 2, env, signal.SIGTERM) == 1
+    subprocess.run(command(recipe, tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
+    assert records(tmp_path) == records(uninterrupted)
+
+
+def test_metrics_have_what_the_interface_promises(uninterrupted):
+    lines = read_metrics(uninterrupted / "metrics.jsonl")
+    training = [r for r in lines if r["split"] == "train"]
+    assert [r["step"] for r in training] == list(range(1, 13))
+    keys = {"loss", "learning_rate", "grad_norm", *TIMES}
+    assert all(keys <= r.keys() for r in training)
+    assert [r["step"] for r in lines if r["split"] == "validation"] == [4, 5, 8, 10, 12]
+    for name in ("helpfulness", "verbosity"):
+        for metric in ("mse", "mae", "pearson", "spearman"):
+            assert f"attributes/{name}/{metric}" in lines[-1]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert json.loads((uninterrupted / "config.json").read_text())["train"]["steps"] == 12
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+
+
+def test_checkpoints_keep_the_last_and_the_best(uninterrupted):
+    with CheckpointStore(uninterrupted / "checkpoints", 2) as store:
+        losses = {r["step"]: r["loss"] for r in read_metrics(uninterrupted / "metrics.jsonl") if r["split"] != "train"}
+        best = min((4, 8, 12), key=losses.get)
+        assert store.best_step() == best
+        kept = {int(p.name) for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()}
+        assert kept == {8, 12, best}
+        provenance = store.provenance(12)
+    assert [a["name"] for a in provenance["attributes"]][0] == "helpfulness"
+    assert provenance["template"] == "extra_id"
+    assert all(len(digest) == 64 for digest in provenance["data"].values())
+    assert provenance["config"]["train"]["steps"] == 12
+
+
+def test_train_step_compiles_once(recipe, tmp_path, monkeypatch):
+    """Over a whole run with evaluation, a last partial batch and checkpoints; the evaluation step too."""
+    runs = []
+    original = loop.Run.__init__
+    monkeypatch.setattr(loop.Run, "__init__", lambda self, *a: (original(self, *a), runs.append(self))[0])
+    loop.train_reward_model(experiment(recipe, steps=7), tmp_path)
+    (run,) = runs
+    assert run.train_step._cache_size() == 1
+    assert run.evaluation_step._cache_size() == 1
+
+
+def test_report_and_plots(recipe, tmp_path, capsys):
+    result = loop.train_reward_model(experiment(recipe, steps=3, plots=True), tmp_path)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*result.names, "mean rating", "log length", "parameters", "filled"))
+    for name in ("loss.png", "predictions.png", "correlations.png"):
+        assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
+    assert "helpfulness" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_first_predictions_lie_near_the_mean(recipe, tmp_path):
+    loop.train_reward_model(experiment(recipe, steps=1), tmp_path)
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert first["loss"] < 3  # the variance of ratings uniform over 0..4 is 2; predictions of 0 would cost 6
+
+
+def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
+    import dataclasses
+
+    e = experiment(recipe)
+    bad = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, learning_rate=1e30, clip_norm=0.0,
+                                                               warmup_steps=0, max_bad_steps=3))  # fmt: skip
+    with pytest.raises(TrainingError, match=r"not finite 3 steps in a row; the last good checkpoint is at step"):
+        loop.train_reward_model(bad, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.optimizer.update(learning_rate=1e-3), r"config.optimizer.learning_rate 0.01, and now it is 0.001"),
+        (lambda c: c.train.update(seed=3), r"another config.train.seed"),
+        (lambda c: c.model.update(num_layers=1), r"config.model.num_layers 2, and now it is 1"),
+    ],
+)
+def test_a_workdir_of_another_run_is_refused(recipe, uninterrupted, change, message):
+    namespace: dict = {}
+    exec(recipe.read_text(), namespace)
+    config = namespace["get_config"]()
+    change(config)
+    with pytest.raises(CheckpointError, match=message):
+        loop.train_reward_model(resolve(config.to_dict()), uninterrupted)
+
+
+def test_errors_are_messages_and_not_tracebacks(recipe, repository, tmp_path):
+    run = subprocess.run(
+        command(recipe, tmp_path, "--config.batch.row_length=16"), env=environment(repository), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "do not fit a row of 16" in run.stderr
+    assert "cure:" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_unknown_flag_of_the_config(recipe, repository, tmp_path):
+    run = subprocess.run(
+        command(recipe, tmp_path, "--config.batch.row_lenght=16"), env=environment(repository), capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert "row_lenght" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_help_is_quick(repository):
+    start = time.perf_counter()
+    run = subprocess.run(
+        [sys.executable, "-m", "steerjax.train", "--help"], env=environment(repository), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert "--config" in run.stdout
+    assert "--workdir" in run.stdout
+    assert time.perf_counter() - start < 5  # about one second on an idle machine
+    probe = "import sys, steerjax.command, steerjax.train; print([m for m in ('jax', 'datasets', 'torch') if m in sys.modules])"
+    seen = subprocess.run([sys.executable, "-c", probe], env=environment(repository), capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
+
+
+def test_mesh_errors_name_the_cure(recipe, tmp_path):
+    import dataclasses
+
+    from steerjax.errors import ConfigError
+
+    e = experiment(recipe)
+    for mesh, message in (
+        (MeshConfig(data=3), "wants 3 devices and there are 8"),
+        (MeshConfig(data=-1, fsdp=3), "3 does not divide 8 devices"),
+        (MeshConfig(data=2, tensor=4), r"kv_heads 1 cannot be cut into 4 .*; cure: a mesh whose"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loop.train_reward_model(dataclasses.replace(e, mesh=mesh), tmp_path / "mesh")
+    assert default_config().mesh.data == -1
