@@ -192,7 +192,7 @@ class Experiment:
 
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
-    model: LlamaConfig = LlamaConfig()
+    model: LlamaConfig = field(default_factory=LlamaConfig)
     head: HeadConfig = HeadConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()

@@ -11,7 +11,13 @@ from steerjax.models.reward_head import RewardModel
 from steerjax.training.state import reward_inputs
 
 TINY = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2, initializer_range=0.2
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    initializer_range=0.2,
 )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from steerjax.errors import ModelError
 
-# Its sentence is part of every prompt of the reference's models (reference/steerlm.md 2.1).
+# Its sentence is part of every prompt of the reference's models (NeMo-Aligner, examples/nlp/data/steerlm/common.py).
 STEERLM_SYSTEM_PROMPT = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -54,7 +54,7 @@ class Template:
     alternates: bool = False
 
 
-# reference/steerlm.md 2.1, 2.5, 2.7. Texts stand as they are, and there is no BOS.
+# NeMo-Aligner, examples/nlp/data/steerlm/. Texts stand as they are, and there is no BOS.
 EXTRA_ID = Template(
     name="extra_id",
     system=("<extra_id_0>System\n", "\n"),

@@ -25,7 +25,7 @@ REMAT_POLICIES = {
 }
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, "D"], epsilon: float) -> Float[Array, "... D"]:
+def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
     """x over its root mean square, times scale; statistics in float32, returned in x's dtype."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
@@ -111,9 +111,7 @@ class Block(nn.Module):
     chunk: int
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], rope: tuple[Array, Array], layout: Layout, plan: BlockPlan | None
-    ):
+    def __call__(self, x: Float[Array, "B T D"], rope: tuple[Array, Array], layout: Layout, plan: BlockPlan | None):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
         x = x + Attention(c, self.dtype, self.chunk, name="attention")(normed, rope, layout, plan)

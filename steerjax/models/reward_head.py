@@ -86,7 +86,7 @@ class RewardModel(nn.Module):
 
 
 def initial_head(
-    states: Float[Array, "B R D"], present: Float[Array, "B R"], mean_ratings: Float[Array, "A"]
+    states: Float[Array, "B R D"], present: Float[Array, "B R"], mean_ratings: Float[Array, " A"]
 ) -> Float[Array, "D A"]:
     """A bias-free head whose first predictions lie near the mean ratings.
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 from steerjax.models.config import RopeScaling
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray, "H/2"]:
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray, " H/2"]:
     """Radians a position, one for each pair of the head, float32.
 
     `llama3` scaling (Llama 3.1, `modeling_rope_utils` in transformers): long waves are slowed down by `factor`, short

@@ -13,7 +13,7 @@ def masked_squared_error(
     predictions: Float[Array, "*E A"],
     ratings: Float[Array, "*E A"],
     mask: Bool[Array, "*E A"],
-    weights: Float[Array, "A"],
+    weights: Float[Array, " A"],
     average: str = "ratings",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum and count in float32; sum over count is the loss, after micro-batches and devices are added up.
@@ -35,7 +35,7 @@ def masked_squared_error(
 
 def attribute_squared_errors(
     predictions: Float[Array, "*E A"], ratings: Float[Array, "*E A"], mask: Bool[Array, "*E A"]
-) -> tuple[Float[Array, "A"], Float[Array, "A"]]:
+) -> tuple[Float[Array, " A"], Float[Array, " A"]]:
     """Sum of squared errors and count of ratings for each attribute, in rating units squared."""
     errors = jnp.square(jnp.where(mask, predictions.astype(jnp.float32) - ratings, 0.0))
     examples = tuple(range(mask.ndim - 1))

@@ -218,5 +218,3 @@ class Feeder:
 def row_examples(groups: Sequence[PromptGroup], row: Row) -> list[int]:
     """Numbers of the examples in a row, in the order of its read-outs."""
     return [groups[s.group].branches[b].example for s in row for b in s.branches]
-
-

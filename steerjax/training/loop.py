@@ -327,7 +327,7 @@ def evaluate(run: Run, state: TrainState, step: int, writer: MetricsWriter, prog
     return loss
 
 
-class stop_on_sigterm:  # noqa: N801 - used like a function
+class stop_on_sigterm:
     """An event that SIGTERM sets while the block runs (a preempted machine sends one some 30 seconds ahead)."""
 
     def __enter__(self) -> threading.Event:

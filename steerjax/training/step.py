@@ -14,7 +14,7 @@ from steerjax.training.schedules import Schedule
 from steerjax.training.state import TrainState, reward_inputs
 
 
-def make_loss(model: RewardModel, weights: Float[Array, "A"], average: str):
+def make_loss(model: RewardModel, weights: Float[Array, " A"], average: str):
     """(params, batch) -> (loss sum, (loss count, squared error [A], ratings [A])), all float32."""
 
     def loss(params, batch: Batch):

@@ -14,7 +14,7 @@ from steerjax.errors import ConfigError, DataError, ModelError
 SFT = talk("Hi", "Yo", "More", "OK", system="SYS")
 LABELS = [None, {"quality": 4}, None, {"quality": 2}]
 GOLDEN = {
-    # reference/steerlm.md 2.7
+    # the reference: NeMo gpt_sft_chat_dataset.py
     "extra_id": "<extra_id_0>System\nSYS\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\n<extra_id_2>quality:4\nYo\n"
     "<extra_id_1>User\nMore\n<extra_id_1>Assistant\n<extra_id_2>quality:2\nOK\n<extra_id_1>",
     "chatml": "<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
@@ -149,7 +149,7 @@ def test_reward_parts(tokenizers, name, template):
 
 
 def test_golden_reward_text(embedded, llama_spm):
-    """reference/steerlm.md 2.5: system, all turns without labels, <extra_id_2> and nothing after it."""
+    """As process_to_regression_format.py of NeMo-Aligner: turns without labels, and nothing after <extra_id_2>."""
     rated = Conversation(
         (Turn("user", "Hi"), Turn("assistant", "Yo", {"quality": 4.0}), Turn("user", "More"), Turn("assistant", "OK"))
     )
