@@ -10,7 +10,7 @@ from steerjax.errors import ConfigError
 pytestmark = pytest.mark.short
 
 BAD = {
-    "optimizer.lerning_rate": (1e-3, r"unknown key .*lerning_rate; cure: did you mean config.optimizer.learning_rate\?"),
+    "optimizer.lerning_rate": (1e-3, r"unknown key .*lerning_rate; cure: did you mean config.optimizer.learning_rate"),
     "optimisation": ({}, r"unknown key config.optimisation"),
     "batch.rows": ("8", r"config.batch.rows is '8', str; cure: a value of type int"),
     "batch.row_length": (0, r"config.batch.row_length is 0; cure: at least 1"),

@@ -118,15 +118,15 @@ def test_unknown_options_are_refused(option):
         load_conversations(["embedded:helpsteer2"], HELPSTEER, **option)
 
 
-def test_prompt_key_sees_system_and_first_turn_only():
+def test_prompt_key_sees_the_first_turn_only():
     def key(*contents, system=None):
         turns = (Turn(("user", "assistant")[i % 2], content) for i, content in enumerate(contents))
         return prompt_key(Conversation(tuple(turns), system=system))
 
     assert key("What  is\nÄ?", "x") == key(" what is ä? ", "y")
     assert key("a", "b", "c", "d") == key("a", "e", "f", "g") == key("a")
-    assert key("a", system="") == key("a")
-    assert len({key("a"), key("b"), key("a", system="b"), key("ab"), key("b", system="a")}) == 5
+    assert key("a", system="b") == key("a", system="") == key("a")
+    assert len({key("a"), key("b"), key("ab")}) == 3
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.25, 5), (0.01, 1), (0.5, 10), (0.93, 19)])
@@ -149,7 +149,7 @@ def test_split_depends_on_prompts_and_seed_alone():
 
 
 def test_split_is_the_same_on_every_machine():
-    assert prompts_of(split_by_prompt(made_up(), 0.1, seed=0)[1]) == {"prompt 6", "prompt 17"}
+    assert prompts_of(split_by_prompt(made_up(), 0.1, seed=0)[1]) == {"prompt 14", "prompt 18"}
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
