@@ -149,6 +149,8 @@ class OptimizerConfig:
         clip_norm: greatest global norm of the gradients; 0 does not clip.
         weight_decay: of matrices; norms and biases are left alone.
         max_bad_steps: so many steps in a row with gradients that are not finite end the run.
+        frozen: regular expressions over parameter names (`llama/embedding`, `llama/layers/mlp/up/kernel`, ...); what
+            one is found in is not trained and has no gradient and no optimizer state.
     """
 
     learning_rate: float = 1e-3
@@ -162,6 +164,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     clip_norm: float = 1.0
     max_bad_steps: int = 5
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

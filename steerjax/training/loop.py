@@ -118,10 +118,11 @@ class Run:
 
         self.model = make_model(e, len(schema))
         self.optimizer = make_optimizer(e.optimizer)
-        self.abstract = abstract_state(self.model, self.optimizer, mesh)
+        self.abstract = abstract_state(self.model, self.optimizer, mesh, e.optimizer.frozen)
         self.weights = np.array([e.objective.attribute_weights.get(name, 1.0) for name in schema.names], np.float32)
         loss = make_loss(self.model, self.weights, e.objective.average)
-        step = make_train_step(loss, self.optimizer, make_schedule(e.optimizer, self.steps))
+        schedule = make_schedule(e.optimizer, self.steps)
+        step = make_train_step(loss, self.optimizer, schedule, e.optimizer.frozen)
         self.states, self.batches = shardings_of(self.abstract), batch_shardings(mesh)
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.train_step = jax.jit(
@@ -138,7 +139,8 @@ class Run:
 
     def fresh_state(self) -> TrainState:
         """Random parameters, and a head whose first predictions lie near the mean ratings."""
-        state = init_state(self.model, self.optimizer, self.abstract, self.experiment.train.seed)
+        e = self.experiment
+        state = init_state(self.model, self.optimizer, self.abstract, e.train.seed, e.optimizer.frozen)
         initialize = jax.jit(
             make_head_initializer(self.model),
             in_shardings=(self.states.params, self.batches, self.replicated),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import jax
 import optax
 
 from steerjax.config import OptimizerConfig
+from steerjax.errors import ConfigError
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -23,3 +27,29 @@ def decayed(parameters):
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias", "reward_bias"), parameters
     )
+
+
+def partition(parameters, frozen: Sequence[str]):
+    """(trained, frozen) parameters: two trees of the same shape, each with None where the other has a leaf.
+
+    Args:
+        frozen: regular expressions over names like `llama/embedding`.
+
+    Raises:
+        ConfigError: an expression that is found in no name.
+    """
+    names = jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), parameters
+    )
+    for pattern in frozen:
+        if not any(re.search(pattern, name) for name in jax.tree.leaves(names)):
+            known = ", ".join(jax.tree.leaves(names))
+            raise ConfigError(f"config.optimizer.frozen: no parameter matches {pattern!r}; cure: one of {known}")
+    held = jax.tree.map(lambda name: any(re.search(pattern, name) for pattern in frozen), names)
+    trained = jax.tree.map(lambda p, h: None if h else p, parameters, held)
+    return trained, jax.tree.map(lambda p, h: p if h else None, parameters, held)
+
+
+def combine(trained, frozen):
+    """The inverse of `partition`."""
+    return jax.tree.map(lambda t, f: f if t is None else t, trained, frozen, is_leaf=lambda x: x is None)

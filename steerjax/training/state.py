@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from steerjax.data.batch import Batch
 from steerjax.models.attention import Layout
 from steerjax.models.reward_head import RewardInputs, RewardModel
 from steerjax.parallel.rules import parameter_shardings
+from steerjax.training.optimizer import partition
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -43,15 +46,21 @@ def _dummy_inputs() -> RewardInputs:
     return RewardInputs(one, one, Layout(one, one), one)
 
 
-def abstract_state(model: RewardModel, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: RewardModel, optimizer: optax.GradientTransformation, mesh: Mesh, frozen_names: Sequence[str] = ()
+) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is allocated. Optimizer moments lie as their parameters."""
     boxed = jax.eval_shape(model.init, jax.random.key(0), _dummy_inputs())["params"]
     shardings = parameter_shardings(boxed, mesh)
     params = meta.unbox(boxed)
     replicated = NamedSharding(mesh, PartitionSpec())
-    optimizer_state = jax.eval_shape(optimizer.init, params)
+    optimizer_state = jax.eval_shape(optimizer.init, partition(params, frozen_names)[0])
     optimizer_shardings = optax.tree.map_params(
-        optimizer, lambda _, s: s, optimizer_state, shardings, transform_non_params=lambda _: replicated
+        optimizer,
+        lambda _, s: s,
+        optimizer_state,
+        partition(shardings, frozen_names)[0],
+        transform_non_params=lambda _: replicated,
     )
 
     def sharded(array, sharding):
@@ -73,13 +82,17 @@ def shardings_of(abstract):
 
 
 def init_state(
-    model: RewardModel, optimizer: optax.GradientTransformation, abstract: TrainState, seed: int
+    model: RewardModel,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    seed: int,
+    frozen_names: Sequence[str] = (),
 ) -> TrainState:
     """A fresh state, every leaf made in its own shards."""
 
     def init(key):
         params = meta.unbox(model.init(key, _dummy_inputs())["params"])
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, optimizer.init(params), zero, zero)
+        return TrainState(zero, params, optimizer.init(partition(params, frozen_names)[0]), zero, zero)
 
     return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -10,6 +12,7 @@ from jaxtyping import Array, Float
 from steerjax.data.batch import Batch
 from steerjax.models.reward_head import RewardModel, initial_head
 from steerjax.objectives.regression import attribute_squared_errors, masked_squared_error
+from steerjax.training.optimizer import combine, partition
 from steerjax.training.schedules import Schedule
 from steerjax.training.state import TrainState, reward_inputs
 
@@ -25,12 +28,12 @@ def make_loss(model: RewardModel, weights: Float[Array, " A"], average: str):
     return loss
 
 
-def accumulate(loss, params, batch: Batch):
+def accumulate(loss, trained, frozen, batch: Batch):
     """Gradient of the loss sum and all sums, added up over the micro-batches (the batch's leading dimension)."""
-    gradient = jax.value_and_grad(loss, has_aux=True)
+    gradient = jax.value_and_grad(lambda trained, batch: loss(combine(trained, frozen), batch), has_aux=True)
 
     def one(batch):
-        (total, sums), gradients = gradient(params, batch)
+        (total, sums), gradients = gradient(trained, batch)
         return gradients, total, sums
 
     first = jax.tree.map(lambda x: x[0], batch)
@@ -41,7 +44,9 @@ def accumulate(loss, params, batch: Batch):
     return sums
 
 
-def make_train_step(loss, optimizer: optax.GradientTransformation, schedule: Schedule):
+def make_train_step(
+    loss, optimizer: optax.GradientTransformation, schedule: Schedule, frozen_names: Sequence[str] = ()
+):
     """(state, batch [M, B/M, ...]) -> (state, metrics).
 
     Sums are divided once, after micro-batches and devices: the result does not depend on how the batch is cut. A step
@@ -49,14 +54,15 @@ def make_train_step(loss, optimizer: optax.GradientTransformation, schedule: Sch
     """
 
     def train_step(state: TrainState, batch: Batch):
-        gradients, total, (count, errors, ratings) = accumulate(loss, state.params, batch)
+        trained, frozen = partition(state.params, frozen_names)
+        gradients, total, (count, errors, ratings) = accumulate(loss, trained, frozen, batch)
         count = jnp.maximum(count, 1e-8)  # a batch without a single rating moves nothing
         gradients = jax.tree.map(lambda g: g / count, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         good = jnp.isfinite(norm)
         learning_rate = schedule(state.step)
-        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+        updates, moments = optimizer.update(gradients, state.optimizer, trained)
+        params = combine(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), frozen)
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)

@@ -7,6 +7,7 @@ import pytest
 
 from steerjax.config import MeshConfig, OptimizerConfig
 from steerjax.data.packing import pack, unpacked_rows
+from steerjax.errors import ConfigError
 from steerjax.models.reward_head import RewardModel
 from steerjax.objectives.regression import masked_squared_error
 from steerjax.parallel.mesh import make_mesh
@@ -116,6 +117,39 @@ def test_micro_batches_equal_one(single, micro_batches):
     losses, params, _ = one_update((1, 1, 1, 1), micro_batches, devices=1)
     np.testing.assert_allclose(losses, single[0], rtol=1e-5)
     assert_trees_close(params, single[1], rtol=1e-5)
+
+
+def test_frozen_parameters_stay_and_cost_no_optimizer_state():
+    """What is trained moves exactly as if the rest were constants."""
+    groups, model = random_groups([2, 2]), RewardModel(TINY, 3)
+    config, mesh = OptimizerConfig(clip_norm=0.0), make_mesh(MeshConfig(), jax.devices()[:1])
+    optimizer, loss = make_optimizer(config), make_loss(model, WEIGHTS, "ratings")
+    batch = host_batch(groups, pack(groups, 128, 8, range(2)), 128, 8)
+
+    def update(frozen):
+        abstract = abstract_state(model, optimizer, mesh, frozen)
+        state = init_state(model, optimizer, abstract, seed=0, frozen_names=frozen)
+        assert jax.tree.structure(state) == jax.tree.structure(abstract)
+        return state, jax.jit(make_train_step(loss, optimizer, lambda step: 1e-2, frozen))(state, batch)[0]
+
+    _, free = update(())
+    before, after = update(("embedding", "mlp/(up|gate)"))
+    for name in ("embedding", "layers/mlp/up/kernel", "layers/mlp/gate/kernel"):
+        trees = [state.params["llama"] for state in (before, after)]
+        np.testing.assert_array_equal(*(leaf_at(tree, name) for tree in trees))
+    for name in ("layers/mlp/down/kernel", "layers/attention/q/kernel", "final_norm/scale"):
+        np.testing.assert_allclose(leaf_at(after.params["llama"], name), leaf_at(free.params["llama"], name), rtol=1e-6)
+    frozen_size = sum(leaf_at(after.params["llama"], n).size for n in ("embedding", "layers/mlp/up/kernel")) + 4096
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) for state in (free, after)]
+    assert sizes[0] - sizes[1] == 2 * frozen_size
+    with pytest.raises(ConfigError, match=r"no parameter matches 'embeding'; cure: one of llama/embedding"):
+        abstract_state(model, optimizer, mesh, ("embeding",))
+
+
+def leaf_at(tree, name: str):
+    for key in name.split("/"):
+        tree = tree[key]
+    return tree
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_its_counters():

@@ -1,0 +1,40 @@
+"""The one table of axes refuses what it cannot place."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from steerjax.config import MeshConfig
+from steerjax.errors import ConfigError
+from steerjax.parallel import rules
+from steerjax.parallel.mesh import make_mesh, mesh_shape
+
+pytestmark = pytest.mark.short
+
+
+def test_specs_follow_the_table():
+    assert rules.partition_spec(("batch", "length", None)) == PartitionSpec(("data", "fsdp"), "context", None)
+    assert rules.partition_spec(("layers", "embed", "mlp")) == PartitionSpec(None, "fsdp", "tensor")
+
+
+def test_collisions_and_unknown_names_are_errors():
+    with pytest.raises(ConfigError, match=r"two dimensions on mesh axis \['tensor'\]"):
+        rules.partition_spec(("heads", "mlp"))
+    with pytest.raises(ConfigError, match="logical axis 'hidden' is not in"):
+        rules.partition_spec(("hidden",))
+
+
+def test_mesh_shapes():
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (4, 2, 1, 1)
+    assert mesh_shape(MeshConfig(data=1, tensor=-1), 8) == (1, 1, 8, 1)
+    with pytest.raises(ConfigError, match="wants 4 devices and there are 8"):
+        mesh_shape(MeshConfig(data=2, fsdp=2), 8)
+
+
+def test_constrain_is_nothing_without_a_mesh_and_a_sharding_with_one():
+    x = jnp.ones((8, 4))
+    assert rules.constrain(x, "batch", None) is x
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices())):
+        y = jax.jit(lambda x: rules.constrain(x, "batch", None))(x)
+    assert y.sharding.shard_shape(y.shape) == (1, 4)
