@@ -34,7 +34,17 @@ def run_command(main: Callable[[Experiment, Path], None], usage: str) -> None:
         except SteerjaxError as error:
             sys.exit(f"error: {error}")
 
-    app.run(run)
+    app.run(run, flags_parser=_parse_flags)
+
+
+def _parse_flags(arguments: list[str]) -> list[str]:
+    """absl's parser; a key that the config lacks is an error like any other (ml_collections raises AttributeError)."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except (AttributeError, KeyError, TypeError) as error:
+        sys.exit(f"error: flags of the config: {error}\n  cure: the keys are in steerjax/config.py")
+    except OSError as error:
+        sys.exit(f"error: --config: {error}")
 
 
 def use_compile_cache(workdir: Path) -> None:

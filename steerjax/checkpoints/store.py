@@ -28,7 +28,10 @@ class CheckpointStore:
         )
         policies = [checkpoint_managers.LatestN(keep_last), best]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies), enable_async_checkpointing=True
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=lambda metrics: metrics[METRIC],  # without it Orbax writes no metrics, and the policy sees none
+            best_mode="min",
+            enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 

@@ -29,7 +29,7 @@ def get_config():
     config.batch.update(rows=8, row_length=128)
     config.compute.attention_chunk = 32
     config.train.update(steps=12, evaluate_every=5, checkpoint_every=4, plots=False)
-    config.optimizer.update(learning_rate=1e-2, warmup_steps=2)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=2)
     return config
 """
 
@@ -223,7 +223,7 @@ def test_report_and_plots(recipe, tmp_path, capsys):
 
 
 def test_first_predictions_lie_near_the_mean(recipe, tmp_path):
-    loop.train_reward_model(experiment(recipe, steps=1), tmp_path)
+    loop.train_reward_model(experiment(recipe, steps=4), tmp_path)
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert first["loss"] < 3  # the variance of ratings uniform over 0..4 is 2; predictions of 0 would cost 6
 
@@ -241,7 +241,7 @@ def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.optimizer.update(learning_rate=1e-3), r"config.optimizer.learning_rate 0.01, and now it is 0.001"),
+        (lambda c: c.optimizer.update(learning_rate=1e-3), r"config.optimizer.learning_rate 0.003, and now it is 0.001"),
         (lambda c: c.train.update(seed=3), r"another config.train.seed"),
         (lambda c: c.model.update(num_layers=1), r"config.model.num_layers 2, and now it is 1"),
     ],
