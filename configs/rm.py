@@ -25,10 +25,13 @@ def get_config():
     config.batch.rows = 4
     config.batch.row_length = 2560  # tokens; the longest row of the sample has 2128
 
+    # From so few rows helpfulness, correctness and coherence are noise to this model; at full weight it fits the noise.
+    config.objective.attribute_weights = {"helpfulness": 0.2, "correctness": 0.2, "coherence": 0.2}
+
     config.optimizer.frozen = ("embedding",)
     config.optimizer.learning_rate = 3e-3
 
-    config.train.steps = 64
+    config.train.steps = 56
     config.train.evaluate_every = 8
-    config.train.checkpoint_every = 32
+    config.train.checkpoint_every = 28
     return config
