@@ -25,8 +25,8 @@ def get_config():
     config.batch.rows = 4
     config.batch.row_length = 2560  # tokens; the longest row of the sample has 2128
 
-    # From so few rows helpfulness, correctness and coherence are noise to this model; at full weight it fits the noise.
-    config.objective.attribute_weights = {"helpfulness": 0.2, "correctness": 0.2, "coherence": 0.2}
+    # From so few rows helpfulness, correctness and coherence are mostly noise to this model; at full weight it fits it.
+    config.objective.attribute_weights = {"helpfulness": 0.5, "correctness": 0.5, "coherence": 0.5}
 
     config.optimizer.frozen = ("embedding",)
     config.optimizer.learning_rate = 3e-3
