@@ -241,7 +241,7 @@ def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.optimizer.update(learning_rate=1e-3), r"config.optimizer.learning_rate 0.003, and now it is 0.001"),
+        (lambda c: c.optimizer.update(learning_rate=1e-3), r"optimizer.learning_rate 0.003, and now it is 0.001"),
         (lambda c: c.train.update(seed=3), r"another config.train.seed"),
         (lambda c: c.model.update(num_layers=1), r"config.model.num_layers 2, and now it is 1"),
     ],
