@@ -193,13 +193,14 @@ class Feeder:
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Rows -> a batch of sharded arrays."""
         M, B = self.micro_batches, len(rows)
+        empty = row_arrays(self.groups, (), self.row_length, self.responses_per_row)
 
         @functools.cache
         def built(row: int) -> Batch:
             return row_arrays(self.groups, rows[row], self.row_length, self.responses_per_row)
 
         def field(name: str, sharding: NamedSharding) -> jax.Array:
-            shape = (M, B // M, *built_shape(name))
+            shape = (M, B // M, *getattr(empty, name).shape)
 
             def shard(index):
                 numbers = np.arange(B).reshape(M, B // M)[index[:2]]
@@ -208,10 +209,6 @@ class Feeder:
 
             return jax.make_array_from_callback(shape, sharding, shard)
 
-        def built_shape(name: str) -> tuple[int, ...]:
-            return getattr(template, name).shape
-
-        template = row_arrays(self.groups, (), self.row_length, self.responses_per_row)
         return Batch(*(field(n, s) for n, s in zip(Batch._fields, batch_shardings(self.mesh), strict=True)))
 
 
