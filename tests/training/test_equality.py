@@ -112,6 +112,7 @@ def test_eight_devices_equal_one(single, mesh, micro_batches):
     assert np.prod(shard) * mesh[1] * mesh[2] == kernel.size  # fsdp and tensor cut it, nothing else does
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_micro_batches_equal_one(single, micro_batches):
     losses, params, _ = one_update((1, 1, 1, 1), micro_batches, devices=1)
@@ -152,6 +153,7 @@ def leaf_at(tree, name: str):
     return tree
 
 
+@pytest.mark.short
 def test_a_step_that_is_not_finite_changes_nothing_but_its_counters():
     groups = random_groups([2, 2])
     model = RewardModel(TINY, 3)

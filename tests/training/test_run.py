@@ -141,6 +141,7 @@ def assert_same_parameters(a, b, atol: float = 0.0) -> None:
     assert_trees_close(a, b, rtol=0.0, atol=atol)
 
 
+@pytest.mark.short
 @pytest.mark.parametrize("step", [6, 11])
 def test_killed_and_started_again_equals_uninterrupted(recipe, repository, uninterrupted, tmp_path, step):
     """SIGKILL in mid-run; the later metrics and the parameters are the same to the bit."""
@@ -188,6 +189,7 @@ def test_metrics_have_what_the_interface_promises(uninterrupted):
     assert list((uninterrupted / "tensorboard").glob("events*"))
 
 
+@pytest.mark.short
 def test_checkpoints_keep_the_last_and_the_best(uninterrupted):
     with CheckpointStore(uninterrupted / "checkpoints", 2) as store:
         losses = {r["step"]: r["loss"] for r in read_metrics(uninterrupted / "metrics.jsonl") if r["split"] != "train"}
