@@ -295,6 +295,8 @@ def _check_ranges(e: Experiment) -> None:
     need(e.compute.attention_chunk >= 1, "compute.attention_chunk", "at least 1")
     blockwise_fits = e.compute.attention != "blockwise" or e.mesh.context == 1
     need(blockwise_fits, "compute.attention", "chunked, or no context axis in the mesh (blockwise does not cut rows)")
+    whole_blocks = e.compute.attention != "blockwise" or e.batch.row_length % e.compute.attention_chunk == 0
+    need(whole_blocks, "compute.attention_chunk", f"for blockwise, a divisor of batch.row_length {e.batch.row_length}")
     mesh = dataclasses.astuple(e.mesh)
     need(sum(size == -1 for size in mesh) <= 1, "mesh.data", "at most one axis of the mesh is -1")
     for name in _fields(MeshConfig):

@@ -11,7 +11,6 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from steerjax.errors import CheckpointError
-from steerjax.training.state import TrainState
 
 METRIC = "loss"
 
@@ -45,28 +44,28 @@ class CheckpointStore:
         scored = {step: m[METRIC] for step, m in metrics.items() if m}
         return min(scored, key=scored.get) if scored else None
 
-    def save(self, state: TrainState, step: int, provenance: dict, validation_loss: float | None) -> None:
-        """Starts writing; returns when the state has been copied and may be donated."""
+    def save(self, params, training, step: int, provenance: dict, validation_loss: float | None) -> None:
+        """Starts writing two trees of arrays; returns when they have been copied and may be donated."""
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                training=ocp.args.StandardSave(_training(state)),
+                params=ocp.args.StandardSave(params),
+                training=ocp.args.StandardSave(training),
                 provenance=ocp.args.JsonSave(provenance),
             ),
             metrics=None if validation_loss is None else {METRIC: validation_loss},
             force=True,
         )
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state at a step, read straight into the shardings of `abstract`, whatever mesh it was saved from.
+    def restore(self, step: int, params, training) -> tuple:
+        """(params, training) of a step, read straight into the shardings of these abstract trees.
+
+        The mesh that they were saved from may have been another.
 
         Raises:
             CheckpointError: the checkpoint cannot be read as such a state.
         """
-        args = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params), training=ocp.args.StandardRestore(_training(abstract))
-        )
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(params), training=ocp.args.StandardRestore(training))
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
@@ -74,7 +73,7 @@ class CheckpointStore:
                 f"{self._manager.directory}/{step} cannot be restored: {error}\n"
                 "  cure: the config that the run was started with, or another --workdir"
             ) from error
-        return TrainState(params=found["params"], **found["training"])
+        return found["params"], found["training"]
 
     def provenance(self, step: int) -> dict:
         """Attribute schema, template, data hashes and config that the checkpoint at a step carries."""
@@ -90,12 +89,3 @@ class CheckpointStore:
     def __exit__(self, *_) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def _training(state: TrainState) -> dict:
-    return {
-        "step": state.step,
-        "optimizer": state.optimizer,
-        "bad_steps": state.bad_steps,
-        "bad_in_row": state.bad_in_row,
-    }

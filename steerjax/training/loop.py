@@ -41,7 +41,7 @@ from steerjax.training.input import (
 from steerjax.training.metrics import MetricsWriter, Progress, read_metrics
 from steerjax.training.optimizer import make_optimizer
 from steerjax.training.schedules import make_schedule
-from steerjax.training.state import TrainState, abstract_state, init_state, shardings_of
+from steerjax.training.state import TrainState, abstract_state, init_state, restore_state, shardings_of, training_part
 from steerjax.training.step import make_evaluation_step, make_head_initializer, make_loss, make_train_step
 
 
@@ -76,7 +76,7 @@ def train_reward_model(experiment: Experiment, workdir: Path) -> EvaluationResul
     with jax.set_mesh(run.mesh), CheckpointStore(workdir / "checkpoints", experiment.train.keep_last) as store:
         # State: resume, or start from random parameters
         step = store.latest_step()
-        state = run.fresh_state() if step is None else store.restore(step, run.abstract)
+        state = run.fresh_state() if step is None else restore_state(store, step, run.abstract)
         if main:
             print(summary_text(run.summary(len(skipped))), flush=True)
             if step is not None:
@@ -209,7 +209,9 @@ def attention_backend(experiment: Experiment) -> str:
     """The attention that the config names; `auto` by machine and mesh."""
     if experiment.compute.attention != "auto":
         return experiment.compute.attention
-    return "blockwise" if jax.default_backend() == "cpu" and experiment.mesh.context == 1 else "chunked"
+    whole_blocks = experiment.batch.row_length % experiment.compute.attention_chunk == 0
+    fits = whole_blocks and experiment.mesh.context == 1
+    return "blockwise" if jax.default_backend() == "cpu" and fits else "chunked"
 
 
 def make_model(experiment: Experiment, num_attributes: int) -> RewardModel:
@@ -281,7 +283,7 @@ def loop(
                 pending = None
                 loss = evaluate(run, state, step, writer, progress) if evaluation else None
                 if checkpoint or stop.is_set():
-                    store.save(state, step, provenance, loss)
+                    store.save(state.params, training_part(state), step, provenance, loss)
                 clock = time.perf_counter()
             if stop.is_set() and not last:
                 store.wait()

@@ -11,6 +11,7 @@ import optax
 from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from steerjax.checkpoints.store import CheckpointStore
 from steerjax.data.batch import Batch
 from steerjax.models.attention import Layout
 from steerjax.models.reward_head import RewardInputs, RewardModel
@@ -34,6 +35,22 @@ class TrainState(flax.struct.PyTreeNode):
     optimizer: optax.OptState
     bad_steps: jax.Array
     bad_in_row: jax.Array
+
+
+def training_part(state: TrainState) -> dict:
+    """All of a state but the parameters, as checkpoints hold it."""
+    return {
+        "step": state.step,
+        "optimizer": state.optimizer,
+        "bad_steps": state.bad_steps,
+        "bad_in_row": state.bad_in_row,
+    }
+
+
+def restore_state(store: CheckpointStore, step: int, abstract: TrainState) -> TrainState:
+    """The state at a step, in the shardings of `abstract`."""
+    params, training = store.restore(step, abstract.params, training_part(abstract))
+    return TrainState(params=params, **training)
 
 
 def reward_inputs(batch: Batch) -> RewardInputs:

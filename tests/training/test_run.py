@@ -16,6 +16,7 @@ from steerjax.config import MeshConfig, default_config, resolve
 from steerjax.errors import CheckpointError, TrainingError
 from steerjax.training import loop
 from steerjax.training.metrics import read_metrics
+from steerjax.training.state import restore_state
 
 TIMES = ("examples_per_second", "tokens_per_second", "model_tflops_per_second_per_device")
 RECIPE = """
@@ -98,7 +99,7 @@ def parameters(workdir: Path, e) -> dict:
     run = loop.Run(e, loop.SCHEMAS["helpsteer"], loop.make_mesh(e.mesh, jax.devices()[:1]), *splits[:2])
     with CheckpointStore(workdir / "checkpoints", 2) as store:
         assert store.latest_step() == e.train.steps
-        return jax.device_get(store.restore(e.train.steps, run.abstract).params)
+        return jax.device_get(restore_state(store, e.train.steps, run.abstract).params)
 
 
 def with_vocabulary(e):
