@@ -6,6 +6,8 @@ L layers, V vocabulary, A attributes.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,6 +25,25 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model is run: changes speed and memory, not the function.
+
+    Attributes:
+        dtype: of the computation; parameters are float32.
+        remat: a name of REMAT_POLICIES.
+        unroll: layers a step of the scan. 1 compiles one layer; more costs compile time and saves time on a CPU.
+        attention: "chunked" (attention.py) or "blockwise" (blockwise.py); the same function.
+        chunk: queries a chunk or block of the attention, in tokens.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    unroll: int = 1
+    attention: str = "chunked"
+    chunk: int = 256
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
@@ -67,8 +88,7 @@ class Projection(nn.Module):
 
 class Attention(nn.Module):
     config: LlamaConfig
-    dtype: jnp.dtype
-    chunk: int
+    compute: Compute
 
     @nn.compact
     def __call__(
@@ -77,16 +97,16 @@ class Attention(nn.Module):
         c = self.config
         embed, head = ("embed", c.hidden_size), ("head", c.head_dim)
         heads, kv_heads = ("heads", c.num_heads), ("kv_heads", c.num_kv_heads)
-        shared = {"use_bias": c.attention_bias, "stddev": c.initializer_range, "dtype": self.dtype}
+        shared = {"use_bias": c.attention_bias, "stddev": c.initializer_range, "dtype": self.compute.dtype}
         q = Projection((embed,), (heads, head), **shared, name="q")(x)
         k = Projection((embed,), (kv_heads, head), **shared, name="k")(x)
         v = Projection((embed,), (kv_heads, head), **shared, name="v")(x)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q = constrain(q, "batch", "length", "activation_heads", None)
         if plan is None:
-            y = causal_attention(q, k, v, layout, self.chunk)
+            y = causal_attention(q, k, v, layout, self.compute.chunk)
         else:
-            y = sharded_blockwise_attention(q, k, v, layout, plan, self.chunk)
+            y = sharded_blockwise_attention(q, k, v, layout, plan, self.compute.chunk)
         return Projection((heads, head), (embed,), **shared, name="o")(y)
 
 
@@ -107,17 +127,32 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     config: LlamaConfig
-    dtype: jnp.dtype
-    chunk: int
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], rope: tuple[Array, Array], layout: Layout, plan: BlockPlan | None):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
-        x = x + Attention(c, self.dtype, self.chunk, name="attention")(normed, rope, layout, plan)
+        x = x + Attention(c, self.compute, name="attention")(normed, rope, layout, plan)
         normed = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        x = x + MLP(c, self.dtype, name="mlp")(normed)
+        x = x + MLP(c, self.compute.dtype, name="mlp")(normed)
         return constrain(x, "batch", "length", "activation_embed"), None  # None: nn.scan's per-layer output
+
+
+def _stack(config: LlamaConfig, compute: Compute, layers: int) -> nn.Module:
+    """So many blocks in a scan, their parameters stacked on a leading dimension."""
+    policy = REMAT_POLICIES[compute.remat]
+    block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=layers,
+        unroll=min(compute.unroll, layers),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(config, compute)
 
 
 class Llama(nn.Module):
@@ -125,70 +160,79 @@ class Llama(nn.Module):
 
     Attributes:
         config: the architecture.
-        dtype: of the computation; parameters are float32.
-        remat: a name of REMAT_POLICIES.
-        unroll: layers a step of the scan. 1 compiles one layer; more costs compile time and saves time on a CPU.
-        attention: "chunked" (attention.py) or "blockwise" (blockwise.py); the same function.
-        chunk: queries a chunk or block of the attention, in tokens.
+        compute: how it is run.
+        frozen: so many of the first layers, with the embedding, get no gradient. Their parameters are a group of their
+            own, `frozen_layers`.
     """
 
     config: LlamaConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "chunked"
-    chunk: int = 256
+    compute: Compute = Compute()
+    frozen: int = 0
 
     def setup(self):
         c = self.config
-        policy = REMAT_POLICIES[self.remat]
-        block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
-        scanned = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=c.num_layers,
-            unroll=min(self.unroll, c.num_layers),
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
         embedding = logical(nn.initializers.normal(c.initializer_range), "vocab", "embed")
         self.embedding = self.param("embedding", embedding, (c.vocab_size, c.hidden_size), jnp.float32)
-        self.layers = scanned(c, self.dtype, self.chunk)
+        if self.frozen:
+            self.frozen_layers = _stack(c, self.compute, self.frozen)
+        if self.frozen < c.num_layers:
+            self.layers = _stack(c, self.compute, c.num_layers - self.frozen)
         self.final_norm = RMSNorm(c.rms_norm_eps)
 
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
     ) -> Float[Array, "B T D"]:
-        c = self.config
-        x = constrain(self.embedding.astype(self.dtype)[tokens], "batch", "length", "activation_embed")
-        rope = rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        blockwise = self.attention == "blockwise" and tokens.shape[1] % self.chunk == 0
-        plan = block_plan(layout, self.chunk) if blockwise else None
-        x, _ = self.layers(x, rope, layout, plan)
+        x = self._embed(tokens)
+        context = self._context(positions, layout)
+        if self.frozen:
+            x = jax.lax.stop_gradient(self.frozen_layers(x, *context)[0])
+        if self.frozen < self.config.num_layers:
+            x, _ = self.layers(x, *context)
         return self.final_norm(x)
+
+    def frozen_states(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
+    ) -> Float[Array, "B T D"]:
+        """What the frozen layers give: the input of the first layer that is trained."""
+        return self.frozen_layers(self._embed(tokens), *self._context(positions, layout))[0]
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return constrain(self.embedding.astype(self.compute.dtype)[tokens], "batch", "length", "activation_embed")
+
+    def _context(self, positions: Int[Array, "B T"], layout: Layout):
+        """What all layers share: RoPE tables, layout, and the plan of blockwise attention."""
+        c, compute = self.config, self.compute
+        blockwise = compute.attention == "blockwise" and positions.shape[1] % compute.chunk == 0
+        plan = block_plan(layout, compute.chunk) if blockwise else None
+        return rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling), layout, plan
 
 
 class CausalLM(nn.Module):
     """Llama with a language-model head: float32 logits."""
 
     config: LlamaConfig
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "chunked"
-    chunk: int = 256
+    compute: Compute = Compute()
+    frozen: int = 0
 
-    @nn.compact
+    def setup(self):
+        c = self.config
+        self.llama = Llama(c, self.compute, self.frozen)
+        if not c.tie_word_embeddings:
+            init = logical(nn.initializers.normal(c.initializer_range), "embed", "vocab")
+            self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
+
+    def states(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
+    ) -> Float[Array, "B T D"]:
+        """Hidden states that the head reads."""
+        return self.llama(tokens, positions, layout)
+
+    def head(self, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32 logits."""
+        kernel = self.llama.embedding.T if self.config.tie_word_embeddings else self.lm_head
+        return jnp.matmul(states, kernel.astype(self.compute.dtype), preferred_element_type=jnp.float32)
+
     def __call__(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
     ) -> Float[Array, "B T V"]:
-        c = self.config
-        backbone = Llama(c, self.dtype, self.remat, self.unroll, self.attention, self.chunk, name="llama")
-        hidden = backbone(tokens, positions, layout)
-        if c.tie_word_embeddings:
-            kernel = backbone.embedding.T
-        else:
-            init = logical(nn.initializers.normal(c.initializer_range), "embed", "vocab")
-            kernel = self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
-        return jnp.matmul(hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return self.head(self.states(tokens, positions, layout))

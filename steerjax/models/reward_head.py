@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from steerjax.models.attention import Layout
 from steerjax.models.config import LlamaConfig
-from steerjax.models.llama import Llama
+from steerjax.models.llama import Compute, Llama
 from steerjax.parallel.rules import constrain, logical
 
 
@@ -54,20 +54,18 @@ class RewardModel(nn.Module):
         num_attributes: A.
         readout: see `pool`.
         use_bias: a bias in the head. Off by default: no stock server loads one.
+        frozen: see `Llama`.
     """
 
     config: LlamaConfig
     num_attributes: int
     readout: str = "last"
     use_bias: bool = False
-    dtype: jnp.dtype = jnp.float32
-    remat: str = "none"
-    unroll: int = 1
-    attention: str = "chunked"
-    chunk: int = 256
+    compute: Compute = Compute()
+    frozen: int = 0
 
     def setup(self):
-        self.llama = Llama(self.config, self.dtype, self.remat, self.unroll, self.attention, self.chunk)
+        self.llama = Llama(self.config, self.compute, self.frozen)
         shape = (self.config.hidden_size, self.num_attributes)
         kernel = logical(nn.initializers.normal(self.config.initializer_range), "embed", "attributes")
         self.reward_head = self.param("reward_head", kernel, shape, jnp.float32)

@@ -25,6 +25,7 @@ from steerjax.errors import CheckpointError, TrainingError
 from steerjax.evaluation.report import format_table, require_matplotlib, write_report
 from steerjax.evaluation.results import EvaluationResult, evaluate_predictions
 from steerjax.models.flops import peak_flops, training_flops
+from steerjax.models.llama import Compute
 from steerjax.models.reward_head import RewardModel
 from steerjax.objectives.regression import masked_squared_error
 from steerjax.parallel.mesh import make_mesh
@@ -184,7 +185,7 @@ class Run:
             "steps": f"{self.steps} of {e.batch.rows} rows, about {examples:.1f} examples",
             "mesh": ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
             + f"; {self.mesh.size} {device.device_kind} device(s), {jax.process_count()} process(es)",
-            "computation": f"{compute_dtype(e).__name__}, {self.model.attention} attention, "
+            "computation": f"{compute_dtype(e).__name__}, {self.model.compute.attention} attention, "
             f"{flops / 1e12:.3f} TFLOP a step (model FLOPs)",
         }
 
@@ -223,11 +224,13 @@ def make_model(experiment: Experiment, num_attributes: int) -> RewardModel:
         num_attributes=num_attributes,
         readout=head.readout,
         use_bias=head.use_bias,
-        dtype=compute_dtype(experiment),
-        remat=compute.remat,
-        unroll=compute.unroll or (experiment.model.num_layers if on_cpu else 1),
-        attention=attention_backend(experiment),
-        chunk=compute.attention_chunk,
+        compute=Compute(
+            dtype=compute_dtype(experiment),
+            remat=compute.remat,
+            unroll=compute.unroll or (experiment.model.num_layers if on_cpu else 1),
+            attention=attention_backend(experiment),
+            chunk=compute.attention_chunk,
+        ),
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from steerjax.models.attention import Layout
 from steerjax.models.config import LlamaConfig, RopeScaling
-from steerjax.models.llama import CausalLM
+from steerjax.models.llama import CausalLM, Compute
 from steerjax.models.reward_head import RewardInputs, RewardModel
 
 pytestmark = pytest.mark.parity
@@ -114,7 +114,7 @@ def test_logits_equal_transformers(name, chunk):
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor(tokens), position_ids=torch.tensor(positions)).logits.numpy()
     layout = Layout(jnp.ones((2, 24), jnp.int32), jnp.zeros((2, 24), jnp.int32))
-    logits = CausalLM(config, chunk=chunk).apply({"params": params}, tokens, positions, layout)
+    logits = CausalLM(config, Compute(chunk=chunk)).apply({"params": params}, tokens, positions, layout)
     assert np.abs(expected).max() > 0.5  # the comparison is of something
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
@@ -151,7 +151,7 @@ def test_remat_and_unroll_change_nothing():
     inputs = RewardInputs(jnp.asarray(tokens), jnp.arange(16)[None], layout, jnp.array([[15]]))
 
     def gradients(**options):
-        model = RewardModel(config, 2, **options)
+        model = RewardModel(config, 2, compute=Compute(**options))
         params = jax.tree.map(
             lambda x: x.unbox() if hasattr(x, "unbox") else x,
             model.init(jax.random.key(0), inputs)["params"],

@@ -8,6 +8,7 @@ import pytest
 from steerjax.config import MeshConfig, OptimizerConfig
 from steerjax.data.packing import pack, unpacked_rows
 from steerjax.errors import ConfigError
+from steerjax.models.llama import Compute
 from steerjax.models.reward_head import RewardModel
 from steerjax.objectives.regression import masked_squared_error
 from steerjax.parallel.mesh import make_mesh
@@ -42,7 +43,7 @@ def loss_gradient_predictions(model, params, groups, rows, row_length, average="
 @pytest.mark.parametrize("average", ["ratings", "examples"])
 def test_packed_with_shared_prompts_equals_one_row_a_response(responses, readout, average):
     groups = random_groups([responses] * 6, seed=responses)
-    model = RewardModel(TINY, 3, readout=readout, chunk=16)
+    model = RewardModel(TINY, 3, readout=readout, compute=Compute(chunk=16))
     packed = pack(groups, 96, 8, range(6))
     assert len(packed) < 6 * responses
     params = init_params(model, host_batch(groups, packed, 96, 8))
@@ -56,7 +57,7 @@ def test_packed_with_shared_prompts_equals_one_row_a_response(responses, readout
 def test_padding_and_other_segments_are_never_seen():
     """Changing every token of other segments, other branches and the padding changes no prediction of a response."""
     groups = random_groups([2, 2, 2], seed=5)
-    model = RewardModel(TINY, 3, chunk=16)
+    model = RewardModel(TINY, 3, compute=Compute(chunk=16))
     (row,) = pack(groups, 256, 8, range(3))
     batch = jax.tree.map(lambda x: x[0], host_batch(groups, [row], 256, 8))
     params = init_params(model, host_batch(groups, [row], 256, 8))
@@ -76,7 +77,7 @@ def one_update(mesh_sizes, micro_batches, devices=8):
     mesh = make_mesh(MeshConfig(*mesh_sizes), jax.devices()[:devices])
     groups = tuple(random_groups([4, 1, 2, 3] * 20, seed=3))
     rows = pack(groups, 64, 8, range(len(groups)))[:32]
-    model = RewardModel(TINY, 3, chunk=32)
+    model = RewardModel(TINY, 3, compute=Compute(chunk=32))
     optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5))
     abstract = abstract_state(model, optimizer, mesh)
     schedule = make_schedule(OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=1), 10)
