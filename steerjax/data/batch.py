@@ -18,7 +18,7 @@ class Batch(NamedTuple):
 
     Attributes:
         tokens: int32 [B, T], 0 in the padding.
-        positions: int32 [B, T], 0, 1, ... in a prompt; each response goes on from its prompt's end.
+        positions: int32 [B, T], 0, 1, ... in a prompt; each response goes on from where it leaves its prompt.
         segments: int32 [B, T], which prompt group, from 1; 0 is padding.
         branches: int32 [B, T], 0 in a prompt, from 1 in its responses.
         ends: int32 [B, R], place of each response's last token.
@@ -59,16 +59,18 @@ def row_arrays(groups: Sequence[PromptGroup], row: Row, row_length: int, respons
         return span.stop
 
     for number, segment in enumerate(row, start=1):
-        group = groups[segment.group]
-        place = write(group.prompt, 0, number, 0)
+        group, seen = groups[segment.group], 0
         for b, index in enumerate(segment.branches, start=1):
             branch = group.branches[index]
-            place = write(branch.tokens, len(group.prompt), number, b)
+            place = write(group.prompt[seen : branch.at], seen, number, 0)
+            place = write(branch.tokens, branch.at, number, b)
+            seen = branch.at
             out.ends[response] = place - 1
             out.examples[response] = branch.example
             out.ratings[response] = branch.ratings
             out.mask[response] = branch.mask
             response += 1
+        place = write(group.prompt[seen:], seen, number, 0)
     return out
 
 

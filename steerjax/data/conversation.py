@@ -45,6 +45,11 @@ class Conversation:
     file: str = ""
     line: int = 0
 
+    def content(self) -> list:
+        """What a duplicate has in common with it: system, roles, contents and human ratings."""
+        turns = [(turn.role, turn.content, sorted((turn.ratings or {}).items())) for turn in self.turns]
+        return [self.system, turns]
+
     def to_json(self) -> dict:
         """The conversation format of the documentation (docs/formats.md), one object a line."""
         turns = []

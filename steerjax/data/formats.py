@@ -5,23 +5,36 @@ The formats: docs/formats.md; NeMo-Aligner `examples/nlp/data/steerlm/`.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
 
-from steerjax.attributes import SCHEMAS, STEERLM, AttributeSchema, parse_label
-from steerjax.data.conversation import ROLES, Conversation, Turn, checked_ratings
+from steerjax.attributes import STEERLM, AttributeSchema, check_rating, parse_label
+from steerjax.data.checks import (
+    Row,
+    check_keys,
+    check_text,
+    checked_turns,
+    entries_of,
+    inside,
+    present,
+    ratings_of,
+    system_of,
+    text_of,
+    unbounded,
+)
+from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import ConfigError, DataError
-
-Row = dict[str, Any]
 
 _MISSING_LABEL = -100  # the regression format's "not rated"
 _SYSTEM_START, _TURN_START, _TEXT_END = "<extra_id_0>System\n", "\n<extra_id_1>", "\n<extra_id_2>"
 _PROMPT_MARKER = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 _LABEL_TYPES = ("VALUE_TO_TEXT", "TEXT_TO_VALUE", None)  # where the reference writes the label; all mean the same here
+_SPEAKERS = {  # ShareGPT's, casefolded
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
+    "system": "system",
+}
 
 
 def conversation_from_row(row: Row, schema: AttributeSchema, format: str = "auto") -> Conversation:
@@ -44,49 +57,60 @@ _TELLING_KEYS = {
     "regression": {"text"},
     "reference": {"conversations"},
     "conversation": {"turns"},
+    "messages": {"messages"},
+    "alpaca": {"instruction"},
 }
 
 
 def _detect_format(row: Row) -> str:
     found = [name for name, keys in _TELLING_KEYS.items() if keys & row.keys()]
     if len(found) == 1:
-        return found[0]
+        return "sharegpt" if found == ["reference"] and _is_sharegpt(row) else found[0]
     what = f"the row could be any of: {', '.join(found)}" if found else f"unknown format with keys {list(row)}"
     raise DataError(what, cure=f"set format to one of: {', '.join(FORMATS)} (docs/formats.md)")
 
 
 def _from_helpsteer(row: Row, schema: AttributeSchema) -> Conversation:
-    rated = {name: row[name] for name in schema.names if name in row}
+    rated = {name: _mean_rating(row[name], schema, name) for name in schema.names if name in row}
     if not rated:
         message = f"no attribute of the schema is there: {', '.join(schema.names)}"
         raise DataError(message, field=schema.names[0], cure="add a column for each, null where there is no rating")
-    contents = _split_prompt(_text(row, "prompt"))
-    prompt = tuple(
-        Turn(ROLES[index % 2], _text({"prompt": content}, "prompt")) for index, content in enumerate(contents)
-    )
-    answer = Turn("assistant", _text(row, "response"), _ratings(rated, schema) or None)
-    return Conversation(_checked_turns((*prompt, answer), "prompt"), _system(row))
+    prompt = prompt_turns(row)
+    answer = Turn("assistant", text_of(row, "response"), ratings_of(rated, schema) or None)
+    return Conversation(checked_turns((*prompt, answer), "prompt"), system_of(row))
 
 
-def _split_prompt(prompt: str) -> list[str]:
-    """HelpSteer2's `{user}\\n<extra_id_1>Assistant\\n{assistant}\\n<extra_id_1>User\\n{user}` as the turns' contents.
+def prompt_turns(row: Row) -> tuple[Turn, ...]:
+    """HelpSteer2's `{user}\\n<extra_id_1>Assistant\\n{assistant}\\n<extra_id_1>User\\n{user}` as turns.
 
     A prompt whose markers do not alternate up to a user turn is text, and stays whole.
     """
+    prompt = text_of(row, "prompt")
     pieces = _PROMPT_MARKER.split(prompt)
     contents, roles = pieces[::2], pieces[1::2]
-    return contents if roles == ["Assistant", "User"] * (len(roles) // 2) else [prompt]
+    if roles != ["Assistant", "User"] * (len(roles) // 2):
+        contents = [prompt]
+    return tuple(Turn(ROLES[i % 2], text_of({"prompt": content}, "prompt")) for i, content in enumerate(contents))
+
+
+def _mean_rating(value: object, schema: AttributeSchema, name: str) -> object:
+    """HelpSteer2's `disagreements` list the raters' numbers; the rating is their mean."""
+    if not isinstance(value, list):
+        return value
+    if not value:
+        raise DataError("an empty list of ratings", field=name, cure="write null where there is no rating")
+    return sum(check_rating(entry, schema[name]) for entry in value) / len(value)
 
 
 def _from_regression(row: Row, schema: AttributeSchema) -> Conversation:
-    system, turns = _parse_text(_text(row, "text"))
-    label = _present(row, "label")
+    system, turns = _parse_text(text_of(row, "text"))
+    label = present(row, "label")
     if not isinstance(label, list) or len(label) != len(STEERLM):
         message = f"expected a list of {len(STEERLM)} numbers"
         raise DataError(message, field="label", cure=f"order: {', '.join(STEERLM.names)}; -100 where not rated")
     rated = {name: value for name, value in zip(STEERLM.names, label, strict=True) if value != _MISSING_LABEL}
-    turns = (*turns[:-1], replace(turns[-1], ratings=_ratings(rated, schema, "label.") or None))
-    return Conversation(_checked_turns(turns, "text"), system)
+    turns = (*turns[:-1], replace(turns[-1], ratings=ratings_of(rated, schema, "label.") or None))
+    return Conversation(checked_turns(turns, "text"), system)
 
 
 def _parse_text(text: str) -> tuple[str, tuple[Turn, ...]]:
@@ -102,7 +126,7 @@ def _parse_text(text: str) -> tuple[str, tuple[Turn, ...]]:
         name, _, content = piece.partition("\n")
         if name not in ("User", "Assistant"):
             raise DataError(f"unknown role '{name}' after <extra_id_1>", field="text", cure=cure)
-        turns.append(Turn(name.lower(), _text({"text": content}, "text")))
+        turns.append(Turn(name.lower(), text_of({"text": content}, "text")))
     if not turns or turns[-1].role != "assistant":
         raise DataError("the last turn is not the assistant's", field="text", cure=cure)
     return system, tuple(turns)
@@ -113,16 +137,16 @@ def _from_reference(row: Row, schema: AttributeSchema) -> Conversation:
         raise DataError(f"unknown type {row['type']!r}", field="type", cure="use VALUE_TO_TEXT, TEXT_TO_VALUE or null")
     roles = _reference_roles(row)
     turns = []
-    for index, entry in enumerate(_entries(row, "conversations")):
+    for index, entry in enumerate(entries_of(row, "conversations")):
         at = f"conversations[{index}]."
-        _check_keys(entry, ("value", "from", "label", "canonical_form", "canoncial_form"), at)
-        speaker = _text(entry, "from", at)
+        check_keys(entry, ("value", "from", "label", "canonical_form", "canoncial_form"), at)
+        speaker = text_of(entry, "from", at)
         if speaker.casefold() not in roles:
             cure = f"use one of: {', '.join(roles)}; the system text goes into 'system'"
             raise DataError(f"unknown role '{speaker}'", field=f"{at}from", cure=cure)
         ratings = _reference_label(entry.get("label"), schema, f"{at}label")
-        turns.append(Turn(roles[speaker.casefold()], _text(entry, "value", at), ratings))
-    return Conversation(_checked_turns(tuple(turns), "conversations[{}].from"), _system(row))
+        turns.append(Turn(roles[speaker.casefold()], text_of(entry, "value", at), ratings))
+    return Conversation(checked_turns(tuple(turns), "conversations[{}].from"), system_of(row))
 
 
 def _reference_roles(row: Row) -> dict[str, str]:
@@ -142,24 +166,119 @@ def _reference_label(label: object, schema: AttributeSchema, field: str) -> Mapp
     if not isinstance(label, str):
         message = f"expected text or null, got {type(label).__name__}"
         raise DataError(message, field=field, cure="write e.g. helpfulness:4,correctness:3")
-    with _inside(f"{field}."):
+    with inside(f"{field}."):
         return parse_label(label, schema) or None
 
 
 def _from_conversation(row: Row, schema: AttributeSchema) -> Conversation:
     turns = []
-    for index, entry in enumerate(_entries(row, "turns")):
+    for index, entry in enumerate(entries_of(row, "turns")):
         at = f"turns[{index}]."
-        _check_keys(entry, ("role", "content", "ratings", "predicted_ratings"), at)
-        role = _text(entry, "role", at)
+        check_keys(entry, ("role", "content", "ratings", "predicted_ratings"), at)
+        role = text_of(entry, "role", at)
         if role not in ROLES:
             cure = f"use {' or '.join(ROLES)}; the system text goes into 'system'"
             raise DataError(f"unknown role '{role}'", field=f"{at}role", cure=cure)
-        ratings = _ratings(entry.get("ratings"), schema, f"{at}ratings.")
-        predicted = _ratings(entry.get("predicted_ratings"), _unbounded(schema), f"{at}predicted_ratings.")
-        turns.append(Turn(role, _text(entry, "content", at), ratings, predicted))
-    name = _text(row, "id") if row.get("id") else ""
-    return Conversation(_checked_turns(tuple(turns), "turns[{}].role"), _system(row), name)
+        ratings = ratings_of(entry.get("ratings"), schema, f"{at}ratings.")
+        predicted = ratings_of(entry.get("predicted_ratings"), unbounded(schema), f"{at}predicted_ratings.")
+        turns.append(Turn(role, text_of(entry, "content", at), ratings, predicted))
+    name = text_of(row, "id") if row.get("id") else ""
+    return Conversation(checked_turns(tuple(turns), "turns[{}].role"), system_of(row), name)
+
+
+def _from_messages(row: Row, schema: AttributeSchema) -> Conversation:
+    system, turns = message_turns(row, "messages")
+    return Conversation(turns, system, _name(row))
+
+
+def message_turns(row: Row, key: str) -> tuple[str | None, tuple[Turn, ...]]:
+    """(system, turns) of a list of OpenAI's `{"role": ..., "content": ...}`."""
+    roles = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+    return _chat_turns(row, key, "role", "content", roles)
+
+
+def _from_sharegpt(row: Row, schema: AttributeSchema) -> Conversation:
+    system, turns = _chat_turns(row, "conversations", "from", "value", _SPEAKERS)
+    return Conversation(turns, system, _name(row))
+
+
+def _is_sharegpt(row: Row) -> bool:
+    """Whether `conversations` has ShareGPT's speakers: a name that the reference would have to list in `mask`."""
+    entries = row["conversations"]
+    if row.get("mask") is not None or not isinstance(entries, list):
+        return False
+    speakers = {str(entry.get("from")).casefold() for entry in entries if isinstance(entry, Mapping)}
+    return bool(speakers & (_SPEAKERS.keys() - {"user", "assistant"}))
+
+
+# Keys of a message that change what it means, so that it cannot be read without them.
+_MEANINGFUL = {
+    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), "tool use is not implemented; remove the row"),
+    **dict.fromkeys(("ratings", "predicted_ratings", "label"), "ratings stand in the format 'conversation'"),
+    "weight": "turns are not masked one by one; remove it, or the row",
+}
+
+
+def _chat_turns(
+    row: Row, key: str, role_key: str, content_key: str, roles: Mapping[str, str]
+) -> tuple[str | None, tuple[Turn, ...]]:
+    """(system, turns) of a list of messages, of which the first may be the system text."""
+    system, turns = system_of(row), []
+    for index, entry in enumerate(entries_of(row, key)):
+        at = f"{key}[{index}]."
+        for name, cure in _MEANINGFUL.items():
+            if entry.get(name) not in (None, [], {}, "") and not (name == "weight" and entry[name] == 1):
+                raise DataError("cannot be left out of account", field=at + name, cure=cure)
+        speaker = text_of(entry, role_key, at)
+        role = roles.get(speaker.casefold())
+        if role is None:
+            raise DataError(f"unknown role '{speaker}'", field=at + role_key, cure=f"use one of: {', '.join(roles)}")
+        if role != "system":
+            turns.append(Turn(role, text_of({content_key: _joined_parts(entry, content_key, at)}, content_key, at)))
+            continue
+        text = _joined_parts(entry, content_key, at)
+        check_text(text, at + content_key)
+        if index or system not in (None, text):
+            what = "a system text in the middle" if index else "the row has two system texts"
+            raise DataError(what, field=at + role_key, cure="put one system text first, or remove the row")
+        system = text
+    if not turns:
+        raise DataError("no turn beside the system text", field=key, cure="remove the row")
+    return system, checked_turns(tuple(turns), key + "[{}]." + role_key)
+
+
+def _joined_parts(entry: Row, key: str, at: str) -> object:
+    """A content that is a list of `{"type": "text", "text": ...}` as one text."""
+    content = present(entry, key, at)
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        where = f"{at}{key}[{index}]"
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise DataError("a part that is no text", field=where, cure="images and audio are not read; remove the row")
+        check_text(part.get("text"), f"{where}.text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _from_alpaca(row: Row, schema: AttributeSchema) -> Conversation:
+    """Instruction and input are joined by a line break, as LLaMA-Factory does; `history` comes before them."""
+    question = text_of(row, "instruction")
+    if row.get("input") not in (None, ""):
+        question += "\n" + text_of(row, "input")
+    history = row.get("history") or []
+    if not isinstance(history, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
+        raise DataError("expected a list of [question, answer]", field="history", cure="write pairs, or remove it")
+    contents = [*(content for pair in history for content in pair), question, text_of(row, "output")]
+    turns = tuple(Turn(ROLES[i % 2], text_of({"history": content}, "history")) for i, content in enumerate(contents))
+    return Conversation(turns, system_of(row) or None, _name(row))
+
+
+def _name(row: Row) -> str:
+    """The row's `id`; dumps number their rows."""
+    name = row.get("id")
+    return str(name) if isinstance(name, int) else text_of(row, "id") if name else ""
 
 
 FORMATS: dict[str, Callable[[Row, AttributeSchema], Conversation]] = {
@@ -167,100 +286,7 @@ FORMATS: dict[str, Callable[[Row, AttributeSchema], Conversation]] = {
     "regression": _from_regression,
     "reference": _from_reference,
     "conversation": _from_conversation,
+    "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
+    "alpaca": _from_alpaca,
 }
-
-
-# Checks that all formats share
-
-
-@contextmanager
-def _inside(prefix: str) -> Iterator[None]:
-    """Prefixes the field of a DataError, e.g. with `turns[1].ratings.`."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(error.message, field=(prefix + error.field).rstrip("."), cure=error.cure) from None
-
-
-def _present(row: Row, key: str, at: str = "") -> Any:
-    if row.get(key) is None:
-        raise DataError("missing", field=at + key, cure=f"add '{key}', or remove the row")
-    return row[key]
-
-
-def _text(row: Row, key: str, at: str = "") -> str:
-    value = _present(row, key, at)
-    _check_text(value, at + key)
-    if not value.strip():
-        raise DataError("empty", field=at + key, cure="fill it in, or remove the row")
-    return value
-
-
-def _system(row: Row) -> str | None:
-    system = row.get("system")
-    if system is not None:
-        _check_text(system, "system")
-    return system
-
-
-def _check_text(value: object, field: str) -> None:
-    if not isinstance(value, str):
-        raise DataError(f"expected text, got {type(value).__name__}", field=field, cure="write a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        cure = "write the whole character; a lone half of a \\uD83D\\uDE00 pair is none"
-        raise DataError("contains half a surrogate pair", field=field, cure=cure) from None
-
-
-def _entries(row: Row, key: str) -> list[Row]:
-    entries = _present(row, key)
-    if not isinstance(entries, list) or not entries:
-        raise DataError("expected a list of turns", field=key, cure="write at least one turn")
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, Mapping):
-            what = f"expected an object, got {type(entry).__name__}"
-            raise DataError(what, field=f"{key}[{index}]", cure="write a turn as {...}")
-    return entries
-
-
-def _check_keys(entry: Row, known: tuple[str, ...], at: str) -> None:
-    for key in entry:
-        if key not in known:
-            raise DataError("unknown key", field=f"{at}{key}", cure=f"use: {', '.join(known)}; or remove it")
-
-
-def _ratings(value: object, schema: AttributeSchema, at: str = "") -> dict[str, float] | None:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        message = f"expected an object of name to number, got {type(value).__name__}"
-        raise DataError(message, field=at.rstrip("."), cure='write e.g. {"helpfulness": 4}')
-    for name, rating in value.items():
-        if rating is not None and name not in schema.names:
-            having = [title for title, other in SCHEMAS.items() if name in other.names]
-            cure = f"run with schema {' or '.join(having)}" if having else f"use one of: {', '.join(schema.names)}"
-            raise DataError("the schema has no such attribute", field=at + name, cure=f"{cure}; or remove the rating")
-    try:
-        with _inside(at):
-            return checked_ratings(value, schema, at)
-    except OverflowError:  # an integer beyond a float's range
-        raise DataError("a rating is too large", field=at.rstrip("."), cure="write numbers within the range") from None
-
-
-def _unbounded(schema: AttributeSchema) -> AttributeSchema:
-    """A regression head may predict a little outside the range, so a prediction need only be finite."""
-    return AttributeSchema(tuple(replace(a, low=-math.inf, high=math.inf) for a in schema.attributes))
-
-
-def _checked_turns(turns: tuple[Turn, ...], field: str) -> tuple[Turn, ...]:
-    """The turns, if roles alternate from the user on and only the assistant is rated; `field` may hold the index."""
-    for index, turn in enumerate(turns):
-        expected = ROLES[index % 2]
-        if turn.role != expected:
-            message = f"roles must alternate, user first: expected {expected}, got {turn.role}"
-            raise DataError(message, field=field.format(index), cure="merge turns of one side, or remove the row")
-        if turn.role == "user" and (turn.ratings or turn.predicted_ratings):
-            cure = "rate the assistant's turn that answers it"
-            raise DataError("a user turn is rated", field=field.format(index), cure=cure)
-    return turns

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from steerjax.attributes import AttributeSchema
 from steerjax.data.conversation import Conversation
@@ -47,32 +48,58 @@ def load_conversations(
     Raises:
         DataError: a bad row, a duplicate, a source without a usable row. ConfigError: an unknown option.
     """
+    skipped: list[Skipped] = []
+    rows = usable_rows(
+        sources, lambda source: read_conversations(source, schema, format), skipped,
+        on_bad_row=on_bad_row, on_duplicate=on_duplicate,
+    )  # fmt: skip
+    return list(rows), skipped
+
+
+def usable_rows(
+    sources: Sequence[str],
+    read: Callable[[str], Iterable[tuple[int, Any]]],
+    skipped: list[Skipped],
+    *,
+    on_bad_row: str,
+    on_duplicate: str,
+) -> Iterator[Any]:
+    """The rows of all sources that can be used, one by one; `load_conversations` without the list.
+
+    Args:
+        read: source -> (line, row or DataError). A row has `content()`, what a duplicate shares.
+        skipped: what is skipped is added to it.
+
+    Raises:
+        DataError, ConfigError: as `load_conversations`.
+    """
     _check_option("on_bad_row", on_bad_row, ("error", "skip"))
     _check_option("on_duplicate", on_duplicate, ("error", "keep", "skip"))
     if not sources:
         raise DataError("no source of data", cure="name at least one file, e.g. embedded:helpsteer")
-    conversations: list[Conversation] = []
-    skipped: list[Skipped] = []
-    first_of: dict[str, Conversation] = {}
+    first_of: dict[str, tuple[str, int]] = {}
     for source in sources:
         usable = 0
-        for line, row in read_conversations(source, schema, format):
+        for line, row in read(source):
             if isinstance(row, DataError):
                 if on_bad_row == "error":
                     raise _stopping(row)
                 skipped.append(Skipped(source, line, _reason(row)))
                 continue
             usable += 1
-            first = first_of.setdefault(_row_digest(row), row)
-            if first is row or on_duplicate == "keep":
-                conversations.append(row)
+            if on_duplicate == "keep":
+                yield row
+                continue
+            digest = _digest(row.content())
+            if digest not in first_of:
+                first_of[digest] = (source, line)
+                yield row
             elif on_duplicate == "skip":
-                skipped.append(Skipped(source, line, f"duplicate of {first.file}:{first.line}"))
+                skipped.append(Skipped(source, line, "duplicate of {}:{}".format(*first_of[digest])))
             else:
-                raise _duplicate(row, first)
+                raise _duplicate(source, line, first_of[digest])
         if not usable:
             raise _without_rows(source, [entry for entry in skipped if entry.file == source])
-    return conversations, skipped
 
 
 def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:
@@ -106,10 +133,20 @@ def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed
     Raises:
         ConfigError: fraction outside (0, 1). DataError: a part would be empty.
     """
+    keys = [prompt_key(conversation) for conversation in conversations]
+    return _parts(conversations, keys, held_out_prompts(keys, fraction, seed))
+
+
+def held_out_prompts(keys: Iterable[str], fraction: float, seed: int) -> frozenset[str]:
+    """The keys (`prompt_key`) that `split_by_prompt` puts into validation.
+
+    Raises:
+        ConfigError: fraction outside (0, 1).
+    """
     if not 0 < fraction < 1:
         raise ConfigError(f"validation fraction {fraction} is not between 0 and 1; for none, do not split")
-    ordered = _ordered_keys(conversations, seed)
-    return _parts(conversations, ordered[: max(1, round(fraction * len(ordered)))])
+    ordered = _ordered_keys(keys, seed)
+    return frozenset(ordered[: max(1, round(fraction * len(ordered)))])
 
 
 def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int, seed: int) -> Split:
@@ -120,7 +157,8 @@ def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int
     """
     if folds < 2 or not 0 <= fold < folds:
         raise ConfigError(f"fold {fold} of {folds}: take at least 2 folds, and a fold from 0 to folds - 1")
-    return _parts(conversations, _ordered_keys(conversations, seed)[fold::folds])
+    keys = [prompt_key(conversation) for conversation in conversations]
+    return _parts(conversations, keys, frozenset(_ordered_keys(keys, seed)[fold::folds]))
 
 
 def check_disjoint(train: Sequence[Conversation], validation: Sequence[Conversation]) -> None:
@@ -137,18 +175,17 @@ def check_disjoint(train: Sequence[Conversation], validation: Sequence[Conversat
             )
 
 
-def _ordered_keys(conversations: Sequence[Conversation], seed: int) -> list[str]:
+def _ordered_keys(keys: Iterable[str], seed: int) -> list[str]:
     """The prompts' keys, shuffled by a hash keyed with the seed."""
-    return sorted({prompt_key(c) for c in conversations}, key=lambda key: _digest([seed, key]))
+    return sorted(set(keys), key=lambda key: _digest([seed, key]))
 
 
-def _parts(conversations: Sequence[Conversation], validation_keys: Sequence[str]) -> Split:
-    chosen = frozenset(validation_keys)
+def _parts(conversations: Sequence[Conversation], keys: Sequence[str], held_out: frozenset[str]) -> Split:
     train, validation = [], []
-    for conversation in conversations:
-        (validation if prompt_key(conversation) in chosen else train).append(conversation)
+    for conversation, key in zip(conversations, keys, strict=True):
+        (validation if key in held_out else train).append(conversation)
     if not train or not validation:
-        prompts = len({prompt_key(c) for c in conversations})
+        prompts = len(set(keys))
         part = "validation" if train else "training"
         raise DataError(f"no prompt is left for {part}: there are {prompts}", cure="add data or change the split")
     return train, validation
@@ -156,11 +193,6 @@ def _parts(conversations: Sequence[Conversation], validation_keys: Sequence[str]
 
 def _digest(value: list) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
-def _row_digest(conversation: Conversation) -> str:
-    turns = [(turn.role, turn.content, sorted((turn.ratings or {}).items())) for turn in conversation.turns]
-    return _digest([conversation.system, turns])
 
 
 def _file_hash(source: str) -> str:
@@ -185,11 +217,11 @@ def _stopping(error: DataError) -> DataError:
     return DataError(error.message, file=error.file, line=error.line, field=error.field, cure=cure)
 
 
-def _duplicate(row: Conversation, first: Conversation) -> DataError:
+def _duplicate(source: str, line: int, first: tuple[str, int]) -> DataError:
     return DataError(
-        f"the same row as {first.file}:{first.line}",
-        file=row.file,
-        line=row.line,
+        "the same row as {}:{}".format(*first),
+        file=source,
+        line=line,
         cure="remove it; or set on_duplicate='keep' (a response that was sampled and rated twice) or 'skip'",
     )
 

@@ -1,7 +1,9 @@
-"""Prompt groups -> packed rows, a prompt written once before all its responses.
+"""Prompt groups -> packed rows, a prompt written once for all its responses.
 
-A *segment* is a prompt followed by some of its responses (*branches*); a row holds segments one after the other. The
-packing plan of an epoch is a pure function of (lengths, row length, seed, epoch).
+A *segment* is a prompt with some of its responses (*branches*); a row holds segments one after the other. A branch
+stands after the part of the prompt that it sees: of a conversation with several rated turns, the prompt of the last
+turn holds all earlier turns, and their branches hold only what differs from it, often nothing. The packing plan of an
+epoch is a pure function of (lengths, row length, seed, epoch).
 """
 
 from __future__ import annotations
@@ -17,24 +19,26 @@ from steerjax.errors import DataError
 
 @dataclass(frozen=True)
 class Branch:
-    """One rated response.
+    """One response whose reward is read at its last token.
 
     Attributes:
-        tokens: int32 [T], the response through the token where the reward is read.
+        tokens: int32 [T], what follows the prompt's first `at` tokens; without any, the reward is read in the prompt.
         ratings: float32 [A], 0 where missing.
         mask: bool [A], where a rating is present.
         example: number of the example in its split, from 0.
+        at: how many tokens of the prompt it sees.
     """
 
     tokens: np.ndarray
     ratings: np.ndarray
     mask: np.ndarray
     example: int
+    at: int
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """A prompt (int32 [P]) and the responses that share it."""
+    """A prompt (int32 [P]) and the responses that share it, in the order of `at`, those without tokens first."""
 
     prompt: np.ndarray
     branches: tuple[Branch, ...]
@@ -59,6 +63,54 @@ def check_fits(prompt_tokens: int, response_tokens: int, row_length: int) -> Non
             f"{prompt_tokens} prompt and {response_tokens} response tokens do not fit a row of {row_length}",
             cure="raise config.batch.row_length, or set config.data.on_bad_row='skip' to leave such rows out",
         )
+
+
+def share_prompts(
+    prompts: Sequence[np.ndarray],
+    responses: Sequence[np.ndarray],
+    ratings: np.ndarray,
+    mask: np.ndarray,
+    row_length: int,
+) -> tuple[PromptGroup, ...]:
+    """Groups examples so that what their tokens have in common is written once.
+
+    Examples with the same prompt share it; one whose prompt is the beginning of a longer prompt becomes a branch of
+    that, if both fit a row. Exact for a causal model, whatever the tokens.
+
+    Args:
+        prompts, responses: int32 tokens of each of the E examples.
+        ratings, mask: [E, A].
+    """
+    members: dict[bytes, list[int]] = {}
+    for example, prompt in enumerate(prompts):
+        members.setdefault(prompt.astype(np.int32).tobytes(), []).append(example)
+    ordered = sorted(members)  # a prompt stands right before those that begin with it
+    trunks = list(ordered)
+    for i in range(len(ordered) - 2, -1, -1):
+        if ordered[i + 1].startswith(ordered[i]):
+            trunks[i] = trunks[i + 1]
+    trunk_of = dict(zip(ordered, trunks, strict=True))
+    branches: dict[bytes, list[Branch]] = {}
+    for own, examples in members.items():
+        for e in examples:
+            key, at, tokens = own, len(prompts[e]), responses[e]
+            if trunk_of[own] != own:
+                trunk = np.frombuffer(trunk_of[own], np.int32)
+                shared = _common_prefix(np.concatenate([prompts[e], responses[e]]), trunk)
+                own_tokens = responses[e][shared - len(prompts[e]) :]
+                if len(trunk) + len(own_tokens) <= row_length:
+                    key, at, tokens = trunk_of[own], shared, own_tokens
+            branches.setdefault(key, []).append(Branch(tokens, ratings[e], mask[e], e, at))
+    return tuple(
+        PromptGroup(np.frombuffer(key, np.int32), tuple(sorted(group, key=lambda b: (b.at, len(b.tokens) > 0))))
+        for key, group in branches.items()
+    )
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    size = min(len(a), len(b))
+    differ = np.flatnonzero(a[:size] != b[:size])
+    return int(differ[0]) if len(differ) else size
 
 
 def split_group(index: int, group: PromptGroup, row_length: int, most: int) -> list[Segment]:
@@ -148,19 +200,20 @@ def row_pairs(groups: Sequence[PromptGroup], row: Row) -> int:
         prompt = len(groups[segment.group].prompt)
         pairs += prompt * (prompt + 1) // 2
         for b in segment.branches:
-            response = len(groups[segment.group].branches[b].tokens)
-            pairs += response * prompt + response * (response + 1) // 2
+            branch = groups[segment.group].branches[b]
+            response = len(branch.tokens)
+            pairs += response * branch.at + response * (response + 1) // 2
     return pairs
 
 
 def packing_statistics(groups: Sequence[PromptGroup], rows: Sequence[Row], row_length: int) -> PackingStatistics:
     """Counts tokens, examples and attention pairs of packed rows."""
-    branches = [(len(groups[s.group].prompt), groups[s.group].branches[b]) for r in rows for s in r for b in s.branches]
+    branches = [groups[s.group].branches[b] for r in rows for s in r for b in s.branches]
     return PackingStatistics(
         rows=len(rows),
         row_length=row_length,
         tokens=sum(segment.length for row in rows for segment in row),
-        unshared_tokens=sum(prompt + len(branch.tokens) for prompt, branch in branches),
+        unshared_tokens=sum(branch.at + len(branch.tokens) for branch in branches),
         examples=len(branches),
         attention_pairs=sum(row_pairs(groups, row) for row in rows),
     )

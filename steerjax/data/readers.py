@@ -66,7 +66,7 @@ def source_path(source: str) -> Path | None:
 
 
 def hub_dataset(source: str):
-    """The `datasets.Dataset` of `hub:ID[:SPLIT]` (split `train` if none is named).
+    """The `datasets.Dataset` of `hub:OWNER/NAME[/FOLDER][:SPLIT]` (split `train` if none is named).
 
     Raises:
         DataError: `datasets` is missing or cannot load it.
@@ -76,8 +76,10 @@ def hub_dataset(source: str):
     except ImportError:
         raise DataError("hub ids need the package 'datasets'", file=source, cure=_INSTALL) from None
     name, _, split = source.removeprefix("hub:").partition(":")
+    parts = name.split("/")
+    folder = {"data_dir": "/".join(parts[2:])} if parts[2:] else {}
     try:
-        return datasets.load_dataset(name, split=split or "train")
+        return datasets.load_dataset("/".join(parts[:2]), split=split or "train", **folder)
     except Exception as error:  # network, unknown id, unknown split, broken files: each its own type
         cure = "check the id, the split and the network, or download the file and name its path"
         raise DataError(f"cannot load from the hub: {error}", file=source, cure=cure) from error

@@ -33,6 +33,14 @@ def reference(*turns, **fields):
     return {"conversations": [{"from": name, "value": "v", "label": label} for name, label in turns]} | fields
 
 
+def messages(*turns):
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def sharegpt(*turns):
+    return {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+
+
 def conversation(*turns, **fields):
     return {"turns": list(turns)} | fields
 
@@ -62,6 +70,8 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "rating is infinite": (helpsteer(helpfulness=float("-inf")), "helpfulness", "rating -inf is not finite"),
     "rating too high": (helpsteer(correctness=5), "correctness", "rating 5 is outside 0..4"),
     "rating too low": (helpsteer(verbosity=-0.5), "verbosity", "rating -0.5 is outside 0..4"),
+    "list of ratings empty": (helpsteer(helpfulness=[]), "helpfulness", "empty list"),
+    "list of ratings out of range": (helpsteer(helpfulness=[3, 5]), "helpfulness", "rating 5 is outside 0..4"),
     "rating beyond floats": (helpsteer(helpfulness=10**400), "", "too large"),
     "empty turn within a prompt": (
         helpsteer(prompt="a\n<extra_id_1>Assistant\n \n<extra_id_1>User\nb"),
@@ -152,6 +162,50 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     ),
     "user rated": (conversation(turn("user", ratings={"coherence": 4})), "turns[0].role", "a user turn is rated"),
     "id not text": (conversation(turn("user"), id=7), "id", "expected text, got int"),
+    # Chat formats of others
+    "messages empty": (messages(), "messages", "expected a list of turns"),
+    "tool role": (messages(("user", "u"), ("tool", "t")), "messages[1].role", "unknown role 'tool'"),
+    "tool call": (
+        {"messages": [{"role": "user", "content": "u", "tool_calls": [{"id": 1}]}]},
+        "messages[0].tool_calls",
+        "cannot be left out of account",
+    ),
+    "masked message": (
+        {"messages": [{"role": "user", "content": "u", "weight": 0}]},
+        "messages[0].weight",
+        "cannot be left out of account",
+    ),
+    "content null": (messages(("user", None)), "messages[0].content", "missing"),
+    "content an image": (
+        messages(("user", [{"type": "text", "text": "u"}, {"type": "image_url", "image_url": {}}])),
+        "messages[0].content[1]",
+        "no text",
+    ),
+    "content part without text": (
+        messages(("user", [{"type": "text"}])),
+        "messages[0].content[0].text",
+        "expected text, got NoneType",
+    ),
+    "system only": (messages(("system", "s")), "messages", "no turn beside the system text"),
+    "system in the middle": (messages(("user", "u"), ("system", "s")), "messages[1].role", "in the middle"),
+    "two system texts": (messages(("system", "s"), ("user", "u")) | {"system": "t"}, "messages[0].role", "two system"),
+    "messages begin with the assistant": (messages(("assistant", "a")), "messages[0].role", "expected user, got"),
+    "ShareGPT begins with gpt": (sharegpt(("gpt", "a")), "conversations[0].from", "expected user, got assistant"),
+    "ShareGPT human twice": (
+        sharegpt(("human", "a"), ("human", "b")),
+        "conversations[1].from",
+        "expected assistant, got user",
+    ),
+    "ShareGPT empty answer": (sharegpt(("human", "a"), ("gpt", "")), "conversations[1].value", "empty"),
+    "ShareGPT unknown speaker": (
+        sharegpt(("human", "a"), ("function_call", "b")),
+        "conversations[1].from",
+        "unknown role 'function_call'",
+    ),
+    "instruction empty": ({"instruction": "", "output": "o"}, "instruction", "empty"),
+    "output missing": ({"instruction": "i", "input": ""}, "output", "missing"),
+    "input no text": ({"instruction": "i", "input": 3, "output": "o"}, "input", "expected text, got int"),
+    "history no pairs": ({"instruction": "i", "output": "o", "history": [["q"]]}, "history", "expected a list of ["),
     "system of a conversation not text": (conversation(turn("user"), system=[]), "system", "expected text, got list"),
 }
 

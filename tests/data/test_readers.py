@@ -12,6 +12,7 @@ import pytest
 
 from steerjax.attributes import HELPSTEER, OASST, STEERLM, format_label
 from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.preferences import preference_from_row
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations
 from steerjax.errors import ConfigError, DataError
 
@@ -123,14 +124,19 @@ def test_hub_rows(monkeypatch):
 
     asked = []
 
-    def load_dataset(name, *, split):
-        asked.append((name, split))
+    def load_dataset(name, *, split, **options):
+        asked.append((name, split, options))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [conversation.turns for conversation in converted("hub:nvidia/HelpSteer")] == TURNS
     assert converted("hub:nvidia/HelpSteer2:validation")[1].id == "hub:nvidia/HelpSteer2:validation:2"
-    assert asked == [("nvidia/HelpSteer", "train"), ("nvidia/HelpSteer2", "validation")]
+    assert len(converted("hub:nvidia/HelpSteer2/disagreements")) == 2
+    assert asked == [
+        ("nvidia/HelpSteer", "train", {}),
+        ("nvidia/HelpSteer2", "validation", {}),
+        ("nvidia/HelpSteer2", "train", {"data_dir": "disagreements"}),
+    ]
 
 
 @pytest.mark.parametrize(("name", "count", "prompts"), [("helpsteer", 429, 120), ("helpsteer2", 80, 40)])
@@ -175,6 +181,50 @@ def test_helpsteer2_prompt_is_split_into_turns(prompt, contents):
     assert [turn.content for turn in turns] == [*contents, "r"]
     assert [turn.role for turn in turns] == [("user", "assistant")[index % 2] for index in range(len(turns))]
     assert [turn.ratings for turn in turns] == [None] * len(contents) + [{"verbosity": 3.0}]
+
+
+def test_helpsteer2_disagreements_are_averaged():
+    row = {"prompt": "p", "response": "r", "helpfulness": [3, 3, 4], "verbosity": [2, 1], "coherence": None}
+    assert conversation_from_row(row, HELPSTEER).turns[1].ratings == {"helpfulness": 10 / 3, "verbosity": 1.5}
+
+
+CHAT = (Turn("user", "u"), Turn("assistant", "a"), Turn("user", "v"), Turn("assistant", "b"))
+
+
+def chat_row(list_key, role_key, content_key, user, assistant, system=None, **fields):
+    turns = [(system, "s")] * bool(system) + [(user, "u"), (assistant, "a"), (user, "v"), (assistant, "b")]
+    return {list_key: [{role_key: role, content_key: content} for role, content in turns], **fields}
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "system", "name"),
+    [
+        (chat_row("messages", "role", "content", "user", "assistant"), "messages", None, ""),
+        (chat_row("messages", "role", "content", "user", "assistant", "system", id="n"), "messages", "s", "n"),
+        (chat_row("messages", "role", "content", "user", "assistant", "developer"), "messages", "s", ""),
+        (chat_row("messages", "role", "content", "user", "assistant", system=None, source="x"), "messages", None, ""),
+        (chat_row("conversations", "from", "value", "human", "gpt", id=17), "sharegpt", None, "17"),
+        (chat_row("conversations", "from", "value", "human", "gpt", "system", id="x_0"), "sharegpt", "s", "x_0"),
+        (chat_row("conversations", "from", "value", "user", "chatgpt"), "sharegpt", None, ""),
+        (chat_row("conversations", "from", "value", "User", "Assistant"), "reference", None, ""),
+        (chat_row("conversations", "from", "value", "human", "assistant", mask="human"), "reference", None, ""),
+        ({"instruction": "v", "input": "", "output": "b", "history": [["u", "a"]], "system": ""}, "alpaca", None, ""),
+    ],
+)
+def test_chat_formats_of_others(row, format, system, name):
+    assert conversation_from_row(row, OASST) == Conversation(CHAT, system, name)
+    assert conversation_from_row(row, OASST, format) == Conversation(CHAT, system, name)
+
+
+def test_message_of_parts():
+    parts = [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]
+    row = {"messages": [{"role": "user", "content": parts, "name": "x", "tool_calls": None, "weight": 1}]}
+    assert conversation_from_row(row, OASST).turns == (Turn("user", "uv"),)
+
+
+def test_alpaca_joins_instruction_and_input():
+    row = {"instruction": "Add.", "input": "1+1", "output": "2"}
+    assert conversation_from_row(row, OASST).turns == (Turn("user", "Add.\n1+1"), Turn("assistant", "2"))
 
 
 def test_regression_text_is_parsed_into_turns():
@@ -283,7 +333,13 @@ def test_conversations_in_parquet(tmp_path):
 @pytest.mark.parametrize("example", re.findall(r"```json\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.S))
 def test_documented_example(example):
     row = json.loads(example)
-    assert conversation_from_row(row, HELPSTEER).turns[-1].ratings == {"helpfulness": 4.0, "verbosity": 2.0}
+    if "responses" in row:
+        assert preference_from_row(row).responses == ("7", "8")
+        return
+    answer = conversation_from_row(row, HELPSTEER).turns[-1]
+    rated = {"helpfulness": 4.0, "verbosity": 2.0}
+    unrated = {"messages", "instruction"} & row.keys() or "gpt" in example
+    assert answer == Turn("assistant", "7", None if unrated else rated, answer.predicted_ratings)
 
 
 def test_documented_csv(tmp_path):

@@ -1,0 +1,158 @@
+"""A JSONL output that a long job writes line by line, and that the next run goes on with after any interruption."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steerjax.errors import DataError
+
+
+class ResumableOutput:
+    """One JSON object a line, one for each input row, in the input's order.
+
+    The lines stand in `OUTPUT.partial`, and `OUTPUT.settings.json` says what they were made with. `finish` gives the
+    file its name, so a file called OUTPUT is whole. After a kill at any moment the next run finds the lines that were
+    written, less a last one that is not whole; run again after `finish`, there is nothing to do.
+
+    Use as a context manager, in one process (each of several processes has an output of its own).
+
+    Attributes:
+        done: rows that are written; the next row to compute is input row `done` (from 0).
+        finished: OUTPUT is there already, made with these settings.
+
+    Args:
+        path: OUTPUT; a plain `.jsonl`.
+        settings: everything that the lines depend on, as JSON: options, hash of the input file, model.
+
+    Raises:
+        DataError: an output that was made with other settings, or that another process is writing; not writable.
+    """
+
+    def __init__(self, path: Path | str, settings: Mapping[str, Any]):
+        self.path = Path(path)
+        self._partial = self.path.with_name(self.path.name + ".partial")
+        self._settings = self.path.with_name(self.path.name + ".settings.json")
+        self._waiting: dict[int, Mapping] = {}
+        self._file = None
+        self.finished, self.done = False, 0
+        if self.path.suffix != ".jsonl":
+            raise DataError("lines are added to a plain .jsonl file only", file=str(path), cure="name it .jsonl")
+        settings = json.loads(json.dumps(settings))  # as they will be read back: tuples are lists
+        try:
+            if self.path.exists():
+                self._check_settings(self.path, settings)
+                self.finished, self.done = True, self.path.read_bytes().count(b"\n")
+                return
+            self._open(settings)
+        except OSError as error:
+            self.close()
+            raise DataError(f"cannot write: {error}", file=str(path), cure="name a place that is writable") from None
+        except DataError:
+            self.close()
+            raise
+
+    def put(self, index: int, row: Mapping[str, Any]) -> None:
+        """The output of input row `index`. It is on disk once all rows before it are; any order of calls will do.
+
+        A row that was written before (computed again as part of a batch) is ignored.
+        """
+        if index < self.done:
+            return
+        self._waiting[index] = row
+        lines = []
+        while self.done in self._waiting:
+            row = self._waiting.pop(self.done)
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            self.done += 1
+        if lines:
+            self._file.write("".join(lines).encode())
+            self._sync()
+
+    def finish(self, total: int) -> None:
+        """Gives the output its name, once all `total` rows are there."""
+        if self.done != total or self._waiting:
+            raise RuntimeError(f"{self.done} of {total} rows are written")
+        if not self.finished:
+            self._partial.rename(self.path)
+            _sync_folder(self.path.parent)
+            self.finished = True
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> ResumableOutput:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _open(self, settings: dict) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("ab+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            cure = "wait for it, or name another output"
+            raise DataError("another process is writing it", file=str(self.path), cure=cure) from None
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            self._check_settings(self._partial, settings)
+            self._repair()
+        else:
+            new = self._settings.with_name(self._settings.name + ".new")
+            new.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            new.rename(self._settings)
+            _sync_folder(self.path.parent)
+
+    def _check_settings(self, file: Path, settings: dict) -> None:
+        cure = "name another output, remove the old one, or run with the settings that it was made with"
+        try:
+            before = json.loads(self._settings.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            raise DataError(f"exists, and {self._settings.name} does not say how it was made", file=str(file),
+                            cure=cure) from None  # fmt: skip
+        differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+        if differing:
+            key = differing[0]
+            message = f"was made with other settings: {', '.join(differing)} ({key}: then {before.get(key)!r}, "
+            raise DataError(f"{message}now {settings.get(key)!r})", file=str(file), cure=cure)
+
+    def _repair(self) -> None:
+        """Counts the whole lines and cuts off what a killed process left of the next one."""
+        self._file.seek(0)
+        end = 0
+        for line in self._file:
+            if not line.endswith(b"\n") or not _is_object(line):
+                break
+            end += len(line)
+            self.done += 1
+        if self._file.read():  # more lines after a broken one: no interruption leaves that
+            cure = "remove it, and run again from the start"
+            raise DataError("broken line", file=str(self._partial), line=self.done + 1, cure=cure)
+        self._file.truncate(end)
+        self._sync()
+
+    def _sync(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

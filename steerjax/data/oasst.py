@@ -1,0 +1,212 @@
+"""OpenAssistant's message trees -> one conversation a thread.
+
+Rules: NeMo-Aligner `examples/nlp/data/steerlm/preprocess_openassistant_data.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from steerjax.attributes import OASST, Attribute, AttributeSchema, check_rating
+from steerjax.data.checks import Row, inside, text_of
+from steerjax.data.conversation import ROLES, Conversation, Turn
+from steerjax.data.readers import iter_rows
+from steerjax.errors import ConfigError, DataError
+
+_ROLES = {"prompter": "user", "assistant": "assistant"}
+_LABEL_RANGE = (0.0, 1.0)  # a label in OASST is a mean over raters
+
+
+def read_threads(
+    source: str,
+    schema: AttributeSchema,
+    *,
+    threads: str = "once",
+    lang: str | None = None,
+    keep_deleted: bool = False,
+    dropped: Counter[str] | None = None,
+) -> Iterator[tuple[int, Conversation | DataError]]:
+    """(line, conversation) for every thread, a path from a tree's root to a leaf; a bad tree is one DataError.
+
+    Labels are scaled to the schema's range and rounded half to even. Only quality, toxicity, humor and creativity are
+    taken: OASST's `helpfulness` is another scale than HelpSteer's.
+
+    Args:
+        source: trees (`{"prompt": {..., "replies": [...]}}` or the root message itself), or messages one by one
+            (`message_id`, `parent_id`), as the hub has them.
+        threads: "all" is the reference: all threads, and a turn is rated in each thread that it is part of. "once",
+            for a reward model: a turn is rated in the first of them only, and a thread ends with its last rated turn.
+        lang: keep only messages in this language, e.g. "en"; the replies to others go with them.
+        keep_deleted: keep deleted messages; else they and their replies are left out.
+        dropped: counts the messages and threads that are left out, by reason.
+
+    Raises:
+        DataError: the source cannot be read at all. ConfigError: the schema has none of the four, or unknown `threads`.
+    """
+    if threads not in ("once", "all"):
+        raise ConfigError(f"threads: unknown value '{threads}'; use once or all")
+    if not set(schema.names) & set(OASST.names):
+        raise ConfigError(f"the schema has none of {', '.join(OASST.names)}; cure: use the schema oasst or steerlm")
+    for line, tree in _trees(source):
+        try:
+            if isinstance(tree, DataError):
+                raise tree
+            left_out: Counter[str] = Counter()
+            root = _kept(tree, lang, keep_deleted, left_out)
+            conversations = list(_conversations(root, schema, threads, left_out)) if root else []
+        except DataError as error:
+            yield line, error.at(source, line)
+            continue
+        if dropped is not None:
+            dropped.update(left_out)
+        for conversation in conversations:
+            yield line, replace(conversation, file=source, line=line)
+
+
+def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
+    """(line, root message) of each tree, replies nested under `replies`."""
+    flat: list[tuple[int, Row]] = []
+    for line, row in iter_rows(source):
+        if isinstance(row, DataError):
+            yield line, row
+        elif isinstance(row.get("prompt"), Mapping):
+            yield line, row["prompt"]
+        elif "replies" in row:
+            yield line, row
+        elif isinstance(row.get("message_id"), str) and isinstance(row.get("parent_id"), str | None):
+            flat.append((line, row))
+        else:
+            cure = "write trees with 'prompt' and 'replies', or messages with 'message_id' and 'parent_id'"
+            yield line, DataError(f"no message tree with keys {list(row)}", cure=cure)
+    yield from _nested(flat)
+
+
+def _nested(messages: list[tuple[int, Row]]) -> Iterator[tuple[int, Row | DataError]]:
+    """Trees of messages that name their parent, in the order of their roots."""
+    by_id: dict[str, tuple[int, Row]] = {}
+    for line, row in messages:
+        if row["message_id"] in by_id:
+            yield line, DataError("stands twice", field="message_id", cure="keep one")
+        else:
+            by_id[row["message_id"]] = (line, {**row, "replies": []})
+    for _, row in by_id.values():
+        if row.get("parent_id") in by_id:
+            by_id[row["parent_id"]][1]["replies"].append(row)
+    roots = [(line, row) for line, row in by_id.values() if not row.get("parent_id")]
+    yield from roots
+    reached = {message["message_id"] for _, root in roots for message in _all(root)}
+    for name, (line, _) in by_id.items():
+        if name not in reached:
+            cure = "add the messages that it answers, or remove it"
+            yield line, DataError("the message leads to no root", field="parent_id", cure=cure)
+
+
+def _all(root: Row) -> Iterator[Row]:
+    """The message, and all replies below it."""
+    below = [root]
+    while below:
+        message = below.pop()
+        yield message
+        below += _replies(message)
+
+
+def _kept(root: Row, lang: str | None, keep_deleted: bool, counts: Counter[str]) -> Row | None:
+    """The tree without messages that are deleted or in another language, and the replies to them."""
+    top = {"replies": [root]}
+    below = [top]
+    while below:
+        message = below.pop()
+        kept = []
+        for reply in _replies(message):
+            deleted = not keep_deleted and reply.get("deleted")
+            if deleted or (lang and reply.get("lang") != lang):
+                counts["deleted messages" if deleted else f"messages not in '{lang}'"] += 1
+                counts["replies to such messages"] += sum(1 for _ in _all(reply)) - 1
+            else:
+                kept.append({**reply})
+        message["replies"] = kept
+        below += kept
+    return top["replies"][0] if top["replies"] else None
+
+
+def _replies(message: Row) -> list[Row]:
+    replies = message.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
+        raise DataError("expected a list of messages", field=_place(message) + "replies", cure="check the export")
+    return replies
+
+
+def _conversations(root: Row, schema: AttributeSchema, threads: str, counts: Counter[str]) -> Iterator[Conversation]:
+    rated: set[int] = set()  # of the messages whose ratings stand in an earlier thread
+    turns: dict[int, Turn] = {}
+    for thread in _threads(root):
+        if len(thread) == 1:
+            counts["threads of one message"] += 1
+            continue
+        for depth, message in enumerate(thread):
+            if id(message) not in turns:
+                turns[id(message)] = _turn(message, depth, schema)
+        path = [turns[id(message)] for message in thread]
+        if threads == "once":
+            new = {i for i, m in enumerate(thread) if turns[id(m)].ratings and id(m) not in rated}
+            rated.update(id(message) for message in thread)
+            if not new:
+                counts["threads without a rating that is not in an earlier one"] += 1
+                continue
+            path = [turn if i in new else replace(turn, ratings=None) for i, turn in enumerate(path[: max(new) + 1])]
+        last = thread[len(path) - 1]
+        yield Conversation(tuple(path), id=str(last.get("message_id") or ""))
+
+
+def _threads(root: Row) -> Iterator[list[Row]]:
+    """The paths from the root to each leaf, depth first, replies in their order."""
+    below = [[root]]
+    while below:
+        path = below.pop()
+        replies = path[-1]["replies"]
+        if not replies:
+            yield path
+        below += [[*path, reply] for reply in reversed(replies)]
+
+
+def _turn(message: Row, depth: int, schema: AttributeSchema) -> Turn:
+    at = _place(message)
+    speaker = text_of(message, "role", at)
+    if speaker not in _ROLES:
+        raise DataError(f"unknown role '{speaker}'", field=f"{at}role", cure=f"use {' or '.join(_ROLES)}")
+    role = _ROLES[speaker]
+    if role != ROLES[depth % 2]:
+        raise DataError("roles must alternate, prompter first", field=f"{at}role", cure="remove the message")
+    content = text_of(message, "text", at)
+    ratings = _ratings(message.get("labels"), schema, f"{at}labels") if role == "assistant" else None
+    return Turn(role, content, ratings or None)
+
+
+def _place(message: Row) -> str:
+    name = message.get("message_id")
+    return f"message {name}." if name else "message."
+
+
+def _ratings(labels: object, schema: AttributeSchema, field: str) -> dict[str, float]:
+    """`{"quality": {"value": 0.75, ...}}`, or the hub's `{"name": [...], "value": [...]}`, scaled and rounded."""
+    cure = 'write {"quality": {"value": 0.75}}'
+    if labels is None:
+        return {}
+    if not isinstance(labels, Mapping):
+        raise DataError(f"expected an object, got {type(labels).__name__}", field=field, cure=cure)
+    names, values = labels.get("name"), labels.get("value")
+    if isinstance(names, list) and isinstance(values, list) and len(names) == len(values):
+        labels = {name: {"value": value} for name, value in zip(names, values, strict=True)}
+    ratings = {}
+    for attribute in schema.attributes:
+        label = labels.get(attribute.name) if attribute.name in OASST.names else None
+        if label is None:
+            continue
+        if not isinstance(label, Mapping):
+            raise DataError("expected an object with 'value'", field=f"{field}.{attribute.name}", cure=cure)
+        with inside(f"{field}."):
+            value = check_rating(label.get("value"), Attribute(attribute.name, "", *_LABEL_RANGE))
+        ratings[attribute.name] = float(round(attribute.low + value * (attribute.high - attribute.low)))
+    return ratings

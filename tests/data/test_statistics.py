@@ -1,0 +1,82 @@
+"""Counts, and the moments against their textbook formulas."""
+
+import math
+import statistics
+
+import pytest
+
+from steerjax.attributes import OASST, STEERLM
+from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.preferences import Preference
+from steerjax.data.statistics import ConversationStatistics, PreferenceStatistics, format_statistics
+
+
+def collected(collector, rows):
+    for row in rows:
+        collector.add(row)
+    return collector.to_json()
+
+
+def conversation(*ratings):
+    turns = []
+    for index, rating in enumerate(ratings):
+        turns += [Turn("user", "u"), Turn("assistant", "a" * (index + 1), rating)]
+    return Conversation(tuple(turns))
+
+
+def test_ratings():
+    rows = [
+        conversation({"helpfulness": 4.0, "verbosity": 1.0}, {"helpfulness": 2.0, "verbosity": 3.0, "quality": 1.0}),
+        conversation({"helpfulness": 0.0}, None, {"verbosity": 2.0}),
+        conversation({"helpfulness": 3.0, "verbosity": 0.0}),
+    ]
+    got = collected(ConversationStatistics(STEERLM), rows)
+    counts = {name: got[name] for name in ("rows", "turns", "assistant_turns", "rated_turns", "reference")}
+    assert counts == {"rows": 3, "turns": 12, "assistant_turns": 6, "rated_turns": 5, "reference": "helpfulness"}
+    assert list(got["values"]) == ["quality", "helpfulness", "verbosity", "characters"]
+    helpfulness, verbosity = got["values"]["helpfulness"], got["values"]["verbosity"]
+    assert (helpfulness["count"], helpfulness["mean"]) == (4, 2.25)
+    assert helpfulness["std"] == pytest.approx(statistics.pstdev([4, 2, 0, 3]))
+    assert helpfulness["pearson"] == pytest.approx(1)
+    assert (verbosity["count"], verbosity["mean"]) == (4, 1.5)
+    assert verbosity["pearson"] == pytest.approx(statistics.correlation([4, 2, 3], [1, 3, 0]))
+    assert got["values"]["quality"] == {"count": 1, "mean": 1.0, "std": 0.0, "pearson": None}
+    characters = got["values"]["characters"]
+    assert (characters["count"], characters["mean"]) == (6, statistics.mean([1, 2, 1, 2, 3, 1]))
+    assert characters["pearson"] == pytest.approx(statistics.correlation([4, 2, 0, 3], [1, 2, 1, 1]))
+
+
+def test_without_helpfulness_quality_is_the_reference():
+    got = collected(ConversationStatistics(OASST), [conversation({"quality": 1.0, "humor": 2.0}, {"quality": 3.0})])
+    assert got["reference"] == "quality"
+    assert got["values"]["humor"]["pearson"] is None
+    assert "r with quality" in format_statistics(got)
+
+
+def test_unrated():
+    got = collected(ConversationStatistics(OASST), [conversation(None)])
+    assert (got["rated_turns"], got["reference"], list(got["values"])) == (0, None, ["characters"])
+    assert not any(isinstance(v, float) and math.isnan(v) for v in got["values"]["characters"].values())
+    assert "r with" not in format_statistics(got)
+
+
+def test_preferences():
+    rows = [Preference((Turn("user", "p"),), ("a", "bbb"), strength) for strength in (-3, 0, 0, 2)]
+    got = collected(PreferenceStatistics(), rows)
+    assert (got["rows"], got["prompt_turns"]) == (4, 4)
+    assert got["preferences"] == {"-3": 1, "-2": 0, "-1": 0, "0": 2, "1": 0, "2": 1, "3": 0}
+    assert got["values"]["characters"] == {"count": 8, "mean": 2.0, "std": 1.0, "pearson": None}
+
+
+def test_table_is_aligned():
+    text = format_statistics(collected(ConversationStatistics(STEERLM), [conversation({"helpfulness": 4.0})]))
+    assert text == (
+        "rows             1\n"
+        "turns            2\n"
+        "assistant turns  1\n"
+        "rated turns      1\n"
+        "\n"
+        "             count    mean     std  r with helpfulness\n"
+        "helpfulness      1  4.0000  0.0000                   -\n"
+        "characters       1  1.0000  0.0000                   -"
+    )

@@ -1,0 +1,270 @@
+"""The command from raw files to prepared ones: what is written, printed, refused, and left behind."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from steerjax.attributes import HELPSTEER, STEERLM, format_label
+from steerjax.data.loading import load_conversations, split_by_prompt
+from steerjax.data.preferences import read_preferences
+from steerjax.prepare import main
+
+SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[2] / "shared")) / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs STEERJAX_SHARED")
+
+HELPSTEER_ROW = {"prompt": "p", "response": "grün", "helpfulness": 4, "verbosity": 2}
+TREE = {
+    "prompt": {
+        "message_id": "m", "role": "prompter", "text": "p", "lang": "en", "replies": [
+            {"message_id": "n", "role": "assistant", "text": "r", "lang": "en", "replies": [],
+             "labels": {"quality": {"value": 0.5}}}]}
+}  # fmt: skip
+ROWS = {  # SOURCE -> one row
+    "helpsteer": HELPSTEER_ROW,
+    "helpsteer2": HELPSTEER_ROW | {"helpfulness": [4, 3]},
+    "oasst": TREE,
+    "reference": {
+        "conversations": [{"from": "User", "value": "p"}, {"from": "Assistant", "value": "r", "label": "humor:1"}]
+    },
+    "regression": {
+        "text": "<extra_id_0>System\ns\n<extra_id_1>User\np\n<extra_id_1>Assistant\nr\n<extra_id_2>",
+        "label": [1, *[-100] * 8],
+    },
+    "sharegpt": {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]},
+    "messages": {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
+    "alpaca": {"instruction": "p", "input": "", "output": "r"},
+    "helpsteer2-preference": {"prompt": "p", "response_1": "r", "response_2": "t", "preference_strength": 1},
+    "helpsteer3": {"context": "p", "response1": "r", "response2": "t", "overall_preference": -2},
+    "hh": {"chosen": "\n\nHuman: p\n\nAssistant: r", "rejected": "\n\nHuman: p\n\nAssistant: t"},
+}
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def prepare(source, *inputs, output, **options):
+    arguments = [source, "--output", str(output)]
+    for path in inputs:
+        arguments += ["--input", str(path)]
+    for name, value in options.items():
+        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    main(arguments)
+
+
+def refusal(capsys, *arguments, **options):
+    with pytest.raises(SystemExit) as caught:
+        prepare(*arguments, **options)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("source", ROWS)
+def test_every_source(tmp_path, source, capsys):
+    output = tmp_path / "out/rows.jsonl"
+    prepare(source, write(tmp_path / "in.jsonl", ROWS[source]), output=output, statistics=tmp_path / "s.json")
+    (row,) = lines(output)
+    assert row["turns"][0] == {"role": "user", "content": "p"}
+    rated = {"helpsteer": {"helpfulness": 4, "verbosity": 2}, "helpsteer2": {"helpfulness": 3.5, "verbosity": 2},
+             "oasst": {"quality": 2}, "reference": {"humor": 1}, "regression": {"quality": 1}}  # fmt: skip
+    if "preference" in row:
+        ((_, pair),) = read_preferences(str(output))
+        assert (row["responses"], pair.to_json()) == (["r", "t"], row)
+    else:
+        assert row["turns"][1].get("ratings") == rated.get(source)
+        (again,), _ = load_conversations([str(output)], STEERLM)
+        assert again.to_json() == row
+    statistics = json.loads((tmp_path / "s.json").read_text())
+    assert (statistics["rows"], statistics["skipped"], statistics["dropped"]) == (1, 0, {})
+    assert "1 rows in" in capsys.readouterr().out
+    assert sorted(path.name for path in output.parent.iterdir()) == ["rows.jsonl"]
+
+
+def test_text_is_written_as_it_is(tmp_path):
+    output = tmp_path / "out.jsonl.gz"
+    prepare("helpsteer", write(tmp_path / "in.jsonl", HELPSTEER_ROW), output=output)
+    first = output.read_bytes()
+    assert "grün" in gzip.decompress(first).decode("utf-8")
+    prepare("helpsteer", tmp_path / "in.jsonl", output=output)
+    assert output.read_bytes() == first
+
+
+def test_embedded_sample_and_its_statistics(tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    prepare("helpsteer", "embedded:helpsteer", output=output, on_duplicate="keep", statistics=tmp_path / "s.json")
+    expected, _ = load_conversations(["embedded:helpsteer"], HELPSTEER, on_duplicate="keep")
+    assert lines(output) == [conversation.to_json() for conversation in expected]
+    statistics = json.loads((tmp_path / "s.json").read_text())
+    counts = [statistics[name] for name in ("rows", "turns", "assistant_turns", "rated_turns")]
+    assert counts == [429, 858, 429, 429]
+    assert statistics["reference"] == "helpfulness"
+    assert "helpfulness    429    2.9161    0.9019              1.0000\n" in capsys.readouterr().out
+
+
+@needs_shared
+def test_reference_golden_files(tmp_path):
+    nemo = SHARED / "nemo_aligner"
+    prepare("regression", nemo / "test-rm.jsonl", output=tmp_path / "rm.jsonl")
+    for row, source in zip(lines(tmp_path / "rm.jsonl"), lines(nemo / "test-rm.jsonl"), strict=True):
+        turns = "".join(f"<extra_id_1>{t['role'].capitalize()}\n{t['content']}\n" for t in row["turns"])
+        assert f"<extra_id_0>System\n{row['system']}\n{turns}<extra_id_2>" == source["text"]
+        assert [row["turns"][-1]["ratings"].get(name, -100) for name in STEERLM.names] == source["label"]
+    prepare("reference", nemo / "dummy-sft.jsonl", output=tmp_path / "sft.jsonl")
+    for row, source in zip(lines(tmp_path / "sft.jsonl"), lines(nemo / "dummy-sft.jsonl"), strict=True):
+        assert row["system"] == source["system"]
+        entries = [
+            (t["role"].capitalize(), t["content"], format_label(t["ratings"], STEERLM) if "ratings" in t else None)
+            for t in row["turns"]
+        ]
+        assert entries == [(e["from"], e["value"], e.get("label")) for e in source["conversations"]]
+
+
+@needs_shared
+def test_real_alpaca_and_hh(tmp_path):
+    prepare("alpaca", SHARED / "chat/alpaca_400.json", output=tmp_path / "a.jsonl", on_duplicate="keep")
+    rows = json.loads((SHARED / "chat/alpaca_400.json").read_text(encoding="utf-8"))
+    expected = [(f"{row['instruction']}\n{row['input']}".removesuffix("\n"), row["output"]) for row in rows]
+    assert [tuple(turn["content"] for turn in row["turns"]) for row in lines(tmp_path / "a.jsonl")] == expected
+    prepare("hh", SHARED / "chat/hh_helpful_200.jsonl", output=tmp_path / "h.jsonl")
+    assert [row["preference"] for row in lines(tmp_path / "h.jsonl")] == [-1] * 200
+
+
+def test_hold_out_is_the_split_of_training(tmp_path, capsys):
+    train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl.gz"
+    prepare("helpsteer", "embedded:helpsteer", output=train, validation_output=validation, validation_fraction=0.1,
+            seed=3, on_duplicate="keep")  # fmt: skip
+    rows, _ = load_conversations(["embedded:helpsteer"], HELPSTEER, on_duplicate="keep")
+    expected = [[conversation.to_json() for conversation in part] for part in split_by_prompt(rows, 0.1, 3)]
+    held_out = [json.loads(line) for line in gzip.decompress(validation.read_bytes()).decode().splitlines()]
+    assert [lines(train), held_out] == expected
+    assert f"{len(held_out)} rows in {validation}" in capsys.readouterr().out
+
+
+def test_hold_out_keeps_a_tree_on_one_side(tmp_path):
+    def numbered(node, n):
+        return {**node, "message_id": f"{node['message_id']}{n}", "text": f"{node['text']} {n}",
+                "replies": [numbered(reply, n) for reply in node["replies"] * 2]}  # fmt: skip
+
+    trees = [{"prompt": numbered(TREE["prompt"], n)} for n in range(20)]
+    for n, tree in enumerate(trees):
+        tree["prompt"]["replies"][1]["text"] = f"other {n}"
+    parts = tmp_path / "t.jsonl", tmp_path / "v.jsonl"
+    prepare("oasst", write(tmp_path / "in.jsonl", *trees), output=parts[0], validation_output=parts[1],
+            validation_fraction=0.25, threads="all")  # fmt: skip
+    train, validation = ({row["turns"][0]["content"] for row in lines(part)} for part in parts)
+    assert (len(train), len(validation), train & validation) == (15, 5, set())
+
+
+def test_bad_rows_and_duplicates(tmp_path, capsys):
+    bad = HELPSTEER_ROW | {"helpfulness": 9}
+    path = write(tmp_path / "in.jsonl", HELPSTEER_ROW, bad, HELPSTEER_ROW)
+    output = tmp_path / "out.jsonl"
+    message = refusal(capsys, "helpsteer", path, output=output)
+    assert message.startswith(f"error: {path}:2: field 'helpfulness': rating 9 is outside 0..4")
+    message = refusal(capsys, "helpsteer", path, output=output, on_bad_row="skip")
+    assert f"{path}:3: the same row as {path}:1" in message
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+    prepare("helpsteer", path, output=output, on_bad_row="skip", on_duplicate="skip")
+    assert len(lines(output)) == 1
+    listing = tmp_path / "out.jsonl.skipped.jsonl"
+    assert [(row["line"], row["reason"][:12]) for row in lines(listing)] == [(2, "field 'helpf"), (3, "duplicate of")]
+    assert f"2 rows skipped, listed in {listing}" in capsys.readouterr().out
+    prepare("helpsteer", write(tmp_path / "good.jsonl", HELPSTEER_ROW), output=output)
+    assert not listing.exists()  # of the run before
+
+
+def test_dropped_rows_are_counted_and_explained(tmp_path, capsys):
+    rows = [ROWS["helpsteer2-preference"] | {"preference_strength": value, "split": "train"} for value in (0, -100)]
+    path, output = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    prepare("helpsteer2-preference", path, output=output, split="train")
+    assert [row["preference"] for row in lines(output)] == [0]
+    assert "dropped       pairs without a valid response: 1" in capsys.readouterr().out
+    message = refusal(capsys, "helpsteer2-preference", path, output=tmp_path / "none.jsonl", split="val")
+    assert f"{path}: no row is left: 2 rows of another split than val" in message
+    assert "--split" in message
+
+
+@pytest.mark.parametrize("source", ROWS)
+def test_a_refusal_names_file_and_line(tmp_path, source, capsys):
+    path = write(tmp_path / "in.jsonl", ROWS[source], {"x": 1})
+    message = refusal(capsys, source, path, output=tmp_path / "out.jsonl")
+    assert message.startswith(f"error: {path}:2: ")
+    assert "cure: " in message
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "fragment"),
+    [
+        ("helpsteer", {"threads": "all"}, "--threads belongs to oasst"),
+        ("helpsteer", {"keep_deleted": True}, "--keep-deleted belongs to oasst"),
+        ("hh", {"split": "train"}, "--split belongs to helpsteer2-preference"),
+        ("hh", {"schema": "oasst"}, "hh has no ratings"),
+        ("oasst", {"schema": "helpsteer"}, "use the schema oasst or steerlm"),
+        ("helpsteer", {"validation_fraction": 0.1}, "need each other"),
+        ("helpsteer", {"validation_fraction": 1.5, "validation_output": "v.jsonl"}, "not between 0 and 1"),
+        ("helpsteer", {"validation_fraction": 0.5, "validation_output": "v.jsonl"}, "no prompt is left for training"),
+        ("helpsteer", {"statistics": "out.jsonl"}, "written over"),
+        ("helpsteer", {"statistics": "in.jsonl"}, "written over"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path, monkeypatch, capsys, source, options, fragment):
+    monkeypatch.chdir(tmp_path)
+    write(Path("in.jsonl"), ROWS[source])
+    assert fragment in refusal(capsys, source, "in.jsonl", output="out.jsonl", **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_an_input_or_output_that_cannot_be(tmp_path, capsys):
+    assert "no such file" in refusal(capsys, "hh", tmp_path / "none.jsonl", output=tmp_path / "out.jsonl")
+    path = write(tmp_path / "in.jsonl", ROWS["hh"])
+    assert "cannot write" in refusal(capsys, "hh", path, output=tmp_path / "in.jsonl/out.jsonl")
+    assert "cannot write" in refusal(capsys, "hh", path, output=tmp_path)
+    with pytest.raises(SystemExit):
+        main(["webgpt", "--input", path, "--output", "x.jsonl"])
+    assert "helpsteer2-preference" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal
+from steerjax.data import conversation
+from steerjax.prepare import main
+write, rows = conversation.Conversation.to_json, []
+def to_json(self):
+    rows.append(0)
+    if len(rows) == 300:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(self)
+conversation.Conversation.to_json = to_json
+main()
+"""
+
+
+def test_killed_half_way(tmp_path, repository):
+    output = tmp_path / "out.jsonl"
+    arguments = ["helpsteer", "--input", "embedded:helpsteer", "--output", str(output), "--on-duplicate", "keep"]
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.partial"]
+    main(arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
+    assert len(lines(output)) == 429
+
+
+def test_help_is_quick_and_needs_no_jax(repository):
+    code = "import sys, steerjax.prepare; print({'jax', 'absl', 'datasets', 'pyarrow'} & sys.modules.keys())"
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "set()"
