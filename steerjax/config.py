@@ -20,6 +20,18 @@ from steerjax.models.config import LlamaConfig
 
 
 @dataclass(frozen=True)
+class ModelConfig(LlamaConfig):
+    """The Llama that is trained.
+
+    Attributes:
+        source: where its parameters come from: `random`, a Hugging Face folder, a hub id, or a run of ours. With a
+            source the architecture is the source's, and all other keys of this group stay at their defaults.
+    """
+
+    source: str = "random"
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is read, and what happens to rows that cannot be used.
 
@@ -39,7 +51,9 @@ class DataConfig:
     train: tuple[str, ...] = ("embedded:helpsteer",)
     validation: tuple[str, ...] = ()
     validation_fraction: float = 0.15
-    format: Literal["auto", "helpsteer", "regression", "reference", "conversation"] = "auto"
+    format: Literal[
+        "auto", "helpsteer", "regression", "reference", "conversation", "messages", "sharegpt", "alpaca"
+    ] = "auto"
     schema: str = "helpsteer"
     on_bad_row: Literal["error", "skip"] = "error"
     on_duplicate: Literal["error", "keep", "skip"] = "error"
@@ -52,12 +66,13 @@ class ChatConfig:
     """How a conversation becomes tokens.
 
     Attributes:
-        tokenizer: `embedded`, a SentencePiece .model, a tokenizer.json, or a folder with one of them.
+        tokenizer: `embedded`, a SentencePiece .model, a tokenizer.json, or a folder with one of them; `auto` is the
+            model source's own, and the embedded one for a random model.
         template: extra_id, chatml, llama3 or llama2.
         system_prompt: for conversations without one; "default" is the template's own.
     """
 
-    tokenizer: str = "embedded"
+    tokenizer: str = "auto"
     template: Literal["extra_id", "chatml", "llama3", "llama2"] = "extra_id"
     system_prompt: str = "default"
 
@@ -87,6 +102,9 @@ class ComputeConfig:
         attention: `chunked` (dense, skips the future) or `blockwise` (skips all that the mask forbids); `auto` is
             blockwise on a CPU without a context axis, else chunked.
         attention_chunk: queries a chunk or block of the attention, in tokens.
+        loss_chunk: tokens of a row whose logits are held at a time (SFT).
+        cache_frozen: run the frozen layers once over all data and keep their outputs in memory (reward models; needs
+            optimizer.frozen_layers).
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -94,6 +112,8 @@ class ComputeConfig:
     unroll: int = 0
     attention: Literal["auto", "chunked", "blockwise"] = "auto"
     attention_chunk: int = 256
+    loss_chunk: int = 256
+    cache_frozen: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,6 +160,22 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class SFTConfig:
+    """Attribute-conditioned SFT.
+
+    Attributes:
+        ratings: which ratings the label lines carry; `none` is plain SFT.
+        missing: a response without ratings is trained without a label line (omit), is context only (leave_out), or
+            stops the run (error).
+        default_ratings: what an exported model is asked for where a request names nothing; by name.
+    """
+
+    ratings: Literal["human", "predicted", "human_then_predicted", "none"] = "human"
+    missing: Literal["omit", "leave_out", "error"] = "omit"
+    default_ratings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and the learning rate.
 
@@ -151,6 +187,8 @@ class OptimizerConfig:
         max_bad_steps: so many steps in a row with gradients that are not finite end the run.
         frozen: regular expressions over parameter names (`llama/embedding`, `llama/layers/mlp/up/kernel`, ...); what
             one is found in is not trained and has no gradient and no optimizer state.
+        frozen_layers: so many of the first layers, and the embedding, are not trained either, and nothing is
+            propagated back through them.
     """
 
     learning_rate: float = 1e-3
@@ -165,6 +203,12 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     max_bad_steps: int = 5
     frozen: tuple[str, ...] = ()
+    frozen_layers: int = 0
+
+    @property
+    def frozen_names(self) -> tuple[str, ...]:
+        """Regular expressions over the names of all parameters that are not trained."""
+        return self.frozen + (("llama/embedding", "llama/frozen_layers") if self.frozen_layers else ())
 
 
 @dataclass(frozen=True)
@@ -191,16 +235,22 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A whole run: reward model, data, training. `python -m steerjax.train --config FILE`."""
+    """A whole run. `python -m steerjax.train --config FILE`.
 
+    Attributes:
+        task: `reward` trains a reward model (head, objective), `sft` a chat model conditioned on ratings (sft).
+    """
+
+    task: Literal["reward", "sft"] = "reward"
     data: DataConfig = DataConfig()
     chat: ChatConfig = ChatConfig()
-    model: LlamaConfig = field(default_factory=LlamaConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = HeadConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     batch: BatchConfig = BatchConfig()
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
 
@@ -292,7 +342,10 @@ def _check_ranges(e: Experiment) -> None:
         need(getattr(e.batch, name) >= 0, f"batch.{name}", "0 (automatic) or more")
     need(e.batch.rows % e.batch.micro_batches == 0, "batch.micro_batches", f"a divisor of batch.rows {e.batch.rows}")
     need(e.compute.unroll >= 0, "compute.unroll", "0 (automatic) or more")
-    need(e.compute.attention_chunk >= 1, "compute.attention_chunk", "at least 1")
+    for name in ("attention_chunk", "loss_chunk"):
+        need(getattr(e.compute, name) >= 1, f"compute.{name}", "at least 1")
+    cacheable = not e.compute.cache_frozen or (e.task == "reward" and e.optimizer.frozen_layers > 0)
+    need(cacheable, "compute.cache_frozen", "false, or task 'reward' with optimizer.frozen_layers set")
     blockwise_fits = e.compute.attention != "blockwise" or e.mesh.context == 1
     need(blockwise_fits, "compute.attention", "chunked, or no context axis in the mesh (blockwise does not cut rows)")
     whole_blocks = e.compute.attention != "blockwise" or e.batch.row_length % e.compute.attention_chunk == 0
@@ -307,6 +360,11 @@ def _check_ranges(e: Experiment) -> None:
     for name, weight in e.objective.attribute_weights.items():
         need(name in names, "objective.attribute_weights", f"{name} is not rated; use {', '.join(names)}")
         need(weight >= 0, "objective.attribute_weights", "weights of at least 0")
+    for name, rating in e.sft.default_ratings.items():
+        need(name in names, "sft.default_ratings", f"{name} is not rated; use {', '.join(names)}")
+        attribute = SCHEMAS[e.data.schema][name]
+        within = attribute.low <= rating <= attribute.high
+        need(within, "sft.default_ratings", f"{name} from {attribute.low:g} to {attribute.high:g}")
 
 
 def _check_optimizer(e: Experiment, need) -> None:
@@ -318,6 +376,7 @@ def _check_optimizer(e: Experiment, need) -> None:
     for name in ("beta1", "beta2"):
         need(0 <= getattr(o, name) < 1, f"optimizer.{name}", "from 0 to less than 1")
     need(o.epsilon > 0, "optimizer.epsilon", "more than 0")
+    need(o.frozen_layers >= 0, "optimizer.frozen_layers", "0 or more")
     need(o.max_bad_steps >= 1, "optimizer.max_bad_steps", "at least 1")
     need(t.steps > 0 or t.epochs > 0, "train.epochs", "more than 0, or set train.steps")
     for name in ("steps", "log_every", "evaluate_every", "checkpoint_every"):

@@ -1,6 +1,6 @@
 """python -m steerjax.train --config configs/rm.py [--config.KEY=VALUE ...] --workdir DIR
 
-Trains a reward model; run again with the same workdir, it resumes.
+Trains a reward model or a chat model; run again with the same workdir, it resumes.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from steerjax.command import run_command
 
 
 def main(experiment, workdir) -> None:
-    from steerjax.training.loop import train_reward_model
+    from steerjax.training.loop import train
 
-    train_reward_model(experiment, workdir)
+    train(experiment, workdir)
 
 
 if __name__ == "__main__":

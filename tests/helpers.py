@@ -8,7 +8,8 @@ from steerjax.data.batch import Batch, row_arrays
 from steerjax.data.packing import Branch, PromptGroup
 from steerjax.models.config import LlamaConfig
 from steerjax.models.reward_head import RewardModel
-from steerjax.training.state import reward_inputs
+from steerjax.training.reward import dummy_inputs, reward_inputs
+from steerjax.training.state import TrainState, fresh_state, init_parameters
 
 TINY = LlamaConfig(
     vocab_size=64,
@@ -26,13 +27,13 @@ def random_groups(responses: list[int], attributes: int = 3, seed: int = 0, long
     random = np.random.default_rng(seed)
     groups, example = [], 0
     for count in responses:
-        branches = []
+        prompt, branches = random_tokens(random, longest), []
         for _ in range(count):
             mask = random.random(attributes) > 0.25
             ratings = np.where(mask, random.integers(0, 5, attributes), 0).astype(np.float32)
-            branches.append(Branch(random_tokens(random, longest), ratings, mask, example))
+            branches.append(Branch(random_tokens(random, longest), ratings, mask, example, at=len(prompt)))
             example += 1
-        groups.append(PromptGroup(random_tokens(random, longest), tuple(branches)))
+        groups.append(PromptGroup(prompt, tuple(branches)))
     return groups
 
 
@@ -50,6 +51,12 @@ def init_params(model: RewardModel, batch: Batch, seed: int = 0) -> dict:
     """Random parameters as a plain dict."""
     first = jax.tree.map(lambda x: x[0], batch)
     return meta.unbox(model.init(jax.random.key(seed), reward_inputs(first))["params"])
+
+
+def random_state(model: RewardModel, optimizer, abstract: TrainState, frozen: tuple[str, ...] = ()) -> TrainState:
+    """A fresh state with random parameters, in the shards of `abstract`."""
+    params = init_parameters(model, (dummy_inputs(),), abstract.params, seed=0)
+    return fresh_state(params, optimizer, abstract, frozen)
 
 
 def assert_trees_close(actual, expected, rtol: float, atol: float = 0.0) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -39,13 +41,60 @@ def attend(
     q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T N H"]:
     """Softmax attention over the keys that `mask` allows, N/K query heads to a key-value head; softmax in float32."""
+    return attend_parts(q, ((k, v),), mask)
+
+
+def attend_parts(
+    q: Float[Array, "B T N H"], parts: Sequence[tuple[Array, Array]], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B T N H"]:
+    """`attend` over keys and values in several arrays, so that a cache is never copied to put new keys after it.
+
+    Args:
+        parts: (keys, values) [B, S_i, K, H] each.
+        mask: over all keys in the order of the parts; S is the sum of the S_i.
+    """
     B, T, N, H = q.shape
-    K = k.shape[2]
+    K = parts[0][0].shape[2]
     grouped = q.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights, v).reshape(B, T, N, H)
+    scores = [jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) for k, _ in parts]
+    scores = scores[0] if len(parts) == 1 else jnp.concatenate(scores, axis=-1)
+    scores = jnp.where(mask[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    ends = itertools.accumulate(k.shape[1] for k, _ in parts)
+    out = [
+        jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., end - v.shape[1] : end], v)
+        for end, (_, v) in zip(ends, parts, strict=True)
+    ]
+    return functools.reduce(jnp.add, out).reshape(B, T, N, H)
+
+
+class Cache(NamedTuple):
+    """Keys (turned by RoPE) and values of tokens that were seen before; of a stack of layers with a leading L."""
+
+    keys: Float[Array, "*L B S K H"]
+    values: Float[Array, "*L B S K H"]
+
+
+def cached_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    cache: Cache,
+    mask: Bool[Array, "B T S+T"],
+    chunk: int = 256,
+) -> Float[Array, "B T N H"]:
+    """Attention of new tokens over cached ones and over themselves, `chunk` queries at a time.
+
+    Args:
+        mask: over cached, then new tokens; a token sees no new one after it.
+    """
+    T, S = q.shape[1], cache.keys.shape[1]
+    outputs = []
+    for start in range(0, T, chunk):
+        end = min(start + chunk, T)
+        parts = ((k[:, :end], v[:, :end]),) if S == 0 else (cache, (k[:, :end], v[:, :end]))
+        outputs.append(attend_parts(q[:, start:end], parts, mask[:, start:end, : S + end]))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 def causal_attention(

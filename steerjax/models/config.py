@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from steerjax.errors import ConfigError
@@ -54,6 +56,12 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"model.head_dim is {self.head_dim}; cure: an even number, RoPE turns pairs")
+
+    @classmethod
+    def from_json(cls, values: Mapping) -> LlamaConfig:
+        """The inverse of `dataclasses.asdict`; other keys are ignored."""
+        fields = {f.name: values[f.name] for f in dataclasses.fields(LlamaConfig)}
+        return LlamaConfig(**fields | {"rope_scaling": RopeScaling(**values["rope_scaling"])})
 
     @property
     def block_parameters(self) -> int:

@@ -17,7 +17,14 @@ PEAK_FLOPS = {
 }
 
 
-def training_flops(config: LlamaConfig, tokens: int, attention_pairs: int, head_outputs: int = 0) -> float:
+def training_flops(
+    config: LlamaConfig,
+    tokens: int,
+    attention_pairs: int,
+    head_outputs: float = 0,
+    frozen_layers: int = 0,
+    cached: bool = False,
+) -> float:
     """Model FLOPs of forward and backward pass.
 
     6 a token and parameter of the layers (2 forward, 4 backward), and 12 N H a layer for each (query, key) pair that
@@ -27,9 +34,12 @@ def training_flops(config: LlamaConfig, tokens: int, attention_pairs: int, head_
         tokens: without padding.
         attention_pairs: over all rows; see `data.packing.row_pairs`.
         head_outputs: width of the head times the share of tokens it reads, e.g. the vocabulary for a language model.
+        frozen_layers: so many of the layers have no backward pass.
+        cached: and no forward pass either.
     """
-    matrices = config.num_layers * config.block_parameters + config.hidden_size * head_outputs
-    return 6.0 * tokens * matrices + 12.0 * attention_pairs * config.num_layers * config.num_heads * config.head_dim
+    layer = 6.0 * tokens * config.block_parameters + 12.0 * attention_pairs * config.num_heads * config.head_dim
+    layers = config.num_layers - frozen_layers + (0 if cached else frozen_layers / 3)
+    return layers * layer + 6.0 * tokens * config.hidden_size * head_outputs
 
 
 def peak_flops(device_kind: str) -> float | None:

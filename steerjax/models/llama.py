@@ -7,13 +7,14 @@ L layers, V vocabulary, A attributes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.models.attention import Layout, causal_attention
+from steerjax.models.attention import Cache, Layout, cached_attention, causal_attention
 from steerjax.models.blockwise import BlockPlan, block_plan, sharded_blockwise_attention
 from steerjax.models.config import LlamaConfig
 from steerjax.models.rope import apply_rope, rope_tables
@@ -44,6 +45,21 @@ class Compute:
     unroll: int = 1
     attention: str = "chunked"
     chunk: int = 256
+
+
+class Context(NamedTuple):
+    """What all layers share.
+
+    Attributes:
+        rope: tables of `rope_tables`.
+        layout, plan: of packed rows; `plan` for blockwise attention.
+        mask: with a cache: which tokens, cached and then new, each new one sees.
+    """
+
+    rope: tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
+    layout: Layout | None = None
+    plan: BlockPlan | None = None
+    mask: Bool[Array, "B T S"] | None = None
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
@@ -92,8 +108,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], rope: tuple[Array, Array], layout: Layout, plan: BlockPlan | None
-    ) -> Float[Array, "B T D"]:
+        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache | None]:
         c = self.config
         embed, head = ("embed", c.hidden_size), ("head", c.head_dim)
         heads, kv_heads = ("heads", c.num_heads), ("kv_heads", c.num_kv_heads)
@@ -101,13 +117,16 @@ class Attention(nn.Module):
         q = Projection((embed,), (heads, head), **shared, name="q")(x)
         k = Projection((embed,), (kv_heads, head), **shared, name="k")(x)
         v = Projection((embed,), (kv_heads, head), **shared, name="v")(x)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
         q = constrain(q, "batch", "length", "activation_heads", None)
-        if plan is None:
-            y = causal_attention(q, k, v, layout, self.compute.chunk)
+        if cache is not None:
+            y = cached_attention(q, k, v, cache, context.mask, self.compute.chunk)
+        elif context.plan is None:
+            y = causal_attention(q, k, v, context.layout, self.compute.chunk)
         else:
-            y = sharded_blockwise_attention(q, k, v, layout, plan, self.compute.chunk)
-        return Projection((heads, head), (embed,), **shared, name="o")(y)
+            y = sharded_blockwise_attention(q, k, v, context.layout, context.plan, self.compute.chunk)
+        y = Projection((heads, head), (embed,), **shared, name="o")(y)
+        return y, None if cache is None else Cache(k, v)
 
 
 class MLP(nn.Module):
@@ -130,24 +149,25 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], rope: tuple[Array, Array], layout: Layout, plan: BlockPlan | None):
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None):
         c = self.config
         normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
-        x = x + Attention(c, self.compute, name="attention")(normed, rope, layout, plan)
+        y, seen = Attention(c, self.compute, name="attention")(normed, context, cache)
+        x = x + y
         normed = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
         x = x + MLP(c, self.compute.dtype, name="mlp")(normed)
-        return constrain(x, "batch", "length", "activation_embed"), None  # None: nn.scan's per-layer output
+        return constrain(x, "batch", "length", "activation_embed"), seen
 
 
 def _stack(config: LlamaConfig, compute: Compute, layers: int) -> nn.Module:
-    """So many blocks in a scan, their parameters stacked on a leading dimension."""
+    """So many blocks in a scan, their parameters (and a cache) stacked on a leading dimension."""
     policy = REMAT_POLICIES[compute.remat]
     block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
     scanned = nn.scan(
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=nn.broadcast,
+        in_axes=(nn.broadcast, 0),
         length=layers,
         unroll=min(compute.unroll, layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
@@ -163,17 +183,20 @@ class Llama(nn.Module):
         compute: how it is run.
         frozen: so many of the first layers, with the embedding, get no gradient. Their parameters are a group of their
             own, `frozen_layers`.
+        cached: where it is not 0, the embedding is a table of so many outputs of the frozen layers, tokens are places
+            in it, and the frozen layers are left out (training/cache.py).
     """
 
     config: LlamaConfig
     compute: Compute = Compute()
     frozen: int = 0
+    cached: int = 0
 
     def setup(self):
         c = self.config
         embedding = logical(nn.initializers.normal(c.initializer_range), "vocab", "embed")
-        self.embedding = self.param("embedding", embedding, (c.vocab_size, c.hidden_size), jnp.float32)
-        if self.frozen:
+        self.embedding = self.param("embedding", embedding, (self.cached or c.vocab_size, c.hidden_size), jnp.float32)
+        if self.frozen and not self.cached:
             self.frozen_layers = _stack(c, self.compute, self.frozen)
         if self.frozen < c.num_layers:
             self.layers = _stack(c, self.compute, c.num_layers - self.frozen)
@@ -184,27 +207,56 @@ class Llama(nn.Module):
     ) -> Float[Array, "B T D"]:
         x = self._embed(tokens)
         context = self._context(positions, layout)
-        if self.frozen:
-            x = jax.lax.stop_gradient(self.frozen_layers(x, *context)[0])
+        if self.frozen and not self.cached:
+            x = jax.lax.stop_gradient(self.frozen_layers(x, context, None)[0])
         if self.frozen < self.config.num_layers:
-            x, _ = self.layers(x, *context)
+            x, _ = self.layers(x, context, None)
         return self.final_norm(x)
+
+    def extend(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        cache: dict[str, Cache],
+        mask: Bool[Array, "B T S+T"],
+    ) -> tuple[Float[Array, "B T D"], dict[str, Cache]]:
+        """States of new tokens that go on after cached ones.
+
+        Args:
+            cache: keys and values [L, B, S, K, H] for each group of layers (`layers`, `frozen_layers`); S may be 0.
+            mask: which tokens each new one sees: the cached ones, then the new ones, none after itself.
+
+        Returns:
+            The states, and keys and values of the new tokens in the form of `cache`. Where they go is the caller's
+            affair (decoding/engine.py).
+        """
+        x = self._embed(tokens)
+        context = Context(self._rope(positions), mask=mask)
+        new = {}
+        if self.frozen:
+            x, new["frozen_layers"] = self.frozen_layers(x, context, cache["frozen_layers"])
+        if self.frozen < self.config.num_layers:
+            x, new["layers"] = self.layers(x, context, cache["layers"])
+        return self.final_norm(x), new
 
     def frozen_states(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
     ) -> Float[Array, "B T D"]:
         """What the frozen layers give: the input of the first layer that is trained."""
-        return self.frozen_layers(self._embed(tokens), *self._context(positions, layout))[0]
+        return self.frozen_layers(self._embed(tokens), self._context(positions, layout), None)[0]
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return constrain(self.embedding.astype(self.compute.dtype)[tokens], "batch", "length", "activation_embed")
 
-    def _context(self, positions: Int[Array, "B T"], layout: Layout):
-        """What all layers share: RoPE tables, layout, and the plan of blockwise attention."""
-        c, compute = self.config, self.compute
+    def _context(self, positions: Int[Array, "B T"], layout: Layout) -> Context:
+        compute = self.compute
         blockwise = compute.attention == "blockwise" and positions.shape[1] % compute.chunk == 0
         plan = block_plan(layout, compute.chunk) if blockwise else None
-        return rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling), layout, plan
+        return Context(self._rope(positions), layout, plan)
+
+    def _rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+        c = self.config
+        return rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
 
 
 class CausalLM(nn.Module):
@@ -226,6 +278,12 @@ class CausalLM(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Hidden states that the head reads."""
         return self.llama(tokens, positions, layout)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: dict[str, Cache], mask: Array
+    ) -> tuple[Float[Array, "B T D"], dict[str, Cache]]:
+        """See `Llama.extend`."""
+        return self.llama.extend(tokens, positions, cache, mask)
 
     def head(self, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits."""

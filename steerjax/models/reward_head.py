@@ -19,7 +19,7 @@ class RewardInputs(NamedTuple):
 
     Attributes:
         tokens: token ids.
-        positions: 0, 1, ... in a prompt; each of its responses goes on from the prompt's end.
+        positions: 0, 1, ... in a prompt; each of its responses goes on from where it leaves the prompt.
         layout: segments and branches.
         ends: place in the row of each response's last token (any place where `present` is false).
     """
@@ -43,6 +43,7 @@ def pool(hidden: Float[Array, "B T D"], inputs: RewardInputs, readout: str) -> F
     segment = jnp.take_along_axis(segments, inputs.ends, axis=1)[:, :, None]
     branch = jnp.take_along_axis(branches, inputs.ends, axis=1)[:, :, None]
     own = (segments[:, None] == segment) & ((branches[:, None] == 0) | (branches[:, None] == branch))
+    own &= jnp.arange(segments.shape[1]) <= inputs.ends[:, :, None]  # the prompt may go on after the branch
     weights = own / own.sum(-1, keepdims=True)
     return jnp.einsum("BRT,BTD->BRD", weights, hidden.astype(jnp.float32))
 
@@ -54,7 +55,7 @@ class RewardModel(nn.Module):
         num_attributes: A.
         readout: see `pool`.
         use_bias: a bias in the head. Off by default: no stock server loads one.
-        frozen: see `Llama`.
+        frozen, cached: see `Llama`.
     """
 
     config: LlamaConfig
@@ -63,9 +64,10 @@ class RewardModel(nn.Module):
     use_bias: bool = False
     compute: Compute = Compute()
     frozen: int = 0
+    cached: int = 0
 
     def setup(self):
-        self.llama = Llama(self.config, self.compute, self.frozen)
+        self.llama = Llama(self.config, self.compute, self.frozen, self.cached)
         shape = (self.config.hidden_size, self.num_attributes)
         kernel = logical(nn.initializers.normal(self.config.initializer_range), "embed", "attributes")
         self.reward_head = self.param("reward_head", kernel, shape, jnp.float32)
@@ -77,6 +79,10 @@ class RewardModel(nn.Module):
         """The pooled states that the head reads."""
         hidden = self.llama(inputs.tokens, inputs.positions, inputs.layout)
         return constrain(pool(hidden, inputs, self.readout), "batch", None, None)
+
+    def frozen_states(self, inputs: RewardInputs) -> Float[Array, "B T D"]:
+        """What the frozen layers give."""
+        return self.llama.frozen_states(inputs.tokens, inputs.positions, inputs.layout)
 
     def __call__(self, inputs: RewardInputs) -> Float[Array, "B R A"]:
         predictions = jnp.einsum("BRD,DA->BRA", self.states(inputs), self.reward_head, precision="highest")

@@ -1,56 +1,53 @@
-"""The run, top to bottom: input, model, state, summary, loop, report."""
+"""The run, top to bottom: task, state, summary, loop, report."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from steerjax import __version__
-from steerjax.attributes import SCHEMAS, AttributeSchema
+from steerjax.attributes import SCHEMAS
 from steerjax.checkpoints.store import CheckpointStore
-from steerjax.config import Experiment, to_dict, to_json
-from steerjax.data.batch import BatchPlan, evaluation_steps
-from steerjax.data.loading import file_hashes, write_skipped
-from steerjax.data.packing import Row, pack, packing_statistics, row_pairs
-from steerjax.errors import CheckpointError, TrainingError
-from steerjax.evaluation.report import format_table, require_matplotlib, write_report
-from steerjax.evaluation.results import EvaluationResult, evaluate_predictions
+from steerjax.config import Experiment, to_json
+from steerjax.data.loading import write_skipped
+from steerjax.data.packing import Row, packing_statistics, row_pairs
+from steerjax.errors import TrainingError
+from steerjax.evaluation.plots import require_matplotlib
 from steerjax.models.flops import peak_flops, training_flops
-from steerjax.models.llama import Compute
-from steerjax.models.reward_head import RewardModel
-from steerjax.objectives.regression import masked_squared_error
 from steerjax.parallel.mesh import make_mesh
-from steerjax.training.input import (
-    Feeder,
-    RewardData,
-    batch_shardings,
-    check_batch,
-    check_tokenizer,
-    load_splits,
-    make_renderer,
-    row_examples,
-)
+from steerjax.training.cache import StateCache
+from steerjax.training.input import check_batch, check_tokenizer, make_renderer
 from steerjax.training.metrics import MetricsWriter, Progress, read_metrics
-from steerjax.training.optimizer import make_optimizer
+from steerjax.training.optimizer import make_optimizer, partition
+from steerjax.training.reward import RewardTask
 from steerjax.training.schedules import make_schedule
-from steerjax.training.state import TrainState, abstract_state, init_state, restore_state, shardings_of, training_part
-from steerjax.training.step import make_evaluation_step, make_head_initializer, make_loss, make_train_step
+from steerjax.training.sft import SFTTask
+from steerjax.training.source import initial_parameters, with_source
+from steerjax.training.state import (
+    TrainState,
+    abstract_parameters,
+    abstract_state,
+    fresh_state,
+    shardings_of,
+    training_part,
+)
+from steerjax.training.step import make_train_step
+from steerjax.training.task import Evaluation, Task, compute_dtype
+from steerjax.training.workdir import claim_workdir, copy_tokenizer, make_provenance
+
+TASKS = {"reward": RewardTask, "sft": SFTTask}
 
 
-def train_reward_model(experiment: Experiment, workdir: Path) -> EvaluationResult:
+def train(experiment: Experiment, workdir: Path) -> Evaluation:
     """Trains, or goes on where the workdir's newest checkpoint is, evaluates and reports.
 
     Returns:
-        Predictions and metrics of the last parameters on the validation split.
+        The evaluation of the last parameters on the validation split.
 
     Raises:
         SteerjaxError: bad config or data, a workdir of another experiment, gradients that stay non-finite.
@@ -61,25 +58,31 @@ def train_reward_model(experiment: Experiment, workdir: Path) -> EvaluationResul
 
     # Input
     schema = SCHEMAS[experiment.data.schema]
+    experiment, source = with_source(experiment)
     renderer = make_renderer(experiment, schema)
-    if experiment.model.vocab_size == 0:
-        model_config = dataclasses.replace(experiment.model, vocab_size=renderer.tokenizer.vocab_size)
-        experiment = dataclasses.replace(experiment, model=model_config)
-    check_tokenizer(renderer.tokenizer, experiment.model.vocab_size)
-    train, validation, skipped = load_splits(experiment, schema, renderer)
+    experiment = _with_vocabulary(experiment, renderer.tokenizer)
+    mesh = make_mesh(experiment.mesh)
+    task = TASKS[experiment.task](experiment, schema, renderer, mesh)
+    check_batch(experiment.batch, task.evaluation_rows, mesh)
     claim_workdir(workdir, experiment, write=main)
-    if main and skipped:
-        write_skipped(workdir / "skipped.jsonl", skipped)
-    run = Run(experiment, schema, make_mesh(experiment.mesh), train, validation)
-    check_batch(experiment.batch, run.evaluation_rows, run.mesh)
-    provenance = make_provenance(experiment, schema, renderer.tokenizer.hash)
+    if main:
+        copy_tokenizer(renderer.tokenizer, workdir)
+        if task.skipped:
+            write_skipped(workdir / "skipped.jsonl", task.skipped)
+    provenance = make_provenance(
+        experiment, schema, renderer.tokenizer, task.kind, dict(experiment.sft.default_ratings) or None
+    )
 
-    with jax.set_mesh(run.mesh), CheckpointStore(workdir / "checkpoints", experiment.train.keep_last) as store:
-        # State: resume, or start from random parameters
+    with jax.set_mesh(mesh), CheckpointStore(workdir / "checkpoints", experiment.train.keep_last) as store:
+        # State: resume, or start from the source's parameters
+        run = Run(experiment, task, mesh)
         step = store.latest_step()
-        state = run.fresh_state() if step is None else restore_state(store, step, run.abstract)
+        if step is None:
+            state = run.start(*initial_parameters(source, task, run.whole, experiment.train.seed))
+        else:
+            state = run.resume(*store.restore(step, run.whole, training_part(run.abstract)))
         if main:
-            print(summary_text(run.summary(len(skipped))), flush=True)
+            print(summary_text(run.summary()), flush=True)
             if step is not None:
                 print(f"resumed at step {step} of {run.steps} from {workdir / 'checkpoints'}", flush=True)
 
@@ -87,151 +90,118 @@ def train_reward_model(experiment: Experiment, workdir: Path) -> EvaluationResul
         writer = MetricsWriter(workdir, step or 0, active=main)
         progress = Progress(step or 0, run.steps, active=main)
         try:
-            state = loop(run, state, step or 0, store, provenance, writer, progress)
+            state, evaluation = loop(run, state, step or 0, store, provenance, writer, progress)
         finally:
             progress.close()
             writer.close()
 
         # Report
-        result = run.evaluate(state.params)[1]
+        evaluation = evaluation or run.evaluate(state.params)
         store.wait()
         if main:
-            report(run, result, workdir, store.best_step(), len(skipped))
-    return result
+            report(run, evaluation, workdir, store.best_step())
+    return evaluation
+
+
+def _with_vocabulary(experiment: Experiment, tokenizer) -> Experiment:
+    """The vocabulary size 0 becomes the tokenizer's; any other must hold its ids."""
+    if experiment.model.vocab_size == 0:
+        model = replace(experiment.model, vocab_size=tokenizer.vocab_size)
+        experiment = replace(experiment, model=model)
+    check_tokenizer(tokenizer, experiment.model.vocab_size)
+    return experiment
 
 
 class Run:
-    """What stays the same while a run goes on: data, plan, mesh and the compiled steps."""
+    """What stays the same while a run goes on: task, mesh and the compiled steps.
 
-    def __init__(
-        self, experiment: Experiment, schema: AttributeSchema, mesh: Mesh, train: RewardData, validation: RewardData
-    ):
-        e, batch = experiment, experiment.batch
-        self.experiment, self.schema, self.mesh = experiment, schema, mesh
-        self.train, self.validation = train, validation
-        responses = batch.responses_per_row or max(1, batch.row_length // 32)
-        self.plan = BatchPlan(train.groups, batch.rows, batch.row_length, responses, e.train.seed)
-        self.steps = e.train.steps or self.plan.steps(e.train.epochs)
-        self.evaluation_rows = batch.evaluation_rows or batch.rows // batch.micro_batches
-        self.validation_rows = pack(validation.groups, batch.row_length, responses, range(len(validation.groups)))
-        self.feed = Feeder(train.groups, batch.row_length, responses, batch.micro_batches, mesh)
-        self.feed_validation = Feeder(validation.groups, batch.row_length, responses, 1, mesh)
+    Attributes:
+        whole: abstract parameters as checkpoints hold them. With `compute.cache_frozen` the state's own lack the
+            frozen layers, and their embedding is the table of cached states.
+    """
 
-        self.model = make_model(e, len(schema))
+    def __init__(self, experiment: Experiment, task: Task, mesh: Mesh):
+        e = experiment
+        self.experiment, self.mesh = e, mesh
+        self.whole = abstract_parameters(task.model, task.inputs, mesh)
+        self.cache = StateCache(task) if e.compute.cache_frozen else None
+        self.task = task = self.cache.task if self.cache else task
+        self.steps = e.train.steps or task.plan.steps(e.train.epochs)
         self.optimizer = make_optimizer(e.optimizer)
-        self.abstract = abstract_state(self.model, self.optimizer, mesh, e.optimizer.frozen)
-        self.weights = np.array([e.objective.attribute_weights.get(name, 1.0) for name in schema.names], np.float32)
-        loss = make_loss(self.model, self.weights, e.objective.average)
-        schedule = make_schedule(e.optimizer, self.steps)
-        step = make_train_step(loss, self.optimizer, schedule, e.optimizer.frozen)
-        self.states, self.batches = shardings_of(self.abstract), batch_shardings(mesh)
+        self.abstract = abstract_state(task.model, task.inputs, self.optimizer, mesh, task.frozen)
+        self.states = shardings_of(self.abstract)
         self.replicated = NamedSharding(mesh, PartitionSpec())
+        step = make_train_step(task.loss, self.optimizer, make_schedule(e.optimizer, self.steps), task.frozen)
         self.train_step = jax.jit(
             step,
-            in_shardings=(self.states, self.batches),
+            in_shardings=(self.states, task.feed.shardings),
             out_shardings=(self.states, self.replicated),
             donate_argnums=0,
         )
         self.evaluation_step = jax.jit(
-            make_evaluation_step(self.model),
-            in_shardings=(self.states.params, self.batches),
+            task.evaluation_step,
+            in_shardings=(self.states.params, task.feed.shardings),
             out_shardings=self.replicated,
         )
 
-    def fresh_state(self) -> TrainState:
-        """Random parameters, and a head whose first predictions lie near the mean ratings."""
-        e = self.experiment
-        state = init_state(self.model, self.optimizer, self.abstract, e.train.seed, e.optimizer.frozen)
-        initialize = jax.jit(
-            make_head_initializer(self.model),
-            in_shardings=(self.states.params, self.batches, self.replicated),
+    def start(self, params: dict, new_head: bool) -> TrainState:
+        """The state before the first step, from whole parameters. `new_head`: the head is random, not the source's."""
+        begin = jax.jit(
+            lambda params, batch: self.task.begin(params, batch, new_head),
+            in_shardings=(self.states.params, self.task.feed.shardings),
             out_shardings=self.states.params,
         )
-        batch = self.feed(self.plan.step_rows(0))
-        return state.replace(params=initialize(state.params, batch, self.train.mean_ratings()))
+        params = begin(self._enter(params), self.task.feed(self.task.plan.step_rows(0)))
+        return fresh_state(params, self.optimizer, self.abstract, self.task.frozen)
 
-    def evaluate(self, params) -> tuple[float, EvaluationResult]:
-        """Validation loss (the training objective) and everything that is measured on the validation split."""
-        data = self.validation
-        predicted = np.zeros_like(data.ratings)
-        for rows in evaluation_steps(self.validation_rows, self.evaluation_rows):
-            outputs = np.asarray(self.evaluation_step(params, self.feed_validation(rows)))
-            for row, output in zip(rows, outputs, strict=True):
-                examples = row_examples(data.groups, row)
-                predicted[examples] = output[: len(examples)]
-        total, count = masked_squared_error(
-            predicted, data.ratings, data.mask, self.weights, self.experiment.objective.average
-        )
-        result = evaluate_predictions(
-            self.schema.names, predicted, data.ratings, data.mask, data.lengths, data.ids,
-            self.train.ratings, self.train.mask, self.train.lengths,
-        )  # fmt: skip
-        return float(total / count), result
+    def resume(self, params: dict, training: dict) -> TrainState:
+        """The state that a checkpoint holds."""
+        return TrainState(params=self._enter(params), **training)
 
-    def summary(self, skipped: int) -> dict[str, str]:
+    def _enter(self, params: dict) -> dict:
+        return self.cache.fill(params, self.states.params) if self.cache else params
+
+    def whole_parameters(self, params: dict) -> dict:
+        """Parameters as checkpoints hold them."""
+        return self.cache.whole(params) if self.cache else params
+
+    def evaluate(self, params: dict) -> Evaluation:
+        """The task's evaluation of a state's parameters."""
+        return self.task.evaluate(self.evaluation_step, params)
+
+    def summary(self) -> dict[str, str]:
         """What a user wants to know before the first step."""
-        e, groups = self.experiment, self.train.groups
-        packed = packing_statistics(groups, self.plan.epoch(0), e.batch.row_length)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
-        flops = training_flops(e.model, packed.tokens, packed.attention_pairs) / packed.rows * e.batch.rows
-        examples = packed.examples / packed.rows * e.batch.rows
+        e, plan = self.experiment, self.task.plan
+        packed = packing_statistics(plan.groups, plan.epoch(0), e.batch.row_length)
+        names = partition(self.whole, e.optimizer.frozen_names)
+        trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) for part in names)
+        flops = self.step_flops(plan.step_rows(0))[2]
         device = self.mesh.devices.flat[0]
         return {
-            "parameters": f"{parameters:,}",
-            "training examples": f"{packed.examples} of {len(groups)} prompts ({skipped} rows skipped)",
-            "validation examples": f"{len(self.validation.ratings)} of {len(self.validation.groups)} prompts",
-            "packed rows": f"{packed.rows} of {packed.row_length} tokens, {packed.fill:.1%} filled",
-            "tokens": f"{packed.tokens:,} an epoch; {packed.saving:.2f} times as many without shared prompts",
-            "steps": f"{self.steps} of {e.batch.rows} rows, about {examples:.1f} examples",
+            "parameters": f"{trained + frozen:,}" + (f", {frozen:,} of them frozen" if frozen else ""),
+            "initial parameters": e.model.source,
+            **self.task.summary(),
+            "skipped": f"{len(self.task.skipped)} rows",
+            "packed rows": f"{packed.rows} of {packed.row_length} tokens, {packed.fill:.1%} filled; "
+            f"{packed.tokens:,} tokens an epoch",
+            "steps": f"{self.steps} of {e.batch.rows} rows, "
+            f"about {packed.examples / packed.rows * e.batch.rows:.1f} examples",
             "mesh": ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
             + f"; {self.mesh.size} {device.device_kind} device(s), {jax.process_count()} process(es)",
-            "computation": f"{compute_dtype(e).__name__}, {self.model.compute.attention} attention, "
+            "computation": f"{compute_dtype(e).__name__}, {self.task.model.compute.attention} attention, "
             f"{flops / 1e12:.3f} TFLOP a step (model FLOPs)",
         }
 
     def step_flops(self, rows: list[Row]) -> tuple[int, int, float]:
         """Examples, tokens (without padding) and model FLOPs of a step."""
-        groups = self.train.groups
+        groups = self.task.plan.groups
         tokens = sum(segment.length for row in rows for segment in row)
         pairs = sum(row_pairs(groups, row) for row in rows)
         examples = sum(len(segment.branches) for row in rows for segment in row)
-        return examples, tokens, training_flops(self.experiment.model, tokens, pairs)
-
-
-def compute_dtype(experiment: Experiment):
-    """bfloat16 on accelerators and float32 on a CPU, unless the config says otherwise."""
-    name = experiment.compute.dtype
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
-
-
-def attention_backend(experiment: Experiment) -> str:
-    """The attention that the config names; `auto` by machine and mesh."""
-    if experiment.compute.attention != "auto":
-        return experiment.compute.attention
-    whole_blocks = experiment.batch.row_length % experiment.compute.attention_chunk == 0
-    fits = whole_blocks and experiment.mesh.context == 1
-    return "blockwise" if jax.default_backend() == "cpu" and fits else "chunked"
-
-
-def make_model(experiment: Experiment, num_attributes: int) -> RewardModel:
-    """The reward model of an experiment."""
-    compute, head = experiment.compute, experiment.head
-    on_cpu = jax.default_backend() == "cpu"
-    return RewardModel(
-        config=experiment.model,
-        num_attributes=num_attributes,
-        readout=head.readout,
-        use_bias=head.use_bias,
-        compute=Compute(
-            dtype=compute_dtype(experiment),
-            remat=compute.remat,
-            unroll=compute.unroll or (experiment.model.num_layers if on_cpu else 1),
-            attention=attention_backend(experiment),
-            chunk=compute.attention_chunk,
-        ),
-    )
+        head = self.task.head_outputs(tokens, examples)
+        model, frozen = self.experiment.model, self.experiment.optimizer.frozen_layers
+        flops = training_flops(model, tokens, pairs, head, frozen, self.experiment.compute.cache_frozen)
+        return examples, tokens, flops
 
 
 def loop(
@@ -242,13 +212,13 @@ def loop(
     provenance: dict,
     writer: MetricsWriter,
     progress: Progress,
-) -> TrainState:
-    """Trains from `step` to the end.
+) -> tuple[TrainState, Evaluation | None]:
+    """Trains from `step` to the end; the last state, and its evaluation if there was a step to do.
 
     Step k is dispatched before the metrics of step k-1 are read, so that the device never waits for the host.
     """
     e = run.experiment
-    pending = None
+    pending = evaluation = None
     clock = time.perf_counter()
 
     def read(pending) -> None:
@@ -271,8 +241,8 @@ def loop(
 
     with stop_on_sigterm() as stop:
         while step < run.steps:
-            rows = run.plan.step_rows(step)
-            state, metrics = run.train_step(state, run.feed(rows))
+            rows = run.task.plan.step_rows(step)
+            state, metrics = run.train_step(state, run.task.feed(rows))
             step += 1
             if pending is not None:
                 read(pending)
@@ -280,20 +250,22 @@ def loop(
 
             last = step == run.steps
             checkpoint = last or is_due(step, e.train.checkpoint_every)
-            evaluation = checkpoint or is_due(step, e.train.evaluate_every)
-            if evaluation or stop.is_set():
+            evaluated = checkpoint or is_due(step, e.train.evaluate_every)
+            if evaluated or stop.is_set():
                 read(pending)
                 pending = None
-                loss = evaluate(run, state, step, writer, progress) if evaluation else None
+                if evaluated:
+                    evaluation = evaluate(run, state, step, writer, progress)
                 if checkpoint or stop.is_set():
-                    store.save(state.params, training_part(state), step, provenance, loss)
+                    loss = evaluation.loss if evaluated else None
+                    store.save(run.whole_parameters(state.params), training_part(state), step, provenance, loss)
                 clock = time.perf_counter()
             if stop.is_set() and not last:
                 store.wait()
                 raise TrainingError(
                     f"stopped by SIGTERM; step {step} is saved\n  cure: the same command goes on from there"
                 )
-    return state
+    return state, evaluation
 
 
 def is_due(step: int, every: int) -> bool:
@@ -316,22 +288,15 @@ def step_record(run: Run, rows: list[Row], metrics: dict, seconds: float) -> dic
     peak = peak_flops(run.mesh.devices.flat[0].device_kind)
     if peak is not None:
         record["model_flops_utilization"] = flops_per_device / peak
-    names = run.schema.names
-    return record | {f"attributes/{n}/mse": float(x) for n, x in zip(names, metrics["squared_error"], strict=True)}
+    return record | run.task.log_values(metrics)
 
 
-def evaluate(run: Run, state: TrainState, step: int, writer: MetricsWriter, progress: Progress) -> float:
-    """Evaluates, writes the record and returns the validation loss."""
-    loss, result = run.evaluate(state.params)
-    values = {
-        f"attributes/{name}/{metric}": value
-        for name, metrics in result.metrics.items()
-        for metric, value in metrics.items()
-        if metric != "count"
-    }
-    writer.write(step, "validation", {"loss": loss, **values})
-    progress.say(f"step {step}: validation loss {loss:.4f}")
-    return loss
+def evaluate(run: Run, state: TrainState, step: int, writer: MetricsWriter, progress: Progress) -> Evaluation:
+    """Evaluates and writes the record."""
+    evaluation = run.evaluate(state.params)
+    writer.write(step, "validation", {"loss": evaluation.loss, **evaluation.values})
+    progress.say(f"step {step}: validation loss {evaluation.loss:.4f}")
+    return evaluation
 
 
 class stop_on_sigterm:
@@ -349,75 +314,18 @@ class stop_on_sigterm:
             signal.signal(signal.SIGTERM, self._before)
 
 
-# What a second start may change: the machine, how long and how loudly it trains. All else would not be a resume.
-RESUME_MAY_CHANGE = ("mesh", "compute", "train")
-
-
-def claim_workdir(workdir: Path, experiment: Experiment, *, write: bool) -> None:
-    """Writes config.json, or checks that the workdir's run is the same experiment.
-
-    Raises:
-        CheckpointError: names the first key that differs.
-    """
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            _check_same(json.loads(path.read_text()), json.loads(to_json(experiment)), workdir)
-        if write:
-            path.write_text(to_json(experiment))
-    except OSError as error:
-        raise CheckpointError(f"--workdir {workdir}: {error.strerror}; cure: a folder that can be written") from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is broken: {error}; cure: another --workdir") from error
-
-
-def _check_same(old: dict, new: dict, workdir: Path) -> None:
-    def differences(old, new, path):
-        if isinstance(old, dict) and isinstance(new, dict):
-            for key in sorted(old.keys() | new.keys()):
-                yield from differences(old.get(key), new.get(key), f"{path}.{key}")
-        elif old != new:
-            yield path, old, new
-
-    for group in old.keys() | new.keys():
-        if group in RESUME_MAY_CHANGE:
-            continue
-        for path, before, now in differences(old.get(group), new.get(group), f"config.{group}"):
-            raise CheckpointError(
-                f"{workdir} holds a run with {path} {before!r}, and now it is {now!r}; "
-                "cure: the old value to resume, or another --workdir"
-            )
-    if old["train"]["seed"] != new["train"]["seed"]:
-        raise CheckpointError(f"{workdir} holds a run with another config.train.seed; cure: another --workdir")
-
-
-def make_provenance(experiment: Experiment, schema: AttributeSchema, tokenizer_hash: str) -> dict:
-    """What a checkpoint says about itself (design, decision 13)."""
-    data = experiment.data
-    return {
-        "steerjax": __version__,
-        "attributes": schema.to_json(),
-        "template": experiment.chat.template,
-        "tokenizer": {"source": experiment.chat.tokenizer, "sha256": tokenizer_hash},
-        "base_model": "random",
-        "data": file_hashes((*data.train, *data.validation)),
-        "config": to_dict(experiment),
-    }
-
-
 def summary_text(summary: dict[str, str]) -> str:
     """The summary as lines, names aligned."""
     width = max(map(len, summary))
     return "\n".join(f"{name:>{width}}  {value}" for name, value in summary.items())
 
 
-def report(run: Run, result: EvaluationResult, workdir: Path, best_step: int | None, skipped: int) -> None:
-    """Prints the table and writes report/."""
-    print("\n" + format_table(result))
+def report(run: Run, evaluation: Evaluation, workdir: Path, best_step: int | None) -> None:
+    """Prints the result and writes report/."""
+    folder = workdir / "report" if run.experiment.train.plots else None
+    records = read_metrics(workdir / "metrics.jsonl")
+    print("\n" + run.task.report(evaluation, folder, records, run.summary(), to_json(run.experiment)))
     if best_step is not None and best_step != run.steps:
         print(f"The validation loss was lowest at step {best_step}; that checkpoint is kept too.")
-    if run.experiment.train.plots:
-        records = read_metrics(workdir / "metrics.jsonl")
-        write_report(workdir / "report", result, records, run.summary(skipped), to_json(run.experiment))
-        print(f"report with plots: {workdir / 'report' / 'report.md'}")
+    if folder is not None:
+        print(f"report with plots: {folder / 'report.md'}")

@@ -7,14 +7,12 @@ from collections.abc import Sequence
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import linen as nn
 from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from steerjax.checkpoints.store import CheckpointStore
-from steerjax.data.batch import Batch
-from steerjax.models.attention import Layout
-from steerjax.models.reward_head import RewardInputs, RewardModel
 from steerjax.parallel.rules import parameter_shardings
 from steerjax.training.optimizer import partition
 
@@ -47,47 +45,44 @@ def training_part(state: TrainState) -> dict:
     }
 
 
-def restore_state(store: CheckpointStore, step: int, abstract: TrainState) -> TrainState:
-    """The state at a step, in the shardings of `abstract`."""
-    params, training = store.restore(step, abstract.params, training_part(abstract))
-    return TrainState(params=params, **training)
+def abstract_parameters(model: nn.Module, inputs: Sequence, mesh: Mesh) -> dict:
+    """Shapes, dtypes and shardings of a model's parameters; nothing is allocated.
+
+    Args:
+        inputs: arguments of the model; their length does not matter.
+    """
+    boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+    return jax.tree.map(_sharded, meta.unbox(boxed), parameter_shardings(boxed, mesh))
 
 
-def reward_inputs(batch: Batch) -> RewardInputs:
-    """What the model sees of a batch (everything but the ratings)."""
-    return RewardInputs(batch.tokens, batch.positions, Layout(batch.segments, batch.branches), batch.ends)
-
-
-def _dummy_inputs() -> RewardInputs:
-    one = jnp.zeros((1, 1), jnp.int32)
-    return RewardInputs(one, one, Layout(one, one), one)
+def _sharded(array, sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def abstract_state(
-    model: RewardModel, optimizer: optax.GradientTransformation, mesh: Mesh, frozen_names: Sequence[str] = ()
+    model: nn.Module,
+    inputs: Sequence,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    frozen_names: Sequence[str] = (),
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state; nothing is allocated. Optimizer moments lie as their parameters."""
-    boxed = jax.eval_shape(model.init, jax.random.key(0), _dummy_inputs())["params"]
-    shardings = parameter_shardings(boxed, mesh)
-    params = meta.unbox(boxed)
+    """Shapes, dtypes and shardings of the state. Optimizer moments lie as their parameters."""
+    params = abstract_parameters(model, inputs, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
-    optimizer_state = jax.eval_shape(optimizer.init, partition(params, frozen_names)[0])
+    trained = partition(params, frozen_names)[0]
+    optimizer_state = jax.eval_shape(optimizer.init, trained)
     optimizer_shardings = optax.tree.map_params(
         optimizer,
-        lambda _, s: s,
+        lambda _, p: p.sharding,
         optimizer_state,
-        partition(shardings, frozen_names)[0],
+        trained,
         transform_non_params=lambda _: replicated,
     )
-
-    def sharded(array, sharding):
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return TrainState(
         step=counter,
-        params=jax.tree.map(sharded, params, shardings),
-        optimizer=jax.tree.map(sharded, optimizer_state, optimizer_shardings),
+        params=params,
+        optimizer=jax.tree.map(_sharded, optimizer_state, optimizer_shardings),
         bad_steps=counter,
         bad_in_row=counter,
     )
@@ -98,18 +93,23 @@ def shardings_of(abstract):
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def init_state(
-    model: RewardModel,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
-    seed: int,
-    frozen_names: Sequence[str] = (),
-) -> TrainState:
-    """A fresh state, every leaf made in its own shards."""
+def init_parameters(model: nn.Module, inputs: Sequence, abstract: dict, seed: int) -> dict:
+    """Random parameters, every leaf made in its own shards; `abstract` may be a part of the model's tree."""
 
     def init(key):
-        params = meta.unbox(model.init(key, _dummy_inputs())["params"])
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, optimizer.init(partition(params, frozen_names)[0]), zero, zero)
+        params = meta.unbox(model.init(key, *inputs)["params"])
+        return {name: params[name] for name in abstract}
 
     return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))
+
+
+def fresh_state(
+    params: dict, optimizer: optax.GradientTransformation, abstract: TrainState, frozen_names: Sequence[str] = ()
+) -> TrainState:
+    """The state before the first step."""
+    init = jax.jit(
+        lambda params: optimizer.init(partition(params, frozen_names)[0]),
+        out_shardings=shardings_of(abstract.optimizer),
+    )
+    counters = [jax.device_put(np.zeros((), np.int32), abstract.step.sharding) for _ in range(3)]
+    return TrainState(counters[0], params, init(params), *counters[1:])

@@ -12,12 +12,13 @@ from steerjax.models.llama import Compute
 from steerjax.models.reward_head import RewardModel
 from steerjax.objectives.regression import masked_squared_error
 from steerjax.parallel.mesh import make_mesh
-from steerjax.training.input import Feeder, batch_shardings, row_examples
+from steerjax.training.input import row_examples
 from steerjax.training.optimizer import make_optimizer
+from steerjax.training.reward import dummy_inputs, make_feeder, make_loss, reward_inputs
 from steerjax.training.schedules import make_schedule
-from steerjax.training.state import abstract_state, init_state, reward_inputs, shardings_of
-from steerjax.training.step import make_loss, make_train_step
-from tests.helpers import TINY, assert_trees_close, host_batch, init_params, random_groups
+from steerjax.training.state import abstract_state, shardings_of
+from steerjax.training.step import make_train_step
+from tests.helpers import TINY, assert_trees_close, host_batch, init_params, random_groups, random_state
 
 WEIGHTS = np.array([1.0, 0.5, 2.0], np.float32)
 
@@ -79,16 +80,17 @@ def one_update(mesh_sizes, micro_batches, devices=8):
     rows = pack(groups, 64, 8, range(len(groups)))[:32]
     model = RewardModel(TINY, 3, compute=Compute(chunk=32))
     optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5))
-    abstract = abstract_state(model, optimizer, mesh)
+    abstract = abstract_state(model, (dummy_inputs(),), optimizer, mesh)
     schedule = make_schedule(OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=1), 10)
     shardings = shardings_of(abstract)
+    feed = make_feeder(groups, 64, 8, micro_batches, mesh)
     step = jax.jit(
         make_train_step(make_loss(model, WEIGHTS, "ratings"), optimizer, schedule),
-        in_shardings=(shardings, batch_shardings(mesh)), out_shardings=(shardings, None), donate_argnums=0,
+        in_shardings=(shardings, feed.shardings), out_shardings=(shardings, None), donate_argnums=0,
     )  # fmt: skip
     with jax.set_mesh(mesh):
-        state = init_state(model, optimizer, abstract, seed=0)
-        batch = Feeder(groups, 64, 8, micro_batches, mesh)(rows)
+        state = random_state(model, optimizer, abstract)
+        batch = feed(rows)
         losses = []
         for _ in range(2):
             state, metrics = step(state, batch)
@@ -129,8 +131,8 @@ def test_frozen_parameters_stay_and_cost_no_optimizer_state():
     batch = host_batch(groups, pack(groups, 128, 8, range(2)), 128, 8)
 
     def update(frozen):
-        abstract = abstract_state(model, optimizer, mesh, frozen)
-        state = init_state(model, optimizer, abstract, seed=0, frozen_names=frozen)
+        abstract = abstract_state(model, (dummy_inputs(),), optimizer, mesh, frozen)
+        state = random_state(model, optimizer, abstract, frozen)
         assert jax.tree.structure(state) == jax.tree.structure(abstract)
         return state, jax.jit(make_train_step(loss, optimizer, lambda step: 1e-2, frozen))(state, batch)[0]
 
@@ -145,7 +147,7 @@ def test_frozen_parameters_stay_and_cost_no_optimizer_state():
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) for state in (free, after)]
     assert sizes[0] - sizes[1] == 2 * frozen_size
     with pytest.raises(ConfigError, match=r"no parameter matches 'embeding'; cure: one of llama/embedding"):
-        abstract_state(model, optimizer, mesh, ("embeding",))
+        abstract_state(model, (dummy_inputs(),), optimizer, mesh, ("embeding",))
 
 
 def leaf_at(tree, name: str):
@@ -161,7 +163,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_counters():
     optimizer = make_optimizer(OptimizerConfig())
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     step = jax.jit(make_train_step(make_loss(model, WEIGHTS, "ratings"), optimizer, lambda step: 1e-2))
-    state = init_state(model, optimizer, abstract_state(model, optimizer, mesh), seed=0)
+    state = random_state(model, optimizer, abstract_state(model, (dummy_inputs(),), optimizer, mesh))
     good = host_batch(groups, pack(groups, 128, 8, range(2)), 128, 8)
     bad = good._replace(ratings=np.where(good.mask, np.inf, 0).astype(np.float32))
 

@@ -16,7 +16,7 @@ from steerjax.config import MeshConfig, default_config, resolve
 from steerjax.errors import CheckpointError, TrainingError
 from steerjax.training import loop
 from steerjax.training.metrics import read_metrics
-from steerjax.training.state import restore_state
+from steerjax.training.state import training_part
 
 TIMES = ("examples_per_second", "tokens_per_second", "model_tflops_per_second_per_device")
 RECIPE = """
@@ -95,11 +95,13 @@ def parameters(workdir: Path, e) -> dict:
     """The last checkpoint's parameters, as host arrays with their paths."""
     import jax
 
-    splits = loop.load_splits(e, loop.SCHEMAS["helpsteer"], loop.make_renderer(e, loop.SCHEMAS["helpsteer"]))
-    run = loop.Run(e, loop.SCHEMAS["helpsteer"], loop.make_mesh(e.mesh, jax.devices()[:1]), *splits[:2])
+    schema = loop.SCHEMAS["helpsteer"]
+    e, _ = loop.with_source(e)
+    mesh = loop.make_mesh(e.mesh, jax.devices()[:1])
+    run = loop.Run(e, loop.RewardTask(e, schema, loop.make_renderer(e, schema), mesh), mesh)
     with CheckpointStore(workdir / "checkpoints", 2) as store:
         assert store.latest_step() == e.train.steps
-        return jax.device_get(restore_state(store, e.train.steps, run.abstract).params)
+        return jax.device_get(store.restore(e.train.steps, run.whole, training_part(run.abstract))[0])
 
 
 def with_vocabulary(e):
@@ -210,14 +212,14 @@ def test_train_step_compiles_once(recipe, tmp_path, monkeypatch):
     runs = []
     original = loop.Run.__init__
     monkeypatch.setattr(loop.Run, "__init__", lambda self, *a: (original(self, *a), runs.append(self))[0])
-    loop.train_reward_model(experiment(recipe, steps=7), tmp_path)
+    loop.train(experiment(recipe, steps=7), tmp_path)
     (run,) = runs
     assert run.train_step._cache_size() == 1
     assert run.evaluation_step._cache_size() == 1
 
 
 def test_report_and_plots(recipe, tmp_path, capsys):
-    result = loop.train_reward_model(experiment(recipe, steps=3, plots=True), tmp_path)
+    result = loop.train(experiment(recipe, steps=3, plots=True), tmp_path).detail
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*result.names, "mean rating", "log length", "parameters", "filled"))
     for name in ("loss.png", "predictions.png", "correlations.png"):
@@ -226,7 +228,7 @@ def test_report_and_plots(recipe, tmp_path, capsys):
 
 
 def test_first_predictions_lie_near_the_mean(recipe, tmp_path):
-    loop.train_reward_model(experiment(recipe, steps=4), tmp_path)
+    loop.train(experiment(recipe, steps=4), tmp_path)
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert first["loss"] < 3  # the variance of ratings uniform over 0..4 is 2; predictions of 0 would cost 6
 
@@ -238,7 +240,7 @@ def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
     bad = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, learning_rate=1e30, clip_norm=0.0,
                                                                warmup_steps=0, max_bad_steps=3))  # fmt: skip
     with pytest.raises(TrainingError, match=r"not finite 3 steps in a row; the last good checkpoint is at step"):
-        loop.train_reward_model(bad, tmp_path)
+        loop.train(bad, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_a_workdir_of_another_run_is_refused(recipe, uninterrupted, change, mess
     config = namespace["get_config"]()
     change(config)
     with pytest.raises(CheckpointError, match=message):
-        loop.train_reward_model(resolve(config.to_dict()), uninterrupted)
+        loop.train(resolve(config.to_dict()), uninterrupted)
 
 
 def test_errors_are_messages_and_not_tracebacks(recipe, repository, tmp_path):
@@ -307,5 +309,5 @@ def test_mesh_errors_name_the_cure(recipe, tmp_path):
         (MeshConfig(data=2, tensor=4), r"kv_heads 1 cannot be cut into 4 .*; cure: a mesh whose"),
     ):
         with pytest.raises(ConfigError, match=message):
-            loop.train_reward_model(dataclasses.replace(e, mesh=mesh), tmp_path / "mesh")
+            loop.train(dataclasses.replace(e, mesh=mesh), tmp_path / "mesh")
     assert default_config().mesh.data == -1

@@ -1,0 +1,67 @@
+"""The parameters of a checkpoint, read slice by slice, without a device and without the rest of the training state."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from steerjax.errors import CheckpointError
+
+Index = tuple[slice, ...]
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether this is a whole checkpoint (Orbax writes under another name and renames at the end)."""
+    return (directory / "params" / "_METADATA").is_file() and (directory / "provenance").is_dir()
+
+
+class CheckpointReader:
+    """An Orbax checkpoint, `checkpoints/STEP`.
+
+    Attributes:
+        provenance: what the checkpoint says about its making.
+        shapes: path ("llama/layers/attention/q/kernel") -> shape.
+
+    Raises:
+        CheckpointError: no checkpoint there, or a broken one.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory.absolute()
+        if not is_checkpoint(self.directory):
+            raise CheckpointError(f"'{directory}' is no checkpoint of steerjax; cure: give WORKDIR/checkpoints/STEP")
+        try:
+            self.provenance: dict = json.loads((self.directory / "provenance" / "metadata").read_text())
+            leaves = json.loads((self.directory / "params" / "_METADATA").read_text())["tree_metadata"].values()
+            names = [[part["key"] for part in leaf["key_metadata"]] for leaf in leaves]
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"'{directory}' is broken ({error!r}); cure: another step of the run") from error
+        self._stores = {"/".join(name): self._open(".".join(name)) for name in names}
+        self.shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
+
+    @property
+    def frozen_layers(self) -> int:
+        """How many first layers are a group of their own."""
+        return self.shapes.get("llama/frozen_layers/attention_norm/scale", (0,))[0]
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """The part of a parameter at `index`."""
+        try:
+            return self._stores[path][index].read().result()
+        except ValueError as error:  # all that tensorstore raises
+            raise CheckpointError(f"'{self.directory}': {path} cannot be read ({error})") from error
+
+    def _open(self, name: str):
+        """Orbax keeps every array as a zarr in an OCDBT database; both are formats of tensorstore."""
+        import tensorstore
+
+        base = f"file://{self.directory}/params/"
+        spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+        try:
+            return tensorstore.open(spec, open=True, read=True).result()
+        except ValueError as error:
+            raise CheckpointError(
+                f"'{self.directory}': {name} cannot be read ({error}); cure: another step of the run"
+            ) from error

@@ -1,0 +1,96 @@
+"""The chat template of an exported model: the renderer (`steerjax/chat/render.py`) as Jinja text for stock servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from steerjax.attributes import AttributeSchema, check_rating
+from steerjax.chat import render
+from steerjax.chat.control import find_control_string
+from steerjax.chat.templates import Template
+from steerjax.errors import ConfigError
+
+_SKELETON = Path(render.__file__).with_name("chat_template.jinja")
+_ABOUT = {
+    "chat": "`attributes` (chat_template_kwargs), a mapping of attribute to number, steers the answer.",
+    "reward": "Ends where the reward is read: after the last assistant turn.",
+}
+
+
+def chat_template(
+    template: Template,
+    schema: AttributeSchema | None,
+    *,
+    kind: str,
+    default_ratings: Mapping[str, float] | None = None,
+    system_prompt: str | None = None,
+    special_strings: frozenset[str] = frozenset(),
+) -> str:
+    """Jinja text that writes a conversation as `Renderer.render` (kind "chat") or `reward_text_parts` ("reward") does.
+
+    Texts that contain a control string are refused, as the renderer refuses them. Jinja cannot see the look-alikes
+    that the renderer finds by NFKC normalisation; they matter only where the tokenizer itself normalises so.
+
+    Args:
+        schema: the attributes that are taken, None or empty for none.
+        kind: "chat", with labels and `add_generation_prompt`, or "reward", which ends with the last assistant turn.
+        default_ratings: of the answer to be generated, where `attributes` does not name them; None writes no label.
+        system_prompt: of conversations without a system message; None means the template's own default.
+        special_strings: other strings that a text must not contain, `tokenizer_files.special_strings`.
+
+    Raises:
+        DataError: a default rating of an unknown attribute or outside its range.
+        ConfigError: a system prompt with a control string.
+    """
+    if kind not in _ABOUT:
+        raise ValueError(f"kind is {kind!r}, not one of {', '.join(_ABOUT)}")
+    forbidden = sorted(template.control_strings | special_strings)
+    system = template.default_system if system_prompt is None else system_prompt
+    if system is not None:
+        found = find_control_string(system, forbidden)
+        if found is not None:
+            raise ConfigError(f"the system prompt contains the control string '{found}'\n  cure: remove it")
+        system = system.strip() if template.strip else system
+    attributes = schema.attributes if schema is not None else ()
+    settings = {
+        "reward": kind == "reward",
+        "begin": template.begin,
+        "default_system": system,
+        "system_before": template.system[0],
+        "system_after": template.system[1],
+        "system_in_user": template.system_in_user,
+        "user_before": template.user[0],
+        "user_after": template.user[1],
+        "assistant_before": template.assistant,
+        "label_before": template.label[0],
+        "label_after": template.label[1],
+        "unlabelled_gap": template.unlabelled_gap,
+        "end": template.end,
+        "end_opens": template.end_opens,
+        "after_end": template.after_end,
+        "reward_end": template.reward_end,
+        "strip": template.strip,
+        "alternates": template.alternates,
+        "control_strings": forbidden,
+        "ranges": {attribute.name: [_number(attribute.low), _number(attribute.high)] for attribute in attributes},
+        "default_ratings": _defaults(default_ratings or {}, schema),
+    }
+    lines = [f"{{#- steerjax chat template '{template.name}', {kind} model. {_ABOUT[kind]} -#}}"]
+    lines += [f"{{%- set {name} = {_literal(value)} -%}}" for name, value in settings.items()]
+    return "\n".join([*lines, _SKELETON.read_text(encoding="utf-8")])
+
+
+def _defaults(ratings: Mapping[str, float], schema: AttributeSchema | None) -> dict[str, float]:
+    schema = schema if schema is not None else AttributeSchema(())
+    return {name: _number(check_rating(value, schema[name])) for name, value in ratings.items()}
+
+
+def _number(value: float) -> float:
+    return int(value) if float(value).is_integer() else value
+
+
+def _literal(value: object) -> str:
+    """A Jinja literal. Jinja reads strings as Python does, which has all of JSON's escapes but surrogate pairs."""
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,301 @@
+"""A folder that transformers, vLLM and SGLang load without a line of our code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from steerjax import __version__
+from steerjax.errors import ConfigError, ModelError
+from steerjax.hf.card import model_card
+from steerjax.hf.chat_template import chat_template
+from steerjax.hf.config import DTYPES, HuggingFaceConfig, read_config, write_config
+from steerjax.hf.description import ModelDescription
+from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Index, Tensor, tensors, whole
+from steerjax.hf.tokenizer_files import special_strings, special_tokens, write_tokenizer
+from steerjax.hf.weights import FolderWeights
+
+_NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+# What a folder keeps when only its weights are written anew.
+_SIDE_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "steerjax.json", "README.md", "LICENSE", "NOTICE",
+)  # fmt: skip
+
+
+class ParameterReader(Protocol):
+    """Parameters that are read by parts, e.g. `checkpoints.reader.CheckpointReader`."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    frozen_layers: int
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """The part of a parameter at `index`."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the new folder and how to get it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def architecture_of(description: ModelDescription) -> str:
+    """The architecture that a model is exported as."""
+    return CLASSIFIER if description.kind == "reward" else CAUSAL_LM
+
+
+def checkpoint_tensors(description: ModelDescription, reader: ParameterReader) -> list[Stored]:
+    """The tensors of a checkpoint, float32.
+
+    Raises:
+        ModelError: the reward head has a bias; a parameter is missing, unknown or has another shape.
+    """
+    if "reward_bias" in reader.shapes:
+        raise ModelError(
+            "the reward head has a bias, and LlamaForSequenceClassification has none: a server would drop it\n"
+            "  cure: train with config.head.use_bias=False"
+        )
+    labels = len(description.schema or ())
+    known = tensors(description.model, architecture_of(description), labels, frozen_layers=reader.frozen_layers)
+    layers = {"frozen_layers": reader.frozen_layers, "layers": description.model.num_layers - reader.frozen_layers}
+    shapes = {t.path: t.our_shape if t.layer is None else (layers[t.path.split("/")[1]], *t.our_shape) for t in known}
+    for path in sorted(shapes.keys() | reader.shapes.keys()):
+        if shapes.get(path) != reader.shapes.get(path):
+            raise ModelError(
+                f"parameter {path} has shape {reader.shapes.get(path)}, and the checkpoint's config says "
+                f"{shapes.get(path)}\n  cure: another step of the run"
+            )
+
+    def read(tensor: Tensor) -> np.ndarray:
+        if tensor.layer is None:
+            return tensor.to_hf(reader.read(tensor.path, whole(tensor.our_shape)))
+        index = (slice(tensor.layer, tensor.layer + 1), *whole(tensor.our_shape))
+        return tensor.to_hf(reader.read(tensor.path, index)[0])
+
+    return [Stored(t.name, t.shape, "float32", lambda t=t: read(t)) for t in known]
+
+
+def folder_tensors(folder: Path, config: HuggingFaceConfig, architecture: str) -> list[Stored]:
+    """The tensors of a Hugging Face folder, under the names that they have in `architecture`."""
+    weights = FolderWeights(folder)
+    old = weights.expected(config)
+    prefix = "" if architecture == BARE else "model."
+    new = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
+    return [
+        Stored(n.name, n.shape, weights.dtypes[o.name], lambda o=o: weights.read(o.name))
+        for o, n in zip(old, new, strict=True)
+    ]
+
+
+def export_model(
+    description: ModelDescription,
+    stored: Sequence[Stored],
+    output: Path,
+    *,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    evaluation: Mapping | None = None,
+) -> None:
+    """Writes the whole folder of one of our models, or of a chat model that gets our template.
+
+    Args:
+        stored: from `checkpoint_tensors` or `folder_tensors`.
+        output: a folder that is not there yet, or empty.
+        dtype: float32, bfloat16, float16, or "auto" for each tensor's own.
+        max_shard_size: of a safetensors file, e.g. "5GB"; a greater tensor has a file of its own.
+        evaluation: attribute -> metric -> value, for the model card.
+
+    Raises:
+        ModelError: what no server can load, a tensor that overflows in `dtype`, a folder that cannot be written.
+    """
+    _check_servable(description)
+    names = special_tokens(description.tokenizer, description.template)
+    ids = {f"{key}_id": description.tokenizer.token_id(string) for key, string in names.items()}
+    if description.kind == "reward" and "pad_token_id" not in ids:
+        raise ModelError("the tokenizer has no token to pad with, and a classifier needs one\n  cure: add a <pad>")
+    config = HuggingFaceConfig(
+        model=description.model,
+        architecture=architecture_of(description),
+        labels=description.schema.names if description.kind == "reward" else (),
+        dtype=_main_dtype(stored, dtype),
+        raw=ids | {"problem_type": "regression"},
+    )
+    template = chat_template(
+        description.template,
+        description.schema,
+        kind=description.kind,
+        default_ratings=description.default_ratings,
+        system_prompt=description.system_prompt,
+        special_strings=special_strings(description.tokenizer, description.template),
+    )
+    with new_folder(output) as folder:
+        write_weights(folder, stored, dtype, max_shard_size)
+        write_tokenizer(folder, description.tokenizer, description.template, template)
+        _write_json(folder / "config.json", write_config(config))
+        if description.kind == "chat":
+            _write_json(folder / "generation_config.json", ids)
+        _write_json(folder / "steerjax.json", _about(description))
+        (folder / "README.md").write_text(model_card(description, evaluation=evaluation), encoding="utf-8")
+
+
+def convert_folder(source: Path, output: Path, *, dtype: str = "auto", max_shard_size: str = "5GB") -> None:
+    """Writes a Hugging Face folder anew, in another dtype or shard size; tokenizer, template and card stay.
+
+    Raises:
+        ModelError: as `export_model`, or the source is none that we read.
+    """
+    config = read_config(source)
+    stored = folder_tensors(source, config, config.architecture)
+    with new_folder(output) as folder:
+        write_weights(folder, stored, dtype, max_shard_size)
+        main = config.dtype if dtype == "auto" else dtype
+        _write_json(folder / "config.json", write_config(dataclasses.replace(config, dtype=main)))
+        for name in _SIDE_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+
+@contextlib.contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when the block ends well; otherwise nothing is left.
+
+    Raises:
+        ModelError: `output` is there and not empty, or cannot be written.
+    """
+    output = output.absolute()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ModelError(f"'{output}' is there already\n  cure: another --output, or remove it")
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.replace(partial, output)
+    except OSError as error:
+        raise ModelError(f"'{output}' cannot be written: {error}\n  cure: a writable place with room") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_weights(folder: Path, stored: Sequence[Stored], dtype: str, max_shard_size: str) -> None:
+    """model.safetensors, or several files and an index. One file at a time is in memory.
+
+    Raises:
+        ModelError: a number that is finite and would not be in `dtype`; names the tensor.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    if dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"--dtype {dtype!r}; cure: auto, {', '.join(DTYPES)}")
+    dtypes = [_NUMPY[tensor.dtype if dtype == "auto" else dtype] for tensor in stored]
+    sizes = [int(np.prod(tensor.shape)) * kind.itemsize for tensor, kind in zip(stored, dtypes, strict=True)]
+    shards = plan_shards(sizes, parse_size(max_shard_size))
+    files: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        arrays = {stored[i].name: _cast(stored[i].read(), dtypes[i], stored[i].name) for i in shard}
+        (folder / file).touch()
+        mode = (folder / file).stat().st_mode
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{file}: {error}") from error
+        (folder / file).chmod(mode)  # safetensors lets nobody but the owner read it
+        files |= dict.fromkeys(arrays, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": files}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def plan_shards(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Neighbours together, so many that their bytes stay within the limit; a larger one stands alone."""
+    shards: list[list[int]] = []
+    room = 0
+    for number, size in enumerate(sizes):
+        if not shards or size > room:
+            shards.append([])
+            room = limit
+        shards[-1].append(number)
+        room -= size
+    return shards
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB" or "500 MB" (decimal, as on the hub).
+
+    Raises:
+        ConfigError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"--max-shard-size {text!r}; cure: a size such as 5GB or 500MB")
+    return size
+
+
+def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype)
+    lost = ~np.isfinite(cast)
+    if lost.any() and np.isfinite(array[lost]).any():
+        largest = float(np.abs(array[lost & np.isfinite(array)]).max())
+        cure = "--dtype bfloat16 or float32"
+        raise ModelError(f"{name} holds {largest:g}, which overflows in {dtype.name}\n  cure: {cure}")
+    return cast
+
+
+def _main_dtype(stored: Sequence[Stored], dtype: str) -> str:
+    """What config.json calls the folder's dtype: the first tensor's, the embedding."""
+    return stored[0].dtype if dtype == "auto" else dtype
+
+
+def _check_servable(description: ModelDescription) -> None:
+    if description.kind != "reward":
+        return
+    if description.schema is None:
+        raise ModelError(
+            "a classifier that does not say which attributes it rates gets no template of ours\n"
+            "  cure: leave --template out to change dtype or shard size only"
+        )
+    if description.readout != "last":
+        raise ModelError(
+            f"the reward is read with readout '{description.readout}', and every server reads at the last token\n"
+            "  cure: train with config.head.readout='last'"
+        )
+
+
+def _about(description: ModelDescription) -> dict:
+    """steerjax.json: what `describe_model` needs to open the export again, and where it comes from."""
+    return {
+        "steerjax": __version__,
+        "kind": description.kind,
+        "attributes": description.schema.to_json() if description.schema is not None else None,
+        "template": description.template.name,
+        "system_prompt": description.system_prompt,
+        "readout": description.readout,
+        "default_ratings": dict(description.default_ratings) if description.default_ratings is not None else None,
+        "provenance": dict(description.provenance),
+    }
+
+
+def _write_json(path: Path, value: Mapping) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,112 @@
+"""What the loop asks of a task, and what all tasks need to run a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from steerjax.config import Experiment
+from steerjax.data.batch import BatchPlan
+from steerjax.data.loading import Skipped
+from steerjax.models.llama import Compute
+from steerjax.training.input import Feeder
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        loss: the training objective on the validation split.
+        values: what goes into metrics.jsonl, by name.
+        detail: what the task's report needs.
+    """
+
+    loss: float
+    values: Mapping[str, float | None]
+    detail: Any
+
+
+class Task(Protocol):
+    """Data, model and loss: everything that a reward model and a chat model do differently.
+
+    Attributes:
+        kind: "reward" or "chat".
+        model: the Linen module that is trained.
+        inputs: arguments of the model, one token each, for its initialisation.
+        frozen: regular expressions over the names of parameters that are not trained.
+        plan: the rows of each step.
+        feed: rows -> batch.
+        evaluation_rows: a step of evaluation.
+        skipped: rows that were left out.
+    """
+
+    kind: str
+    model: nn.Module
+    inputs: tuple
+    frozen: tuple[str, ...]
+    plan: BatchPlan
+    feed: Feeder
+    evaluation_rows: int
+    skipped: list[Skipped]
+
+    @property
+    def loss(self) -> Callable[[Any, Any], tuple[jax.Array, tuple[jax.Array, Mapping]]]:
+        """(params, batch) -> (sum, (count, {name: (sum, count)})), all float32."""
+
+    def begin(self, params, batch, new_head: bool):
+        """Parameters before the first step; traced. `new_head`: the head is random, not the source's."""
+
+    def evaluation_step(self, params, batch):
+        """What an evaluation needs of a batch; traced."""
+
+    def evaluate(self, step, params) -> Evaluation:
+        """On the validation split. `step` is the compiled `evaluation_step`."""
+
+    def log_values(self, metrics: Mapping) -> dict[str, float]:
+        """A step's metrics as numbers for metrics.jsonl."""
+
+    def summary(self) -> dict[str, str]:
+        """Facts of the data, for the summary."""
+
+    def head_outputs(self, tokens: int, examples: int) -> float:
+        """Outputs of the head a token, for the FLOP count."""
+
+    def report(self, evaluation: Evaluation, folder: Path | None, records, summary, config_text: str) -> str:
+        """Writes the report into the folder, if there is one; returns what is printed."""
+
+
+def compute_dtype(experiment: Experiment):
+    """bfloat16 on accelerators and float32 on a CPU, unless the config says otherwise."""
+    name = experiment.compute.dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def attention_backend(experiment: Experiment) -> str:
+    """The attention that the config names; `auto` by machine and mesh."""
+    if experiment.compute.attention != "auto":
+        return experiment.compute.attention
+    whole_blocks = experiment.batch.row_length % experiment.compute.attention_chunk == 0
+    fits = whole_blocks and experiment.mesh.context == 1
+    return "blockwise" if jax.default_backend() == "cpu" and fits else "chunked"
+
+
+def make_compute(experiment: Experiment) -> Compute:
+    """How an experiment's model is run on this machine."""
+    compute = experiment.compute
+    on_cpu = jax.default_backend() == "cpu"
+    return Compute(
+        dtype=compute_dtype(experiment),
+        remat=compute.remat,
+        unroll=compute.unroll or (experiment.model.num_layers if on_cpu else 1),
+        attention=attention_backend(experiment),
+        chunk=compute.attention_chunk,
+    )

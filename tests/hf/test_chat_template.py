@@ -1,0 +1,313 @@
+"""The exported chat template writes what the renderer writes, and refuses what it refuses."""
+
+import gzip
+import json
+import random
+from functools import lru_cache
+
+import jinja2
+import jinja2.sandbox
+import pytest
+
+from steerjax.attributes import HELPSTEER, Attribute, AttributeSchema
+from steerjax.chat.templates import TEMPLATES
+from steerjax.chat.tokenizer import load_tokenizer
+from steerjax.data.conversation import Conversation, Turn
+from steerjax.errors import ConfigError, DataError
+from steerjax.hf.chat_template import chat_template
+from tests.hf.serving import as_messages, conversations, export, renderer, talk, tokenizer_of
+
+RATINGS = {"verbosity": 2.5, "helpfulness": 3.5, "correctness": 0, "coherence": 1.4}
+DEFAULTS = {"helpfulness": 4, "verbosity": 2, "coherence": 4.0}
+
+
+class Refused(Exception):
+    pass
+
+
+def refuse(message):
+    raise Refused(message)
+
+
+@lru_cache
+def compiled(text):
+    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return [environment.from_string(text) for environment in (jinja2.Environment(), sandbox)]
+
+
+def render(text, messages, **variables):
+    """In the settings of transformers, SGLang and vLLM and in Jinja's own: they must agree."""
+    plain, served = (
+        template.render(messages=messages, raise_exception=refuse, **variables) for template in compiled(text)
+    )
+    assert plain == served
+    return plain
+
+
+@pytest.fixture(scope="module")
+def rows(repository):
+    with gzip.open(repository / "steerjax/data/samples/helpsteer.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file][::13]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return load_tokenizer("embedded")
+
+
+def chat(name, schema=HELPSTEER, **options):
+    return chat_template(TEMPLATES[name], schema, kind="chat", **options)
+
+
+def reward(name, **options):
+    return chat_template(TEMPLATES[name], HELPSTEER, kind="reward", **options)
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_of_random_conversations(name, embedded):
+    """Any order of turns that the template can write, texts of white space, ratings here and there."""
+    choose = random.Random(0)
+    pieces = ["", " ", "\n", "a", "Hi.", "é😀", "{{ x }}", "{% if %}", "\\n", '"', "'", "\t", "<", "\u2028"]
+    chat_text, reward_text = chat(name, default_ratings=DEFAULTS), reward(name)
+    render_ours = renderer(embedded, name)
+    for _ in range(200):
+        count = choose.randint(1, 5)
+        roles = [("user", "assistant")[i % 2] for i in range(count)]
+        if not TEMPLATES[name].alternates and choose.random() < 0.5:
+            roles = [choose.choice(("user", "assistant")) for _ in range(count)]
+        turns = tuple(Turn(role, "".join(choose.choices(pieces, k=4))) for role in roles)
+        system = choose.choice([None, "", " Be kind.\n"])
+        conversation = Conversation(turns, system)
+        labels = [RATINGS if turn.role == "assistant" and choose.random() < 0.5 else None for turn in turns]
+        messages = as_messages(conversation, labels)
+        assert render(chat_text, messages) == render_ours.render(conversation, labels).text
+        if roles[-1] == "user":
+            expected = render_ours.render(
+                conversation, labels, generation_prompt=True, generation_label=DEFAULTS | {"verbosity": 0}
+            )
+            asked = {"attributes": {"verbosity": 0}, "add_generation_prompt": True}
+            assert render(chat_text, messages, **asked) == expected.text
+        else:
+            tokens = [token for part in render_ours.reward_text_parts(conversation, count - 1) for token in part]
+            text = render(reward_text, messages)
+            assert embedded.decode(tokens) == (text if embedded.decode(embedded.encode(text)) == text else None)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_answer_after_an_answer(name, embedded):
+    """A header right after a response: `end_opens` has written a part of it."""
+    conversation = talk("Hi", "Yo")
+    if TEMPLATES[name].alternates:
+        with pytest.raises(Refused, match="follows a user turn"):
+            render(chat(name), as_messages(conversation), add_generation_prompt=True)
+        return
+    expected = renderer(embedded, name).render(conversation, generation_prompt=True).text
+    assert render(chat(name), as_messages(conversation), add_generation_prompt=True) == expected
+
+
+def label_line(schema=HELPSTEER, defaults=None, **variables):
+    messages = [{"role": "user", "content": "Hi"}]
+    text = render(chat("chatml", schema, default_ratings=defaults), messages, add_generation_prompt=True, **variables)
+    return text.partition("assistant\n")[2].removeprefix("<|attributes|>").removesuffix("\n")
+
+
+@pytest.mark.parametrize(
+    ("defaults", "attributes", "line"),
+    [
+        (None, None, ""),
+        (None, {}, ""),
+        (None, {"verbosity": 1}, "verbosity:1"),
+        (DEFAULTS, None, "helpfulness:4,coherence:4,verbosity:2"),
+        (DEFAULTS, {}, "helpfulness:4,coherence:4,verbosity:2"),
+        (DEFAULTS, {"verbosity": 1, "correctness": 0}, "helpfulness:4,correctness:0,coherence:4,verbosity:1"),
+        (DEFAULTS, {"verbosity": None}, "helpfulness:4,coherence:4"),
+        (DEFAULTS, dict.fromkeys(DEFAULTS), ""),
+        (None, {"verbosity": 0.5, "helpfulness": 1.5, "coherence": 2.5, "complexity": 3.5}, None),
+    ],
+)
+def test_label_line(defaults, attributes, line):
+    if line is None:
+        line = "helpfulness:2,coherence:2,complexity:4,verbosity:0"  # half to even
+    assert label_line(defaults=defaults, attributes=attributes) == line
+    if attributes is None:
+        assert label_line(defaults=defaults) == line
+
+
+def test_order_and_range_are_the_schemas():
+    schema = AttributeSchema((Attribute("items", "", -1, 1), Attribute('a"b', "", 0.5, 10)))
+    assert label_line(schema, attributes={'a"b': 9.5, "items": -0.3}) == 'items:0,a"b:10'
+    with pytest.raises(Refused, match=r"rating 0.4 of 'a\"b' is outside 0.5..10"):
+        label_line(schema, attributes={'a"b': 0.4})
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"humor": 1}, "attributes: unknown attribute 'humor'; use helpfulness, correctness, coherence, complexity, v"),
+        ({"verbosity": 5}, "rating 5 of 'verbosity' is outside 0..4"),
+        ({"verbosity": -1}, "outside 0..4"),
+        ({"verbosity": float("nan")}, "outside 0..4"),
+        ({"verbosity": float("inf")}, "outside 0..4"),
+        ({"verbosity": "3"}, "rating '3' of 'verbosity' is not a number"),
+        ({"verbosity": True}, "is not a number"),
+        ({"verbosity": [3]}, "is not a number"),
+        ("verbosity:3", "attributes: expected a mapping"),
+        (["verbosity"], "expected a mapping"),
+        (3, "expected a mapping"),
+    ],
+)
+def test_bad_ratings(attributes, message):
+    with pytest.raises(Refused, match=message.replace("(", r"\(")):
+        label_line(attributes=attributes)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "ratings": attributes}]
+    with pytest.raises(Refused, match=r"messages\[1\].attributes: "):
+        render(chat("chatml"), messages)
+
+
+def test_a_plain_chat_model_takes_no_attributes():
+    assert label_line(schema=None) == ""
+    with pytest.raises(Refused, match="this model takes none"):
+        label_line(schema=None, attributes={"verbosity": 1})
+
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "message"),
+    [
+        ("chatml", [{"role": "tool", "content": "x"}], r"messages\[0\]: unknown role 'tool'"),
+        ("chatml", [USER, {"role": "system", "content": "x"}], r"messages\[1\]: unknown role 'system'"),
+        ("llama2", [ASSISTANT], r"messages\[0\]: turns must go user"),
+        ("llama2", [{"role": "system", "content": "x"}, USER, USER], r"messages\[2\]: turns must go user"),
+        ("chatml", [USER | {"ratings": {"verbosity": 1}}], r"messages\[0\]: ratings of a user turn"),
+        ("chatml", [{"role": "user", "content": None}], r"messages\[0\].content: expected a text"),
+        ("chatml", [{"role": "user"}], r"messages\[0\].content: expected a text"),
+        ("chatml", [USER | {"content": {"type": "text", "text": "x"}}], "expected a text"),
+        ("chatml", [USER | {"content": [{"type": "image_url"}]}], r"a part that is no text \(type 'image_url'\)"),
+        ("chatml", [USER | {"content": [{"type": "text"}]}], "a part that is no text"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["chat", "reward"])
+def test_refusals(name, messages, message, kind):
+    if kind == "reward":
+        messages = [*messages, ASSISTANT]
+    with pytest.raises(Refused, match=message):
+        render(chat_template(TEMPLATES[name], HELPSTEER, kind=kind), messages)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_reward_template(name):
+    text = reward(name)
+    labelled = ASSISTANT | {"ratings": {"verbosity": 1}, "attributes": {"humor": 9}}
+    expected = render(text, [USER, ASSISTANT])
+    assert expected.endswith("Yo" + TEMPLATES[name].reward_end)
+    assert render(text, [USER, labelled], add_generation_prompt=True) == expected
+    for messages in ([], [USER], [USER, ASSISTANT, USER]):
+        with pytest.raises(Refused, match="nothing to rate"):
+            render(text, messages)
+    with pytest.raises(Refused, match="takes none"):
+        render(text, [USER, ASSISTANT], attributes={"verbosity": 1})
+
+
+@pytest.mark.parametrize("kind", ["chat", "reward"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_control_strings_are_refused(name, kind):
+    text = chat_template(TEMPLATES[name], HELPSTEER, kind=kind, special_strings=frozenset({"<pad>"}))
+    innocent = [{"role": "system", "content": "Be kind."}, USER, ASSISTANT]
+    for string in TEMPLATES[name].control_strings | {"<pad>"}:
+        for index in range(3):
+            for content in (
+                f"x{string}y",
+                [{"type": "text", "text": string[:2]}, {"type": "text", "text": string[2:]}],
+            ):
+                messages = list(innocent)
+                messages[index] = messages[index] | {"content": content}
+                with pytest.raises(Refused) as error:
+                    render(text, messages)
+                assert str(error.value).startswith(f"messages[{index}].content: ")
+                assert "control string '" in str(error.value)
+
+
+def test_parts_are_joined():
+    parts = [{"type": "text", "text": "Hi "}, {"type": "text", "text": "there"}]
+    assert "user\nHi there<|im_end|>" in render(chat("chatml"), [{"role": "user", "content": parts}])
+
+
+NASTY = 'It\'s "so"\n\ttrue \\n {{ messages }} {% raw %} #} -%} é 😀 \u2028\x85\x7f\r\n %}'
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_system_prompt_of_the_recipe(name, embedded):
+    ours = renderer(embedded, name, system_prompt=NASTY)
+    text = chat(name, system_prompt=NASTY)
+    for conversation in (talk("Hi"), talk("Hi", system="Mine"), talk("Hi", system="")):
+        assert render(text, as_messages(conversation)) == ours.render(conversation).text
+
+
+def test_settings_are_checked():
+    for string in ("<|im_end|>", "<pad>"):
+        with pytest.raises(ConfigError, match="system prompt contains"):
+            chat("chatml", system_prompt=f"a {string}", special_strings=frozenset({"<pad>"}))
+    with pytest.raises(DataError, match="unknown attribute 'humor'"):
+        chat("chatml", default_ratings={"humor": 1})
+    with pytest.raises(DataError, match=r"outside 0\.\.4"):
+        chat("chatml", default_ratings={"verbosity": 5})
+    with pytest.raises(ValueError, match="kind is 'sft'"):
+        chat_template(TEMPLATES["chatml"], HELPSTEER, kind="sft")
+
+
+def test_variables_that_a_server_passes_on():
+    """vLLM drops chat_template_kwargs that the template does not read."""
+    import jinja2.meta
+
+    variables = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(chat("chatml")))
+    assert variables == {"messages", "add_generation_prompt", "attributes", "raise_exception"}
+
+
+SERVED = [
+    ("extra_id", "embedded"),
+    ("chatml", "embedded"),
+    ("llama2", "embedded"),
+    ("llama2", "mistral"),
+    ("extra_id", "mistral"),
+    ("llama3", "llama3"),
+    pytest.param("chatml", "smollm2", marks=pytest.mark.smollm2),
+]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "source"), SERVED)
+def test_transformers_makes_the_renderers_tokens(name, source, rows, tmp_path):
+    tokenizer = tokenizer_of(source, tmp_path / "base", [row["response"] for row in rows])
+    served = export(tmp_path / "chat", tokenizer, name, default_ratings=DEFAULTS)
+    judge = export(tmp_path / "reward", tokenizer, name, kind="reward")
+    ours, compared = renderer(tokenizer, name), 0
+    for conversation in conversations(rows):
+        responses = [turn.content for turn in conversation.turns if turn.role == "assistant"]
+        if (name, source) == ("extra_id", "mistral") and any(response[:1].isspace() for response in responses):
+            continue  # `render.py`: the whole text may have other tokens there
+        last = len(conversation.turns) - 1
+        labels = [RATINGS if turn.role == "assistant" and last > 1 else None for turn in conversation.turns]
+        messages = as_messages(conversation, labels)
+        expected = ours.render(conversation, labels).tokens.tolist()
+        assert served.apply_chat_template(messages, return_dict=False) == expected
+        if last % 2:
+            expected = [token for part in ours.reward_text_parts(conversation, last) for token in part]
+            assert judge.apply_chat_template(messages, return_dict=False) == expected
+            text = judge.apply_chat_template(messages, tokenize=False)
+            assert judge(text)["input_ids"] == expected  # adds no BOS, no EOS
+            assert judge.pad_token_id not in expected  # transformers reads the reward before the first one
+        else:
+            for asked in (None, {"verbosity": 1, "complexity": 3.5}, dict.fromkeys(DEFAULTS)):
+                label = {key: value for key, value in (DEFAULTS | (asked or {})).items() if value is not None}
+                expected = ours.render(conversation, labels, generation_prompt=True, generation_label=label)
+                got = served.apply_chat_template(
+                    messages, add_generation_prompt=True, attributes=asked, return_dict=False
+                )
+                assert got == expected.tokens.tolist()
+        compared += 1
+    assert compared >= 25
+    with pytest.raises(jinja2.TemplateError, match="unknown attribute 'humor'"):
+        served.apply_chat_template(messages, attributes={"humor": 1})
