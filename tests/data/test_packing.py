@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 
 from steerjax.data.batch import BatchPlan, evaluation_steps, row_arrays
-from steerjax.data.packing import check_fits, epoch_rows, pack, packing_statistics, row_pairs, unpacked_rows
+from steerjax.data.packing import (
+    check_fits,
+    epoch_rows,
+    pack,
+    packing_statistics,
+    row_pairs,
+    share_prompts,
+    unpacked_rows,
+)
 from steerjax.errors import DataError
 from steerjax.models.attention import Layout, allowed
 from tests.helpers import random_groups
@@ -104,3 +112,31 @@ def test_too_long_is_refused():
     check_fits(10, 20, 30)
     with pytest.raises(DataError, match=r"10 prompt and 21 response tokens do not fit a row of 30\n  cure: raise"):
         check_fits(10, 21, 30)
+
+
+def shared(sequences, row_length=64):
+    """Groups of (prompt, response) pairs without ratings."""
+    prompts, responses = ([np.array(x, np.int32) for x in part] for part in zip(*sequences, strict=True))
+    none = np.zeros((len(sequences), 1), np.float32)
+    return share_prompts(prompts, responses, none, none > 0, row_length)
+
+
+def test_turns_of_a_conversation_share_one_prompt():
+    """The second turn's prompt holds the first turn and its end; another answer branches off where it differs."""
+    (group,) = shared([([1, 2], [3, 9]), ([1, 2, 3, 9, 4], [5, 9]), ([1, 2], [3, 8, 9]), ([1, 2, 3, 9, 4], [6])])
+    assert group.prompt.tolist() == [1, 2, 3, 9, 4]
+    found = [(b.example, b.at, b.tokens.tolist()) for b in group.branches]
+    assert found == [(2, 3, [8, 9]), (0, 4, []), (1, 5, [5, 9]), (3, 5, [6])]
+    (row,) = pack([group], 16, 8, [0])
+    arrays = row_arrays([group], row, 16, 8)
+    assert arrays.tokens[:10].tolist() == [1, 2, 3, 8, 9, 9, 4, 5, 9, 6]
+    assert arrays.positions[:10].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 5]
+    assert arrays.branches[:10].tolist() == [0, 0, 0, 1, 1, 0, 0, 3, 3, 4]
+    assert arrays.ends[:4].tolist() == [4, 5, 8, 9]
+    assert row_pairs([group], row) == 15 + (2 * 3 + 3) + (2 * 5 + 3) + (5 + 1)
+
+
+def test_what_does_not_fit_keeps_its_own_prompt():
+    sequences = [([1, 2], [3, 9]), ([1, 2, 3, 4, 5, 6], [7])]
+    assert len(shared(sequences, row_length=8)) == 1
+    assert len(shared([([1, 2], [3, 9, 9, 9]), sequences[1]], row_length=8)) == 2
