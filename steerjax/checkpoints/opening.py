@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from steerjax.attributes import schema_from_json
 from steerjax.chat.templates import TEMPLATES, Template, get_template
 from steerjax.chat.tokenizer import Tokenizer, load_tokenizer
-from steerjax.checkpoints.reader import CheckpointReader, Index, is_checkpoint
+from steerjax.checkpoints.reader import CheckpointReader, is_checkpoint, load_checkpoint
 from steerjax.config import MeshConfig
 from steerjax.errors import CheckpointError, ConfigError, ModelError
 from steerjax.hf.config import read_config
 from steerjax.hf.description import ModelDescription
-from steerjax.hf.keys import BARE, CLASSIFIER, layer_group
-from steerjax.hf.weights import load_parameters, load_tree, resolve_source
-from steerjax.models.config import LlamaConfig, RopeScaling
+from steerjax.hf.keys import BARE, CLASSIFIER
+from steerjax.hf.weights import load_parameters, resolve_source
+from steerjax.models.config import LlamaConfig
 
 if TYPE_CHECKING:
     from flax import linen as nn
@@ -91,12 +89,11 @@ def _describe_checkpoint(directory: Path, template: str | None) -> ModelDescript
     provenance = CheckpointReader(directory).provenance
     try:
         settings = provenance["config"]
-        model = _llama_config(settings["model"])
         system_prompt = settings["chat"]["system_prompt"]
         description = ModelDescription(
             path=directory,
             kind=provenance.get("kind", "reward"),  # checkpoints of before there were chat models
-            model=model,
+            model=LlamaConfig.from_json(settings["model"]),
             tokenizer=_run_tokenizer(directory, provenance["tokenizer"]),
             template=_template(provenance["template"], template, directory),
             schema=schema_from_json(provenance["attributes"]),
@@ -111,12 +108,6 @@ def _describe_checkpoint(directory: Path, template: str | None) -> ModelDescript
         ) from error
     _check_vocabulary(description)
     return description
-
-
-def _llama_config(values: Mapping[str, Any]) -> LlamaConfig:
-    """The architecture in a resolved experiment (whose group `model` also says where the weights came from)."""
-    known = {field.name: values[field.name] for field in fields(LlamaConfig)}
-    return LlamaConfig(**known | {"rope_scaling": RopeScaling(**known["rope_scaling"])})
 
 
 def _run_tokenizer(directory: Path, said: Mapping[str, str]) -> Tokenizer:
@@ -232,7 +223,7 @@ def open_model(
     if is_checkpoint(description.path):
         reader = CheckpointReader(description.path)
         model = build_model(description, mesh, dtype, len(description.schema), "reward_bias" in reader.shapes)
-        params = load_tree(abstract_parameters(model, mesh, dtype), _checkpoint_reader(reader))
+        params = load_checkpoint(reader, abstract_parameters(model, mesh, dtype))
     else:
         config = read_config(description.path)
         model = build_model(description, mesh, dtype, len(config.labels))
@@ -281,32 +272,3 @@ def abstract_parameters(model: nn.Module, mesh: Mesh, dtype: str) -> dict:
         return jax.ShapeDtypeStruct(array.shape, kind, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(leaf, meta.unbox(boxed), parameter_shardings(boxed, mesh))
-
-
-def _checkpoint_reader(reader: CheckpointReader) -> Callable[[str, Any], Callable[[Index], np.ndarray]]:
-    """What reads a checkpoint's parameters, the frozen layers in one stack with the others."""
-    frozen = reader.frozen_layers
-
-    def parameter(path: str, leaf) -> Callable[[Index], np.ndarray]:
-        def whole(index: Index) -> np.ndarray:
-            return reader.read(path, index).astype(leaf.dtype, copy=False)
-
-        def stacked(index: Index) -> np.ndarray:
-            out = np.empty(tuple(part.stop - part.start for part in index), leaf.dtype)
-            for place, number in enumerate(range(index[0].start, index[0].stop)):
-                group, layer = layer_group(number, frozen)
-                stack = path.replace("/layers/", f"/{group}/", 1)
-                out[place] = reader.read(stack, (slice(layer, layer + 1), *index[1:]))[0]
-            return out
-
-        in_stack = path.startswith("llama/layers/")
-        first = path.replace("/layers/", "/frozen_layers/", 1) if frozen and in_stack else path
-        shape = reader.shapes.get(first)
-        if shape is None or shape[in_stack:] != leaf.shape[in_stack:]:
-            raise CheckpointError(
-                f"'{reader.directory}': parameter {path} has shape {shape}, and {leaf.shape} is expected; "
-                "cure: another step of the run"
-            )
-        return stacked if in_stack else whole
-
-    return parameter

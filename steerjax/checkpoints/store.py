@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from steerjax.errors import CheckpointError
 
 METRIC = "loss"
+CHUNK_BYTES = 64 << 20
 
 
 class CheckpointStore:
@@ -49,7 +51,7 @@ class CheckpointStore:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
+                params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_chunks, params)),
                 training=ocp.args.StandardSave(training),
                 provenance=ocp.args.JsonSave(provenance),
             ),
@@ -89,3 +91,9 @@ class CheckpointStore:
     def __exit__(self, *_) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _chunks(path, _) -> ocp.SaveArgs:
+    """Each layer of a stack in chunks of its own, so that an export can read one without the others."""
+    stacked = any(getattr(part, "key", None) in ("layers", "frozen_layers") for part in path)
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())

@@ -140,21 +140,24 @@ class FolderWeights:
             )
 
 
-def load_parameters(folder: Path, config: HuggingFaceConfig, abstract: Mapping) -> dict:
+def load_parameters(folder: Path, config: HuggingFaceConfig, abstract: Mapping, layers: int | None = None) -> dict:
     """The parameters of a folder in our tree, each process reading only what its devices hold.
 
     Args:
         config: `read_config(folder)`.
         abstract: ShapeDtypeStructs with shardings under our names; groups that are not wanted may be left out.
+        layers: so many first layers only; None is all.
 
     Raises:
         ModelError: the folder and the architecture do not fit, or a group is asked for that the folder lacks.
     """
     weights = FolderWeights(folder)
-    frozen = abstract.get("llama", {}).get("frozen_layers")
-    frozen_layers = frozen["attention_norm"]["scale"].shape[0] if frozen else 0
     parts: dict[str, list[Tensor]] = {}
-    for tensor in weights.expected(config, frozen_layers):
+    frozen = frozen_layers(abstract)
+    for tensor in weights.expected(config, frozen):
+        first = frozen if tensor.path.startswith("llama/layers/") else 0
+        if None not in (layers, tensor.layer) and first + tensor.layer >= layers:
+            continue
         parts.setdefault(tensor.path, []).append(tensor)
 
     def reader(path: str, leaf) -> Callable[[Index], np.ndarray]:
@@ -167,6 +170,12 @@ def load_parameters(folder: Path, config: HuggingFaceConfig, abstract: Mapping) 
         return lambda index: _read_stack(weights, stack, index, leaf.dtype)
 
     return load_tree(abstract, reader)
+
+
+def frozen_layers(parameters: Mapping) -> int:
+    """How many first layers are a group of their own in a tree of parameters."""
+    group = parameters.get("llama", {}).get("frozen_layers")
+    return group["attention_norm"]["scale"].shape[0] if group else 0
 
 
 def load_tree(abstract: Mapping, reader: Callable[[str, object], Callable[[Index], np.ndarray]]) -> dict:

@@ -6,11 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from steerjax.checkpoints.opening import locate_model
-from steerjax.checkpoints.reader import CheckpointReader, is_checkpoint
+from steerjax.checkpoints.reader import CheckpointReader, is_checkpoint, load_checkpoint
 from steerjax.config import Experiment, ModelConfig
 from steerjax.errors import ConfigError
 from steerjax.hf.config import HuggingFaceConfig, read_config
@@ -69,15 +66,20 @@ def with_source(experiment: Experiment) -> tuple[Experiment, Source | None]:
     source = find_source(experiment.model.source)
     model, chat = experiment.model, experiment.chat
     if source is not None:
+        untouched = ModelConfig(num_kv_heads=0, head_dim=0)  # what default_config resolves to
         for f in dataclasses.fields(LlamaConfig):
-            value, default, found = (getattr(m, f.name) for m in (model, ModelConfig(), source.model))
+            value, default, found = (getattr(m, f.name) for m in (model, untouched, source.model))
             if value not in (default, found):
                 raise ConfigError(
                     f"config.model.{f.name} is {value!r} and {model.source} has {found!r}; "
                     "cure: leave the architecture to the source"
                 )
         fields = {f.name: getattr(source.model, f.name) for f in dataclasses.fields(LlamaConfig)}
-        model = ModelConfig(**fields, source=model.source)
+        most = source.model.num_layers if source.checkpoint is None else 0  # a run of ours is continued whole
+        if model.keep_layers > most:
+            raise ConfigError(f"config.model.keep_layers is {model.keep_layers}; cure: at most {most} here")
+        fields["num_layers"] = model.keep_layers or source.model.num_layers
+        model = ModelConfig(**fields, source=model.source, keep_layers=model.keep_layers)
     if chat.tokenizer == "auto":
         chat = dataclasses.replace(chat, tokenizer=source.tokenizer if source else "embedded")
     if experiment.optimizer.frozen_layers > model.num_layers:
@@ -99,38 +101,11 @@ def initial_parameters(source: Source | None, task: Task, abstract: dict, seed: 
     new = {"reward_head", "reward_bias"} if not own_head else set()
     wanted = {name: tree for name, tree in abstract.items() if name not in new}
     if source.checkpoint is not None:
-        params = _read_checkpoint(source.checkpoint, wanted)
+        params = load_checkpoint(source.checkpoint, wanted)
     else:
-        params = load_parameters(source.folder, source.config, wanted)
+        layers = task.model.config.num_layers
+        params = load_parameters(source.folder, source.config, wanted, layers)
     rest = {name: tree for name, tree in abstract.items() if name in new}
     if rest:
         params |= init_parameters(task.model, task.inputs, rest, seed)
     return params, not own_head
-
-
-def _read_checkpoint(reader: CheckpointReader, wanted: dict) -> dict:
-    """A run's parameters in the shards of `wanted`, which may freeze another number of layers than the run did."""
-    stacks = {"llama/frozen_layers": 0, "llama/layers": 0}  # stack -> its first layer, in the checkpoint and wanted
-    theirs = stacks | {"llama/layers": reader.shapes.get("llama/frozen_layers/attention_norm/scale", (0,))[0]}
-    frozen = wanted["llama"].get("frozen_layers")
-    ours = stacks | {"llama/layers": frozen["attention_norm"]["scale"].shape[0] if frozen else 0}
-
-    def leaf(path, spec: jax.ShapeDtypeStruct) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        stack = next((s for s in stacks if name.startswith(s + "/")), None)
-
-        def read(index):
-            if stack is None:
-                return reader.read(name, index)
-            tail, first = name.removeprefix(stack), ours[stack]
-            layers = range(*index[0].indices(spec.shape[0]))
-            parts = []
-            for layer in (first + i for i in layers):
-                source = "llama/frozen_layers" if layer < theirs["llama/layers"] else "llama/layers"
-                place = layer - theirs[source]
-                parts.append(reader.read(source + tail, (slice(place, place + 1), *index[1:])))
-            return np.concatenate(parts)
-
-        return jax.make_array_from_callback(spec.shape, spec.sharding, lambda index: read(index).astype(spec.dtype))
-
-    return jax.tree_util.tree_map_with_path(leaf, wanted)

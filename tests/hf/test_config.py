@@ -1,0 +1,254 @@
+"""config.json: real ones are read and written, what we do not compute is refused by name."""
+
+import dataclasses
+import json
+
+import pytest
+
+from steerjax.errors import ModelError
+from steerjax.hf.config import parse_config, read_config, write_config
+from steerjax.models.config import LlamaConfig, RopeScaling
+from tests.hf_folders import CLASSIFIER, LABELS, TINY
+
+LLAMA3_ROPE = {
+    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+COMMON = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "initializer_range": 0.02,
+    "use_cache": True, "rms_norm_eps": 1e-05, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False,
+}  # fmt: skip
+# As on the hub, and what they mean.
+REAL = {
+    "Llama-2-7b-chat": (
+        COMMON | {
+            "_name_or_path": "meta-llama/Llama-2-7b-chat-hf", "hidden_size": 4096, "intermediate_size": 11008,
+            "max_position_embeddings": 4096, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "num_key_value_heads": 32, "pretraining_tp": 1, "rope_scaling": None, "torch_dtype": "float16",
+            "transformers_version": "4.32.0.dev0", "vocab_size": 32000,
+        },
+        {"num_kv_heads": 32, "head_dim": 128, "rope_theta": 10000.0, "rope_scaling": RopeScaling()},
+    ),
+    "Llama-1-7b": (
+        COMMON | {
+            "hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "rms_norm_eps": 1e-06, "max_sequence_length": 2048, "pad_token_id": 0, "vocab_size": 32000,
+            "torch_dtype": "float16", "transformers_version": "4.28.0.dev0",
+        },
+        {"num_kv_heads": 32, "max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+    ),
+    "Meta-Llama-3-8B": (
+        COMMON | {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001,
+            "hidden_size": 4096, "intermediate_size": 14336, "max_position_embeddings": 8192,
+            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
+            "rope_scaling": None, "rope_theta": 500000.0, "transformers_version": "4.40.0.dev0", "vocab_size": 128256,
+        },
+        {"num_kv_heads": 8, "rope_theta": 5e5, "rope_scaling": RopeScaling()},
+    ),
+    "Llama-3.1-8B-Instruct": (
+        COMMON | {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009], "hidden_size": 4096, "intermediate_size": 14336,
+            "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 32,
+            "num_key_value_heads": 8, "pretraining_tp": 1, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0,
+            "transformers_version": "4.42.3", "vocab_size": 128256,
+        },
+        {"rope_scaling": RopeScaling(8.0, 1.0, 4.0, 8192), "rope_theta": 5e5, "tie_word_embeddings": False},
+    ),
+    "Llama-3.2-1B": (
+        COMMON | {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "eos_token_id": 128001,
+            "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "max_position_embeddings": 131072,
+            "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+            "pretraining_tp": 1, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0}, "rope_theta": 500000.0,
+            "tie_word_embeddings": True, "transformers_version": "4.45.0.dev0", "vocab_size": 128256,
+        },
+        {"head_dim": 64, "rope_scaling": RopeScaling(32.0), "tie_word_embeddings": True},
+    ),
+    "Llama-3.2-1B, saved by transformers 5": (
+        {key: value for key, value in COMMON.items() if key != "torch_dtype"} | {
+            "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000, "dtype": "bfloat16",
+            "eos_token_id": 128001, "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192,
+            "max_position_embeddings": 131072, "mlp_bias": False, "num_attention_heads": 32, "num_hidden_layers": 16,
+            "num_key_value_heads": 8, "pad_token_id": None, "pretraining_tp": 1,
+            "rope_parameters": LLAMA3_ROPE | {"factor": 32.0, "rope_theta": 500000.0}, "tie_word_embeddings": True,
+            "transformers_version": "5.24.0", "vocab_size": 128256,
+        },
+        {"head_dim": 64, "rope_scaling": RopeScaling(32.0), "rope_theta": 5e5},
+    ),
+    "TinyLlama-1.1B-Chat-v1.0": (
+        COMMON | {
+            "attention_bias": False, "hidden_size": 2048, "intermediate_size": 5632, "max_position_embeddings": 2048,
+            "num_attention_heads": 32, "num_hidden_layers": 22, "num_key_value_heads": 4, "pretraining_tp": 1,
+            "rope_scaling": None, "rope_theta": 10000.0, "transformers_version": "4.35.0", "vocab_size": 32000,
+        },
+        {"num_kv_heads": 4, "head_dim": 64},
+    ),
+    "SmolLM2-135M-Instruct": (
+        COMMON | {
+            "attention_bias": False, "attention_dropout": 0.0, "hidden_size": 576,
+            "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": True,
+            "max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9, "num_hidden_layers": 30,
+            "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1, "rope_interleaved": False,
+            "rope_scaling": None, "rope_theta": 100000, "tie_word_embeddings": True,
+            "transformers_version": "4.42.3", "vocab_size": 49152,
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}},
+        },
+        {"head_dim": 64, "rope_theta": 1e5, "tie_word_embeddings": True, "initializer_range": 0.041666666666666664},
+    ),
+    "Mistral-7B-v0.2": (
+        COMMON | {
+            "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "hidden_size": 4096,
+            "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 1000000.0,
+            "sliding_window": None, "transformers_version": "4.36.0", "vocab_size": 32000,
+        },
+        {"num_kv_heads": 8, "rope_theta": 1e6, "max_position_embeddings": 32768},
+    ),
+    "Mistral-7B-v0.3": (
+        COMMON | {
+            "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "hidden_size": 4096, "head_dim": 128,
+            "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+            "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 1000000.0,
+            "sliding_window": None, "transformers_version": "4.42.0.dev0", "vocab_size": 32768,
+        },
+        {"vocab_size": 32768, "head_dim": 128},
+    ),
+}  # fmt: skip
+MISTRAL = REAL["Mistral-7B-v0.2"][0]
+
+
+@pytest.mark.short
+@pytest.mark.parametrize("name", REAL)
+def test_real_configs(name):
+    """Read as they are meant, and written so that they are read as the same model."""
+    raw, meant = REAL[name]
+    config = parse_config(raw)
+    assert config.architecture == "LlamaForCausalLM"
+    assert config.dtype == raw.get("torch_dtype", "bfloat16")
+    assert {key: getattr(config.model, key) for key in meant} == meant
+    written = json.loads(json.dumps(write_config(config)))
+    again = parse_config(written)
+    assert again == dataclasses.replace(config, raw=written)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert written.get(key) == raw.get(key)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", REAL)
+def test_transformers_reads_what_we_write(name):
+    """Source and export are the same to transformers, field by field."""
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import MistralConfig
+
+    raw = REAL[name][0]
+    source = (MistralConfig if raw["model_type"] == "mistral" else TheirConfig).from_dict(dict(raw))
+    export = TheirConfig.from_dict(write_config(parse_config(raw)))
+    fields = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+        "rope_parameters", "bos_token_id", "eos_token_id", "dtype",
+    )  # fmt: skip
+    assert {f: getattr(export, f) for f in fields} == {f: getattr(source, f) for f in fields}
+    head_dim = getattr(source, "head_dim", None) or source.hidden_size // source.num_attention_heads
+    assert export.head_dim == head_dim
+    # Our own defaults for absent keys are theirs.
+    ours = parse_config(raw).model
+    assert ours.num_kv_heads == source.num_key_value_heads
+    assert ours.rope_theta == source.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parity
+def test_absent_keys_mean_what_they_mean_to_transformers():
+    from transformers import LlamaConfig as TheirConfig
+    from transformers import MistralConfig
+
+    least = {key: TINY[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    least |= {"num_hidden_layers": 2, "num_attention_heads": 8}
+    for kind, theirs in (("llama", TheirConfig(**least)), ("mistral", MistralConfig(**least))):
+        extra = {"model_type": kind} | ({"sliding_window": None} if kind == "mistral" else {})
+        ours = parse_config(least | extra).model
+        for name, their_name in (
+            ("num_kv_heads", "num_key_value_heads"), ("max_position_embeddings", None), ("rms_norm_eps", None),
+            ("tie_word_embeddings", None), ("initializer_range", None),
+        ):  # fmt: skip
+            assert getattr(ours, name) == getattr(theirs, their_name or name), (kind, name)
+
+
+def test_a_classifier():
+    config = parse_config(TINY | CLASSIFIER)
+    assert config.labels == LABELS
+    written = write_config(config)
+    assert written["num_labels"] == 5
+    assert written["problem_type"] == "regression"
+    assert written["pad_token_id"] == 0
+    assert written["label2id"]["verbosity"] == 4
+    assert parse_config(TINY | {"architectures": ["LlamaForSequenceClassification"]}).labels == ("LABEL_0", "LABEL_1")
+
+
+REFUSED = [
+    ({"model_type": "qwen2"}, "model_type 'qwen2' is not implemented"),
+    ({"architectures": ["LlamaForQuestionAnswering"]}, r"architectures \['LlamaForQuestionAnswering'\]"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented; cure: a model with 'silu'"),
+    ({"pretraining_tp": 2}, "pretraining_tp 2 is not implemented"),
+    ({"quantization_config": {"bits": 4}}, r"quantization_config \{'bits': 4\} is not implemented"),
+    ({"rope_interleaved": True}, "rope_interleaved True is not implemented"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear' is not implemented"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not implemented"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'yarn'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3' needs high_freq_factor"),
+    ({"rope_scaling": LLAMA3_ROPE | {"mscale": 1.0}}, "rope_type 'llama3' has no mscale"),
+    ({"rope_scaling": {"factor": 8.0}}, "rope_type 'default' has no factor"),
+    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0, and 10000.0 elsewhere"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not implemented"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+    ({"logit_scale": 0.5}, r"unknown key 'logit_scale' \(0.5\), which may mean another computation"),
+    ({"auto_map": {"AutoModel": "x.Y"}}, "unknown key 'auto_map'"),
+    ({"torch_dtype": "float64"}, "dtype 'float64' is not implemented"),
+    ({"hidden_size": None}, "hidden_size is missing; cure: a value of type int"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'; cure: a value of type int"),
+    ({"num_key_value_heads": 3}, "num_heads 4 is not a multiple of model.num_kv_heads 3"),
+    (CLASSIFIER | {"id2label": {"1": "a", "2": "b"}}, r"id2label has the keys \['1', '2'\]"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED, ids=lambda value: None)
+def test_refused(change, message, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY | change))
+    with pytest.raises(ModelError, match=message) as caught:
+        read_config(tmp_path)
+    assert "config.json'" in str(caught.value)
+    assert "cure:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"sliding_window": 4096}, {"sliding_window": 32767}, {"attention_bias": True}, {"mlp_bias": True}]
+)
+def test_a_mistral_that_is_no_llama(change):
+    with pytest.raises(ModelError, match="is not implemented"):
+        parse_config(MISTRAL | change)
+
+
+def test_a_window_as_long_as_the_context():
+    assert parse_config(MISTRAL | {"sliding_window": 32768}).model.max_position_embeddings == 32768
+    absent = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
+    with pytest.raises(ModelError, match=r"sliding_window 4096 is less than max_position_embeddings 32768 \(absent"):
+        parse_config(absent)
+
+
+def test_config_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(ModelError, match=r"has no config.json"):
+        read_config(tmp_path)
+    for text, message in (("{", "cannot be read"), ("[]", "is no JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=message):
+            read_config(tmp_path)
+
+
+def test_our_default_model_can_be_written():
+    """A model that was trained from nothing."""
+    model = LlamaConfig(vocab_size=4096, rope_scaling=RopeScaling(2.0, 1.0, 4.0, 256))
+    config = dataclasses.replace(parse_config(TINY), model=model)
+    assert parse_config(write_config(config)).model == model

@@ -1,0 +1,62 @@
+"""The key map: any part of our arrays, and back."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, tensors, whole
+from steerjax.models.config import LlamaConfig
+from tests.hf_folders import CLASSIFIER as CLASSIFIER_CONFIG
+from tests.hf_folders import TINY, oracle, random_tensors
+
+CONFIG = LlamaConfig(
+    vocab_size=6, hidden_size=8, intermediate_size=6, num_layers=3, num_heads=4, num_kv_heads=2, attention_bias=True,
+    mlp_bias=True, tie_word_embeddings=False,
+)  # fmt: skip
+RAW = TINY | {
+    "vocab_size": 6, "hidden_size": 8, "intermediate_size": 6, "attention_bias": True, "mlp_bias": True,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def parts(size: int) -> list[slice]:
+    return [slice(0, size), slice(size // 2, size), slice(0, 1), slice(None)]
+
+
+@pytest.mark.short
+def test_every_part_of_every_tensor():
+    stored, frozen = random_tensors(RAW), 1
+    expected = oracle(stored, RAW, frozen)
+    known = tensors(CONFIG, CAUSAL_LM, frozen_layers=frozen)
+    assert {t.name: t.shape for t in known} == {name: value.shape for name, value in stored.items()}
+    assert {t.path for t in known} == expected.keys()
+    for tensor in known:
+        ours = expected[tensor.path] if tensor.layer is None else expected[tensor.path][tensor.layer]
+        assert tensor.our_shape == ours.shape
+        for index in itertools.product(*map(parts, ours.shape)):
+            block = stored[tensor.name][tensor.hf_index(index)]
+            np.testing.assert_array_equal(tensor.to_ours(block, index), ours[index], err_msg=tensor.name)
+        back = tensor.to_hf(ours)
+        assert back.flags.c_contiguous
+        np.testing.assert_array_equal(back, stored[tensor.name])
+        assert tensor.hf_index(whole(ours.shape)) == whole(tensor.shape)
+
+
+def test_no_more_is_read_than_needed():
+    """A part along whole outer dimensions reads exactly its own numbers."""
+    for tensor in tensors(CONFIG, CAUSAL_LM):
+        shape = tensor.our_shape
+        for axis in {0, 1 if tensor.path.endswith(("q/kernel", "k/kernel", "v/kernel")) else len(shape) - 1}:
+            if tensor.path.endswith("bias") and axis:  # the H of [N, H] comes whole
+                continue
+            index = tuple(slice(0, size // 2 if i == axis else size) for i, size in enumerate(shape))
+            size = np.prod([part.stop - part.start for part in tensor.hf_index(index)])
+            assert size == np.prod([part.stop - part.start for part in index]), tensor.name
+
+
+def test_classifier_and_prefix():
+    raw = RAW | CLASSIFIER_CONFIG
+    known = tensors(CONFIG, CLASSIFIER, 5)
+    assert {t.name: t.shape for t in known} == {n: v.shape for n, v in random_tensors(raw).items()}
+    assert {t.name for t in tensors(CONFIG, CAUSAL_LM, prefix="")} >= {"norm.weight", "layers.2.mlp.up_proj.bias"}
