@@ -23,8 +23,12 @@ class Layout(NamedTuple):
     segments: Int[Array, "B T"]
     branches: Int[Array, "B T"]
 
+    def part(self, start: int | Int[Array, ""], length: int) -> Layout:
+        """Of so many tokens from `start` on."""
+        return Layout(*(jax.lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in self))
 
-def allowed(queries: Layout, keys: Layout, offset: int = 0) -> Bool[Array, "B T S"]:
+
+def allowed(queries: Layout, keys: Layout, offset: int | Int[Array, ""] = 0) -> Bool[Array, "B T S"]:
     """True where a query may look at a key: not later in the row, same segment, and prompt or the same branch.
 
     `offset` is the place in the row of the first query, relative to the first key. Padding sees only padding (never
@@ -103,24 +107,27 @@ def causal_attention(
     v: Float[Array, "B T K H"],
     layout: Layout,
     chunk: int = 256,
+    start: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T N H"]:
     """Self-attention over packed rows, the queries in chunks that are given only the keys before them.
 
     Half of the score matrix is never computed, and none of it is kept for the backward pass.
 
     Args:
+        k, v, layout: of the whole rows [B, S, ...].
         chunk: queries a chunk, in tokens.
+        start: where in the row the queries start. Where it is not a plain number, the future is masked, not skipped.
     """
-    T = q.shape[1]
+    T, S = q.shape[1], k.shape[1]
     outputs = []
-    for start in range(0, T, chunk):
-        end = min(start + chunk, T)
-        before = Layout(*(x[:, :end] for x in layout))
-        outputs.append(_attend_chunk(q[:, start:end], k[:, :end], v[:, :end], before, start))
+    for begin in range(0, T, chunk):
+        end = min(begin + chunk, T)
+        seen = start + end if isinstance(start, int) else S
+        before = Layout(*(x[:, :seen] for x in layout))
+        outputs.append(_attend_chunk(q[:, begin:end], k[:, :seen], v[:, :seen], before, start + begin))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
-@functools.partial(jax.checkpoint, static_argnums=(4,))
+@jax.checkpoint
 def _attend_chunk(q, k, v, layout, start):
-    queries = Layout(*(x[:, start:] for x in layout))
-    return attend(q, k, v, allowed(queries, layout, offset=start))
+    return attend(q, k, v, allowed(layout.part(start, q.shape[1]), layout, offset=start))

@@ -15,52 +15,60 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from steerjax.models.attention import Layout, allowed
-from steerjax.parallel.rules import partition_spec
 
 NEGATIVE = -1e30  # finite: a block may hold no key for a query, and inf - inf is NaN
 
 
 class BlockPlan(NamedTuple):
-    """For each block of queries, the blocks of keys with an allowed pair. n is T / block.
+    """For each block of queries, the blocks of keys with an allowed pair. n is T / block, m is S / block.
 
     Attributes:
+        queries: number of the block in its row.
         keys: block numbers, ascending; the first `counts` are meant.
         counts: how many.
     """
 
-    keys: Int[Array, "B n n"]
+    queries: Int[Array, "B n"]
+    keys: Int[Array, "B n m"]
     counts: Int[Array, "B n"]
 
 
-def block_plan(layout: Layout, block: int) -> BlockPlan:
-    """Which blocks to visit; the same for all layers of a model. T must be a multiple of `block`."""
-    n = layout.segments.shape[1] // block
-    mask = allowed(layout, layout)
+def block_plan(layout: Layout, block: int, start: int | Int[Array, ""] = 0, length: int | None = None) -> BlockPlan:
+    """Which blocks to visit; the same for all layers of a model.
+
+    Args:
+        start, length: of the queries in their rows; all by default. Multiples of `block`, as S is.
+    """
+    B, S = layout.segments.shape
+    queries = layout.part(start, length or S)
+    n, m = queries.segments.shape[1] // block, S // block
+    numbers = start // block + jnp.arange(n)
     # Padding sees padding in `allowed`, so that no softmax is empty; its own diagonal block is enough for that.
-    real = mask & (layout.segments > 0)[:, :, None]
-    active = real.reshape(-1, n, block, n, block).any((2, 4)) | jnp.eye(n, dtype=bool)
-    return BlockPlan(jnp.argsort(~active, axis=-1, stable=True).astype(jnp.int32), active.sum(-1).astype(jnp.int32))
+    real = allowed(queries, layout, offset=start) & (queries.segments > 0)[:, :, None]
+    active = real.reshape(B, n, block, m, block).any((2, 4)) | (numbers[:, None] == jnp.arange(m))
+    keys = jnp.argsort(~active, axis=-1, stable=True)
+    return BlockPlan(*(x.astype(jnp.int32) for x in (jnp.broadcast_to(numbers, (B, n)), keys, active.sum(-1))))
 
 
 class _Grouped(NamedTuple):
     """One row in blocks, query heads grouped by their key-value head."""
 
     q: Float[Array, "n K Gb H"]  # G query heads times b tokens
-    k: Float[Array, "n K b H"]
-    v: Float[Array, "n K b H"]
-    segments: Int[Array, "n b"]
-    branches: Int[Array, "n b"]
+    k: Float[Array, "m K b H"]
+    v: Float[Array, "m K b H"]
+    segments: Int[Array, "m b"]
+    branches: Int[Array, "m b"]
 
 
-def _block_mask(row: _Grouped, i: Int[Array, ""], j: Int[Array, ""], groups: int) -> Bool[Array, "Gb b"]:
+def _block_mask(row: _Grouped, number: Int[Array, ""], j: Int[Array, ""], groups: int) -> Bool[Array, "Gb b"]:
     b = row.segments.shape[1]
-    queries, keys = (Layout(row.segments[x][None], row.branches[x][None]) for x in (i, j))
-    return jnp.tile(allowed(queries, keys, offset=(i - j) * b)[0], (groups, 1))
+    queries, keys = (Layout(row.segments[x][None], row.branches[x][None]) for x in (number, j))
+    return jnp.tile(allowed(queries, keys, offset=(number - j) * b)[0], (groups, 1))
 
 
-def _scores(row: _Grouped, i, j, scale: float, groups: int) -> Float[Array, "K Gb b"]:
+def _scores(row: _Grouped, plan: BlockPlan, i, j, scale: float, groups: int) -> Float[Array, "K Gb b"]:
     scores = jnp.einsum("KQH,KSH->KQS", row.q[i], row.k[j], preferred_element_type=jnp.float32) * scale
-    return jnp.where(_block_mask(row, i, j, groups)[None], scores, NEGATIVE)
+    return jnp.where(_block_mask(row, plan.queries[i], j, groups)[None], scores, NEGATIVE)
 
 
 def _forward_row(row: _Grouped, plan: BlockPlan, scale: float, groups: int):
@@ -71,7 +79,7 @@ def _forward_row(row: _Grouped, plan: BlockPlan, scale: float, groups: int):
         def visit(place, carry):
             peak, total, out = carry
             j = plan.keys[i, place]
-            scores = _scores(row, i, j, scale, groups)
+            scores = _scores(row, plan, i, j, scale, groups)
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.exp(scores - new_peak[..., None])
             shrink = jnp.exp(peak - new_peak)
@@ -96,7 +104,7 @@ def _backward_row(row: _Grouped, plan: BlockPlan, out, logsumexp, gradient, scal
         def visit(place, carry):
             dq, dk, dv = carry
             j = plan.keys[i, place]
-            weights = jnp.exp(_scores(row, i, j, scale, groups) - logsumexp[i][..., None])
+            weights = jnp.exp(_scores(row, plan, i, j, scale, groups) - logsumexp[i][..., None])
             dweights = jnp.einsum("KQH,KSH->KQS", gradient[i], row.v[j], preferred_element_type=jnp.float32)
             dscores = (weights * (dweights - overlap[i][..., None]) * scale).astype(row.q.dtype)
             weights = weights.astype(row.q.dtype)
@@ -144,8 +152,9 @@ def blockwise_attention(
     """Self-attention over packed rows under the mask of `attention.allowed`; softmax in float32.
 
     Args:
-        plan: of `block_plan` for the same layout and block.
-        block: tokens; divides T.
+        k, v, layout: of the whole rows [B, S, ...].
+        plan: of `block_plan` for the same layout, block and queries.
+        block: tokens; divides T and S.
     """
     return _forward(q, k, v, layout, plan, block)[0]
 
@@ -167,22 +176,3 @@ def _backward(block, saved, gradient):
 
 
 blockwise_attention.defvjp(_forward, _backward)
-
-
-def sharded_blockwise_attention(q, k, v, layout: Layout, plan: BlockPlan, block: int) -> Float[Array, "B T N H"]:
-    """`blockwise_attention` on the mesh that is set: each device loops over its own rows and heads.
-
-    The length must not be cut (no context axis): a loop of a device's own length cannot ask others for keys.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return blockwise_attention(q, k, v, layout, plan, block)
-    heads = partition_spec(("batch", None, "activation_heads", None))
-    batch = partition_spec(("batch", None))
-    plan_specs = BlockPlan(partition_spec(("batch", None, None)), batch)
-    attend = jax.shard_map(
-        lambda *arrays: blockwise_attention(*arrays, block),
-        in_specs=(heads, heads, heads, Layout(batch, batch), plan_specs),
-        out_specs=heads,
-        check_vma=False,  # loop carries start as constants, which the check takes for replicated
-    )
-    return attend(q, k, v, layout, plan)

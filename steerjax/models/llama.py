@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.models.attention import Cache, Layout, cached_attention, causal_attention
-from steerjax.models.blockwise import BlockPlan, block_plan, sharded_blockwise_attention
+from steerjax.models.attention import Cache, Layout, cached_attention
+from steerjax.models.backends import Plan, make_plan, self_attention
 from steerjax.models.config import LlamaConfig
+from steerjax.models.embedding import look_up
 from steerjax.models.rope import apply_rope, rope_tables
 from steerjax.parallel.rules import constrain, logical
 
@@ -36,8 +37,8 @@ class Compute:
         dtype: of the computation; parameters are float32.
         remat: a name of REMAT_POLICIES.
         unroll: layers a step of the scan. 1 compiles one layer; more costs compile time and saves time on a CPU.
-        attention: "chunked" (attention.py) or "blockwise" (blockwise.py); the same function.
-        chunk: queries a chunk or block of the attention, in tokens.
+        attention: a back end of backends.py: `chunked`, `blockwise`, `splash` or `cudnn`.
+        chunk: queries a chunk (chunked) or block (blockwise) of the attention, in tokens.
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -52,13 +53,13 @@ class Context(NamedTuple):
 
     Attributes:
         rope: tables of `rope_tables`.
-        layout, plan: of packed rows; `plan` for blockwise attention.
+        layout, plan: of packed rows; the plan is the attention back end's.
         mask: with a cache: which tokens, cached and then new, each new one sees.
     """
 
     rope: tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
     layout: Layout | None = None
-    plan: BlockPlan | None = None
+    plan: Plan = None
     mask: Bool[Array, "B T S"] | None = None
 
 
@@ -121,10 +122,8 @@ class Attention(nn.Module):
         q = constrain(q, "batch", "length", "activation_heads", None)
         if cache is not None:
             y = cached_attention(q, k, v, cache, context.mask, self.compute.chunk)
-        elif context.plan is None:
-            y = causal_attention(q, k, v, context.layout, self.compute.chunk)
         else:
-            y = sharded_blockwise_attention(q, k, v, context.layout, context.plan, self.compute.chunk)
+            y = self_attention(q, k, v, context.layout, context.plan, self.compute.chunk)
         y = Projection((heads, head), (embed,), **shared, name="o")(y)
         return y, None if cache is None else Cache(k, v)
 
@@ -246,12 +245,10 @@ class Llama(nn.Module):
         return self.frozen_layers(self._embed(tokens), self._context(positions, layout), None)[0]
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return constrain(self.embedding.astype(self.compute.dtype)[tokens], "batch", "length", "activation_embed")
+        return look_up(self.embedding.astype(self.compute.dtype), tokens)
 
     def _context(self, positions: Int[Array, "B T"], layout: Layout) -> Context:
-        compute = self.compute
-        blockwise = compute.attention == "blockwise" and positions.shape[1] % compute.chunk == 0
-        plan = block_plan(layout, compute.chunk) if blockwise else None
+        plan = make_plan(self.compute.attention, layout, self.compute.chunk, self.compute.dtype)
         return Context(self._rope(positions), layout, plan)
 
     def _rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:

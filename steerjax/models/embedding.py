@@ -1,0 +1,34 @@
+"""Embedding look-up in a table that is cut over the mesh, without ever gathering the table."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from steerjax.parallel.rules import constrain, mesh_ways, partition_spec
+
+
+def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the table. On a mesh tokens and rows travel: XLA, left alone, gathers the table or its gradient.
+
+    The table lies as vocab over `tensor` and embed over `fsdp`. Each device looks the tokens of its whole fsdp group up
+    in its own piece, with zeros for tokens that are not in it; then the group swaps pieces of rows for rows, and the
+    zeros are added away over `tensor`. Shapes that the mesh does not divide are left to XLA.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    batch, length = (1, 1) if mesh.empty else (mesh_ways(mesh, partition_spec((a,))[0]) for a in ("batch", "length"))
+    if mesh.empty or mesh.size == 1 or tokens.shape[0] % batch or tokens.shape[1] % length:
+        return constrain(table[tokens], "batch", "length", "activation_embed")
+
+    def local(table, tokens):
+        tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
+        places = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+        here = (places >= 0) & (places < table.shape[0])
+        rows = jnp.where(here[..., None], table[jnp.where(here, places, 0)], 0)
+        rows = jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
+        return jax.lax.psum(rows, "tensor")
+
+    specs = [partition_spec(axes) for axes in (("vocab", "embed"), ("batch", "length"))]
+    out = partition_spec(("batch", "length", "activation_embed"))
+    return jax.shard_map(local, in_specs=tuple(specs), out_specs=out)(table, tokens)

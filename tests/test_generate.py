@@ -1,0 +1,211 @@
+"""`python -m steerjax.generate` on a tiny random model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from steerjax.attributes import HELPSTEER, STEERLM
+from steerjax.data.formats import conversation_from_row
+from steerjax.decoding.session import prompt_of, sampling_of
+from steerjax.errors import DataError
+from steerjax.generate import main, parse_arguments
+from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
+
+DEFAULTS = {"helpfulness": 4, "coherence": 4}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A chat model's folder that knows its template and attributes."""
+    folder = write_folder(tmp_path_factory.mktemp("model"), TINY, random_tensors(TINY))
+    about = {"kind": "chat", "template": "extra_id", "attributes": HELPSTEER.to_json(), "default_ratings": DEFAULTS}
+    (folder / "steerjax.json").write_text(json.dumps(about))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """Twelve rows: prompts, and conversations that end with a user turn."""
+    file = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    rows = [{"prompt": f"Name a prime above {n}.", "id": f"p{n}"} for n in range(6)]
+    history = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello", "ratings": {"verbosity": 1}},
+        {"role": "user", "content": "Name a prime. " * 5},
+    ]
+    rows += [{"system": "Be kind.", "turns": history, "topic": n} for n in range(6)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def generate(model, *arguments):
+    main(["--model", model, "--max-new-tokens", "6", *map(str, arguments)])
+
+
+def test_file_to_file(model, prompts, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    arguments = ("--input", prompts, "--output", output, "--attributes", "verbosity=1,coherence=none",
+                 "--sweep", "complexity=0,4", "--samples", 2, "--seed", 5)  # fmt: skip
+    generate(model, *arguments)
+    rows = rows_of(output)
+    assert len(rows) == 12 * 2 * 2
+    assert [row["id"] for row in rows[:5]] == ["p0/0", "p0/1", "p0/2", "p0/3", "p1/0"]
+    assert rows[-1]["id"] == f"{prompts}:12/3"
+    assert rows[-1]["topic"] == 5
+    for row in rows:
+        conversation = conversation_from_row(row, HELPSTEER)  # the rows are the conversation format
+        assert conversation.turns[-1].role == "assistant"
+        assert conversation.turns[-1].ratings is None  # what was asked for is no rating
+    assert rows[-1]["turns"][1]["ratings"] == {"verbosity": 1}
+    made = rows[3]["generation"]
+    assert made["attributes"] == {"helpfulness": 4, "verbosity": 1, "complexity": 4}
+    assert made["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 5, "max_new_tokens": 6}
+    assert (made["sample"], made["model"]) == (1, model)
+    assert made["finish"] in ("stop", "length")
+    assert "48 answers" in capsys.readouterr().out
+
+    before = output.read_bytes()
+    generate(model, *arguments)  # done already
+    assert output.read_bytes() == before
+    with pytest.raises(SystemExit, match="other settings: sampling"):
+        generate(model, *arguments[:-1], 6)
+
+    # Stopped after 17 rows and in the middle of a line, another batch size: the same file.
+    output.rename(tmp_path / "whole.jsonl")
+    lines = before.splitlines(keepends=True)
+    (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:17]) + lines[17][:9])
+    generate(model, *arguments, "--batch-size", 1)
+    assert output.read_bytes() == before
+
+
+def test_bootstrapping(model, tmp_path):
+    """Combinations of the best rows, drawn by row; each prompt once; the old answers are gone."""
+    data, output = tmp_path / "rated.jsonl", tmp_path / "out.jsonl"
+    best = [(4, 0), (4, 3)]
+    rows = []
+    for n in range(10):
+        for helpfulness, verbosity in [*best, (1, 4)]:
+            rated = {"helpfulness": helpfulness, "verbosity": verbosity, "correctness": None}
+            rows.append({"prompt": f"Question {n}?", "response": f"old {verbosity}", **rated})
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(model, "--input", data, "--output", output, "--combinations", data, "--replace-answer", "--samples", 2)
+    made = rows_of(output)
+    assert len(made) == 20
+    assert len(rows_of(tmp_path / "out.jsonl.skipped.jsonl")) == 20
+    asked = [
+        (row["generation"]["attributes"]["helpfulness"], row["generation"]["attributes"]["verbosity"]) for row in made
+    ]
+    assert set(asked) == set(best)
+    assert asked[::2] == asked[1::2]  # the samples of a row share it
+    assert all(row["generation"]["attributes"].keys() == {"helpfulness", "verbosity"} for row in made)
+    assert made[0]["generation"]["sampling"]["top_k"] == 50
+    assert all("old" not in turn["content"] for row in made for turn in row["turns"])
+
+
+def test_prompt_to_the_terminal(model, capsys):
+    generate(model, "--prompt", "Name a prime.", "--attributes", "verbosity=1")
+    streamed = capsys.readouterr().out
+    assert streamed.strip()
+    generate(model, "--prompt", "Name a prime.", "--sweep", "verbosity=0..2")
+    out = capsys.readouterr().out
+    assert out.count("--- helpfulness=4 coherence=4 verbosity=") == 3
+    assert f"verbosity=1: {len(streamed.split())} words, " in out
+    assert streamed.strip() in out
+
+
+def test_killed_and_resumed_is_uninterrupted(model, prompts, tmp_path):
+    """SIGKILL while rows are written; the last run finishes, and the bytes are those of one run."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                                "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}  # fmt: skip
+
+    def start(name):
+        command = [sys.executable, "-m", "steerjax.generate", "--model", model, "--input", prompts, "--output",
+                   tmp_path / name, "--temperature", "1", "--max-new-tokens", "100", "--batch-size", "1"]  # fmt: skip
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    assert start("whole.jsonl").wait(300) == 0
+    partial, lines = tmp_path / "killed.jsonl.partial", 0
+    for wanted in (2, 7):
+        child = start("killed.jsonl")
+        while child.poll() is None and not (partial.exists() and partial.read_bytes().count(b"\n") >= wanted):
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        lines = partial.read_bytes().count(b"\n")
+        assert wanted <= lines < 12
+    assert start("killed.jsonl").wait(300) == 0
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--prompt", "x"], "neither --model nor --server"),
+    (["--model", "m"], "either --prompt or --input"),
+    (["--model", "m", "--input", "f"], "--input and --output"),
+    (["--model", "m", "--prompt", "x", "--samples", "2", "--temperature", "0"], "all would be equal"),
+    (["--model", "m", "--prompt", "x", "--combinations", "f"], "--combinations"),
+    (["--model", "m", "--prompt", "x", "--top-p", "2"], "top_p"),
+])  # fmt: skip
+def test_options_that_do_not_fit(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main(arguments)
+
+
+def test_refusals_name_what_is_wrong(model, prompts, tmp_path):
+    for arguments, message in (
+        (["--prompt", "x", "--attributes", "kindness=4"], "unknown attribute 'kindness'"),
+        (["--prompt", "x", "--attributes", "verbosity=9"], r"outside 0\.\.4"),
+        (["--prompt", "Hi <extra_id_1>Assistant"], "control string '<extra_id_1>'"),
+        (["--prompt", "long " * 600], "more than the model's 512"),
+        (["--prompt", "x", "--mesh", "depth=2"], "--mesh"),
+        (["--prompt", "x", "--template", "chatml"], "trained with the template extra_id"),
+        (
+            ["--input", "embedded:helpsteer", "--output", tmp_path / "o.jsonl"],
+            r"(?s)embedded:helpsteer:1: .*--replace-answer",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            generate(model, *arguments)
+    plain = write_folder(tmp_path / "plain", TINY, random_tensors(TINY))
+    with pytest.raises(SystemExit, match="which attributes it takes"):
+        generate(str(plain), "--template", "extra_id", "--prompt", "x", "--attributes", "verbosity=1")
+    reward = write_folder(tmp_path / "reward", TINY | CLASSIFIER, random_tensors(TINY | CLASSIFIER))
+    with pytest.raises(SystemExit, match="is a reward model"):
+        generate(str(reward), "--template", "extra_id", "--prompt", "x")
+
+
+def test_bad_rows_are_listed(model, tmp_path):
+    data, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"prompt": "a"}\n{"prompt": "<extra_id_1>"}\n{"prompt": "b"}\n')
+    with pytest.raises(SystemExit, match=r"in\.jsonl:2: .*control string"):
+        generate(model, "--input", data, "--output", output)
+    assert not list(tmp_path.glob("out*"))
+    generate(model, "--input", data, "--output", output, "--on-bad-row", "skip")
+    assert [row["turns"][0]["content"] for row in rows_of(output)] == ["a", "b"]
+    assert [row["line"] for row in rows_of(tmp_path / "out.jsonl.skipped.jsonl")] == [2]
+
+
+def test_rows_to_answer():
+    chat = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}
+    assert prompt_of(chat, STEERLM, False).turns[-1].content == "q"
+    several = {"prompt": "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "response": "d", "helpfulness": 4}
+    assert [turn.content for turn in prompt_of(several, STEERLM, True).turns] == ["a", "b", "c"]
+    with pytest.raises(DataError, match="has an answer already"):
+        prompt_of(several, STEERLM, False)
+
+
+def test_what_asks_to_sample():
+    def temperature(*arguments):
+        return sampling_of(parse_arguments(["--prompt", "x", *arguments])).temperature
+
+    assert temperature() == 0
+    assert temperature("--samples", "2") == temperature("--top-k", "5") == temperature("--top-p", "0.9") == 1
+    assert temperature("--top-k", "5", "--temperature", "0.5") == 0.5
