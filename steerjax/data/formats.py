@@ -174,7 +174,7 @@ def _from_conversation(row: Row, schema: AttributeSchema) -> Conversation:
     turns = []
     for index, entry in enumerate(entries_of(row, "turns")):
         at = f"turns[{index}]."
-        check_keys(entry, ("role", "content", "ratings", "predicted_ratings"), at)
+        check_keys(entry, ("role", "content", "ratings", "predicted_ratings", "predicted_label"), at)
         role = text_of(entry, "role", at)
         if role not in ROLES:
             cure = f"use {' or '.join(ROLES)}; the system text goes into 'system'"

@@ -137,6 +137,11 @@ def pack(groups: Sequence[PromptGroup], row_length: int, responses_per_row: int,
         order: of the groups; decides among segments of one length.
     """
     segments = [s for i in order for s in split_group(i, groups[i], row_length, responses_per_row)]
+    return pack_segments(segments, row_length, responses_per_row)
+
+
+def pack_segments(segments: Sequence[Segment], row_length: int, responses_per_row: int) -> list[Row]:
+    """`pack` of segments; their order decides among those of one length."""
     rows: list[tuple[list[Segment], int]] = []  # (segments, branches)
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for segment in sorted(segments, key=lambda s: -s.length):

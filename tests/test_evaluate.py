@@ -1,0 +1,165 @@
+"""The command: the same predictions as annotate and as the training run's own evaluation."""
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+
+from steerjax.annotate import main as annotate
+from steerjax.config import default_config, resolve
+from steerjax.data.loading import load_conversations, split_by_prompt
+from steerjax.evaluate import main, read_answers
+from steerjax.evaluation.annotation import STEERLM
+from steerjax.training.loop import train
+from steerjax.training.metrics import read_metrics
+from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
+
+SHORT = ("--row-length", "256")
+NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short training on made-up ratings: its workdir, its own evaluation, and files of its two splits."""
+    folder, random = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
+    rows = []
+    for conversation in some_conversations(40, longest=12):
+        row = conversation.to_json()
+        for turn in row["turns"][1::2]:
+            rated = [name for name in NAMES if name != "coherence" and random.random() > 0.2]
+            turn["ratings"] = {name: int(random.integers(0, 5)) for name in rated} or {"verbosity": 1}
+        rows.append(row)
+    source = write_rows(folder / "rows.jsonl", rows)
+    config = default_config()
+    config.data.train, config.data.validation_fraction = (str(source),), 0.3
+    config.model.update(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1)
+    config.batch.update(rows=8, row_length=256)
+    config.train.update(steps=3, plots=False)
+    config.optimizer.update(learning_rate=3e-3, warmup_steps=1)
+    experiment = resolve(config.to_dict())
+    evaluation = train(experiment, folder / "run")
+    conversations, _ = load_conversations([str(source)], STEERLM)
+    splits = split_by_prompt(conversations, 0.3, experiment.data.split_seed)
+    files = [write_rows(folder / f"{name}.jsonl", split) for name, split in zip(("train", "val"), splits, strict=True)]
+    return folder / "run", evaluation, *files
+
+
+def evaluate(*words) -> None:
+    main([str(word) for word in words])
+
+
+def refusal(*words) -> str:
+    with pytest.raises(SystemExit) as caught, contextlib.redirect_stderr(io.StringIO()) as said:
+        evaluate(*words)
+    assert caught.value.code == 2
+    return said.getvalue()
+
+
+def test_attributes_equal_annotate_and_the_runs_own_evaluation(run, tmp_path, capsys):
+    workdir, own, train_file, validation = run
+    output = tmp_path / "report"
+    evaluate("--suite", "attributes", "--model", workdir, "--data", validation, "--train-data", train_file,
+             "--output", output, *SHORT)  # fmt: skip
+    rows = read_rows(output / "predictions.jsonl")
+    assert [row["id"] for row in rows] == list(own.detail.ids)
+    assert "coherence" not in rows[0]["predicted_ratings"]  # nobody rated it
+    places = [own.detail.names.index(name) for name in rows[0]["predicted_ratings"]]
+    found = np.array([list(row["predicted_ratings"].values()) for row in rows])
+    np.testing.assert_allclose(found, own.detail.predicted[:, places], rtol=0, atol=1e-5)
+
+    metrics = json.loads((output / "metrics.json").read_text())
+    (record,) = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation" and r["step"] == 3]
+    for name in rows[0]["predicted_ratings"]:
+        for metric in ("mse", "mae", "pearson"):  # some responses are equal, and float noise ranks them
+            expected = record[f"attributes/{name}/{metric}"]
+            got = metrics["attributes"][name][metric]
+            assert got == (None if expected is None else pytest.approx(expected, abs=1e-4)), (name, metric)
+        for baseline in ("mean rating", "log length"):
+            expected = own.detail.baselines[baseline][name]["mse"]
+            assert metrics["baselines"][baseline][name]["mse"] == pytest.approx(expected)
+    assert "mean-rating baseline" in capsys.readouterr().out
+    assert (output / "predictions.png").exists()
+
+    annotate(["--model", str(workdir), "--input", str(validation), "--output", str(tmp_path / "annotated.jsonl"),
+              *SHORT])  # fmt: skip
+    annotated = [
+        list(turn["predicted_ratings"].values())
+        for row in read_rows(tmp_path / "annotated.jsonl") for turn in row["turns"] if turn.get("ratings")
+    ]  # fmt: skip
+    np.testing.assert_allclose(annotated, found, rtol=0, atol=1e-5)
+
+
+def test_attributes_without_training_data_and_with_rows_left_out(run, tmp_path):
+    workdir, _, _, validation = run
+    rows = read_rows(validation)[:4]
+    rows[1]["turns"][0]["content"] = "long " * 300
+    rows.append({"turns": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]})
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    evaluate("--suite", "attributes", "--model", workdir, "--data", source, "--output", tmp_path / "out",
+             *SHORT)  # fmt: skip
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["average_mse"]["mean rating"] is None
+    assert metrics["skipped"] == len(rows[1]["turns"]) // 2
+    assert {entry["line"] for entry in read_rows(tmp_path / "out/skipped.jsonl")} == {2}
+    assert metrics["responses"] == sum(len(row["turns"]) // 2 for row in rows[:4]) - metrics["skipped"]
+    unrated = write_rows(tmp_path / "unrated.jsonl", rows[-1:])
+    message = refusal(
+        "--suite", "attributes", "--model", workdir, "--data", unrated, "--output", tmp_path / "x", *SHORT
+    )
+    assert "no rated response to evaluate" in message
+
+
+@pytest.fixture
+def answers(tmp_path):
+    """What generate writes: longer answers for a higher verbosity, one of them empty."""
+    rows = [
+        {"system": None, "id": f"{prompt}/{value}", "turns": [
+            {"role": "user", "content": f"Question {prompt}?"},
+            {"role": "assistant", "content": "word " * (2 * value + prompt)}],
+         "generation": {"attributes": {"helpfulness": 4.0, "verbosity": float(value)}, "sample": 0}}
+        for prompt in range(4) for value in range(3)
+    ]  # fmt: skip
+    rows[0]["turns"][1]["content"] = ""
+    return write_rows(tmp_path / "answers.jsonl", rows)
+
+
+def test_steerability(answers, tmp_path, capsys):
+    folder = reward_folder(tmp_path / "reward", context=256)
+    evaluate("--suite", "steerability", "--input", answers, "--output", tmp_path / "plain")
+    plain = json.loads((tmp_path / "plain/metrics.json").read_text())
+    assert [value["n"] for value in plain["attributes"]["verbosity"]["values"]] == [4, 4, 4]
+    assert [value["predicted"] for value in plain["attributes"]["verbosity"]["values"]] == [None] * 3
+    assert plain["attributes"]["verbosity"]["trends"]["characters"]["spearman"] > 0.5
+    assert plain["distance"]["n"] == 0
+    evaluate("--suite", "steerability", "--input", answers, "--output", tmp_path / "rated", "--reward-model", folder,
+             "--template", "extra_id")  # fmt: skip
+    rated = json.loads((tmp_path / "rated/metrics.json").read_text())
+    assert rated["distance"]["n"] == 11
+    assert sorted(path.name for path in (tmp_path / "rated").iterdir()) == [
+        "metrics.json", "steerability_helpfulness.png", "steerability_verbosity.png"
+    ]  # fmt: skip
+
+    # Annotate first comes to the same; it leaves `generation` as it was.
+    filled = write_rows(tmp_path / "filled.jsonl", read_rows(answers)[1:])
+    annotate(["--model", str(folder), "--template", "extra_id", "--input", str(filled), "--output",
+              str(tmp_path / "annotated.jsonl")])  # fmt: skip
+    evaluate("--suite", "steerability", "--input", tmp_path / "annotated.jsonl", "--output", tmp_path / "third")
+    third = json.loads((tmp_path / "third/metrics.json").read_text())
+    for one, other in zip(*(m["attributes"]["verbosity"]["values"] for m in (third, rated)), strict=True):
+        assert one["predicted"] == pytest.approx(other["predicted"], abs=1e-5)
+    assert third["distance"] == rated["distance"]
+    assert "Spearman of the request with characters +" in capsys.readouterr().out
+
+
+def test_refusals(answers, tmp_path):
+    message = refusal("--suite", "mt_bench", "--output", tmp_path / "x")
+    assert "there is no such suite; cure: one of attributes, steerability" in message
+    assert "--suite attributes needs --model" in refusal("--suite", "attributes", "--output", tmp_path / "x")
+    plain = write_rows(tmp_path / "plain.jsonl", some_conversations(1))
+    message = refusal("--suite", "steerability", "--input", plain, "--output", tmp_path / "x")
+    assert f"{plain}:1: field 'generation.attributes': does not say what was asked for" in message
+    prompts = [answer.prompt for answer, _ in read_answers(str(answers))]
+    assert len(set(prompts)) == 4
+    assert not (tmp_path / "x").exists()
