@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.attributes import SCHEMAS
@@ -16,10 +19,11 @@ from steerjax.checkpoints.store import CheckpointStore
 from steerjax.config import Experiment, to_json
 from steerjax.data.loading import write_skipped
 from steerjax.data.packing import Row, packing_statistics, row_pairs
-from steerjax.errors import TrainingError
+from steerjax.errors import CheckpointError, TrainingError
 from steerjax.evaluation.plots import require_matplotlib
 from steerjax.models.flops import peak_flops, training_flops
 from steerjax.parallel.mesh import make_mesh
+from steerjax.parallel.processes import ALONE, Processes
 from steerjax.training.cache import StateCache
 from steerjax.training.input import check_batch, check_tokenizer, make_renderer
 from steerjax.training.metrics import MetricsWriter, Progress, read_metrics
@@ -27,7 +31,7 @@ from steerjax.training.optimizer import make_optimizer, partition
 from steerjax.training.reward import RewardTask
 from steerjax.training.schedules import make_schedule
 from steerjax.training.sft import SFTTask
-from steerjax.training.source import initial_parameters, with_source
+from steerjax.training.source import initial_parameters, rated_attributes, with_source
 from steerjax.training.state import (
     TrainState,
     abstract_parameters,
@@ -37,22 +41,23 @@ from steerjax.training.state import (
     training_part,
 )
 from steerjax.training.step import make_train_step
-from steerjax.training.task import Evaluation, Task, compute_dtype
+from steerjax.training.task import Evaluation, Task, attention_backend
 from steerjax.training.workdir import claim_workdir, copy_tokenizer, make_provenance
 
 TASKS = {"reward": RewardTask, "sft": SFTTask}
 
 
-def train(experiment: Experiment, workdir: Path) -> Evaluation:
+def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -> Evaluation:
     """Trains, or goes on where the workdir's newest checkpoint is, evaluates and reports.
 
     Returns:
         The evaluation of the last parameters on the validation split.
 
     Raises:
-        SteerjaxError: bad config or data, a workdir of another experiment, gradients that stay non-finite.
+        SteerjaxError: bad config or data, a workdir of another experiment, gradients that stay non-finite, processes
+            that differ or do not come.
     """
-    main = jax.process_index() == 0
+    main = processes.index == 0
     if main and experiment.train.plots:
         require_matplotlib()
 
@@ -64,19 +69,28 @@ def train(experiment: Experiment, workdir: Path) -> Evaluation:
     mesh = make_mesh(experiment.mesh)
     task = TASKS[experiment.task](experiment, schema, renderer, mesh)
     check_batch(experiment.batch, task.evaluation_rows, mesh)
-    claim_workdir(workdir, experiment, write=main)
-    if main:
-        copy_tokenizer(renderer.tokenizer, workdir)
-        if task.skipped:
-            write_skipped(workdir / "skipped.jsonl", task.skipped)
+    run = Run(experiment, task, mesh)
     provenance = make_provenance(
         experiment, schema, renderer.tokenizer, task.kind, dict(experiment.sft.default_ratings) or None
     )
+    provenance["rated_attributes"] = rated_attributes(source, task)
+    processes.agree("start", {"jax": jax.__version__, **provenance})
+    if main:
+        claim_workdir(workdir, experiment, write=True)
+        copy_tokenizer(renderer.tokenizer, workdir)
+        if task.skipped:
+            write_skipped(workdir / "skipped.jsonl", task.skipped)
+    processes.barrier("the workdir is there")
+    if not (workdir / "config.json").exists():
+        raise CheckpointError(
+            f"--workdir {workdir}: process {processes.index} does not find there what process 0 wrote; "
+            "cure: a folder that all machines share"
+        )
 
     with jax.set_mesh(mesh), CheckpointStore(workdir / "checkpoints", experiment.train.keep_last) as store:
         # State: resume, or start from the source's parameters
-        run = Run(experiment, task, mesh)
         step = store.latest_step()
+        processes.agree("start from a checkpoint", {f"newest step in {workdir}": step})
         if step is None:
             state = run.start(*initial_parameters(source, task, run.whole, experiment.train.seed))
         else:
@@ -90,13 +104,13 @@ def train(experiment: Experiment, workdir: Path) -> Evaluation:
         writer = MetricsWriter(workdir, step or 0, active=main)
         progress = Progress(step or 0, run.steps, active=main)
         try:
-            state, evaluation = loop(run, state, step or 0, store, provenance, writer, progress)
+            state, evaluation = loop(run, state, step or 0, store, provenance, writer, progress, processes)
         finally:
             progress.close()
             writer.close()
 
         # Report
-        evaluation = evaluation or run.evaluate(state.params)
+        evaluation = evaluation or run.evaluate(state.params, processes)
         store.wait()
         if main:
             report(run, evaluation, workdir, store.best_step())
@@ -165,9 +179,14 @@ class Run:
         """Parameters as checkpoints hold them."""
         return self.cache.whole(params) if self.cache else params
 
-    def evaluate(self, params: dict) -> Evaluation:
+    def evaluate(self, params: dict, processes: Processes = ALONE) -> Evaluation:
         """The task's evaluation of a state's parameters."""
-        return self.task.evaluate(self.evaluation_step, params)
+
+        def step(params, batch):
+            processes.at("evaluation")
+            return self.evaluation_step(params, batch)
+
+        return self.task.evaluate(step, params)
 
     def summary(self) -> dict[str, str]:
         """What a user wants to know before the first step."""
@@ -188,8 +207,8 @@ class Run:
             f"about {packed.examples / packed.rows * e.batch.rows:.1f} examples",
             "mesh": ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
             + f"; {self.mesh.size} {device.device_kind} device(s), {jax.process_count()} process(es)",
-            "computation": f"{compute_dtype(e).__name__}, {self.task.model.compute.attention} attention, "
-            f"{flops / 1e12:.3f} TFLOP a step (model FLOPs)",
+            "computation": f"{self.task.model.compute.dtype.__name__}, {flops / 1e12:.3f} TFLOP a step (model FLOPs)",
+            "attention": "{}: {}".format(*attention_backend(e, device.platform)),
         }
 
     def step_flops(self, rows: list[Row]) -> tuple[int, int, float]:
@@ -212,6 +231,7 @@ def loop(
     provenance: dict,
     writer: MetricsWriter,
     progress: Progress,
+    processes: Processes = ALONE,
 ) -> tuple[TrainState, Evaluation | None]:
     """Trains from `step` to the end; the last state, and its evaluation if there was a step to do.
 
@@ -221,10 +241,14 @@ def loop(
     pending = evaluation = None
     clock = time.perf_counter()
 
-    def read(pending) -> None:
-        """Waits for a step's metrics, writes them, and stops the run if gradients stay non-finite."""
+    def read(pending) -> bool:
+        """Waits for a step's metrics, writes them, and stops the run if gradients stay non-finite.
+
+        Returns:
+            Whether a process was asked to stop before that step.
+        """
         nonlocal clock
-        done, rows, metrics = pending
+        done, rows, metrics, stop = pending
         metrics = jax.device_get(metrics)
         now = time.perf_counter()
         seconds, clock = now - clock, now
@@ -238,30 +262,34 @@ def loop(
                 f"the last good checkpoint is at step {store.latest_step()}\n"
                 "  cure: a lower config.optimizer.learning_rate, or float32 (config.compute.dtype)"
             )
+        return bool(stop)
 
-    with stop_on_sigterm() as stop:
+    any_process = make_any(run.mesh)
+    with stop_on_sigterm() as asked:
         while step < run.steps:
             rows = run.task.plan.step_rows(step)
             state, metrics = run.train_step(state, run.task.feed(rows))
             step += 1
-            if pending is not None:
-                read(pending)
-            pending = (step, rows, metrics)
+            processes.at(f"step {step}")
+            before, pending = pending, (step, rows, metrics, any_process(asked.is_set()))
+            stop = before is not None and read(before)
 
             last = step == run.steps
             checkpoint = last or is_due(step, e.train.checkpoint_every)
             evaluated = checkpoint or is_due(step, e.train.evaluate_every)
-            if evaluated or stop.is_set():
-                read(pending)
+            if evaluated or stop:
+                stop = read(pending) or stop
                 pending = None
                 if evaluated:
-                    evaluation = evaluate(run, state, step, writer, progress)
-                if checkpoint or stop.is_set():
+                    evaluation = evaluate(run, state, step, writer, progress, processes)
+                if checkpoint or stop:
+                    processes.barrier(f"save step {step}")
                     loss = evaluation.loss if evaluated else None
                     store.save(run.whole_parameters(state.params), training_part(state), step, provenance, loss)
                 clock = time.perf_counter()
-            if stop.is_set() and not last:
+            if stop and not last:
                 store.wait()
+                processes.finish()
                 raise TrainingError(
                     f"stopped by SIGTERM; step {step} is saved\n  cure: the same command goes on from there"
                 )
@@ -291,9 +319,22 @@ def step_record(run: Run, rows: list[Row], metrics: dict, seconds: float) -> dic
     return record | run.task.log_values(metrics)
 
 
-def evaluate(run: Run, state: TrainState, step: int, writer: MetricsWriter, progress: Progress) -> Evaluation:
+def make_any(mesh: Mesh) -> Callable[[bool], jax.Array]:
+    """A function: true on this process -> true on any process, as an array that is not waited for.
+
+    A flag that goes through the mesh behind each step needs no protocol to be seen by all at the same step, and no
+    step waits for it.
+    """
+    every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    any_of = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return lambda flag: any_of(jax.make_array_from_callback((mesh.size,), every, lambda _: np.full(1, flag)))
+
+
+def evaluate(
+    run: Run, state: TrainState, step: int, writer: MetricsWriter, progress: Progress, processes: Processes = ALONE
+) -> Evaluation:
     """Evaluates and writes the record."""
-    evaluation = run.evaluate(state.params)
+    evaluation = run.evaluate(state.params, processes)
     writer.write(step, "validation", {"loss": evaluation.loss, **evaluation.values})
     progress.say(f"step {step}: validation loss {evaluation.loss:.4f}")
     return evaluation

@@ -17,7 +17,7 @@ from steerjax.config import Experiment
 from steerjax.data.batch import Batch, BatchPlan, evaluation_steps, row_arrays
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped
-from steerjax.data.packing import PromptGroup, check_fits, pack, packing_statistics, share_prompts
+from steerjax.data.packing import Branch, PromptGroup, check_fits, pack, packing_statistics, share_prompts
 from steerjax.errors import DataError
 from steerjax.evaluation.report import format_table, write_report
 from steerjax.evaluation.results import EvaluationResult, evaluate_predictions
@@ -152,12 +152,26 @@ class RewardTask:
             )
             data.append(split)
             self.skipped += skipped
+        self._set_up(e, schema, mesh, *data)
+
+    @classmethod
+    def without_data(cls, experiment: Experiment, schema: AttributeSchema, mesh: Mesh) -> RewardTask:
+        """The task on one made-up example: all that its step needs to be compiled (planning/compile.py)."""
+        none = np.zeros((1, len(schema)), np.float32)
+        branch = Branch(np.zeros(1, np.int32), none[0], none[0] > 0, example=0, at=1)
+        data = RewardData((PromptGroup(np.zeros(1, np.int32), (branch,)),), none, none > 0, np.ones(1, int), ("",))
+        task = cls.__new__(cls)
+        task.skipped = []
+        task._set_up(experiment, schema, mesh, data, data)
+        return task
+
+    def _set_up(self, e: Experiment, schema: AttributeSchema, mesh: Mesh, *data: RewardData) -> None:
         self.experiment, self.schema, self.mesh = e, schema, mesh
         self.frozen = e.optimizer.frozen_names
         self.weights = np.array([e.objective.attribute_weights.get(name, 1.0) for name in schema.names], np.float32)
         self.model = RewardModel(
             config=e.model, num_attributes=len(schema), readout=e.head.readout, use_bias=e.head.use_bias,
-            compute=make_compute(e), frozen=e.optimizer.frozen_layers,
+            compute=make_compute(e, mesh.devices.flat[0].platform), frozen=e.optimizer.frozen_layers,
         )  # fmt: skip
         self._set_data(*data)
 

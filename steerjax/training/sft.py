@@ -14,7 +14,7 @@ from steerjax.chat.render import Renderer
 from steerjax.config import Experiment
 from steerjax.data.batch import BatchPlan, evaluation_steps
 from steerjax.data.packing import pack
-from steerjax.data.sft import SFTBatch, sft_example, sft_groups, sft_row_arrays
+from steerjax.data.sft import SFTBatch, SFTExample, sft_example, sft_groups, sft_row_arrays
 from steerjax.evaluation.plots import plot_losses
 from steerjax.models.attention import Layout
 from steerjax.models.llama import CausalLM
@@ -65,10 +65,24 @@ class SFTTask:
             usable, skipped = each_usable(conversations, convert, skip=e.data.on_bad_row == "skip")
             examples.append(usable)
             self.skipped += skipped
+        self._set_up(e, schema, mesh, *examples)
+
+    @classmethod
+    def without_data(cls, experiment: Experiment, schema: AttributeSchema, mesh: Mesh) -> SFTTask:
+        """The task on one made-up example: all that its step needs to be compiled (planning/compile.py)."""
+        examples = [SFTExample(np.zeros(2, np.int32), np.ones(2, bool), "", "", 0)]
+        task = cls.__new__(cls)
+        task.skipped = []
+        task._set_up(experiment, schema, mesh, examples, examples)
+        return task
+
+    def _set_up(self, e: Experiment, schema: AttributeSchema, mesh: Mesh, *examples: list[SFTExample]) -> None:
+        batch = e.batch
         self.experiment, self.schema = e, schema
         self.train, self.validation = examples
         self.frozen = e.optimizer.frozen_names
-        self.model = CausalLM(config=e.model, compute=make_compute(e), frozen=e.optimizer.frozen_layers)
+        compute = make_compute(e, mesh.devices.flat[0].platform)
+        self.model = CausalLM(config=e.model, compute=compute, frozen=e.optimizer.frozen_layers)
         most = batch.responses_per_row or batch.row_length
         self.plan = BatchPlan(sft_groups(self.train), batch.rows, batch.row_length, most, e.train.seed)
         self.evaluation_rows = batch.evaluation_rows or batch.rows // batch.micro_batches

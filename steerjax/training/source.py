@@ -109,3 +109,15 @@ def initial_parameters(source: Source | None, task: Task, abstract: dict, seed: 
     if rest:
         params |= init_parameters(task.model, task.inputs, rest, seed)
     return params, not own_head
+
+
+def rated_attributes(source: Source | None, task: Task) -> list[str] | None:
+    """The attributes that a reward head has learned: here, or in the run that it comes from. None for other tasks."""
+    if task.kind != "reward":
+        return None
+    columns = zip(task.schema.names, task.train.mask.any(0), task.weights, strict=True)
+    rated = {name for name, present, weight in columns if present and weight}
+    if source is not None and source.attributes == task.schema.names:  # its head goes on, see `initial_parameters`
+        said = source.checkpoint.provenance.get("rated_attributes") if source.checkpoint else None
+        rated |= set(source.attributes if said is None else said)
+    return [name for name in task.schema.names if name in rated]

@@ -14,6 +14,8 @@ from flax import linen as nn
 from steerjax.config import Experiment
 from steerjax.data.batch import BatchPlan
 from steerjax.data.loading import Skipped
+from steerjax.errors import ConfigError
+from steerjax.models.backends import Choice, choose, unfit
 from steerjax.models.llama import Compute
 from steerjax.training.input import Feeder
 
@@ -82,31 +84,47 @@ class Task(Protocol):
         """Writes the report into the folder, if there is one; returns what is printed."""
 
 
-def compute_dtype(experiment: Experiment):
+def compute_dtype(experiment: Experiment, platform: str | None = None):
     """bfloat16 on accelerators and float32 on a CPU, unless the config says otherwise."""
     name = experiment.compute.dtype
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        name = "float32" if _on_cpu(platform) else "bfloat16"
     return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
 
 
-def attention_backend(experiment: Experiment) -> str:
-    """The attention that the config names; `auto` by machine and mesh."""
-    if experiment.compute.attention != "auto":
-        return experiment.compute.attention
-    whole_blocks = experiment.batch.row_length % experiment.compute.attention_chunk == 0
-    fits = whole_blocks and experiment.mesh.context == 1
-    return "blockwise" if jax.default_backend() == "cpu" and fits else "chunked"
+def attention_backend(experiment: Experiment, platform: str | None = None) -> Choice:
+    """The attention that the config names; `auto` by machine, lengths and mesh, with the reason.
+
+    Raises:
+        ConfigError: the config names one that cannot run this.
+    """
+    e, platform = experiment, platform or jax.default_backend()
+    dtype, chunk = compute_dtype(e, platform).__name__, e.compute.attention_chunk
+    facts = (platform, dtype, e.model.head_dim, e.batch.row_length, chunk, e.mesh.context)
+    name = e.compute.attention
+    if name == "auto":
+        return choose(*facts)
+    if problem := unfit(name, *facts):
+        raise ConfigError(f"config.compute.attention is '{name}': {problem}; cure: change that, or 'auto'")
+    return Choice(name, "named in the config")
 
 
-def make_compute(experiment: Experiment) -> Compute:
-    """How an experiment's model is run on this machine."""
+def make_compute(experiment: Experiment, platform: str | None = None) -> Compute:
+    """How an experiment's model is run.
+
+    Args:
+        platform: of the devices that will run it (`cpu`, `tpu`, ...); this machine's by default. A plan compiles for
+            another machine.
+    """
     compute = experiment.compute
-    on_cpu = jax.default_backend() == "cpu"
     return Compute(
-        dtype=compute_dtype(experiment),
+        dtype=compute_dtype(experiment, platform),
         remat=compute.remat,
-        unroll=compute.unroll or (experiment.model.num_layers if on_cpu else 1),
-        attention=attention_backend(experiment),
+        unroll=compute.unroll or (experiment.model.num_layers if _on_cpu(platform) else 1),
+        attention=attention_backend(experiment, platform).name,
         chunk=compute.attention_chunk,
     )
+
+
+def _on_cpu(platform: str | None) -> bool:
+    return (platform or jax.default_backend()) == "cpu"
