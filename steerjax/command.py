@@ -60,9 +60,11 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     try:
         return app.parse_flags_with_usage(arguments)
     except (AttributeError, KeyError, TypeError) as error:
-        sys.exit(f"error: flags of the config: {error}\n  cure: the keys are in steerjax/config.py")
+        message = f"flags of the config: {error}\n  cure: the keys are in steerjax/config.py"
     except OSError as error:
-        sys.exit(f"error: --config: {error}")
+        message = f"--config: {error}"
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def use_compile_cache(workdir: Path) -> None:

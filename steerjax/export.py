@@ -6,11 +6,17 @@ python -m steerjax.export --checkpoint DIR --output DIR
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from steerjax.errors import SteerjaxError
+from steerjax.attributes import SCHEMAS, parse_label
+from steerjax.errors import ConfigError, DataError, SteerjaxError
+
+if TYPE_CHECKING:
+    from steerjax.hf.description import ModelDescription
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -28,14 +34,28 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--template", help="give a plain Hugging Face folder this chat template: extra_id, chatml, llama3 or llama2"
     )
+    parser.add_argument("--schema", choices=tuple(SCHEMAS), help="attributes that a plain chat model's template takes")
+    parser.add_argument(
+        "--default-ratings", metavar="NAME=N,...",
+        help="what a chat model is asked for where a request names nothing; '' is no ratings",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 
-def export(checkpoint: str, output: Path, *, dtype: str, max_shard_size: str, template: str | None) -> None:
+def export(
+    checkpoint: str,
+    output: Path,
+    *,
+    dtype: str,
+    max_shard_size: str,
+    template: str | None,
+    schema: str | None = None,
+    default_ratings: str | None = None,
+) -> None:
     """Exports a checkpoint, or writes a Hugging Face folder anew.
 
     Raises:
-        SteerjaxError: see `steerjax.hf.export`.
+        SteerjaxError: see `steerjax.hf.export`, or options that do not fit the model.
     """
     from steerjax.checkpoints.opening import describe_model, locate_model
     from steerjax.checkpoints.reader import CheckpointReader, is_checkpoint
@@ -43,10 +63,10 @@ def export(checkpoint: str, output: Path, *, dtype: str, max_shard_size: str, te
     from steerjax.hf.export import architecture_of, checkpoint_tensors, convert_folder, export_model, folder_tensors
 
     folder = locate_model(checkpoint)
-    if template is None and not is_checkpoint(folder):
+    if template is schema is default_ratings is None and not is_checkpoint(folder):
         convert_folder(folder, output, dtype=dtype, max_shard_size=max_shard_size)
         return
-    description = describe_model(checkpoint, template=template)
+    description = _steered(describe_model(checkpoint, template=template), schema, default_ratings)
     if is_checkpoint(folder):
         stored = checkpoint_tensors(description, CheckpointReader(folder))
     else:
@@ -54,6 +74,27 @@ def export(checkpoint: str, output: Path, *, dtype: str, max_shard_size: str, te
     export_model(
         description, stored, output, dtype=dtype, max_shard_size=max_shard_size, evaluation=_metrics(folder)
     )  # fmt: skip
+
+
+def _steered(description: ModelDescription, schema: str | None, default_ratings: str | None) -> ModelDescription:
+    """The chat model with the attributes and default ratings that the user names."""
+    if schema is default_ratings is None:
+        return description
+    if description.kind != "chat":
+        raise ConfigError("--schema and --default-ratings steer a chat model, and this one rates; cure: leave them out")
+    attributes = SCHEMAS[schema] if schema else description.schema
+    if attributes is None:
+        raise ConfigError("--default-ratings of a model without attributes; cure: name them with --schema")
+    if description.schema not in (None, attributes):
+        raise ConfigError(f"the model has attributes of its own, not those of {schema}; cure: leave --schema out")
+    description = dataclasses.replace(description, schema=attributes)
+    if default_ratings is None:
+        return description
+    try:
+        ratings = parse_label(default_ratings.replace("=", ":"), attributes)
+    except DataError as error:
+        raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
+    return dataclasses.replace(description, default_ratings=ratings)
 
 
 def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
@@ -78,10 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         export(
             options.checkpoint, options.output, dtype=options.dtype, max_shard_size=options.max_shard_size,
-            template=options.template,
+            template=options.template, schema=options.schema, default_ratings=options.default_ratings,
         )  # fmt: skip
     except SteerjaxError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"wrote {options.output}")
 
 

@@ -70,7 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run(options)
     except SteerjaxError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit("interrupted" + ("; the same command goes on from here" if options.output else ""))
 

@@ -14,7 +14,8 @@ from steerjax.errors import ConfigError
 
 _SKELETON = Path(render.__file__).with_name("chat_template.jinja")
 _ABOUT = {
-    "chat": "`attributes` (chat_template_kwargs), a mapping of attribute to number, steers the answer.",
+    "chat": "`attributes` (chat_template_kwargs), a mapping of attribute to number, steers the answer; "
+    "`message_attributes`, a list of such mappings or null, one for each message, are the ratings of earlier answers.",
     "reward": "Ends where the reward is read: after the last assistant turn.",
 }
 

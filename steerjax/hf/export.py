@@ -23,7 +23,7 @@ from steerjax.hf.chat_template import chat_template
 from steerjax.hf.config import DTYPES, HuggingFaceConfig, read_config, write_config
 from steerjax.hf.description import ModelDescription
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Index, Tensor, tensors, whole
-from steerjax.hf.tokenizer_files import special_strings, special_tokens, write_tokenizer
+from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from steerjax.hf.weights import FolderWeights
 
 _NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -150,7 +150,8 @@ def export_model(
         write_tokenizer(folder, description.tokenizer, description.template, template)
         _write_json(folder / "config.json", write_config(config))
         if description.kind == "chat":
-            _write_json(folder / "generation_config.json", ids)
+            stops = {"eos_token_id": stop_tokens(description.tokenizer, description.template)}
+            _write_json(folder / "generation_config.json", ids | stops)
         _write_json(folder / "steerjax.json", _about(description))
         (folder / "README.md").write_text(model_card(description, evaluation=evaluation), encoding="utf-8")
 

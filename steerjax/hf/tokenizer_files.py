@@ -33,10 +33,9 @@ def special_tokens(tokenizer: Tokenizer, template: Template) -> dict[str, str]:
       named token (`<s>`, struck-through text in HTML) for the token.
     """
     end = template.end.strip()
-    one_token = end in tokenizer.special_strings or tokenizer.restarts_after(end)
     found = {
         "bos_token": _spelling(tokenizer, tokenizer.bos_id),
-        "eos_token": end if one_token else _spelling(tokenizer, tokenizer.eos_id),
+        "eos_token": end if _one_token(tokenizer, end) else _spelling(tokenizer, tokenizer.eos_id),
     }
     if isinstance(tokenizer, SentencePieceTokenizer) and found["bos_token"] not in template.control_strings:
         del found["bos_token"]
@@ -47,6 +46,17 @@ def special_tokens(tokenizer: Tokenizer, template: Template) -> dict[str, str]:
     taken = template.control_strings | {found.get("bos_token")}
     found["pad_token"] = next((string for string in padding if string is not None and string not in taken), None)
     return {key: string for key, string in found.items() if string is not None}
+
+
+def stop_tokens(tokenizer: Tokenizer, template: Template) -> list[int]:
+    """Ids that end an answer, ascending: every control string or special token, as in `decoding.stopping`."""
+    controls = {string for string in template.control_strings if _one_token(tokenizer, string)}
+    ids = {tokenizer.token_id(string) for string in controls | tokenizer.special_strings}
+    return sorted(index for index in ids | {tokenizer.eos_id, tokenizer.bos_id} if index is not None)
+
+
+def _one_token(tokenizer: Tokenizer, string: str) -> bool:
+    return string in tokenizer.special_strings or tokenizer.restarts_after(string)
 
 
 def special_strings(tokenizer: Tokenizer, template: Template) -> frozenset[str]:

@@ -12,6 +12,7 @@ import pytest
 
 from steerjax.attributes import HELPSTEER, OASST, STEERLM, format_label
 from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.formats import prompt_turns
 from steerjax.data.preferences import preference_from_row
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations
 from steerjax.errors import ConfigError, DataError
@@ -336,9 +337,12 @@ def test_documented_example(example):
     if "responses" in row:
         assert preference_from_row(row).responses == ("7", "8")
         return
+    if row.keys() == {"prompt"}:  # to answer
+        assert prompt_turns(row) == (Turn("user", "Name a prime."),)
+        return
     answer = conversation_from_row(row, HELPSTEER).turns[-1]
     rated = {"helpfulness": 4.0, "verbosity": 2.0}
-    unrated = {"messages", "instruction"} & row.keys() or "gpt" in example
+    unrated = {"messages", "instruction", "generation"} & row.keys() or "gpt" in example
     assert answer == Turn("assistant", "7", None if unrated else rated, answer.predicted_ratings)
 
 

@@ -81,7 +81,10 @@ def test_text_of_random_conversations(name, embedded):
         conversation = Conversation(turns, system)
         labels = [RATINGS if turn.role == "assistant" and choose.random() < 0.5 else None for turn in turns]
         messages = as_messages(conversation, labels)
-        assert render(chat_text, messages) == render_ours.render(conversation, labels).text
+        expected = render_ours.render(conversation, labels).text
+        assert render(chat_text, messages) == expected
+        apart = {"messages": as_messages(conversation), "message_attributes": [None] * (system is not None) + labels}
+        assert render(chat_text, **apart) == expected
         if roles[-1] == "user":
             expected = render_ours.render(
                 conversation, labels, generation_prompt=True, generation_label=DEFAULTS | {"verbosity": 0}
@@ -92,6 +95,12 @@ def test_text_of_random_conversations(name, embedded):
             tokens = [token for part in render_ours.reward_text_parts(conversation, count - 1) for token in part]
             text = render(reward_text, messages)
             assert embedded.decode(tokens) == (text if embedded.decode(embedded.encode(text)) == text else None)
+
+
+@pytest.mark.parametrize("bad", [[None], "no", {"verbosity": 1}, 3, [{"verbosity": 1}, None, None]])
+def test_message_attributes_are_one_for_each_message(bad):
+    with pytest.raises(Refused, match="message_attributes: expected"):
+        render(chat("chatml"), as_messages(talk("Hi", "Yo", system="")), message_attributes=bad)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -263,7 +272,7 @@ def test_variables_that_a_server_passes_on():
     import jinja2.meta
 
     variables = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(chat("chatml")))
-    assert variables == {"messages", "add_generation_prompt", "attributes", "raise_exception"}
+    assert variables == {"messages", "add_generation_prompt", "attributes", "message_attributes", "raise_exception"}
 
 
 SERVED = [

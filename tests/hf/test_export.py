@@ -13,12 +13,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from steerjax.checkpoints.opening import abstract_parameters
+from steerjax.attributes import HELPSTEER
+from steerjax.chat.templates import TEMPLATES
+from steerjax.checkpoints.opening import abstract_parameters, describe_model
 from steerjax.config import MeshConfig
 from steerjax.errors import ConfigError, ModelError, SteerjaxError
 from steerjax.export import export, main
 from steerjax.hf.config import read_config
 from steerjax.hf.export import parse_size, plan_shards
+from steerjax.hf.tokenizer_files import stop_tokens
 from steerjax.hf.weights import load_parameters
 from steerjax.models.llama import CausalLM, Compute
 from steerjax.models.reward_head import RewardModel
@@ -168,11 +171,43 @@ def test_a_chat_model_stops_at_the_end_of_its_turn(tmp_path):
     export(str(tmp_path / "run"), tmp_path / "out", **OPTIONS)
     from steerjax.chat.tokenizer import load_tokenizer
 
-    end = load_tokenizer("embedded").token_id("<extra_id_1>")
+    tokenizer = load_tokenizer("embedded")
+    end = tokenizer.token_id("<extra_id_1>")
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == end
+    assert generation["eos_token_id"] == stop_tokens(tokenizer, TEMPLATES["extra_id"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == end
     assert json.loads((tmp_path / "out" / "steerjax.json").read_text())["default_ratings"] == {"helpfulness": 4.0}
+
+
+def test_attributes_of_a_plain_chat_model(tmp_path):
+    """--schema and --default-ratings; an export's own defaults can be changed, its attributes not."""
+    source = write_folder(tmp_path / "source", TINY, random_tensors(TINY))
+    plain = ["--checkpoint", str(source), "--template", "chatml"]
+    main([*plain, "--output", str(tmp_path / "out"), "--schema", "helpsteer", "--default-ratings", "verbosity=1"])
+    about = describe_model(tmp_path / "out")
+    assert (about.schema, about.default_ratings) == (HELPSTEER, {"verbosity": 1.0})
+    assert 'default_ratings = {"verbosity": 1}' in (tmp_path / "out" / "chat_template.jinja").read_text()
+    ours = ["--checkpoint", str(tmp_path / "out"), "--output", str(tmp_path / "again")]
+    main([*ours, "--default-ratings", "helpfulness=4,coherence=3"])
+    assert describe_model(tmp_path / "again").default_ratings == {"helpfulness": 4.0, "coherence": 3.0}
+    assert_same_tensors(read_folder(tmp_path / "again"), read_folder(source))
+    ours[-1] = str(tmp_path / "no")
+    for arguments, message in (
+        ([*plain, *ours[2:], "--default-ratings", "verbosity=1"], "without attributes; cure: name them with --schema"),
+        ([*ours, "--schema", "oasst"], "attributes of its own, not those of oasst"),
+        ([*ours, "--default-ratings", "humor=1"], "--default-ratings humor=1: field 'humor': unknown attribute"),
+        ([*ours, "--default-ratings", "verbosity=9"], r"outside 0\.\.4"),
+        ([*plain[:2], *ours[2:], "--schema", "helpsteer"], "cure: --template"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(arguments)
+    assert leftovers(tmp_path) == ["again", "out", "source"]
+
+
+def test_a_reward_model_takes_no_default_ratings(tmp_path):
+    source = write_folder(tmp_path / "source", TINY | CLASSIFIER, random_tensors(TINY | CLASSIFIER))
+    with pytest.raises(ConfigError, match="this one rates"):
+        export(str(source), tmp_path / "out", **OPTIONS | {"template": "chatml"}, default_ratings="verbosity=1")
 
 
 def test_what_no_server_can_load_is_refused(tmp_path):
@@ -344,7 +379,7 @@ def test_the_command(tmp_path):
     done = run("--checkpoint", str(source), "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     failed = run("--checkpoint", str(source), "--output", str(tmp_path / "out"))
-    assert failed.returncode == 1
+    assert failed.returncode == 2
     assert "is there already\n  cure: another --output" in failed.stderr
     assert "Traceback" not in failed.stderr
     probe = "import sys, steerjax.export; print([m for m in ('jax', 'torch', 'numpy') if m in sys.modules])"

@@ -10,7 +10,7 @@ from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ModelError
 from steerjax.hf import tokenizer_files
-from steerjax.hf.tokenizer_files import special_strings, special_tokens, write_tokenizer
+from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from tests.hf.serving import export, tokenizer_of
 
 SOURCES = ["embedded", "mistral", "llama3", pytest.param("smollm2", marks=pytest.mark.smollm2)]
@@ -91,6 +91,15 @@ def test_special_tokens(tokenizers, source, template, expected, tmp_path):
     assert config | expected == config
     assert json.loads((tmp_path / "special_tokens_map.json").read_text()) == expected
     assert {tokenizer.token_id(string) for string in expected.values()} < set(range(tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_server_stops_where_our_decoder_does(tokenizers, source, template):
+    from steerjax.decoding.stopping import Stops
+
+    tokenizer = tokenizers(source)
+    assert stop_tokens(tokenizer, TEMPLATES[template]) == Stops(tokenizer, TEMPLATES[template]).tokens
 
 
 @pytest.mark.smollm2

@@ -265,7 +265,7 @@ def test_errors_are_messages_and_not_tracebacks(recipe, repository, tmp_path):
         command(recipe, tmp_path, "--config.batch.row_length=16"), env=environment(repository), capture_output=True,
         text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "do not fit a row of 16" in run.stderr
     assert "cure:" in run.stderr
     assert "Traceback" not in run.stderr
@@ -276,7 +276,7 @@ def test_unknown_flag_of_the_config(recipe, repository, tmp_path):
         command(recipe, tmp_path, "--config.batch.row_lenght=16"), env=environment(repository), capture_output=True,
         text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 1
+    assert run.returncode == 2
     assert "row_lenght" in run.stderr
     assert "Traceback" not in run.stderr
 
