@@ -88,7 +88,9 @@ class CheckpointStore:
     def __enter__(self) -> CheckpointStore:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, error, *_) -> None:
+        if error is not None and jax.process_count() > 1:
+            return  # the others may be gone, and closing waits for them
         self._manager.wait_until_finished()
         self._manager.close()
 

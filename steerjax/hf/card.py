@@ -201,8 +201,8 @@ def _rendering(description: ModelDescription, reward: bool) -> list[str]:
             " of null leaves its attribute out."
         )
         lines.append(
-            "Ratings of earlier answers go beside `attributes`, into `message_attributes`: a list with an entry for each"
-            " message, null for none."
+            "Ratings of earlier answers go beside `attributes`, in `message_attributes`: a list, one entry a message,"
+            " null for none."
         )
     if special_tokens(description.tokenizer, template).get("eos_token") != stop:
         lines.append(f"The end of an answer is no single token: give the server `stop` {json.dumps(stop)}.")

@@ -179,7 +179,7 @@ def test_a_chat_model_stops_at_the_end_of_its_turn(tmp_path):
     assert json.loads((tmp_path / "out" / "steerjax.json").read_text())["default_ratings"] == {"helpfulness": 4.0}
 
 
-def test_attributes_of_a_plain_chat_model(tmp_path):
+def test_attributes_of_a_plain_chat_model(tmp_path, capsys):
     """--schema and --default-ratings; an export's own defaults can be changed, its attributes not."""
     source = write_folder(tmp_path / "source", TINY, random_tensors(TINY))
     plain = ["--checkpoint", str(source), "--template", "chatml"]
@@ -196,11 +196,12 @@ def test_attributes_of_a_plain_chat_model(tmp_path):
         ([*plain, *ours[2:], "--default-ratings", "verbosity=1"], "without attributes; cure: name them with --schema"),
         ([*ours, "--schema", "oasst"], "attributes of its own, not those of oasst"),
         ([*ours, "--default-ratings", "humor=1"], "--default-ratings humor=1: field 'humor': unknown attribute"),
-        ([*ours, "--default-ratings", "verbosity=9"], r"outside 0\.\.4"),
+        ([*ours, "--default-ratings", "verbosity=9"], "outside 0..4"),
         ([*plain[:2], *ours[2:], "--schema", "helpsteer"], "cure: --template"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit):
             main(arguments)
+        assert message in capsys.readouterr().err
     assert leftovers(tmp_path) == ["again", "out", "source"]
 
 
