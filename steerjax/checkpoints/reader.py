@@ -32,7 +32,7 @@ class CheckpointReader:
     """
 
     def __init__(self, directory: Path):
-        self.directory = directory.absolute()
+        self.directory = directory.resolve()  # tensorstore takes no ".."
         if not is_checkpoint(self.directory):
             raise CheckpointError(f"'{directory}' is no checkpoint of steerjax; cure: give WORKDIR/checkpoints/STEP")
         try:

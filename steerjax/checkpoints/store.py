@@ -34,7 +34,7 @@ class CheckpointStore:
             best_mode="min",
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint; None where there is none."""

@@ -51,7 +51,7 @@ def find_source(name: str) -> Source | None:
         reader = CheckpointReader(folder)
         saved = reader.provenance
         names = tuple(a["name"] for a in saved["attributes"]) if saved["kind"] == "reward" else ()
-        tokenizer = str(folder.absolute().parent.parent / "tokenizer")
+        tokenizer = str(folder.resolve().parent.parent / "tokenizer")
         return Source(LlamaConfig.from_json(saved["config"]["model"]), tokenizer, names, folder, checkpoint=reader)
     config = read_config(folder)
     return Source(config.model, str(folder), config.labels, folder, config=config)
