@@ -1,19 +1,46 @@
-"""Model FLOPs (no recomputation counted) and the one table of peaks."""
+"""Model FLOPs (no recomputation counted) and the one table of chips."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from steerjax.models.config import LlamaConfig
 
-# Peak bfloat16 FLOP/s of a device, by the words in `jax.Device.device_kind`. Vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device, from its vendor's data sheet.
+
+    Attributes:
+        peak_flops: dense bfloat16 FLOP/s.
+        hbm_bytes: what a program can use of it; for a TPU what its compiler says, less than the data sheet's.
+        hbm_bandwidth: bytes/s.
+        link_bandwidth: bytes/s in one direction, over all links of the chip to its slice (ICI) or node (NVLink).
+        network_bandwidth: the same to other nodes; 0 where a slice has no nodes to leave.
+    """
+
+    peak_flops: float
+    hbm_bytes: float = 0.0
+    hbm_bandwidth: float = 0.0
+    link_bandwidth: float = 0.0
+    network_bandwidth: float = 0.0
+
+
+_V5P = Chip(459e12, 95.73 * GIB, 2765e9, 540e9)
+_HOPPER = {"link_bandwidth": 450e9, "network_bandwidth": 50e9}
+
+# By the words in `jax.Device.device_kind`; the first that is found counts.
+CHIPS = {
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 180e9),
+    "TPU v5p": _V5P,
+    "TPU v5": _V5P,
+    "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1640e9, 360e9),
+    "TPU7x": Chip(2307e12),
+    "H100": Chip(989e12, 79.1 * GIB, 3350e9, **_HOPPER),
+    "H200": Chip(989e12, 139.8 * GIB, 4800e9, **_HOPPER),
+    "A100": Chip(312e12, 79.1 * GIB, 2039e9, 300e9, 25e9),
 }
 
 
@@ -44,4 +71,4 @@ def training_flops(
 
 def peak_flops(device_kind: str) -> float | None:
     """Peak bfloat16 FLOP/s of a device, or None where the table lacks it (a CPU)."""
-    return next((peak for words, peak in PEAK_FLOPS.items() if words in device_kind), None)
+    return next((chip.peak_flops for words, chip in CHIPS.items() if words in device_kind), None)

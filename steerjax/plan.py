@@ -1,0 +1,60 @@
+"""python -m steerjax.plan --config configs/rm_llama3_70b.py --topology v5p:4x4x8 [--config.KEY=VALUE ...]
+
+Compiles the real train step for a machine that is not here (v5e, v5p, v6e with libtpu; h100 with jax's CUDA plugin) and
+prints what the compiler says: memory a device, collectives, fits or not; where it does not fit, it tries changes until
+one does. No data and no weights are read. A config with model.vocab_size is planned as written; without it, the model
+source's config.json is read. Exit status: 0 if it fits as it is, 1 if only with changes or not at all, 2 on an error.
+
+TOPOLOGY is v5e:4x4, v5p:4x4x8, v6e:4x4 (chips along each axis of the slice) or h100:1x8 (nodes x GPUs).
+The command sets environment variables before it loads jax: JAX_PLATFORMS=cpu, TPU_SKIP_MDS_QUERY=1 and others for a
+TPU; JAX_PLATFORMS= and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 for a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from steerjax.command import run_experiment
+
+
+def main(experiment, topology_name: str, search: bool, text: str | None) -> int:
+    """Prints the plan; the exit status."""
+    from steerjax.planning.topology import parse_topology, prepare_environment, topology_devices
+
+    topology = parse_topology(topology_name)
+    prepare_environment(topology)
+
+    from steerjax.planning.compile import compile_step, plannable
+    from steerjax.planning.fit import find_cure
+    from steerjax.planning.report import attempt_text, verdict_text
+
+    devices = topology_devices(topology)
+    experiment = plannable(experiment, len(devices))
+    attempts = []
+    compile_for = functools.partial(compile_step, devices=devices)
+    for attempt in find_cure(experiment, compile_for, topology.chip.hbm_bytes, search=search):
+        attempts.append(attempt)
+        print(attempt_text(attempt, topology) + "\n", flush=True)
+    if text:
+        Path(text).write_text(attempts[-1].compiled.text)
+    print(verdict_text(attempts, topology))
+    return 0 if attempts[0].good else 1
+
+
+def _run() -> None:
+    topology = flags.DEFINE_string("topology", None, "The machine: v5e:4x4, v5p:4x4x8, v6e:4x4, h100:1x8.")
+    search = flags.DEFINE_bool("search", True, "Try changes where it does not fit; each is one more compilation.")
+    text = flags.DEFINE_string("text", None, "Write the compiled program (the last that was tried) to this file.")
+
+    def run(experiment) -> None:
+        sys.exit(main(experiment, topology.value, search.value, text.value))
+
+    run_experiment(run, __doc__, required=("topology",))
+
+
+if __name__ == "__main__":
+    _run()

@@ -1,0 +1,148 @@
+"""The train step of an experiment, compiled for devices that are described and not there."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+
+from steerjax.attributes import SCHEMAS
+from steerjax.chat.tokenizer import load_tokenizer
+from steerjax.config import Experiment
+from steerjax.errors import ConfigError
+from steerjax.models.flops import training_flops
+from steerjax.parallel.mesh import AXES, make_mesh, mesh_shape
+from steerjax.planning.hlo import Collective, collectives
+from steerjax.training.input import check_batch
+from steerjax.training.loop import TASKS, Run
+from steerjax.training.source import with_source
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+        arguments: state and batch.
+        outputs: the new state and the metrics; `aliased` of them lie where the old state lay.
+        temporaries: activations, gathered parameters, gradients; the most that is held at a time.
+        peak: all of it together, and the program itself.
+    """
+
+    arguments: float
+    outputs: float
+    aliased: float
+    temporaries: float
+    peak: float
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler said of a step.
+
+    Attributes:
+        seconds: compile time.
+        parameters: of the model.
+        flops: model FLOPs of a step whose rows are full, each with one segment.
+        tokens: a step.
+        attention: the back end that was chosen for the machine.
+        used: bytes on one device. Where that is more than the device has, there is no `memory` and no `text`.
+        text: "", too, where XLA fails to print a program; `collectives` are then not known.
+    """
+
+    seconds: float
+    parameters: int
+    flops: float
+    tokens: int
+    attention: str
+    memory: Memory | None
+    used: float
+    text: str
+    collectives: tuple[Collective, ...]
+
+
+def plannable(experiment: Experiment, devices: int) -> Experiment:
+    """The experiment with everything filled in that its step depends on.
+
+    A config that gives an architecture (`model.vocab_size`) is taken at its word, so that no gated model has to be
+    downloaded for a plan; else the source, or the tokenizer, is read.
+
+    Raises:
+        ConfigError: the mesh does not fit the devices, the batch does not fit the mesh.
+    """
+    e = experiment
+    if e.compute.cache_frozen:
+        raise ConfigError(
+            "config.compute.cache_frozen: the size of the cache follows from the data, which a plan does not read; "
+            "cure: plan with --config.compute.cache_frozen=False, which needs more memory"
+        )
+    if e.model.vocab_size == 0:
+        e, _ = with_source(e)
+    if e.model.vocab_size == 0:
+        e = replace(e, model=replace(e.model, vocab_size=load_tokenizer(e.chat.tokenizer).vocab_size))
+    sizes = dict(zip(AXES, mesh_shape(e.mesh, devices), strict=True))
+    return replace(e, mesh=replace(e.mesh, **sizes), train=replace(e.train, steps=e.train.steps or 1_000_000))
+
+
+def compile_step(experiment: Experiment, devices: Sequence[jax.Device]) -> Compiled:
+    """Compiles the step that `train` would run, with the state and the batch as shapes.
+
+    Args:
+        experiment: as `plannable` returns it.
+
+    Raises:
+        ConfigError: a batch or a parameter that the mesh does not divide.
+    """
+    e = experiment
+    mesh = make_mesh(e.mesh, list(devices))
+    task = TASKS[e.task].without_data(e, SCHEMAS[e.data.schema], mesh)
+    check_batch(e.batch, task.evaluation_rows, mesh)
+    run = Run(e, task, mesh)
+    tokens = e.batch.rows * e.batch.row_length
+    pairs = tokens * (e.batch.row_length + 1) // 2
+    flops = training_flops(e.model, tokens, pairs, task.head_outputs(tokens, e.batch.rows), e.optimizer.frozen_layers)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.whole))
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = run.train_step.lower(run.abstract, task.feed.abstract(e.batch.rows))
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            program, used = None, used_bytes(error)
+    seconds = time.perf_counter() - start
+    facts = (seconds, parameters, flops, tokens, task.model.compute.attention)
+    if program is None:
+        return Compiled(*facts, None, used, "", ())
+    memory, text = _memory(program.memory_analysis()), _text(program)
+    return Compiled(*facts, memory, memory.peak, text, tuple(collectives(text, mesh.size)) if text else ())
+
+
+def _text(program) -> str:
+    """The compiled program's text; "" where XLA cannot print what it compiled (libtpu 0.0.52: an INTERNAL error)."""
+    try:
+        return program.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        if "INTERNAL" not in str(error):
+            raise
+        return ""
+
+
+def _memory(stats) -> Memory:
+    arguments, outputs, aliased, temporaries = (
+        getattr(stats, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")
+    )
+    peak = arguments + outputs - aliased + temporaries + stats.generated_code_size_in_bytes
+    return Memory(arguments, outputs, aliased, temporaries, peak)
+
+
+def used_bytes(error: Exception) -> float:
+    """Bytes that the TPU compiler says it would need, arguments included; raises any other error."""
+    message = str(error)
+    used = re.search(r"Used ([\d.]+)([KMGT]) of|memory required for .*?\(([\d.]+)([KMGT])\) exceeds", message)
+    if "RESOURCE_EXHAUSTED" not in message or used is None:
+        raise error
+    number, unit = used[1] or used[3], used[2] or used[4]
+    return float(number) * 2.0 ** (10 * ("KMGT".index(unit) + 1))

@@ -1,0 +1,152 @@
+"""What the compiled train step holds: no gathered table, no [B, T, V], one layer at a time, however many layers."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from steerjax.config import BatchConfig, ComputeConfig, Experiment, MeshConfig, ModelConfig
+from steerjax.errors import ConfigError
+from steerjax.planning.compile import compile_step, plannable, used_bytes
+from steerjax.planning.hlo import collectives, shapes
+from steerjax.planning.roofline import roofline
+from steerjax.planning.topology import parse_topology
+
+VOCABULARY, WIDTH = 1136, 48  # numbers that no other dimension has
+MODEL = ModelConfig(
+    vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=112, num_layers=2, num_heads=4, num_kv_heads=2,
+    tie_word_embeddings=False,
+)  # fmt: skip
+TINY = Experiment(
+    model=MODEL,
+    batch=BatchConfig(rows=8, row_length=256, responses_per_row=8),
+    compute=ComputeConfig(remat="full", unroll=1, attention="chunked", attention_chunk=128, loss_chunk=32),
+)
+
+
+def tiny(mesh: tuple[int, ...], **changes) -> Experiment:
+    return plannable(replace(TINY, mesh=MeshConfig(*mesh), **changes), 8)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
+def test_a_reward_model_gathers_layers_and_never_the_table(mesh):
+    compiled = compile_step(tiny(mesh), jax.devices())
+    fsdp, tensor = mesh[1], mesh[2]
+    shard = VOCABULARY * WIDTH // (fsdp * tensor)
+    with_vocabulary = [s for s in shapes(compiled.text) if VOCABULARY in s or VOCABULARY // tensor in s]
+    assert with_vocabulary
+    assert all(math.prod(shape) <= shard for shape in with_vocabulary)
+    gathered = [math.prod(c.shape) for c in compiled.collectives if c.kind == "all-gather"]
+    assert max(gathered) <= max(MODEL.block_parameters, 8 * 256)  # a layer, or the tokens
+    assert compiled.memory.peak > compiled.memory.arguments > 12 * compiled.parameters / 8
+
+
+def test_a_chat_model_never_holds_the_logits_of_a_row():
+    compiled = compile_step(tiny((2, 2, 2, 1), task="sft"), jax.devices())
+    logits = [s for s in shapes(compiled.text) if VOCABULARY // 2 in s or VOCABULARY in s]
+    chunk = 2 * 32 * VOCABULARY  # rows of a device, tokens of a chunk
+    head = WIDTH * VOCABULARY // 2  # its kernel, gathered over fsdp and cut over tensor
+    assert max(math.prod(shape) for shape in logits) <= max(chunk, head) < 2 * 256 * VOCABULARY // 2
+
+
+@pytest.fixture
+def no_compile_cache():
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # jax asks once whether there is one
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def test_compile_time_does_not_grow_with_layers(no_compile_cache):
+    """CPU seconds, the better of two."""
+    seconds, length = {}, {}
+    for layers in (2, 32, 2, 32):
+        experiment = tiny((1, 8, 1, 1), model=replace(MODEL, num_layers=layers))
+        jax.clear_caches()
+        start = time.process_time()
+        text = compile_step(experiment, jax.devices()).text
+        seconds[layers] = min(seconds.get(layers, 1e9), time.process_time() - start)
+        length[layers] = len(text)
+    assert seconds[32] < 1.3 * seconds[2], seconds
+    assert length[32] < 1.05 * length[2]
+
+
+def test_what_cannot_be_planned_is_said_before_it_is_compiled():
+    with pytest.raises(ConfigError, match="wants 3 devices and there are 8"):
+        tiny((1, 3, 1, 1))
+    with pytest.raises(ConfigError, match="rows / micro_batches is 4, and mesh axes data and fsdp cut it into 8"):
+        compile_step(tiny((1, 8, 1, 1), batch=replace(TINY.batch, micro_batches=2)), jax.devices())
+    with pytest.raises(ConfigError, match="kv_heads 2 cannot be cut into 8"):
+        compile_step(tiny((1, 1, 8, 1)), jax.devices())
+    with pytest.raises(ConfigError, match="a plan does not read; cure"):
+        plannable(replace(TINY, compute=replace(TINY.compute, cache_frozen=True)), 8)
+
+
+tpu_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1")
+
+
+def assert_plan(repository, folder, config: str, topology: str, tensor: int, model: ModelConfig, *flags: str) -> str:
+    """Runs the command in a process of its own; the step fits, holds no table and gathers a layer at a time."""
+    file = folder / "program.txt"
+    command = [sys.executable, "-m", "steerjax.plan", "--config", f"configs/{config}", "--topology", topology]
+    done = subprocess.run([*command, "--text", file, *flags], cwd=repository, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text, devices = file.read_text(), parse_topology(topology).devices
+    vocabulary = (model.vocab_size, model.vocab_size // tensor)
+    tables = [math.prod(s) for s in shapes(text) if any(v in s for v in vocabulary)]
+    gathered = [math.prod(c.shape) for c in collectives(text, devices) if c.kind == "all-gather"]
+    assert max(tables) == model.vocab_size * model.hidden_size // devices
+    assert max(gathered) <= model.block_parameters
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (30.50G) exceeds available HBM (15.75G). HLO module: jit_train_step.",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 30.50G of 15.75G hbm. Exceeded by 14.75G.",
+    ],
+)
+def test_a_program_that_is_too_large_for_the_compiler(message):
+    assert used_bytes(RuntimeError(message)) == 30.5 * 2**30
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        used_bytes(RuntimeError("INTERNAL: something else"))
+
+
+@pytest.mark.tpu_compiler
+@tpu_compiler
+def test_8b_for_v5e_16(repository, tmp_path):
+    """The step of configs/rm_llama3_8b.py, with short rows."""
+    model = ModelConfig(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8)
+    report = assert_plan(repository, tmp_path, "rm_llama3_8b.py", "v5e:4x4", 1, model, "--config.batch.row_length=512")
+    assert "verdict: fits v5e:4x4 (16 devices)" in report
+    assert "parameters  7,504,945,152" in report
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.slow
+@tpu_compiler
+@slow
+def test_70b_for_v5p_256(repository, tmp_path):
+    """STEERJAX_SLOW=1 python -m pytest -m slow tests/planning"""
+    model = ModelConfig(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_heads=64, num_kv_heads=8)
+    report = assert_plan(repository, tmp_path, "rm_llama3_70b.py", "v5p:4x4x8", 8, model)
+    assert "verdict: fits v5p:4x4x8 (128 devices)" in report
+
+
+def test_the_estimate_is_the_slowest_of_three():
+    topology = parse_topology("v5e:2x4")
+    experiment = tiny((1, 8, 1, 1))
+    estimate = roofline(experiment, topology, compile_step(experiment, jax.devices()))
+    assert estimate.overlapped == max(estimate.compute, estimate.memory, estimate.links)
+    assert 0 < estimate.overlapped < estimate.in_turn
