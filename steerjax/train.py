@@ -9,9 +9,11 @@ from steerjax.command import run_command
 
 
 def main(experiment, workdir) -> None:
+    from steerjax.parallel.processes import connect
     from steerjax.training.loop import train
 
-    train(experiment, workdir)
+    with connect() as processes:
+        train(experiment, workdir, processes)
 
 
 if __name__ == "__main__":

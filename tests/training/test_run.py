@@ -172,7 +172,7 @@ def test_resumed_on_another_mesh(recipe, repository, uninterrupted, tmp_path):
 
 def test_sigterm_saves_and_says_so(recipe, repository, uninterrupted, tmp_path):
     env = environment(repository)
-    assert kill_after_step(command(recipe, tmp_path), tmp_path, 2, env, signal.SIGTERM) == 1
+    assert kill_after_step(command(recipe, tmp_path), tmp_path, 2, env, signal.SIGTERM) == 2
     subprocess.run(command(recipe, tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
     assert records(tmp_path) == records(uninterrupted)
 

@@ -1,0 +1,344 @@
+"""Several processes on loopback: equal to one, and one that fails ends all with its name. Tiny models, real runs."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from steerjax.checkpoints.reader import CheckpointReader
+from steerjax.config import resolve
+from steerjax.errors import ConfigError, TrainingError
+from steerjax.parallel.processes import ALONE, connect, find_cluster
+from steerjax.training import loop
+from steerjax.training.metrics import read_metrics
+
+slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
+STEPS = 8
+RECIPE = """
+from steerjax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.data.train = ({data!r},)
+    config.data.validation_fraction = 0.25
+    config.model.update(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=4)
+    config.batch.update(rows=8, row_length=128)
+    config.compute.update(attention_chunk=64, unroll=1)
+    config.train.update(steps={steps}, checkpoint_every=4, plots=False)
+    config.optimizer.update(learning_rate=1e-3, warmup_steps=2)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    random = np.random.default_rng(0)
+    names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    with (folder / "rows.jsonl").open("w") as file:
+        for row in range(40):
+            ratings = dict(zip(names, random.integers(0, 5, 5).tolist(), strict=True))
+            text = " ".join(random.choice(["rivers", "trees", "stones"], random.integers(2, 12)))
+            file.write(json.dumps({"prompt": f"Question {row // 2}?", "response": text, **ratings}) + "\n")
+    path = folder / "recipe.py"
+    path.write_text(RECIPE.format(data=str(folder / "rows.jsonl"), steps=STEPS))
+    return path
+
+
+def train_alone(recipe: Path, workdir: Path, **train) -> None:
+    """One process on one device: this one."""
+    namespace: dict = {}
+    exec(recipe.read_text(), namespace)
+    config = namespace["get_config"]()
+    config.train.update(train)
+    with pytest.MonkeyPatch.context() as patch:
+        make_mesh = loop.make_mesh
+        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        loop.train(resolve(config.to_dict()), workdir)
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("alone")
+    train_alone(recipe, workdir)
+    return workdir
+
+
+def surroundings(root: Path) -> dict[str, str]:
+    """The environment of a process; it compiles in half the time, to slower code."""
+    return os.environ | {
+        "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu", "STEERJAX_CPU_DEVICES": "1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", "/tmp/steerjax-test-cache"),
+    }  # fmt: skip
+
+
+class Group:
+    """Processes of one run, each with an output of its own; killed when the test is over."""
+
+    def __init__(self, commands: list[list[str]], folder: Path, **environment: str):
+        root = Path(__file__).resolve().parents[2]
+        with socket.socket() as free:
+            free.bind(("", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        base = surroundings(root) | {"STEERJAX_COORDINATOR": address, "STEERJAX_PROCESSES": str(len(commands))}
+        self.files = [folder / f"output.{i}" for i in range(len(commands))]
+        self.processes = []
+        for i, (command, path) in enumerate(zip(commands, self.files, strict=True)):
+            with path.open("w") as file:
+                one = base | {"STEERJAX_PROCESS": str(i)} | environment
+                self.processes.append(subprocess.Popen(command, env=one, stdout=file, stderr=file, cwd=root))
+
+    def wait(self, seconds: float = 240) -> list[int]:
+        """Exit statuses."""
+        end = time.time() + seconds
+        return [p.wait(max(0.1, end - time.time())) for p in self.processes]
+
+    def output(self, i: int) -> str:
+        return self.files[i].read_text()
+
+    def wait_for(self, i: int, words: str) -> None:
+        end = time.time() + 240
+        while words not in self.output(i):
+            assert self.processes[i].poll() is None, self.output(i)
+            assert time.time() < end, self.output(i)
+            time.sleep(0.05)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def worker(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "tests.parallel.worker", *map(str, arguments)]
+
+
+def command(recipe: Path, workdir: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "steerjax.train", f"--config={recipe}", f"--workdir={workdir}", *flags]
+
+
+def parameters(workdir: Path, step: int = STEPS) -> dict[str, np.ndarray]:
+    reader = CheckpointReader(workdir / "checkpoints" / str(step))
+    return {name: reader.read(name, tuple(slice(n) for n in shape)) for name, shape in reader.shapes.items()}
+
+
+def assert_same_run(workdir: Path, alone: Path) -> None:
+    """Losses of all steps and the last parameters, within 1e-5."""
+    ours, expected = (read_metrics(path / "metrics.jsonl") for path in (workdir, alone))
+    assert [(r["step"], r["split"]) for r in ours] == [(r["step"], r["split"]) for r in expected]
+    np.testing.assert_allclose([r["loss"] for r in ours], [r["loss"] for r in expected], rtol=1e-5)
+    ours, expected = parameters(workdir), parameters(alone)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("count", "devices", "meshes"),
+    [
+        (2, 1, ("data=2", "fsdp=2", "tensor=2")),
+        pytest.param(4, 1, ("data=4", "fsdp=4", "tensor=4", "data=2,fsdp=2"), marks=slow),
+        pytest.param(2, 2, ("data=2,tensor=2", "fsdp=2,tensor=2", "fsdp=4"), marks=slow),
+    ],
+)
+def test_several_train_as_one(recipe, alone, repository, tmp_path, count, devices, meshes):
+    """Started by launch/local.sh; only process 0 writes files of its own."""
+    launch = [repository / "launch" / "local.sh", str(count), str(devices), "--"]
+    run = subprocess.run(
+        [*launch, *worker("train", recipe, tmp_path, *meshes)],
+        env=surroundings(repository), cwd=repository, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    for mesh in meshes:
+        assert_same_run(tmp_path / mesh, alone)
+    wrote = {i: eval(files) for i, files in re.findall(r"^\[(\d)\] wrote (.*)$", run.stdout, re.MULTILINE)}
+    assert any(path.endswith("metrics.jsonl") for path in wrote["0"])
+    assert [wrote[str(i)] for i in range(1, count)] == [[]] * (count - 1)
+
+
+def test_sigterm_to_one_stops_all_at_one_step_and_another_number_goes_on(recipe, alone, tmp_path, capsys):
+    """Two processes are stopped through one of them; one process finishes the run, equal to an uninterrupted one."""
+    workdir = tmp_path / "run"
+    with Group([command(recipe, workdir)] * 2, tmp_path) as group:
+        group.wait_for(0, "step 1/")
+        group.processes[1].send_signal(signal.SIGTERM)
+        assert group.wait() == [2, 2]
+        said = [re.search(r"stopped by SIGTERM; step (\d+) is saved", group.output(i)) for i in range(2)]
+    assert said[0], group.output(0)
+    assert said[0][1] == said[1][1]
+    assert (workdir / "checkpoints" / said[0][1]).is_dir()
+    train_alone(recipe, workdir)
+    assert f"resumed at step {said[0][1]} of {STEPS}" in capsys.readouterr().out
+    assert_same_run(workdir, alone)
+
+
+@slow
+def test_from_four_to_one_and_back(recipe, alone, tmp_path):
+    """Each start goes on from the last checkpoint; the end equals that of one process with the same starts."""
+    workdir = tmp_path / "run"
+
+    def four(mesh: str, steps: int) -> None:
+        flags = ("--config.mesh.data=1", f"--config.mesh.{mesh}=4", f"--config.train.steps={steps}")
+        with Group([command(recipe, workdir, *flags)] * 4, tmp_path) as group:
+            assert group.wait() == [0] * 4, group.output(0)
+
+    four("fsdp", STEPS)
+    assert_same_run(workdir, alone)
+    train_alone(recipe, workdir, steps=12)
+    four("tensor", 16)
+    expected = tmp_path / "expected"
+    for steps in (STEPS, 12, 16):
+        train_alone(recipe, expected, steps=steps)
+    ours, theirs = parameters(workdir, 16), parameters(expected, 16)
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=slow)])
+def test_a_killed_process_ends_the_others_with_its_name(recipe, tmp_path, victim):
+    """Within 60 seconds, in the middle of training."""
+    flags = ("--config.train.steps=100000", "--config.train.checkpoint_every=0")
+    with Group([command(recipe, tmp_path / "run", *flags)] * 2, tmp_path) as group:
+        group.wait_for(0, "training examples")
+        while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 3:
+            assert group.processes[0].poll() is None, group.output(0)
+            time.sleep(0.05)
+        group.processes[victim].kill()
+        killed = time.time()
+        other = 1 - victim
+        assert group.processes[other].wait(60) != 0
+        print(f"ended {time.time() - killed:.1f} s after the kill")
+        assert re.search(rf"process {other} of 2 ends, because process {victim}( of 2)? .*killed", group.output(other))
+
+
+def test_process_0_killed_is_named(tmp_path):
+    """jax aborts the others at once, without a name; ours speaks too."""
+    with Group([worker("stuck")] * 3, tmp_path) as group:
+        for i in range(3):
+            group.wait_for(i, "stuck")
+        group.processes[0].kill()
+        assert all(group.wait(60))
+        for i in (1, 2):
+            assert f"process {i} of 3 ends, because process 0 is gone" in group.output(i)
+
+
+def test_an_exception_in_one_ends_all_with_its_error(recipe, tmp_path):
+    with Group([worker("train", recipe, tmp_path / "run", "data=2")] * 2, tmp_path, FAIL_AT="1:5") as group:
+        assert group.wait() == [1, 1]
+        assert "process 0 of 2 ends, because process 1 of 2 failed: ZeroDivisionError: made to fail" in group.output(0)
+        assert 'raise ZeroDivisionError("made to fail")' in group.output(1)
+
+
+def test_processes_that_differ_are_named(recipe, tmp_path):
+    """One has another learning rate; nothing is compiled and no workdir is claimed."""
+    workdir = tmp_path / "run"
+    other = command(recipe, workdir, "--config.optimizer.learning_rate=0.002")
+    with Group([command(recipe, workdir), other], tmp_path) as group:
+        assert group.wait() == [1, 1]
+        said = "process 1 has config.optimizer.learning_rate = 0.002, the others 0.001"
+        assert any(said in group.output(i) for i in range(2)), group.output(0)
+    assert not (workdir / "config.json").exists()
+
+
+def test_each_builds_only_its_rows(tmp_path):
+    with Group([worker("feed")] * 2, tmp_path) as group:
+        assert group.wait() == [0, 0], group.output(0)
+        assert "built [0, 1, 2, 3] 112" in group.output(0)
+        assert "built [4, 5, 6, 7] 112" in group.output(1)
+
+
+def test_a_barrier_names_who_is_late(tmp_path):
+    with Group([worker("late")] * 2, tmp_path) as group:
+        assert group.wait(60) == [1, 1]
+        for i in range(2):
+            assert "'save step 8': process 1 of 2 (last at 'reading the rows') did not come" in group.output(i)
+
+
+def test_nobody_waits_for_ever_for_a_process_that_is_stuck(tmp_path):
+    with Group([worker("stuck")] * 2, tmp_path, STEERJAX_WAIT_SECONDS="3") as group:
+        assert group.wait(60) == [1, 1]
+        for i in range(2):
+            said = "no process got on for 3 s: process 0 is at 'step 5', process 1 is at 'step 4'"
+            assert said in group.output(i)
+
+
+def test_a_start_that_is_not_answered_says_so(tmp_path):
+    settings = {"STEERJAX_START_SECONDS": "2", "STEERJAX_PROCESSES": "2"}
+    with Group([worker("feed")], tmp_path, **settings, STEERJAX_PROCESS="1") as group:
+        assert group.wait(60) == [1]
+        assert re.search(r"process 1 of 2 did not reach STEERJAX_COORDINATOR 127.0.0.1:\d+ within 2 s", group.output(0))
+    with Group([worker("feed")], tmp_path, **settings) as group:
+        assert group.wait(60) == [1]
+        assert "process 0 of 2 waited 2 s, and not all 2 processes have come" in group.output(0)
+
+
+PLAIN = {"STEERJAX_COORDINATOR": "node1:99", "STEERJAX_PROCESSES": "2", "STEERJAX_PROCESS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"STEERJAX_PROCESS": ""}, "STEERJAX_COORDINATOR is set and STEERJAX_PROCESS not"),
+        ({"STEERJAX_PROCESS": "2"}, "STEERJAX_PROCESS is 2 of 2 processes; cure: 0 to 1"),
+        ({"STEERJAX_PROCESS": "-1"}, "STEERJAX_PROCESS is '-1'; cure: a whole number"),
+        ({"STEERJAX_PROCESSES": "two"}, "STEERJAX_PROCESSES is 'two'; cure: a whole number, 1 or more"),
+        ({"STEERJAX_COORDINATOR": "node1"}, "STEERJAX_COORDINATOR is 'node1'; cure: host:port"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        find_cluster(PLAIN | change)
+
+
+def test_one_process_starts_nothing():
+    assert find_cluster({}) is None
+    assert find_cluster(PLAIN | {"STEERJAX_PROCESSES": "1", "STEERJAX_PROCESS": "0"}) is None
+    with connect({}) as processes:
+        assert processes is ALONE
+        processes.barrier("nobody else")
+        processes.agree("nobody else", {"a": 1})
+    with pytest.raises(TrainingError, match="as it was"), connect({}):
+        raise TrainingError("as it was")
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
+         "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}  # fmt: skip
+EIGHT = "0,1,2,3,4,5,6,7"
+
+
+@pytest.mark.parametrize(
+    ("change", "devices"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": EIGHT}, []),  # one task a node: all of its GPUs
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3",
+          "CUDA_VISIBLE_DEVICES": EIGHT}, [3]),  # one task a GPU, all see all
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3",
+          "CUDA_VISIBLE_DEVICES": "3"}, []),  # one task a GPU, bound to it
+        ({"SLURM_NTASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_LOCALID": "1",
+          "CUDA_VISIBLE_DEVICES": EIGHT}, [4, 5, 6, 7]),  # two tasks on this node
+    ],
+)  # fmt: skip
+def test_slurm_tasks_share_out_a_nodes_gpus(change, devices):
+    assert find_cluster(SLURM | change) == {"local_device_ids": devices}
+
+
+def test_other_launchers():
+    assert find_cluster(SLURM | {"SLURM_NTASKS": "1"}) is None
+    assert find_cluster({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}) == {}
+    with pytest.raises(ConfigError, match="Open MPI does not say where process 0 is"):
+        find_cluster({"OMPI_COMM_WORLD_SIZE": "4"})
+    with pytest.raises(ConfigError, match="3 Slurm tasks on a node cannot share its 8 GPUs"):
+        find_cluster(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(x2)", "CUDA_VISIBLE_DEVICES": EIGHT})
