@@ -26,9 +26,12 @@ class ModelConfig(LlamaConfig):
     Attributes:
         source: where its parameters come from: `random`, a Hugging Face folder, a hub id, or a run of ours. With a
             source the architecture is the source's, and all other keys of this group stay at their defaults.
+        keep_layers: so many of the source's first layers, and the rest is left out; 0 keeps all. The middle layers of
+            a small model can predict ratings better than the last, which are about the next token.
     """
 
     source: str = "random"
+    keep_layers: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,10 @@ class ComputeConfig:
             float32 on CPU.
         remat: what a layer keeps for its backward pass: all (`none`), matrix products (`dots`), nothing (`full`).
         unroll: layers a step of the scan over layers; 0 is all of them on a CPU and 1 elsewhere.
-        attention: `chunked` (dense, skips the future) or `blockwise` (skips all that the mask forbids); `auto` is
-            blockwise on a CPU without a context axis, else chunked.
-        attention_chunk: queries a chunk or block of the attention, in tokens.
+        attention: `blockwise` (skips all that the mask forbids), `splash` (the same on TPU, by a kernel), `cudnn` (GPU,
+            by a kernel) or `chunked` (dense, skips the future); all are the same function. `auto` takes blockwise on
+            CPU, splash on TPU and cudnn on GPU where they fit, else chunked, and a run's summary says why.
+        attention_chunk: queries a chunk (chunked) or block (blockwise) of the attention, in tokens.
         loss_chunk: tokens of a row whose logits are held at a time (SFT).
         cache_frozen: run the frozen layers once over all data and keep their outputs in memory (reward models; needs
             optimizer.frozen_layers).
@@ -110,7 +114,7 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "dots", "full"] = "none"
     unroll: int = 0
-    attention: Literal["auto", "chunked", "blockwise"] = "auto"
+    attention: Literal["auto", "chunked", "blockwise", "splash", "cudnn"] = "auto"
     attention_chunk: int = 256
     loss_chunk: int = 256
     cache_frozen: bool = False
@@ -336,6 +340,8 @@ def _check_ranges(e: Experiment) -> None:
     need(e.data.schema in SCHEMAS, "data.schema", f"one of {', '.join(SCHEMAS)}")
     need(bool(e.data.train), "data.train", "at least one file, hub id or embedded:helpsteer")
     need(0 < e.data.validation_fraction < 1, "data.validation_fraction", "a part between 0 and 1, e.g. 0.1")
+    need(e.model.keep_layers == 0 or e.model.source != "random", "model.keep_layers", "0, or a model.source")
+    need(e.model.keep_layers >= 0, "model.keep_layers", "0 (all) or more")
     for name in ("rows", "row_length", "micro_batches"):
         need(getattr(e.batch, name) >= 1, f"batch.{name}", "at least 1")
     for name in ("responses_per_row", "evaluation_rows"):
@@ -346,10 +352,6 @@ def _check_ranges(e: Experiment) -> None:
         need(getattr(e.compute, name) >= 1, f"compute.{name}", "at least 1")
     cacheable = not e.compute.cache_frozen or (e.task == "reward" and e.optimizer.frozen_layers > 0)
     need(cacheable, "compute.cache_frozen", "false, or task 'reward' with optimizer.frozen_layers set")
-    blockwise_fits = e.compute.attention != "blockwise" or e.mesh.context == 1
-    need(blockwise_fits, "compute.attention", "chunked, or no context axis in the mesh (blockwise does not cut rows)")
-    whole_blocks = e.compute.attention != "blockwise" or e.batch.row_length % e.compute.attention_chunk == 0
-    need(whole_blocks, "compute.attention_chunk", f"for blockwise, a divisor of batch.row_length {e.batch.row_length}")
     mesh = dataclasses.astuple(e.mesh)
     need(sum(size == -1 for size in mesh) <= 1, "mesh.data", "at most one axis of the mesh is -1")
     for name in _fields(MeshConfig):

@@ -60,7 +60,8 @@ def unfit(name: str, platform: str, dtype: str, head_dim: int, length: int, chun
 
 
 def _unfit_blockwise(platform, dtype, head_dim, part, length, chunk) -> str | None:
-    return f"config.compute.attention_chunk {chunk} is no divisor of a device's {part} tokens of a row" if part % chunk else None
+    problem = f"config.compute.attention_chunk {chunk} is no divisor of a device's {part} tokens of a row"
+    return problem if part % chunk else None
 
 
 def _unfit_splash(platform, dtype, head_dim, part, length, chunk) -> str | None:

@@ -8,6 +8,8 @@ import pytest
 from steerjax.data.packing import pack
 from steerjax.models.attention import Layout, allowed, attend, causal_attention
 from steerjax.models.blockwise import block_plan, blockwise_attention
+from steerjax.models.config import LlamaConfig
+from steerjax.models.flops import training_flops
 from tests.helpers import host_batch, random_groups
 
 
@@ -41,10 +43,11 @@ def test_outputs_and_gradients_equal_dense_attention(N, K, block):
         return causal_attention(q, k, v, layout, block)
 
     def gradients(attention):
-        return jax.grad(lambda *qkv: (attention(*qkv) * weights * real).sum(), argnums=(0, 1, 2))(q, k, v)
+        gradient = jax.grad(lambda *qkv: (attention(*qkv) * weights * real).sum(), argnums=(0, 1, 2))
+        return jax.jit(gradient)(q, k, v)
 
     for attention in (blockwise, chunked):
-        np.testing.assert_allclose(attention(q, k, v) * real, dense(q, k, v) * real, atol=2e-6)
+        np.testing.assert_allclose(jax.jit(attention)(q, k, v) * real, dense(q, k, v) * real, atol=2e-6)
         for ours, expected in zip(gradients(attention), gradients(dense), strict=True):
             np.testing.assert_allclose(ours, expected, atol=5e-6)
 
@@ -68,3 +71,19 @@ def test_a_query_without_a_key_in_a_visited_block_is_no_nan():
     q, k, v, _ = arrays(layout, 2, 1)
     out = blockwise_attention(q, k, v, layout, block_plan(layout, 16), 16)
     np.testing.assert_allclose(out, attend(q, k, v, allowed(layout, layout)), atol=2e-6)
+
+
+def test_a_long_row_of_short_branches_costs_little_more_than_short_rows():
+    """Per token, of a forward and backward pass: 16 branches of 240 on a prompt of 256, beside one branch of 256."""
+    smollm2 = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3
+    )
+
+    def flops_a_token(branches: list[int]) -> float:
+        numbers = np.concatenate([np.full(n, b) for b, n in enumerate([256, *branches])])[None]
+        plan = block_plan(Layout(jnp.ones_like(numbers), jnp.asarray(numbers)), 256)
+        pairs = int(plan.counts.sum()) * 256 * 256
+        return training_flops(smollm2, numbers.size, pairs, 0.0) / numbers.size
+
+    assert flops_a_token([240] * 16) < 1.2 * flops_a_token([256])
+    assert flops_a_token([3840]) > 1.5 * flops_a_token([256])  # one branch as long is another matter
