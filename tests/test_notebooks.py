@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 import nbformat
+import pytest
 
 TINY = [
     f"--config.{key}"

@@ -270,9 +270,7 @@ class CausalLM(nn.Module):
             init = logical(nn.initializers.normal(c.initializer_range), "embed", "vocab")
             self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
 
-    def states(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
-    ) -> Float[Array, "B T D"]:
+    def states(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
         """Hidden states that the head reads."""
         return self.llama(tokens, positions, layout)
 
