@@ -1,5 +1,6 @@
 """The scripts of launch/. local.sh trains for real in tests/parallel/test_processes.py."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -75,7 +76,9 @@ def test_local_passes_signals_on(launch, sent):
         "time.sleep(60)"
     )
     command = [launch / "local.sh", "2", "--", sys.executable, "-c", code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    # A shell cannot trap what was ignored when it started, as SIGINT is for background jobs (nohup, some CI).
+    heeded = functools.partial(signal.signal, sent, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
         assert {process.stdout.readline() for _ in range(2)} == {"[0] ready\n", "[1] ready\n"}
         process.send_signal(sent)
         output, _ = process.communicate(timeout=30)

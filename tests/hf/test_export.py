@@ -308,8 +308,10 @@ def test_errors_leave_nothing_behind(breaks, tmp_path, capsys):
     arguments = ["--checkpoint", str(tmp_path / "source"), "--output", str(tmp_path / "out"), "--template", "extra_id"]
     with pytest.raises(SystemExit) as caught:
         main(arguments)
-    assert str(caught.value.code).startswith("error: ")
-    assert "cure:" in str(caught.value.code)
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "cure:" in said
     with pytest.raises(SteerjaxError, match=ERRORS[breaks]):
         export(str(tmp_path / "source"), tmp_path / "out", **OPTIONS | {"template": "extra_id"})
     assert leftovers(tmp_path) == ["source"]
