@@ -17,7 +17,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
         clip,
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment_dtype),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
 

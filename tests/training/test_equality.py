@@ -150,6 +150,25 @@ def test_frozen_parameters_stay_and_cost_no_optimizer_state():
         abstract_state(model, (dummy_inputs(),), optimizer, mesh, ("embeding",))
 
 
+def test_the_first_moment_in_bfloat16():
+    """Half its size, and the first step is nearly the same; gradients and parameters stay float32."""
+    groups, model = random_groups([2, 2]), RewardModel(TINY, 3)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    batch = host_batch(groups, pack(groups, 128, 8, range(2)), 128, 8)
+    after = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(OptimizerConfig(first_moment_dtype=dtype))
+        abstract = abstract_state(model, (dummy_inputs(),), optimizer, mesh)
+        state = random_state(model, optimizer, abstract)
+        step = jax.jit(make_train_step(make_loss(model, WEIGHTS, "ratings"), optimizer, lambda step: 1e-2))
+        after[dtype] = step(state, batch)[0]
+    sizes = {d: [x.dtype.name for x in jax.tree.leaves(s.optimizer)] for d, s in after.items()}
+    assert sizes["bfloat16"].count("bfloat16") == len(jax.tree.leaves(after["float32"].params))
+    assert "bfloat16" not in sizes["float32"]
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(after["bfloat16"].params))
+    assert_trees_close(after["bfloat16"].params, after["float32"].params, rtol=1e-2)
+
+
 def leaf_at(tree, name: str):
     for key in name.split("/"):
         tree = tree[key]
