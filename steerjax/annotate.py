@@ -31,7 +31,7 @@ from steerjax.errors import ConfigError, DataError, SteerjaxError
 
 if TYPE_CHECKING:
     from steerjax.data.conversation import Conversation
-    from steerjax.evaluation.annotation import Chunk, Scorer
+    from steerjax.scoring.scorer import Chunk, Scorer
 
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ class Work:
     """
 
     def __init__(self, options: argparse.Namespace, scorer: Scorer, size: int, mine: range, done: int):
-        from steerjax.evaluation.annotation import reading_schema
+        from steerjax.scoring.scorer import reading_schema
 
         self._options, self._scorer, self._size, self._mine, self._done = options, scorer, size, mine, done
         self._schema = reading_schema(scorer.schema)
@@ -152,7 +152,7 @@ class Work:
             yield self._chunk(items)
 
     def _chunk(self, items: list[tuple[int, Any]]) -> Read:
-        from steerjax.evaluation.annotation import assistant_turns
+        from steerjax.scoring.scorer import assistant_turns
 
         skip = self._options.on_bad_row == "skip"
         rows, conversations, unusable = [], [], []
@@ -190,7 +190,7 @@ def annotated(chunk: Read, scorer: Scorer) -> tuple[list[dict], list[Skipped]]:
     Raises:
         DataError: a prediction that is not finite.
     """
-    from steerjax.evaluation.annotation import predicted_keys
+    from steerjax.scoring.scorer import predicted_keys
 
     predicted = scorer.score(chunk.ready)
     rows = []

@@ -16,7 +16,7 @@ from steerjax.config import Experiment, resolve
 from steerjax.errors import SteerjaxError
 
 if TYPE_CHECKING:
-    from steerjax.evaluation.annotation import Scorer
+    from steerjax.scoring.scorer import Scorer
 
 
 def run_command(main: Callable[[Experiment, Path], None], usage: str) -> None:
@@ -98,7 +98,7 @@ def open_scorer(model: str, options: argparse.Namespace) -> Scorer:
     """
     from steerjax.checkpoints.opening import open_model
     from steerjax.decoding.session import mesh_of
-    from steerjax.evaluation.annotation import Scorer
+    from steerjax.scoring.scorer import Scorer
 
     o = options
     opened = open_model(model, mesh_of(o.mesh), template=o.template, dtype=o.dtype)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from steerjax.data.conversation import Conversation
     from steerjax.data.loading import Skipped
-    from steerjax.evaluation.annotation import Scorer
     from steerjax.evaluation.steerability import Steered
+    from steerjax.scoring.scorer import Scorer
 
 _CHUNK = 1024  # conversations that are packed together
 
@@ -73,9 +73,9 @@ def evaluate_attributes(options: argparse.Namespace) -> None:
         SteerjaxError: a model or data that do not fit.
     """
     from steerjax.data.loading import write_skipped
-    from steerjax.evaluation.annotation import reading_schema
     from steerjax.evaluation.report import evaluate_predictions, format_table, require_matplotlib, write_report
     from steerjax.evaluation.results import average_mse
+    from steerjax.scoring.scorer import reading_schema
 
     require_matplotlib()
     scorer = open_scorer(options.model, options)

@@ -11,7 +11,7 @@ from steerjax.annotate import main as annotate
 from steerjax.config import default_config, resolve
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.evaluate import main, read_answers
-from steerjax.evaluation.annotation import STEERLM
+from steerjax.scoring.scorer import STEERLM
 from steerjax.training.loop import train
 from steerjax.training.metrics import read_metrics
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows

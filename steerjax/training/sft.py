@@ -14,12 +14,12 @@ from steerjax.chat.render import Renderer
 from steerjax.config import Experiment
 from steerjax.data.batch import BatchPlan, evaluation_steps
 from steerjax.data.packing import pack
-from steerjax.data.sft import SFTBatch, SFTExample, sft_example, sft_groups, sft_row_arrays
 from steerjax.evaluation.plots import plot_losses
 from steerjax.models.attention import Layout
 from steerjax.models.llama import CausalLM
 from steerjax.objectives.sft import chunked_cross_entropy
 from steerjax.training.input import Feeder, each_usable, load_splits
+from steerjax.training.sft_data import SFTBatch, SFTExample, sft_example, sft_groups, sft_row_arrays
 from steerjax.training.task import Evaluation, make_compute
 
 BATCH_AXES = SFTBatch(*[(None, "batch", "length")] * len(SFTBatch._fields))

@@ -8,7 +8,7 @@ import pytest
 from chat_helpers import renderer, talk
 
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.sft import sft_example
+from steerjax.training.sft_data import sft_example
 
 # Three exchanges: with a label, with a response that looks like one, with a label again.
 TALK = Conversation(

@@ -11,7 +11,6 @@ from jax.sharding import NamedSharding
 
 from steerjax.config import MeshConfig
 from steerjax.data.packing import Branch, PromptGroup, pack
-from steerjax.data.sft import SFTBatch
 from steerjax.models import backends
 from steerjax.models.attention import Layout
 from steerjax.models.cudnn import cudnn_attention
@@ -24,6 +23,7 @@ from steerjax.planning.hlo import collectives
 from steerjax.training.reward import make_loss as reward_loss
 from steerjax.training.reward import reward_inputs
 from steerjax.training.sft import make_loss as sft_loss
+from steerjax.training.sft_data import SFTBatch
 from tests.helpers import TINY, assert_trees_close, host_batch, random_groups, random_tokens
 
 T, ROWS = 256, 4

@@ -12,7 +12,8 @@ from steerjax.config import MeshConfig
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.packing import share_prompts
 from steerjax.errors import ConfigError, DataError, ModelError
-from steerjax.evaluation.annotation import (
+from steerjax.export import export
+from steerjax.scoring.scorer import (
     Scorer,
     assistant_turns,
     bucketed_rows,
@@ -20,7 +21,6 @@ from steerjax.evaluation.annotation import (
     responses_per_row,
     row_lengths,
 )
-from steerjax.export import export
 from tests.hf.test_export import OPTIONS, imported
 from tests.hf_folders import TINY, random_tensors, write_folder
 from tests.reward_models import reward_folder, some_conversations
@@ -32,7 +32,7 @@ LONG = Conversation((Turn("user", "Go on. " * 90), Turn("assistant", "Yes. " * 5
 @pytest.fixture(autouse=True)
 def short_rows(monkeypatch):
     """Rows of 256 tokens and more, rather than 1024, and so less to compute."""
-    monkeypatch.setattr("steerjax.evaluation.annotation._SHORTEST_ROW", 256)
+    monkeypatch.setattr("steerjax.scoring.scorer._SHORTEST_ROW", 256)
 
 
 @pytest.fixture(scope="module")

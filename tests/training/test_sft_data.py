@@ -13,11 +13,11 @@ from steerjax.data.batch import row_arrays
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.packing import Segment, pack
-from steerjax.data.sft import MISSING, RATINGS, SFTBatch, SFTExample, sft_example, sft_groups, sft_row_arrays
 from steerjax.errors import ConfigError, DataError
 from steerjax.models.attention import Layout
 from steerjax.models.llama import CausalLM, Compute
 from steerjax.objectives.sft import chunked_cross_entropy
+from steerjax.training.sft_data import MISSING, RATINGS, SFTBatch, SFTExample, sft_example, sft_groups, sft_row_arrays
 from tests.helpers import TINY, assert_trees_close, random_tokens
 
 pytestmark = pytest.mark.short

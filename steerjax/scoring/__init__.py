@@ -1,0 +1,1 @@
+"""A reward model over conversations: what annotate and evaluate share. After training, whose batches it uses."""
