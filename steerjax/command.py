@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from steerjax.config import Experiment, resolve
-from steerjax.errors import SteerjaxError
+from steerjax.config import Experiment, parse_mesh, resolve
+from steerjax.errors import reported_errors
 
 if TYPE_CHECKING:
     from steerjax.scoring.scorer import Scorer
@@ -46,11 +46,8 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
 
     def run(_) -> None:
         logging.set_verbosity(logging.WARNING)  # absl opens the tap for every library that logs
-        try:
+        with reported_errors():
             main(resolve(config.value.to_dict()))
-        except SteerjaxError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
 
     app.run(run, flags_parser=_parse_flags)
 
@@ -97,9 +94,8 @@ def open_scorer(model: str, options: argparse.Namespace) -> Scorer:
         SteerjaxError: no such model, or options that do not fit it.
     """
     from steerjax.checkpoints.opening import open_model
-    from steerjax.decoding.session import mesh_of
     from steerjax.scoring.scorer import Scorer
 
     o = options
-    opened = open_model(model, mesh_of(o.mesh), template=o.template, dtype=o.dtype)
+    opened = open_model(model, parse_mesh(o.mesh), template=o.template, dtype=o.dtype)
     return Scorer(opened, row_length=o.row_length, rows=o.rows, control_strings=o.control_strings)

@@ -281,6 +281,20 @@ def to_json(experiment: Experiment) -> str:
     return json.dumps(to_dict(experiment), indent=2) + "\n"
 
 
+def parse_mesh(text: str) -> MeshConfig:
+    """`fsdp=2,tensor=4`, as command lines have it.
+
+    Raises:
+        ConfigError: an axis that is not there, or no number.
+    """
+    try:
+        return MeshConfig(
+            **{name: int(size) for name, size in (entry.split("=") for entry in text.split(",") if entry)}
+        )
+    except (TypeError, ValueError):
+        raise ConfigError(f"--mesh {text}; cure: e.g. fsdp=2,tensor=4 (axes data, fsdp, tensor)") from None
+
+
 def resolve(config: Mapping) -> Experiment:
     """Checks a config file's values and freezes them.
 

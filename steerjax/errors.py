@@ -1,5 +1,9 @@
 """The errors a user meets. Each message says what is wrong, where, and what cures it."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class SteerjaxError(Exception):
     """Base class: commands print the message without a traceback and exit with status 2."""
@@ -41,3 +45,13 @@ class CheckpointError(SteerjaxError):
 
 class TrainingError(SteerjaxError):
     """Training cannot go on, e.g. gradients stay non-finite."""
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """A SteerjaxError is printed without a traceback, and the exit status is 2."""
+    try:
+        yield
+    except SteerjaxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerjax.attributes import STEERLM
 from steerjax.command import add_scoring_options, open_scorer
-from steerjax.errors import ConfigError, DataError, SteerjaxError
+from steerjax.errors import ConfigError, DataError, reported_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from steerjax.data.conversation import Conversation
     from steerjax.data.loading import Skipped
     from steerjax.evaluation.steerability import Steered
-    from steerjax.scoring.scorer import Scorer
-
-_CHUNK = 1024  # conversations that are packed together
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -53,7 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    try:
+    with reported_errors():
         if options.suite not in SUITES:
             raise ConfigError(f"--suite {options.suite}: there is no such suite; cure: one of {', '.join(SUITES)}")
         run, needed = SUITES[options.suite]
@@ -61,9 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if not vars(options)[name]:
                 raise ConfigError(f"--suite {options.suite} needs --{name.replace('_', '-')}; see --help")
         run(options)
-    except SteerjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def evaluate_attributes(options: argparse.Namespace) -> None:
@@ -75,7 +68,7 @@ def evaluate_attributes(options: argparse.Namespace) -> None:
     from steerjax.data.loading import write_skipped
     from steerjax.evaluation.report import evaluate_predictions, format_table, require_matplotlib, write_report
     from steerjax.evaluation.results import average_mse
-    from steerjax.scoring.scorer import reading_schema
+    from steerjax.scoring.scorer import predict, reading_schema
 
     require_matplotlib()
     scorer = open_scorer(options.model, options)
@@ -113,38 +106,6 @@ def evaluate_attributes(options: argparse.Namespace) -> None:
     print(f"report with plots: {options.output / 'report.md'}")
 
 
-def predict(
-    scorer: Scorer,
-    conversations: Sequence[Conversation],
-    turns: Sequence[Sequence[int]],
-    skipped: list[Skipped],
-    *,
-    skip: bool,
-) -> tuple[list[tuple[Conversation, int]], np.ndarray]:
-    """(conversation, turn) of every turn that could be rated, and their predictions [E, A].
-
-    Args:
-        turns: of each conversation.
-        skipped: turns that could not be rated are added to it.
-        skip: also those with a control string.
-
-    Raises:
-        DataError: names the row.
-    """
-    import numpy as np
-
-    from steerjax.data.loading import Skipped
-
-    examples, predicted = [], []
-    for begin in range(0, len(conversations), _CHUNK):
-        part = conversations[begin : begin + _CHUNK]
-        chunk = scorer.prepare(part, turns[begin : begin + _CHUNK], skip=skip)
-        skipped += [Skipped(part[r.conversation].file, part[r.conversation].line, r.reason) for r in chunk.refused]
-        examples += [(part[place], turn) for place, turn in chunk.examples]
-        predicted.append(scorer.score(chunk))
-    return examples, np.concatenate(predicted) if predicted else np.zeros((0, len(scorer.schema)), np.float32)
-
-
 def evaluate_steerability(options: argparse.Namespace) -> None:
     """Answers against what was asked for.
 
@@ -152,7 +113,7 @@ def evaluate_steerability(options: argparse.Namespace) -> None:
         SteerjaxError: rows that are no answers, or a model that does not fit.
     """
     from steerjax.evaluation.plots import require_matplotlib
-    from steerjax.evaluation.steerability import format_steerability, plot_steerability, steerability
+    from steerjax.evaluation.steerability import format_steerability, plot_steerability, read_answers, steerability
 
     require_matplotlib()
     schema, answers = STEERLM, list(read_answers(options.input))
@@ -170,45 +131,10 @@ def evaluate_steerability(options: argparse.Namespace) -> None:
     print(f"\nmetrics and plots are in {options.output}")
 
 
-def read_answers(source: str) -> Iterator[tuple[Steered, Conversation | None]]:
-    """What `generate` wrote: the last turn of each row, with `generation.attributes` as the request.
-
-    The conversation is None where the answer is empty; it has a length, but cannot be rated.
-
-    Raises:
-        DataError: a row that is no answer; names file and line.
-    """
-    from steerjax.data.conversation import checked_ratings
-    from steerjax.data.formats import conversation_from_row
-    from steerjax.data.readers import iter_rows
-    from steerjax.evaluation.steerability import Steered
-
-    for line, row in iter_rows(source):
-        try:
-            if isinstance(row, DataError):
-                raise row
-            made, turns = row.get("generation"), row.get("turns")
-            if not isinstance(made, dict) or "attributes" not in made or not isinstance(turns, list) or not turns:
-                cure = "give a file that generate wrote, or annotate after it"
-                raise DataError("does not say what was asked for", field="generation.attributes", cure=cure)
-            requested = checked_ratings(made["attributes"], STEERLM, "generation.attributes") or {}
-            empty = isinstance(turns[-1], dict) and turns[-1].get("content") == ""
-            readable = row | {"turns": [*turns[:-1], turns[-1] | {"content": "-"}]} if empty else row
-            conversation = replace(conversation_from_row(readable, STEERLM, "conversation"), file=source, line=line)
-            *before, answer = conversation.turns
-            if answer.role != "assistant":
-                raise DataError("the last turn is no answer", field="turns", cure="give a file that generate wrote")
-            prompt = json.dumps([conversation.system, [turn.content for turn in before]])
-            if empty:
-                yield Steered(prompt, requested, ""), None
-            else:
-                yield Steered(prompt, requested, answer.content, answer.predicted_ratings), conversation
-        except DataError as error:
-            raise error.at(source, line) from None
-
-
 def _with_predictions(answers: list[tuple[Steered, Conversation | None]], options) -> list:
     """The answers with the reward model's ratings in place of any that they had."""
+    from steerjax.scoring.scorer import predict
+
     scorer = open_scorer(options.reward_model, options)
     conversations = [conversation for _, conversation in answers if conversation is not None]
     skipped: list[Skipped] = []

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerjax.attributes import SCHEMAS, parse_label
-from steerjax.errors import ConfigError, DataError, SteerjaxError
+from steerjax.errors import ConfigError, DataError, reported_errors
 
 if TYPE_CHECKING:
     from steerjax.hf.description import ModelDescription
@@ -116,14 +115,11 @@ def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    try:
+    with reported_errors():
         export(
             options.checkpoint, options.output, dtype=options.dtype, max_shard_size=options.max_shard_size,
             template=options.template, schema=options.schema, default_ratings=options.default_ratings,
         )  # fmt: skip
-    except SteerjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     print(f"wrote {options.output}")
 
 

@@ -27,7 +27,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steerjax.errors import ConfigError, SteerjaxError
+from steerjax.errors import ConfigError, reported_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -68,10 +68,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     try:
-        run(options)
-    except SteerjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with reported_errors():
+            run(options)
     except KeyboardInterrupt:
         sys.exit("interrupted" + ("; the same command goes on from here" if options.output else ""))
 

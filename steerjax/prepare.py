@@ -10,7 +10,6 @@ import argparse
 import gzip
 import io
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,7 @@ from steerjax.data.oasst import read_threads
 from steerjax.data.preferences import PREFERENCE_FORMATS, read_preferences
 from steerjax.data.readers import read_conversations, source_path
 from steerjax.data.statistics import ConversationStatistics, PreferenceStatistics, format_statistics
-from steerjax.errors import ConfigError, DataError, SteerjaxError
+from steerjax.errors import ConfigError, DataError, reported_errors
 
 CONVERSATIONS = {  # SOURCE -> (format of the rows, schema)
     "helpsteer": ("helpsteer", "helpsteer"),
@@ -43,11 +42,8 @@ Read = Callable[[str], Iterator[tuple[int, Any]]]
 
 def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
-    try:
+    with reported_errors():
         _prepare(options)
-    except SteerjaxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:

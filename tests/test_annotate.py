@@ -12,9 +12,10 @@ import time
 
 import pytest
 
-from steerjax.annotate import main, parse_part, part_path
+from steerjax.annotate import main, parse_part
 from steerjax.data.readers import read_conversations
 from steerjax.errors import ConfigError
+from steerjax.scoring import annotation
 from steerjax.scoring.scorer import STEERLM
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
 
@@ -173,7 +174,7 @@ def test_parts_together_are_the_whole(model, tmp_path, order):
     for name in ("", LISTED):
         assert (tmp_path / f"out.jsonl{name}").read_bytes() == (tmp_path / f"whole.jsonl{name}").read_bytes()
     assert {entry["line"] for entry in read_rows(tmp_path / ("out.jsonl" + LISTED))} == {5, 21}
-    assert output.with_name("out.part-2-of-3.jsonl") == part_path(output, 2, 3)
+    assert output.with_name("out.part-2-of-3.jsonl") == annotation.part_path(output, 2, 3)
     annotate(model, source, output, *options)  # there is nothing left to do
     assert "other settings: rows" in refusal(model, source, output, *options, "--rows", 16)
 

@@ -10,7 +10,8 @@ import pytest
 from steerjax.annotate import main as annotate
 from steerjax.config import default_config, resolve
 from steerjax.data.loading import load_conversations, split_by_prompt
-from steerjax.evaluate import main, read_answers
+from steerjax.evaluate import main
+from steerjax.evaluation.steerability import read_answers
 from steerjax.scoring.scorer import STEERLM
 from steerjax.training.loop import train
 from steerjax.training.metrics import read_metrics

@@ -12,6 +12,7 @@ from typing import Any
 
 from steerjax.attributes import SCHEMAS, AttributeSchema
 from steerjax.chat.templates import TEMPLATES, get_template
+from steerjax.config import parse_mesh
 from steerjax.data.checks import system_of, text_of
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.formats import conversation_from_row, prompt_turns
@@ -208,7 +209,7 @@ class Session:
         from steerjax.decoding.local import local
 
         o = self.options
-        opened = open_model(o.model, mesh_of(o.mesh), template=o.template, dtype=o.dtype)
+        opened = open_model(o.model, parse_mesh(o.mesh), template=o.template, dtype=o.dtype)
         return local(
             opened, self.schema, self.sampling, batch_size=o.batch_size, control_strings=o.control_strings
         )  # fmt: skip
@@ -225,22 +226,6 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
     drawing = o.samples > 1 or top_k or o.top_p < 1
     temperature = o.temperature if o.temperature is not None else 1.0 if drawing else 0.0
     return Sampling(temperature, top_k, o.top_p, o.seed, o.max_new_tokens)
-
-
-def mesh_of(text: str):
-    """`fsdp=2,tensor=4` as a MeshConfig.
-
-    Raises:
-        ConfigError: an axis that is not there, or no number.
-    """
-    from steerjax.config import MeshConfig
-
-    try:
-        return MeshConfig(
-            **{name: int(size) for name, size in (entry.split("=") for entry in text.split(",") if entry)}
-        )
-    except (TypeError, ValueError):
-        raise ConfigError(f"--mesh {text}; cure: e.g. fsdp=2,tensor=4 (axes data, fsdp, tensor)") from None
 
 
 def prompt_of(row: dict, schema: AttributeSchema, replace_answer: bool) -> Conversation:

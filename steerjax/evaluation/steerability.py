@@ -6,15 +6,20 @@ The distance of an answer is the number of attributes whose rounded predicted ra
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from scipy.stats import rankdata
 
-from steerjax.attributes import AttributeSchema, round_rating
+from steerjax.attributes import STEERLM, AttributeSchema, round_rating
+from steerjax.data.conversation import Conversation, checked_ratings
+from steerjax.data.formats import conversation_from_row
+from steerjax.data.readers import iter_rows
+from steerjax.errors import DataError
 from steerjax.evaluation.plots import BLUE, ORANGE, _figure, _save, _style
 
 CHARACTERS, WORDS, PREDICTED = "characters", "words", "predicted"
@@ -36,6 +41,38 @@ class Steered:
     requested: Mapping[str, float]
     text: str
     predicted: Mapping[str, float] | None = None
+
+
+def read_answers(source: str) -> Iterator[tuple[Steered, Conversation | None]]:
+    """What `generate` wrote: the last turn of each row, with `generation.attributes` as the request.
+
+    The conversation is None where the answer is empty; it has a length, but cannot be rated.
+
+    Raises:
+        DataError: a row that is no answer; names file and line.
+    """
+    for line, row in iter_rows(source):
+        try:
+            if isinstance(row, DataError):
+                raise row
+            made, turns = row.get("generation"), row.get("turns")
+            if not isinstance(made, dict) or "attributes" not in made or not isinstance(turns, list) or not turns:
+                cure = "give a file that generate wrote, or annotate after it"
+                raise DataError("does not say what was asked for", field="generation.attributes", cure=cure)
+            requested = checked_ratings(made["attributes"], STEERLM, "generation.attributes") or {}
+            empty = isinstance(turns[-1], dict) and turns[-1].get("content") == ""
+            readable = row | {"turns": [*turns[:-1], turns[-1] | {"content": "-"}]} if empty else row
+            conversation = replace(conversation_from_row(readable, STEERLM, "conversation"), file=source, line=line)
+            *before, answer = conversation.turns
+            if answer.role != "assistant":
+                raise DataError("the last turn is no answer", field="turns", cure="give a file that generate wrote")
+            prompt = json.dumps([conversation.system, [turn.content for turn in before]])
+            if empty:
+                yield Steered(prompt, requested, ""), None
+            else:
+                yield Steered(prompt, requested, answer.content, answer.predicted_ratings), conversation
+        except DataError as error:
+            raise error.at(source, line) from None
 
 
 def steerability(answers: Sequence[Steered], schema: AttributeSchema, seed: int = 0) -> dict:

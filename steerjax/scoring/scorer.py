@@ -18,6 +18,7 @@ from steerjax.chat.render import Renderer
 from steerjax.checkpoints.opening import OpenModel
 from steerjax.data.batch import evaluation_steps
 from steerjax.data.conversation import Conversation
+from steerjax.data.loading import Skipped
 from steerjax.data.packing import PromptGroup, Row, Segment, pack_segments, share_prompts, split_group
 from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.hf.config import read_config
@@ -28,6 +29,7 @@ from steerjax.training.reward import make_feeder, reward_inputs
 
 _SHORTEST_ROW = 1024  # tokens; shorter conversations share a row of this length
 _LONGEST_ROW = 4096  # tokens, unless the user says otherwise
+_CHUNK = 1024  # conversations that `predict` packs together
 _TOKENS_PER_RESPONSE = 16  # of a row; more responses than that go into another row
 
 
@@ -244,6 +246,34 @@ class Scorer:
                 predicted[examples] = output[: len(examples), self._outputs]
         self.counts.turns += len(chunk.examples)
         return predicted
+
+
+def predict(
+    scorer: Scorer,
+    conversations: Sequence[Conversation],
+    turns: Sequence[Sequence[int]],
+    skipped: list[Skipped],
+    *,
+    skip: bool,
+) -> tuple[list[tuple[Conversation, int]], np.ndarray]:
+    """(conversation, turn) of every turn that could be rated, and their predictions [E, A].
+
+    Args:
+        turns: of each conversation.
+        skipped: turns that could not be rated are added to it.
+        skip: also those with a control string.
+
+    Raises:
+        DataError: names the row.
+    """
+    examples, predicted = [], []
+    for begin in range(0, len(conversations), _CHUNK):
+        part = conversations[begin : begin + _CHUNK]
+        chunk = scorer.prepare(part, turns[begin : begin + _CHUNK], skip=skip)
+        skipped += [Skipped(part[r.conversation].file, part[r.conversation].line, r.reason) for r in chunk.refused]
+        examples += [(part[place], turn) for place, turn in chunk.examples]
+        predicted.append(scorer.score(chunk))
+    return examples, np.concatenate(predicted) if predicted else np.zeros((0, len(scorer.schema)), np.float32)
 
 
 def assistant_turns(conversation: Conversation) -> list[int]:
