@@ -20,14 +20,16 @@ def get_config():
         "helpfulness": 4.0, "correctness": 4.0, "coherence": 4.0, "complexity": 2.0, "verbosity": 2.0,
     }  # fmt: skip
 
-    config.batch.rows = 8
+    config.batch.rows = 4  # short steps: what a label means is learned late, after some hundred steps
     config.batch.row_length = 2048
-    config.batch.micro_batches = 8  # on two cores; 1 on an accelerator
+    config.batch.micro_batches = 4  # on two cores; 1 on an accelerator
     config.compute.unroll = 1
+    config.compute.attention_chunk = 128
 
-    config.optimizer.learning_rate = 1e-4
+    config.optimizer.frozen_layers = 8
+    config.optimizer.learning_rate = 6e-4
     config.optimizer.weight_decay = 0.01
-    config.optimizer.warmup_steps = 4
-    config.train.epochs = 2.0
-    config.train.evaluate_every = 8
+    config.optimizer.warmup_steps = 10
+    config.train.epochs = 1.0
+    config.train.evaluate_every = 100
     return config
