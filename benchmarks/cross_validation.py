@@ -3,9 +3,9 @@
     python benchmarks/cross_validation.py --data embedded:helpsteer --output DIR \
         -- --config configs/rm_smollm2.py --config.optimizer.learning_rate=1e-4
 
-What follows `--` goes to `steerjax.train` as it is. Folds are cut by prompt; a fold that is finished is not trained
-again. The predictors beside the model are fitted on the same training rows: the mean rating, a straight line in the log
-of the response's characters, and a quadratic in the logs of the prompt's and the response's.
+What follows `--` goes to `steerjax.train` as it is. Folds are cut by prompt; run again with the same folder, finished
+folds stay as they are. The predictors beside the model are fitted on the same training rows: the report's two
+baselines, and a quadratic in the logs of the prompt's and the response's characters.
 """
 
 from __future__ import annotations
@@ -22,22 +22,19 @@ import numpy as np
 from steerjax.attributes import SCHEMAS
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import kfold_by_prompt, load_conversations
+from steerjax.evaluation.attribute_metrics import attribute_metrics, length_baseline, mean_baseline, mean_mse
+from steerjax.evaluation.results import LOG_LENGTH, MEAN_RATING, MODEL
 
 
-def log_lengths(conversations: Sequence[Conversation]) -> np.ndarray:
-    """Of the last prompt and the response, in characters: [E, 2]."""
-    return np.log1p([[len(turn.content) for turn in conversation.turns[-2:]] for conversation in conversations])
+def quadratic_baseline(train: np.ndarray, ratings: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Least squares on all terms up to the second degree in two log lengths: `[E, 2]` and `[n, 2]` -> `[n, A]`."""
 
+    def terms(characters):
+        prompt, response = (np.log1p(characters) - 6.0).T  # near their middle, so that the columns are not all alike
+        return np.column_stack([prompt**0, prompt, response, prompt * response, prompt**2, response**2])
 
-def fitted(train: np.ndarray, ratings: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Least squares with an intercept: features [N, F], ratings [N, A] -> predictions [E, A]."""
-    design, new = (np.column_stack([np.ones(len(x)), x]) for x in (train, held_out))
-    return new @ np.linalg.lstsq(design, ratings, rcond=None)[0]
-
-
-def quadratic(lengths: np.ndarray) -> np.ndarray:
-    prompt, response = (lengths - 6.0).T  # near their middle, so that the columns are not all one
-    return np.column_stack([prompt, response, prompt * response, prompt**2, response**2])
+    fits = [np.linalg.lstsq(terms(train[m]), y[m], rcond=None)[0] for y, m in zip(ratings.T, mask.T, strict=True)]
+    return terms(lengths) @ np.column_stack(fits)
 
 
 def main() -> None:
@@ -52,47 +49,52 @@ def main() -> None:
     schema = SCHEMAS[options.schema]
     names = schema.names
     conversations, _ = load_conversations([options.data], schema, on_duplicate="keep")
-    ratings, predictions = [], {"mean rating": [], "log length": [], "lengths, quadratic": []}
+    folds = []  # (ratings, mask, {predictor: predictions}) of what each holds out
     for fold in range(options.folds):
         parts = kfold_by_prompt(conversations, options.folds, fold, options.seed)
-        truth = [np.array([[c.turns[-1].ratings[name] for name in names] for c in part]) for part in parts]
-        lengths = [log_lengths(part) for part in parts]
-        one = {
-            "mean rating": np.tile(truth[0].mean(0), (len(truth[1]), 1)),
-            "log length": fitted(lengths[0][:, 1:], truth[0], lengths[1][:, 1:]),
-            "lengths, quadratic": fitted(quadratic(lengths[0]), truth[0], quadratic(lengths[1])),
+        (y, mask, lengths), (truth, rated, held_out) = (arrays(part, names) for part in parts)
+        predictions = {
+            MEAN_RATING: mean_baseline(y, mask, len(truth)),
+            LOG_LENGTH: length_baseline(lengths[:, 1], y, mask, held_out[:, 1]),
+            "lengths, quadratic": quadratic_baseline(lengths, y, mask, held_out),
         }
         if options.training:
-            one["model"] = trained(parts, options.output / f"fold-{fold}", options.training, names)
-        ratings.append(truth[1])
-        print(f"fold {fold}", {name: round(float(np.mean((p - truth[1]) ** 2)), 3) for name, p in one.items()})
-        for name, predicted in one.items():
-            predictions.setdefault(name, []).append(predicted)
-    truth = np.concatenate(ratings)
+            predictions[MODEL] = trained(parts, options.output / f"fold-{fold}", options.training, names)
+        folds.append((truth, rated, predictions))
+        mse = {who: mean_mse(attribute_metrics(p, truth, rated, names)) for who, p in predictions.items()}
+        print(f"fold {fold}: " + ", ".join(f"{who} {value:.3f}" for who, value in mse.items()), flush=True)
+    truth, rated = (np.concatenate([fold[i] for fold in folds]) for i in (0, 1))
     print(f"\n{len(truth)} responses\n{'':20}{'MSE':>8}" + "".join(f"{name:>14}" for name in names) + "  (Pearson)")
-    for name, parts in predictions.items():
-        predicted = np.concatenate(parts)
-        pearson = [np.corrcoef(predicted[:, i], truth[:, i])[0, 1] for i in range(len(names))]
-        print(f"{name:20}{np.mean((predicted - truth) ** 2):8.3f}" + "".join(f"{r:14.2f}" for r in pearson))
+    for who in folds[0][2]:
+        metrics = attribute_metrics(np.concatenate([fold[2][who] for fold in folds]), truth, rated, names)
+        pearson = [metrics[name]["pearson"] for name in names]
+        print(f"{who:20}{mean_mse(metrics):8.3f}" + "".join(f"{'' if r is None else f'{r:.2f}':>14}" for r in pearson))
+
+
+def arrays(conversations: Sequence[Conversation], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ratings of the last turns [E, A], 0 where missing; where they are; characters of prompt and response [E, 2]."""
+    ratings = [conversation.turns[-1].ratings or {} for conversation in conversations]
+    values = np.array([[rated.get(name, 0.0) for name in names] for rated in ratings])
+    mask = np.array([[name in rated for name in names] for rated in ratings])
+    return values, mask, np.array([[len(turn.content) for turn in c.turns[-2:]] for c in conversations])
 
 
 def trained(parts, folder: Path, training: Sequence[str], names: Sequence[str]) -> np.ndarray:
     """Predictions [E, A] for the second part of a model trained on the first."""
-    report = folder / "run" / "report" / "predictions.jsonl"
-    if not report.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, part in zip(("train", "validation"), parts, strict=True):
-            lines = [json.dumps(conversation.to_json()) + "\n" for conversation in part]
-            (folder / f"{name}.jsonl").write_text("".join(lines))
-        command = [
-            sys.executable, "-m", "steerjax.train", *training, f"--workdir={folder / 'run'}",
-            f"--config.data.train=('{folder / 'train.jsonl'}',)",
-            f"--config.data.validation=('{folder / 'validation.jsonl'}',)", "--config.data.on_duplicate=keep",
-        ]  # fmt: skip
-        with (folder / "log").open("w") as log:
-            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True)
-    rows = [json.loads(line)["predicted_ratings"] for line in report.read_text().splitlines()]
-    return np.array([[row[name] for name in names] for row in rows])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, part in zip(("train", "validation"), parts, strict=True):
+        lines = [json.dumps(conversation.to_json()) + "\n" for conversation in part]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    command = [
+        sys.executable, "-m", "steerjax.train", *training, f"--workdir={folder / 'run'}",
+        f"--config.data.train=('{folder / 'train.jsonl'}',)",
+        f"--config.data.validation=('{folder / 'validation.jsonl'}',)", "--config.data.on_duplicate=keep",
+    ]  # fmt: skip
+    with (folder / "log").open("a") as log:
+        subprocess.run(command, stdout=log, check=True)  # a finished run stays; other flags are refused
+    rows = (folder / "run" / "report" / "predictions.jsonl").read_text().splitlines()
+    predicted = {row["id"]: row["predicted_ratings"] for row in map(json.loads, rows)}
+    return np.array([[predicted[conversation.id][name] for name in names] for conversation in parts[1]])
 
 
 if __name__ == "__main__":

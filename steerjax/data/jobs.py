@@ -12,6 +12,11 @@ from typing import Any
 from steerjax.errors import DataError
 
 
+def settings_path(output: Path) -> Path:
+    """Where it stands what a `ResumableOutput` was made with."""
+    return output.with_name(output.name + ".settings.json")
+
+
 class ResumableOutput:
     """One JSON object a line, one for each input row, in the input's order.
 
@@ -36,7 +41,7 @@ class ResumableOutput:
     def __init__(self, path: Path | str, settings: Mapping[str, Any]):
         self.path = Path(path)
         self._partial = self.path.with_name(self.path.name + ".partial")
-        self._settings = self.path.with_name(self.path.name + ".settings.json")
+        self._settings = settings_path(self.path)
         self._waiting: dict[int, Mapping] = {}
         self._file = None
         self.finished, self.done = False, 0

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
-from steerjax.data.jobs import ResumableOutput
+from steerjax.data.jobs import ResumableOutput, settings_path
 from steerjax.data.loading import Skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
@@ -245,11 +245,6 @@ def part_path(output: Path, number: int, parts: int) -> Path:
 
 def skipped_path(output: Path) -> Path:
     return output.with_name(output.name + ".skipped.jsonl")
-
-
-def settings_path(output: Path) -> Path:
-    """What `ResumableOutput` calls it."""
-    return output.with_name(output.name + ".settings.json")
 
 
 def model_digest(folder: Path) -> str:
