@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from steerjax.models.attention import Layout
-from steerjax.models.backends import make_plan, self_attention
+from steerjax.models.attention.backends import make_plan, self_attention
+from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig
 from steerjax.models.llama import Compute, Llama
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from steerjax.attributes import SCHEMAS
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import kfold_by_prompt, load_conversations
-from steerjax.evaluation.attribute_metrics import attribute_metrics, length_baseline, mean_baseline, mean_mse
-from steerjax.evaluation.results import LOG_LENGTH, MEAN_RATING, MODEL
+from steerjax.report.metrics import attribute_metrics, length_baseline, mean_baseline, mean_mse
+from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL
+from steerjax.schema import SCHEMAS
 
 
 def quadratic_baseline(train: np.ndarray, ratings: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:

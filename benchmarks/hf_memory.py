@@ -69,10 +69,10 @@ def import_folder(source: Path, save_to: Path | None) -> int:
 
     import jax
 
-    from steerjax.attributes import HELPSTEER
-    from steerjax.checkpoints.opening import open_model
-    from steerjax.checkpoints.store import CheckpointStore
+    from steerjax.bundle.opening import open_model
+    from steerjax.bundle.store import CheckpointStore
     from steerjax.config import default_config, resolve, to_dict
+    from steerjax.schema import HELPSTEER
 
     opened = open_model(source, template="extra_id")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(opened.params))

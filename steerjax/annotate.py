@@ -22,7 +22,7 @@ from steerjax.command import add_scoring_options, open_scorer
 from steerjax.errors import ConfigError, DataError, reported_errors
 
 if TYPE_CHECKING:
-    from steerjax.scoring.scorer import Scorer
+    from steerjax.inference.scorer import Scorer
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -58,7 +58,7 @@ def annotate(options: argparse.Namespace) -> None:
         SteerjaxError: options, rows or a model that do not fit.
     """
     from steerjax.data.readers import iter_rows
-    from steerjax.scoring import annotation
+    from steerjax.inference import annotation
 
     number, parts = parse_part(options.part)
     if options.chunk_rows < 0:
@@ -93,7 +93,7 @@ def parse_part(text: str) -> tuple[int, int]:
 def job_settings(options: argparse.Namespace, scorer: Scorer, size: int) -> dict:
     """All that the output depends on."""
     from steerjax.data.loading import file_hashes
-    from steerjax.scoring.annotation import model_digest
+    from steerjax.inference.annotation import model_digest
 
     o = options
     return {

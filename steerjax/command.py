@@ -16,7 +16,7 @@ from steerjax.config import Experiment, parse_mesh, resolve
 from steerjax.errors import reported_errors
 
 if TYPE_CHECKING:
-    from steerjax.scoring.scorer import Scorer
+    from steerjax.inference.scorer import Scorer
 
 
 def run_command(main: Callable[[Experiment, Path], None], usage: str) -> None:
@@ -93,8 +93,8 @@ def open_scorer(model: str, options: argparse.Namespace) -> Scorer:
     Raises:
         SteerjaxError: no such model, or options that do not fit it.
     """
-    from steerjax.checkpoints.opening import open_model
-    from steerjax.scoring.scorer import Scorer
+    from steerjax.bundle.opening import open_model
+    from steerjax.inference.scorer import Scorer
 
     o = options
     opened = open_model(model, parse_mesh(o.mesh), template=o.template, dtype=o.dtype)

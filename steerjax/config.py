@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from steerjax.attributes import SCHEMAS
 from steerjax.errors import ConfigError
 from steerjax.models.config import LlamaConfig
+from steerjax.schema import SCHEMAS
 
 
 @dataclass(frozen=True)

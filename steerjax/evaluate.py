@@ -19,9 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerjax.attributes import STEERLM
 from steerjax.command import add_scoring_options, open_scorer
 from steerjax.errors import ConfigError, DataError, reported_errors
+from steerjax.schema import STEERLM
 
 if TYPE_CHECKING:
     import numpy as np
@@ -66,9 +66,9 @@ def evaluate_attributes(options: argparse.Namespace) -> None:
         SteerjaxError: a model or data that do not fit.
     """
     from steerjax.data.loading import write_skipped
-    from steerjax.evaluation.report import evaluate_predictions, format_table, require_matplotlib, write_report
-    from steerjax.evaluation.results import average_mse
-    from steerjax.scoring.scorer import predict, reading_schema
+    from steerjax.inference.scorer import predict, reading_schema
+    from steerjax.report.page import evaluate_predictions, format_table, require_matplotlib, write_report
+    from steerjax.report.results import average_mse
 
     require_matplotlib()
     scorer = open_scorer(options.model, options)
@@ -112,8 +112,8 @@ def evaluate_steerability(options: argparse.Namespace) -> None:
     Raises:
         SteerjaxError: rows that are no answers, or a model that does not fit.
     """
-    from steerjax.evaluation.plots import require_matplotlib
     from steerjax.evaluation.steerability import format_steerability, plot_steerability, read_answers, steerability
+    from steerjax.report.plots import require_matplotlib
 
     require_matplotlib()
     schema, answers = STEERLM, list(read_answers(options.input))
@@ -133,7 +133,7 @@ def evaluate_steerability(options: argparse.Namespace) -> None:
 
 def _with_predictions(answers: list[tuple[Steered, Conversation | None]], options) -> list:
     """The answers with the reward model's ratings in place of any that they had."""
-    from steerjax.scoring.scorer import predict
+    from steerjax.inference.scorer import predict
 
     scorer = open_scorer(options.reward_model, options)
     conversations = [conversation for _, conversation in answers if conversation is not None]

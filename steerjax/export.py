@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerjax.attributes import SCHEMAS, parse_label
 from steerjax.errors import ConfigError, DataError, reported_errors
+from steerjax.schema import SCHEMAS, parse_label
 
 if TYPE_CHECKING:
     from steerjax.hf.description import ModelDescription
@@ -56,8 +56,8 @@ def export(
     Raises:
         SteerjaxError: see `steerjax.hf.export`, or options that do not fit the model.
     """
-    from steerjax.checkpoints.opening import describe_model, locate_model
-    from steerjax.checkpoints.reader import CheckpointReader, is_checkpoint
+    from steerjax.bundle.opening import describe_model, locate_model
+    from steerjax.bundle.reader import CheckpointReader, is_checkpoint
     from steerjax.hf.config import read_config
     from steerjax.hf.export import architecture_of, checkpoint_tensors, convert_folder, export_model, folder_tensors
 

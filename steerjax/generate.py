@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         SteerjaxError: options, rows or a model that do not fit.
     """
     check_options(options)
-    from steerjax.decoding.session import Session
+    from steerjax.inference.session import Session
 
     session = Session(options)
     if options.prompt is None:

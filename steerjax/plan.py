@@ -30,7 +30,7 @@ def main(experiment, topology_name: str, search: bool, text: str | None) -> int:
 
     from steerjax.planning.compile import compile_step, plannable
     from steerjax.planning.fit import find_cure
-    from steerjax.planning.report import attempt_text, verdict_text
+    from steerjax.planning.text import attempt_text, verdict_text
 
     devices = topology_devices(topology)
     experiment = plannable(experiment, len(devices))

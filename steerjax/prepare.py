@@ -16,13 +16,13 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from steerjax.attributes import SCHEMAS
 from steerjax.data.loading import Skipped, held_out_prompts, prompt_key, usable_rows, write_skipped
 from steerjax.data.oasst import read_threads
 from steerjax.data.preferences import PREFERENCE_FORMATS, read_preferences
 from steerjax.data.readers import read_conversations, source_path
 from steerjax.data.statistics import ConversationStatistics, PreferenceStatistics, format_statistics
 from steerjax.errors import ConfigError, DataError, reported_errors
+from steerjax.schema import SCHEMAS
 
 CONVERSATIONS = {  # SOURCE -> (format of the rows, schema)
     "helpsteer": ("helpsteer", "helpsteer"),

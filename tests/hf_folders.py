@@ -139,7 +139,7 @@ def oracle(tensors: dict[str, np.ndarray], config: dict, frozen: int = 0) -> dic
 
 def save_checkpoint(workdir: Path, params: dict, provenance: dict, step: int = 7) -> Path:
     """A run's checkpoint, as training writes one."""
-    from steerjax.checkpoints.store import CheckpointStore
+    from steerjax.bundle.store import CheckpointStore
 
     with CheckpointStore(workdir / "checkpoints", keep_last=2) as store:
         store.save(params, {"step": np.zeros((), np.int32)}, step, provenance, None)
@@ -150,9 +150,9 @@ def provenance(model, kind: str = "chat", **changes) -> dict:
     """What a run with this architecture says about itself."""
     import dataclasses
 
-    from steerjax.attributes import HELPSTEER
     from steerjax.chat.tokenizer import load_tokenizer
     from steerjax.config import ModelConfig, default_config, resolve
+    from steerjax.schema import HELPSTEER
     from steerjax.training.workdir import make_provenance
 
     experiment = resolve(default_config().to_dict())

@@ -15,8 +15,8 @@ import pytest
 from steerjax.annotate import main, parse_part
 from steerjax.data.readers import read_conversations
 from steerjax.errors import ConfigError
-from steerjax.scoring import annotation
-from steerjax.scoring.scorer import STEERLM
+from steerjax.inference import annotation
+from steerjax.inference.scorer import STEERLM
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
 
 LABELS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -197,7 +197,7 @@ def test_part_numbers():
 # Imports once, then forks a process for each list of arguments; says its id, and in the end its status.
 SERVER = """
 import json, os, sys
-import jax, steerjax.checkpoints.opening, steerjax.scoring.scorer
+import jax, steerjax.bundle.opening, steerjax.inference.scorer
 from steerjax.annotate import main
 for line in sys.stdin:
     child = os.fork()

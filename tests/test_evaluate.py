@@ -12,7 +12,7 @@ from steerjax.config import default_config, resolve
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.evaluate import main
 from steerjax.evaluation.steerability import read_answers
-from steerjax.scoring.scorer import STEERLM
+from steerjax.inference.scorer import STEERLM
 from steerjax.training.loop import train
 from steerjax.training.metrics import read_metrics
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 
 import pytest
 
-from steerjax.attributes import HELPSTEER, STEERLM
 from steerjax.data.formats import conversation_from_row
-from steerjax.decoding.session import prompt_of, sampling_of
 from steerjax.errors import DataError
 from steerjax.generate import main, parse_arguments
+from steerjax.inference.session import prompt_of, sampling_of
+from steerjax.schema import HELPSTEER, STEERLM
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 
 DEFAULTS = {"helpfulness": 4, "coherence": 4}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from steerjax.attributes import HELPSTEER, STEERLM, format_label
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.data.preferences import read_preferences
 from steerjax.prepare import main
+from steerjax.schema import HELPSTEER, STEERLM, format_label
 
 SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs STEERJAX_SHARED")

@@ -21,12 +21,12 @@ from functools import cached_property
 
 import numpy as np
 
-from steerjax.attributes import AttributeSchema, format_label
 from steerjax.chat.control import escape, find_control_string
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer, split_at
 from steerjax.data.conversation import ROLES, Conversation
 from steerjax.errors import ConfigError, DataError
+from steerjax.schema import Schema, format_label
 
 CONTROL_STRING_MODES = ("refuse", "escape")
 _ESCAPE_CURE = 'remove it, or set control_strings="escape", which makes it harmless with a zero-width U+2060'
@@ -106,7 +106,7 @@ class Renderer:
 
     tokenizer: Tokenizer
     template: Template
-    schema: AttributeSchema
+    schema: Schema
     system_prompt: str | None = None
     control_strings: str = "refuse"
 

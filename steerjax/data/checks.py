@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from steerjax.attributes import SCHEMAS, AttributeSchema
 from steerjax.data.conversation import ROLES, Turn, checked_ratings
 from steerjax.errors import DataError
+from steerjax.schema import SCHEMAS, Schema
 
 Row = dict[str, Any]
 
@@ -78,7 +78,7 @@ def check_keys(entry: Row, known: tuple[str, ...], at: str) -> None:
             raise DataError("unknown key", field=f"{at}{key}", cure=f"use: {', '.join(known)}; or remove it")
 
 
-def ratings_of(value: object, schema: AttributeSchema, at: str = "") -> dict[str, float] | None:
+def ratings_of(value: object, schema: Schema, at: str = "") -> dict[str, float] | None:
     """Ratings by name, each of the schema and in its range; null ratings are missing ones."""
     if value is None:
         return None
@@ -97,9 +97,9 @@ def ratings_of(value: object, schema: AttributeSchema, at: str = "") -> dict[str
         raise DataError("a rating is too large", field=at.rstrip("."), cure="write numbers within the range") from None
 
 
-def unbounded(schema: AttributeSchema) -> AttributeSchema:
+def unbounded(schema: Schema) -> Schema:
     """A regression head may predict a little outside the range, so a prediction need only be finite."""
-    return AttributeSchema(tuple(replace(a, low=-math.inf, high=math.inf) for a in schema.attributes))
+    return Schema(tuple(replace(a, low=-math.inf, high=math.inf) for a in schema.attributes))
 
 
 def checked_turns(turns: tuple[Turn, ...], field: str) -> tuple[Turn, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from steerjax.attributes import AttributeSchema, check_rating
 from steerjax.errors import DataError
+from steerjax.schema import Schema, check_rating
 
 ROLES = ("user", "assistant")
 
@@ -63,7 +63,7 @@ class Conversation:
         return {"system": self.system, "turns": turns, "id": self.id}
 
 
-def checked_ratings(ratings: object, schema: AttributeSchema, field: str) -> dict[str, float] | None:
+def checked_ratings(ratings: object, schema: Schema, field: str) -> dict[str, float] | None:
     """Ratings of one turn, checked against the schema; null ratings are missing ones.
 
     Raises:

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from steerjax.attributes import STEERLM, AttributeSchema, check_rating, parse_label
 from steerjax.data.checks import (
     Row,
     check_keys,
@@ -25,6 +24,7 @@ from steerjax.data.checks import (
 )
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import ConfigError, DataError
+from steerjax.schema import STEERLM, Schema, check_rating, parse_label
 
 _MISSING_LABEL = -100  # the regression format's "not rated"
 _SYSTEM_START, _TURN_START, _TEXT_END = "<extra_id_0>System\n", "\n<extra_id_1>", "\n<extra_id_2>"
@@ -37,7 +37,7 @@ _SPEAKERS = {  # ShareGPT's, casefolded
 }
 
 
-def conversation_from_row(row: Row, schema: AttributeSchema, format: str = "auto") -> Conversation:
+def conversation_from_row(row: Row, schema: Schema, format: str = "auto") -> Conversation:
     """One row as a conversation; `format` is a key of `FORMATS`, or "auto" to tell it from the row's keys.
 
     Raises:
@@ -70,7 +70,7 @@ def _detect_format(row: Row) -> str:
     raise DataError(what, cure=f"set format to one of: {', '.join(FORMATS)} (docs/formats.md)")
 
 
-def _from_helpsteer(row: Row, schema: AttributeSchema) -> Conversation:
+def _from_helpsteer(row: Row, schema: Schema) -> Conversation:
     rated = {name: _mean_rating(row[name], schema, name) for name in schema.names if name in row}
     if not rated:
         message = f"no attribute of the schema is there: {', '.join(schema.names)}"
@@ -93,7 +93,7 @@ def prompt_turns(row: Row) -> tuple[Turn, ...]:
     return tuple(Turn(ROLES[i % 2], text_of({"prompt": content}, "prompt")) for i, content in enumerate(contents))
 
 
-def _mean_rating(value: object, schema: AttributeSchema, name: str) -> object:
+def _mean_rating(value: object, schema: Schema, name: str) -> object:
     """HelpSteer2's `disagreements` list the raters' numbers; the rating is their mean."""
     if not isinstance(value, list):
         return value
@@ -102,7 +102,7 @@ def _mean_rating(value: object, schema: AttributeSchema, name: str) -> object:
     return sum(check_rating(entry, schema[name]) for entry in value) / len(value)
 
 
-def _from_regression(row: Row, schema: AttributeSchema) -> Conversation:
+def _from_regression(row: Row, schema: Schema) -> Conversation:
     system, turns = _parse_text(text_of(row, "text"))
     label = present(row, "label")
     if not isinstance(label, list) or len(label) != len(STEERLM):
@@ -132,7 +132,7 @@ def _parse_text(text: str) -> tuple[str, tuple[Turn, ...]]:
     return system, tuple(turns)
 
 
-def _from_reference(row: Row, schema: AttributeSchema) -> Conversation:
+def _from_reference(row: Row, schema: Schema) -> Conversation:
     if row.get("type") not in _LABEL_TYPES:
         raise DataError(f"unknown type {row['type']!r}", field="type", cure="use VALUE_TO_TEXT, TEXT_TO_VALUE or null")
     roles = _reference_roles(row)
@@ -160,7 +160,7 @@ def _reference_roles(row: Row) -> dict[str, str]:
     return {"user": "user", "assistant": "assistant"} | dict.fromkeys(masked, "user")
 
 
-def _reference_label(label: object, schema: AttributeSchema, field: str) -> Mapping[str, float] | None:
+def _reference_label(label: object, schema: Schema, field: str) -> Mapping[str, float] | None:
     if label is None:
         return None
     if not isinstance(label, str):
@@ -170,7 +170,7 @@ def _reference_label(label: object, schema: AttributeSchema, field: str) -> Mapp
         return parse_label(label, schema) or None
 
 
-def _from_conversation(row: Row, schema: AttributeSchema) -> Conversation:
+def _from_conversation(row: Row, schema: Schema) -> Conversation:
     turns = []
     for index, entry in enumerate(entries_of(row, "turns")):
         at = f"turns[{index}]."
@@ -186,7 +186,7 @@ def _from_conversation(row: Row, schema: AttributeSchema) -> Conversation:
     return Conversation(checked_turns(tuple(turns), "turns[{}].role"), system_of(row), name)
 
 
-def _from_messages(row: Row, schema: AttributeSchema) -> Conversation:
+def _from_messages(row: Row, schema: Schema) -> Conversation:
     system, turns = message_turns(row, "messages")
     return Conversation(turns, system, _name(row))
 
@@ -197,7 +197,7 @@ def message_turns(row: Row, key: str) -> tuple[str | None, tuple[Turn, ...]]:
     return _chat_turns(row, key, "role", "content", roles)
 
 
-def _from_sharegpt(row: Row, schema: AttributeSchema) -> Conversation:
+def _from_sharegpt(row: Row, schema: Schema) -> Conversation:
     system, turns = _chat_turns(row, "conversations", "from", "value", _SPEAKERS)
     return Conversation(turns, system, _name(row))
 
@@ -262,7 +262,7 @@ def _joined_parts(entry: Row, key: str, at: str) -> object:
     return "".join(texts)
 
 
-def _from_alpaca(row: Row, schema: AttributeSchema) -> Conversation:
+def _from_alpaca(row: Row, schema: Schema) -> Conversation:
     """Instruction and input are joined by a line break, as LLaMA-Factory does; `history` comes before them."""
     question = text_of(row, "instruction")
     if row.get("input") not in (None, ""):
@@ -281,7 +281,7 @@ def _name(row: Row) -> str:
     return str(name) if isinstance(name, int) else text_of(row, "id") if name else ""
 
 
-FORMATS: dict[str, Callable[[Row, AttributeSchema], Conversation]] = {
+FORMATS: dict[str, Callable[[Row, Schema], Conversation]] = {
     "helpsteer": _from_helpsteer,
     "regression": _from_regression,
     "reference": _from_reference,

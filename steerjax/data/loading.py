@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from steerjax.attributes import AttributeSchema
 from steerjax.data.conversation import Conversation
 from steerjax.data.readers import hub_dataset, read_conversations, source_path
 from steerjax.errors import ConfigError, DataError
+from steerjax.schema import Schema
 
 Split = tuple[list[Conversation], list[Conversation]]
 
@@ -28,7 +28,7 @@ class Skipped:
 
 def load_conversations(
     sources: Sequence[str],
-    schema: AttributeSchema,
+    schema: Schema,
     *,
     format: str = "auto",
     on_bad_row: str = "error",

@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from steerjax.attributes import OASST, Attribute, AttributeSchema, check_rating
 from steerjax.data.checks import Row, inside, text_of
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.data.readers import iter_rows
 from steerjax.errors import ConfigError, DataError
+from steerjax.schema import OASST, Attribute, Schema, check_rating
 
 _ROLES = {"prompter": "user", "assistant": "assistant"}
 _LABEL_RANGE = (0.0, 1.0)  # a label in OASST is a mean over raters
@@ -21,7 +21,7 @@ _LABEL_RANGE = (0.0, 1.0)  # a label in OASST is a mean over raters
 
 def read_threads(
     source: str,
-    schema: AttributeSchema,
+    schema: Schema,
     *,
     threads: str = "once",
     lang: str | None = None,
@@ -138,7 +138,7 @@ def _replies(message: Row) -> list[Row]:
     return replies
 
 
-def _conversations(root: Row, schema: AttributeSchema, threads: str, counts: Counter[str]) -> Iterator[Conversation]:
+def _conversations(root: Row, schema: Schema, threads: str, counts: Counter[str]) -> Iterator[Conversation]:
     rated: set[int] = set()  # of the messages whose ratings stand in an earlier thread
     turns: dict[int, Turn] = {}
     for thread in _threads(root):
@@ -171,7 +171,7 @@ def _threads(root: Row) -> Iterator[list[Row]]:
         below += [[*path, reply] for reply in reversed(replies)]
 
 
-def _turn(message: Row, depth: int, schema: AttributeSchema) -> Turn:
+def _turn(message: Row, depth: int, schema: Schema) -> Turn:
     at = _place(message)
     speaker = text_of(message, "role", at)
     if speaker not in _ROLES:
@@ -189,7 +189,7 @@ def _place(message: Row) -> str:
     return f"message {name}." if name else "message."
 
 
-def _ratings(labels: object, schema: AttributeSchema, field: str) -> dict[str, float]:
+def _ratings(labels: object, schema: Schema, field: str) -> dict[str, float]:
     """`{"quality": {"value": 0.75, ...}}`, or the hub's `{"name": [...], "value": [...]}`, scaled and rounded."""
     cure = 'write {"quality": {"value": 0.75}}'
     if labels is None:

@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from steerjax.attributes import AttributeSchema
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import Row, check_format, conversation_from_row
 from steerjax.errors import DataError
+from steerjax.schema import Schema
 
 T = TypeVar("T")
 Rows = Iterator[tuple[int, Row | DataError]]
@@ -285,7 +285,7 @@ _FILE_READERS: dict[str, Callable[[Path], Rows]] = {
 
 
 def read_conversations(
-    source: str, schema: AttributeSchema, format: str = "auto"
+    source: str, schema: Schema, format: str = "auto"
 ) -> Iterator[tuple[int, Conversation | DataError]]:
     """(line, conversation) of a source; a row that cannot be used is a DataError with its file and line.
 

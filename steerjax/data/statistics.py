@@ -10,9 +10,9 @@ from collections import Counter
 
 import numpy as np
 
-from steerjax.attributes import AttributeSchema
 from steerjax.data.conversation import Conversation
 from steerjax.data.preferences import STRONGEST, Preference
+from steerjax.schema import Schema
 
 CHARACTERS = "characters"
 
@@ -20,7 +20,7 @@ CHARACTERS = "characters"
 class ConversationStatistics:
     """Collects conversations one by one; keeps the ratings and lengths of assistant turns, not the texts."""
 
-    def __init__(self, schema: AttributeSchema):
+    def __init__(self, schema: Schema):
         self._names = (*schema.names, CHARACTERS)
         self._rows = self._turns = self._rated = 0
         self._values = array("d")  # [assistant turns, attributes and length], NaN where not rated

@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import rankdata
 
-from steerjax.attributes import STEERLM, AttributeSchema, round_rating
 from steerjax.data.conversation import Conversation, checked_ratings
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
-from steerjax.evaluation.plots import BLUE, ORANGE, _figure, _save, _style
+from steerjax.report.plots import BLUE, ORANGE, _figure, _save, _style
+from steerjax.schema import STEERLM, Schema, round_rating
 
 CHARACTERS, WORDS, PREDICTED = "characters", "words", "predicted"
 PERMUTATIONS = 4999
@@ -75,7 +75,7 @@ def read_answers(source: str) -> Iterator[tuple[Steered, Conversation | None]]:
             raise error.at(source, line) from None
 
 
-def steerability(answers: Sequence[Steered], schema: AttributeSchema, seed: int = 0) -> dict:
+def steerability(answers: Sequence[Steered], schema: Schema, seed: int = 0) -> dict:
     """What requests did, attribute by attribute.
 
     Args:
@@ -202,7 +202,7 @@ def _measured(answers: Sequence[Steered], name: str) -> dict[str, np.ndarray]:
     }
 
 
-def _distance(answers: Sequence[Steered], schema: AttributeSchema) -> dict:
+def _distance(answers: Sequence[Steered], schema: Schema) -> dict:
     counts, names = [], set()
     for answer in answers:
         requested, predicted = answer.requested, answer.predicted or {}

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from steerjax.attributes import AttributeSchema, check_rating
 from steerjax.chat import render
 from steerjax.chat.control import find_control_string
 from steerjax.chat.templates import Template
 from steerjax.errors import ConfigError
+from steerjax.schema import Schema, check_rating
 
 _SKELETON = Path(render.__file__).with_name("chat_template.jinja")
 _ABOUT = {
@@ -22,7 +22,7 @@ _ABOUT = {
 
 def chat_template(
     template: Template,
-    schema: AttributeSchema | None,
+    schema: Schema | None,
     *,
     kind: str,
     default_ratings: Mapping[str, float] | None = None,
@@ -83,8 +83,8 @@ def chat_template(
     return "\n".join([*lines, _SKELETON.read_text(encoding="utf-8")])
 
 
-def _defaults(ratings: Mapping[str, float], schema: AttributeSchema | None) -> dict[str, float]:
-    schema = schema if schema is not None else AttributeSchema(())
+def _defaults(ratings: Mapping[str, float], schema: Schema | None) -> dict[str, float]:
+    schema = schema if schema is not None else Schema(())
     return {name: _number(check_rating(value, schema[name])) for name, value in ratings.items()}
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerjax.attributes import AttributeSchema
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer
 from steerjax.models.config import LlamaConfig
+from steerjax.schema import Schema
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ModelDescription:
     model: LlamaConfig
     tokenizer: Tokenizer
     template: Template
-    schema: AttributeSchema | None
+    schema: Schema | None
     system_prompt: str | None
     readout: str
     default_ratings: Mapping[str, float] | None

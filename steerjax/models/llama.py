@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.models.attention import Cache, Layout, cached_attention
-from steerjax.models.backends import Plan, make_plan, self_attention
+from steerjax.models.attention.backends import Plan, make_plan, self_attention
+from steerjax.models.attention.mask import Cache, Layout, cached_attention
 from steerjax.models.config import LlamaConfig
 from steerjax.models.embedding import look_up
 from steerjax.models.rope import apply_rope, rope_tables

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from steerjax.models.attention import Layout
+from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig
 from steerjax.models.llama import Compute, Llama
 from steerjax.parallel.rules import constrain, logical

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 import jax
 
-from steerjax.attributes import SCHEMAS
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.config import Experiment
 from steerjax.errors import ConfigError
 from steerjax.models.flops import training_flops
 from steerjax.parallel.mesh import AXES, make_mesh, mesh_shape
 from steerjax.planning.hlo import Collective, collectives
+from steerjax.schema import SCHEMAS
 from steerjax.training.input import check_batch
 from steerjax.training.loop import TASKS, Run
 from steerjax.training.source import with_source

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from steerjax.attributes import AttributeSchema
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import Tokenizer, load_tokenizer
@@ -21,9 +20,10 @@ from steerjax.data.loading import Skipped, check_disjoint, load_conversations, s
 from steerjax.data.packing import PromptGroup, Row
 from steerjax.errors import ConfigError, DataError
 from steerjax.parallel.rules import mesh_ways, partition_spec
+from steerjax.schema import Schema
 
 
-def make_renderer(experiment: Experiment, schema: AttributeSchema) -> Renderer:
+def make_renderer(experiment: Experiment, schema: Schema) -> Renderer:
     """Tokenizer and template of an experiment."""
     chat = experiment.chat
     return Renderer(
@@ -35,9 +35,7 @@ def make_renderer(experiment: Experiment, schema: AttributeSchema) -> Renderer:
     )
 
 
-def load_splits(
-    data: DataConfig, schema: AttributeSchema
-) -> tuple[list[Conversation], list[Conversation], list[Skipped]]:
+def load_splits(data: DataConfig, schema: Schema) -> tuple[list[Conversation], list[Conversation], list[Skipped]]:
     """Training and validation conversations, no prompt in both, and what was skipped.
 
     Raises:

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from steerjax.attributes import SCHEMAS
-from steerjax.checkpoints.store import CheckpointStore
+from steerjax.bundle.store import CheckpointStore
 from steerjax.config import Experiment, to_json
 from steerjax.data.loading import write_skipped
 from steerjax.data.packing import Row, packing_statistics, row_pairs
 from steerjax.errors import CheckpointError, TrainingError
-from steerjax.evaluation.plots import require_matplotlib
 from steerjax.models.flops import peak_flops, training_flops
 from steerjax.parallel.mesh import make_mesh
 from steerjax.parallel.processes import ALONE, Processes
+from steerjax.report.plots import require_matplotlib
+from steerjax.schema import SCHEMAS
 from steerjax.training.cache import StateCache
 from steerjax.training.input import check_batch, check_tokenizer, make_renderer
 from steerjax.training.metrics import MetricsWriter, Progress, read_metrics

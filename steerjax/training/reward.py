@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from steerjax.attributes import AttributeSchema
 from steerjax.chat.render import Renderer
 from steerjax.config import Experiment
 from steerjax.data.batch import Batch, BatchPlan, evaluation_steps, row_arrays
@@ -19,11 +18,12 @@ from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped
 from steerjax.data.packing import Branch, PromptGroup, check_fits, pack, packing_statistics, share_prompts
 from steerjax.errors import DataError
-from steerjax.evaluation.report import format_table, write_report
-from steerjax.evaluation.results import EvaluationResult, evaluate_predictions
-from steerjax.models.attention import Layout
+from steerjax.models.attention.mask import Layout
 from steerjax.models.reward_head import RewardInputs, RewardModel, initial_head
 from steerjax.objectives.regression import attribute_squared_errors, masked_squared_error
+from steerjax.report.page import format_table, write_report
+from steerjax.report.results import EvaluationResult, evaluate_predictions
+from steerjax.schema import Schema
 from steerjax.training.input import Feeder, each_usable, load_splits, row_examples
 from steerjax.training.task import Evaluation, make_compute
 
@@ -64,7 +64,7 @@ class RewardData:
 
 
 def reward_data(
-    conversations: Sequence[Conversation], renderer: Renderer, schema: AttributeSchema, row_length: int, *, skip: bool
+    conversations: Sequence[Conversation], renderer: Renderer, schema: Schema, row_length: int, *, skip: bool
 ) -> tuple[RewardData, list[Skipped]]:
     """Renders every rated assistant turn as an example.
 
@@ -96,7 +96,7 @@ def reward_data(
     return RewardData(groups, ratings, mask, np.array(lengths), ids), skipped
 
 
-def _rating_arrays(ratings, schema: AttributeSchema) -> tuple[np.ndarray, np.ndarray]:
+def _rating_arrays(ratings, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
     values = np.array([ratings.get(name, 0.0) for name in schema.names], np.float32)
     return values, np.array([name in ratings for name in schema.names])
 
@@ -142,7 +142,7 @@ class RewardTask:
     kind = "reward"
     inputs = (dummy_inputs(),)
 
-    def __init__(self, experiment: Experiment, schema: AttributeSchema, renderer: Renderer, mesh: Mesh):
+    def __init__(self, experiment: Experiment, schema: Schema, renderer: Renderer, mesh: Mesh):
         e = experiment
         *splits, self.skipped = load_splits(e.data, schema)
         data = []
@@ -155,7 +155,7 @@ class RewardTask:
         self._set_up(e, schema, mesh, *data)
 
     @classmethod
-    def without_data(cls, experiment: Experiment, schema: AttributeSchema, mesh: Mesh) -> RewardTask:
+    def without_data(cls, experiment: Experiment, schema: Schema, mesh: Mesh) -> RewardTask:
         """The task on one made-up example: all that its step needs to be compiled (planning/compile.py)."""
         none = np.zeros((1, len(schema)), np.float32)
         branch = Branch(np.zeros(1, np.int32), none[0], none[0] > 0, example=0, at=1)
@@ -165,7 +165,7 @@ class RewardTask:
         task._set_up(experiment, schema, mesh, data, data)
         return task
 
-    def _set_up(self, e: Experiment, schema: AttributeSchema, mesh: Mesh, *data: RewardData) -> None:
+    def _set_up(self, e: Experiment, schema: Schema, mesh: Mesh, *data: RewardData) -> None:
         self.experiment, self.schema, self.mesh = e, schema, mesh
         self.frozen = e.optimizer.frozen_names
         self.weights = np.array([e.objective.attribute_weights.get(name, 1.0) for name in schema.names], np.float32)

@@ -9,15 +9,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from steerjax.attributes import AttributeSchema
 from steerjax.chat.render import Renderer
 from steerjax.config import Experiment
 from steerjax.data.batch import BatchPlan, evaluation_steps
 from steerjax.data.packing import pack
-from steerjax.evaluation.plots import plot_losses
-from steerjax.models.attention import Layout
+from steerjax.models.attention.mask import Layout
 from steerjax.models.llama import CausalLM
 from steerjax.objectives.sft import chunked_cross_entropy
+from steerjax.report.plots import plot_losses
+from steerjax.schema import Schema
 from steerjax.training.input import Feeder, each_usable, load_splits
 from steerjax.training.sft_data import SFTBatch, SFTExample, sft_example, sft_groups, sft_row_arrays
 from steerjax.training.task import Evaluation, make_compute
@@ -54,7 +54,7 @@ class SFTTask:
     kind = "chat"
     inputs = dummy_inputs()
 
-    def __init__(self, experiment: Experiment, schema: AttributeSchema, renderer: Renderer, mesh: Mesh):
+    def __init__(self, experiment: Experiment, schema: Schema, renderer: Renderer, mesh: Mesh):
         e, batch = experiment, experiment.batch
         *splits, self.skipped = load_splits(e.data, schema)
         convert = functools.partial(
@@ -68,7 +68,7 @@ class SFTTask:
         self._set_up(e, schema, mesh, *examples)
 
     @classmethod
-    def without_data(cls, experiment: Experiment, schema: AttributeSchema, mesh: Mesh) -> SFTTask:
+    def without_data(cls, experiment: Experiment, schema: Schema, mesh: Mesh) -> SFTTask:
         """The task on one made-up example: all that its step needs to be compiled (planning/compile.py)."""
         examples = [SFTExample(np.zeros(2, np.int32), np.ones(2, bool), "", "", 0)]
         task = cls.__new__(cls)
@@ -76,7 +76,7 @@ class SFTTask:
         task._set_up(experiment, schema, mesh, examples, examples)
         return task
 
-    def _set_up(self, e: Experiment, schema: AttributeSchema, mesh: Mesh, *examples: list[SFTExample]) -> None:
+    def _set_up(self, e: Experiment, schema: Schema, mesh: Mesh, *examples: list[SFTExample]) -> None:
         batch = e.batch
         self.experiment, self.schema = e, schema
         self.train, self.validation = examples

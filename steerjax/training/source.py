@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from steerjax.checkpoints.opening import locate_model
-from steerjax.checkpoints.reader import CheckpointReader, is_checkpoint, load_checkpoint
+from steerjax.bundle.opening import locate_model
+from steerjax.bundle.reader import CheckpointReader, is_checkpoint, load_checkpoint
 from steerjax.config import Experiment, ModelConfig
 from steerjax.errors import ConfigError
 from steerjax.hf.config import HuggingFaceConfig, read_config

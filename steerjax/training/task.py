@@ -15,7 +15,7 @@ from steerjax.config import Experiment
 from steerjax.data.batch import BatchPlan
 from steerjax.data.loading import Skipped
 from steerjax.errors import ConfigError
-from steerjax.models.backends import Choice, choose, unfit
+from steerjax.models.attention.backends import Choice, choose, unfit
 from steerjax.models.llama import Compute
 from steerjax.training.input import Feeder
 

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from steerjax import __version__
-from steerjax.attributes import AttributeSchema
 from steerjax.chat.tokenizer import Tokenizer
 from steerjax.config import Experiment, to_dict, to_json
 from steerjax.data.loading import file_hashes
 from steerjax.errors import CheckpointError
+from steerjax.schema import Schema
 
 # What a second start may change: the machine, how long and how loudly it trains. All else would not be a resume.
 RESUME_MAY_CHANGE = ("mesh", "compute", "train")
@@ -58,7 +58,7 @@ def _check_same(old: dict, new: dict, workdir: Path) -> None:
 
 
 def make_provenance(
-    experiment: Experiment, schema: AttributeSchema, tokenizer: Tokenizer, kind: str, default_ratings: Mapping | None
+    experiment: Experiment, schema: Schema, tokenizer: Tokenizer, kind: str, default_ratings: Mapping | None
 ) -> dict:
     """What a checkpoint says about itself (design, decision 13)."""
     data = experiment.data

@@ -1,10 +1,10 @@
 """Short names for what the tests of steerjax.chat build."""
 
-from steerjax.attributes import STEERLM
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
+from steerjax.schema import STEERLM
 
 TOKENIZERS = ("embedded", "gpt2", "llama3", "spm")
 

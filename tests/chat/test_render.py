@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from chat_helpers import TOKENIZERS, renderer, small_llama_spm, talk
 
-from steerjax.attributes import HELPSTEER
 from steerjax.chat.render import Renderer, TokenRole
 from steerjax.chat.templates import STEERLM_SYSTEM_PROMPT, TEMPLATES, get_template
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import ConfigError, DataError, ModelError
+from steerjax.schema import HELPSTEER
 
 SFT = talk("Hi", "Yo", "More", "OK", system="SYS")
 LABELS = [None, {"quality": 4}, None, {"quality": 2}]

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from steerjax.attributes import HELPSTEER
 from steerjax.data.loading import load_conversations
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
+from steerjax.schema import HELPSTEER
 
 GOOD = {"prompt": "good prompt", "response": "fine", "helpfulness": 3}
 SYSTEM, USER, ASSISTANT = "<extra_id_0>System\ns\n", "<extra_id_1>User\nu\n", "<extra_id_1>Assistant\na\n"

@@ -6,7 +6,6 @@ import random
 
 import pytest
 
-from steerjax.attributes import HELPSTEER
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import (
     Skipped,
@@ -19,6 +18,7 @@ from steerjax.data.loading import (
     write_skipped,
 )
 from steerjax.errors import ConfigError, DataError
+from steerjax.schema import HELPSTEER
 
 
 def row(prompt="p", response="r", **ratings):

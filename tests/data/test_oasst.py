@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from steerjax.attributes import HELPSTEER, OASST, STEERLM, Attribute, AttributeSchema
 from steerjax.data.oasst import read_threads
 from steerjax.errors import ConfigError, DataError
+from steerjax.schema import HELPSTEER, OASST, STEERLM, Attribute, Schema
 
 SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[3] / "shared")) / "data/oasst"
 needs_sample = pytest.mark.skipif(not SHARED.is_dir(), reason="needs STEERJAX_SHARED")
@@ -90,7 +90,7 @@ def test_labels_are_scaled_and_rounded_half_to_even(tmp_path, value, rating):
 
 def test_labels_follow_the_range_of_the_schema(tmp_path):
     root = message("p", "prompter", message("a", "assistant", labels=quality(0.5)))
-    threads, _ = read(write(tmp_path / "t.jsonl", root), AttributeSchema((Attribute("quality", "", 1, 9),)))
+    threads, _ = read(write(tmp_path / "t.jsonl", root), Schema((Attribute("quality", "", 1, 9),)))
     assert threads[0][1][2] == {"quality": 5}
 
 

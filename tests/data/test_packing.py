@@ -14,7 +14,7 @@ from steerjax.data.packing import (
     unpacked_rows,
 )
 from steerjax.errors import DataError
-from steerjax.models.attention import Layout, allowed
+from steerjax.models.attention.mask import Layout, allowed
 from tests.helpers import random_groups
 
 pytestmark = pytest.mark.short

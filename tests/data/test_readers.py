@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from steerjax.attributes import HELPSTEER, OASST, STEERLM, format_label
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.formats import prompt_turns
 from steerjax.data.preferences import preference_from_row
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations
 from steerjax.errors import ConfigError, DataError
+from steerjax.schema import HELPSTEER, OASST, STEERLM, format_label
 
 SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[3] / "shared"))
 DOCUMENTATION = Path(__file__).parents[2] / "docs/formats.md"

@@ -5,10 +5,10 @@ import statistics
 
 import pytest
 
-from steerjax.attributes import OASST, STEERLM
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.preferences import Preference
 from steerjax.data.statistics import ConversationStatistics, PreferenceStatistics, format_statistics
+from steerjax.schema import OASST, STEERLM
 
 
 def collected(collector, rows):

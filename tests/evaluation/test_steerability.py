@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from steerjax.attributes import HELPSTEER
 from steerjax.evaluation.steerability import (
     Steered,
     format_steerability,
@@ -12,6 +11,7 @@ from steerjax.evaluation.steerability import (
     steerability,
     trend,
 )
+from steerjax.schema import HELPSTEER
 
 
 def answers(values=(0, 2, 4), prompts=8, seed=0):

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from steerjax.attributes import HELPSTEER
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.hf.chat_template import chat_template
 from steerjax.hf.tokenizer_files import special_strings, write_tokenizer
+from steerjax.schema import HELPSTEER
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from steerjax.attributes import HELPSTEER
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.config import Experiment, to_dict
 from steerjax.hf.card import model_card
 from steerjax.hf.description import ModelDescription
 from steerjax.models.config import LlamaConfig
+from steerjax.schema import HELPSTEER
 
 PROVENANCE = {
     "steerjax": "9.8.7",

@@ -9,12 +9,12 @@ import jinja2
 import jinja2.sandbox
 import pytest
 
-from steerjax.attributes import HELPSTEER, Attribute, AttributeSchema
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import ConfigError, DataError
 from steerjax.hf.chat_template import chat_template
+from steerjax.schema import HELPSTEER, Attribute, Schema
 from tests.hf.serving import as_messages, conversations, export, renderer, talk, tokenizer_of
 
 RATINGS = {"verbosity": 2.5, "helpfulness": 3.5, "correctness": 0, "coherence": 1.4}
@@ -144,7 +144,7 @@ def test_label_line(defaults, attributes, line):
 
 
 def test_order_and_range_are_the_schemas():
-    schema = AttributeSchema((Attribute("items", "", -1, 1), Attribute('a"b', "", 0.5, 10)))
+    schema = Schema((Attribute("items", "", -1, 1), Attribute('a"b', "", 0.5, 10)))
     assert label_line(schema, attributes={'a"b': 9.5, "items": -0.3}) == 'items:0,a"b:10'
     with pytest.raises(Refused, match=r"rating 0.4 of 'a\"b' is outside 0.5..10"):
         label_line(schema, attributes={'a"b': 0.4})

@@ -13,9 +13,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from steerjax.attributes import HELPSTEER
+from steerjax.bundle.opening import abstract_parameters, describe_model
 from steerjax.chat.templates import TEMPLATES
-from steerjax.checkpoints.opening import abstract_parameters, describe_model
 from steerjax.config import MeshConfig
 from steerjax.errors import ConfigError, ModelError, SteerjaxError
 from steerjax.export import export, main
@@ -26,6 +25,7 @@ from steerjax.hf.weights import load_parameters
 from steerjax.models.llama import CausalLM, Compute
 from steerjax.models.reward_head import RewardModel
 from steerjax.parallel.mesh import make_mesh
+from steerjax.schema import HELPSTEER
 from tests.hf_folders import (
     CLASSIFIER,
     TINY,

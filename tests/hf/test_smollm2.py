@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steerjax.attributes import HELPSTEER
+from steerjax.bundle.opening import open_model
 from steerjax.chat.render import Renderer
-from steerjax.checkpoints.opening import open_model
 from steerjax.config import MeshConfig
 from steerjax.data.loading import load_conversations
-from steerjax.models.attention import Layout
+from steerjax.models.attention.mask import Layout
+from steerjax.schema import HELPSTEER
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.parity]
 

@@ -96,7 +96,7 @@ def test_special_tokens(tokenizers, source, template, expected, tmp_path):
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_server_stops_where_our_decoder_does(tokenizers, source, template):
-    from steerjax.decoding.stopping import Stops
+    from steerjax.inference.stopping import Stops
 
     tokenizer = tokenizers(source)
     assert stop_tokens(tokenizer, TEMPLATES[template]) == Stops(tokenizer, TEMPLATES[template]).tokens

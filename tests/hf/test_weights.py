@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from steerjax.checkpoints.opening import abstract_parameters
+from steerjax.bundle.opening import abstract_parameters
 from steerjax.config import MeshConfig
 from steerjax.errors import ModelError
 from steerjax.hf.config import read_config

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from steerjax.models.attention import Layout
+from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig, RopeScaling
 from steerjax.models.flops import peak_flops, training_flops
 from steerjax.models.llama import CausalLM

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steerjax.models.attention import Layout
+from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig, RopeScaling
 from steerjax.models.llama import CausalLM, Compute
 from steerjax.models.reward_head import RewardInputs, RewardModel

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from steerjax.config import MeshConfig
-from steerjax.models.attention import Layout
+from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig
 from steerjax.models.llama import CausalLM, Compute
 from steerjax.objectives.sft import chunked_cross_entropy

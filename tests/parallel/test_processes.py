@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from steerjax.checkpoints.reader import CheckpointReader
+from steerjax.bundle.reader import CheckpointReader
 from steerjax.config import resolve
 from steerjax.errors import ConfigError, TrainingError
 from steerjax.parallel.processes import ALONE, connect, find_cluster

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steerjax.attributes import HELPSTEER
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import load_conversations, split_by_prompt
+from steerjax.schema import HELPSTEER
 from tests.hf.serving import as_messages
 from tests.reward_models import read_rows, write_rows
 from tests.serving.vllm_server import environment, python, serving

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from steerjax.checkpoints.store import CheckpointStore
+from steerjax.bundle.store import CheckpointStore
 from steerjax.config import default_config, resolve
 from steerjax.training import loop
 from steerjax.training.metrics import read_metrics

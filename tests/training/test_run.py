@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steerjax.checkpoints.store import CheckpointStore
+from steerjax.bundle.store import CheckpointStore
 from steerjax.config import MeshConfig, default_config, resolve
 from steerjax.errors import CheckpointError, TrainingError
 from steerjax.training import loop

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steerjax.attributes import STEERLM
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
@@ -14,9 +13,10 @@ from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.packing import Segment, pack
 from steerjax.errors import ConfigError, DataError
-from steerjax.models.attention import Layout
+from steerjax.models.attention.mask import Layout
 from steerjax.models.llama import CausalLM, Compute
 from steerjax.objectives.sft import chunked_cross_entropy
+from steerjax.schema import STEERLM
 from steerjax.training.sft_data import MISSING, RATINGS, SFTBatch, SFTExample, sft_example, sft_groups, sft_row_arrays
 from tests.helpers import TINY, assert_trees_close, random_tokens
 

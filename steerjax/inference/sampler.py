@@ -1,0 +1,73 @@
+"""From logits to a token: greedy, temperature, top-k, top-p. Pure functions in float32."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from steerjax.inference.answers import Sampling
+
+
+def nucleus(probabilities: Float[Array, " V"], top_p: float) -> Bool[Array, " V"]:
+    """The fewest most likely entries that add up to at least `top_p`; among equal ones the first.
+
+    Without sorting, which is slow on a CPU: bisection over the bits of the least probability that is kept (positive
+    floats are ordered as their bits are).
+    """
+
+    def probability(bits):
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(probabilities, where=probabilities >= probability(middle)) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    two = jax.lax.bitcast_convert_type(jnp.float32(2), jnp.int32)  # above all probabilities; 2^30
+    least = probability(jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(two), two))[0])
+    above, equal = probabilities > least, probabilities == least
+    before = jnp.cumsum(equal) - equal
+    return above | (equal & (jnp.sum(probabilities, where=above) + before * least < top_p))
+
+
+def candidates(logits: Float[Array, " V"], sampling: Sampling) -> tuple[Float[Array, " C"], Int[Array, " C"]]:
+    """Tokens to draw from and their logits over the temperature; -inf for those that top-p leaves out.
+
+    With top-k the C = k most likely first, else all in order of their ids.
+    """
+    logits = logits.astype(jnp.float32) / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[0]:
+        logits, tokens = jax.lax.top_k(logits, sampling.top_k)
+    else:
+        tokens = jnp.arange(logits.shape[0])
+    if sampling.top_p < 1:
+        logits = jnp.where(nucleus(jax.nn.softmax(logits), sampling.top_p), logits, -jnp.inf)
+    return logits, tokens
+
+
+def draw(logits: Float[Array, "B V"], keys: Array, position: Int[Array, ""], sampling: Sampling) -> Int[Array, " B"]:
+    """The next token of each row.
+
+    Args:
+        keys: of each row, see `row_keys`.
+        position: how many tokens were drawn before.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def one(logits, key):
+        chosen, tokens = candidates(logits, sampling)
+        return tokens[jax.random.categorical(jax.random.fold_in(key, position), chosen)].astype(jnp.int32)
+
+    return jax.vmap(one)(logits, keys)
+
+
+def row_keys(seed: int, prompts: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:
+    """A key for each row, from nothing but the seed, its prompt (a hash, uint32) and the number of the sample."""
+
+    def one(prompt, sample):
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
+
+    return jax.vmap(one)(prompts, samples)

@@ -1,0 +1,1 @@
+"""Metrics, tables and plots of predicted ratings; objectives and evaluation suites use them."""

@@ -1,0 +1,175 @@
+"""The rating schema as data: attribute names, order, range, meaning, label string and scalar weights.
+
+A *rating* is the number a person or a model gives to an *attribute* of a response. The order of a schema is the order
+of the reward head's outputs and of the label string. Source: NeMo-Aligner `examples/nlp/data/steerlm/common.py`;
+HelpSteer, arXiv 2311.09528, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from steerjax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One thing that is rated.
+
+    Attributes:
+        name: as it stands in data files and label strings.
+        meaning: what the raters were asked.
+        low, high: the least and greatest rating, inclusive.
+    """
+
+    name: str
+    meaning: str
+    low: float = 0.0
+    high: float = 4.0
+
+
+@dataclass(frozen=True)
+class Schema:
+    """An ordered set of attributes; the order is the order of the reward head's outputs."""
+
+    attributes: tuple[Attribute, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(attribute.name for attribute in self.attributes)
+
+    def __len__(self) -> int:
+        return len(self.attributes)
+
+    def __getitem__(self, name: str) -> Attribute:
+        """The attribute called `name`. Raises DataError for a name outside the schema."""
+        for attribute in self.attributes:
+            if attribute.name == name:
+                return attribute
+        raise DataError(f"unknown attribute '{name}'", field=name, cure=f"use one of: {', '.join(self.names)}")
+
+    def to_json(self) -> list[dict]:
+        """Names, ranges and meanings in order, as checkpoints and exports carry them."""
+        return [{"name": a.name, "low": a.low, "high": a.high, "meaning": a.meaning} for a in self.attributes]
+
+
+def schema_from_json(entries: Iterable[Mapping]) -> Schema:
+    """The inverse of `Schema.to_json`."""
+    return Schema(tuple(Attribute(**entry) for entry in entries))
+
+
+_HELPSTEER = (
+    Attribute("helpfulness", "overall helpfulness of the response to the prompt"),
+    Attribute("correctness", "all pertinent facts are there, and none is wrong"),
+    Attribute("coherence", "consistent and clear"),
+    Attribute("complexity", "depth of knowledge needed to write it: basic language (0) to expert (4)"),
+    Attribute("verbosity", "amount of detail, relative to what the prompt asks"),
+)
+_OASST = (
+    Attribute("quality", "overall quality"),
+    Attribute("toxicity", "rude or disrespectful"),
+    Attribute("humor", "funny"),
+    Attribute("creativity", "creative"),
+)
+
+HELPSTEER = Schema(_HELPSTEER)
+OASST = Schema(_OASST)
+STEERLM = Schema(_OASST + _HELPSTEER)  # the reference's head order
+
+SCHEMAS: dict[str, Schema] = {"helpsteer": HELPSTEER, "oasst": OASST, "steerlm": STEERLM}
+
+# HelpSteer2 (arXiv 2406.08673), appendix H. Attributes that are not named weigh 0.
+SCALAR_WEIGHTS: dict[str, dict[str, float]] = {
+    "goodness": {"helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45},
+    "llama3_70b": {
+        "helpfulness": 0.65, "correctness": 0.8, "coherence": 0.45, "complexity": 0.55, "verbosity": -0.4,
+    },
+    "nemotron4_340b": {
+        "helpfulness": 0.3, "correctness": 0.74, "coherence": 0.46, "complexity": 0.47, "verbosity": -0.33,
+    },
+}  # fmt: skip
+
+
+def check_rating(value: object, attribute: Attribute) -> float:
+    """`value` as a float inside the attribute's range.
+
+    Raises:
+        DataError: not a number, not finite, or out of range; the message names the attribute.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataError(
+            f"rating {value!r} is not a number", field=attribute.name, cure="write a number, or leave the field out"
+        )
+    if not math.isfinite(value):
+        raise DataError(f"rating {value!r} is not finite", field=attribute.name, cure="leave a missing rating out")
+    if not attribute.low <= value <= attribute.high:
+        raise DataError(
+            f"rating {value:g} is outside {attribute.low:g}..{attribute.high:g}",
+            field=attribute.name,
+            cure=f"rescale to {attribute.low:g}..{attribute.high:g}, or leave the rating out",
+        )
+    return float(value)
+
+
+def round_rating(value: float, attribute: Attribute) -> int:
+    """A predicted rating as a label: clipped to the range, then rounded half to even (the reference's rule).
+
+    Raises:
+        DataError: NaN. (The reference turns it into 0.)
+    """
+    if math.isnan(value):
+        raise DataError("predicted rating is NaN", field=attribute.name, cure="check the model that predicted it")
+    return round(min(attribute.high, max(attribute.low, float(value))))
+
+
+def format_label(ratings: Mapping[str, float], schema: Schema) -> str:
+    """Ratings as the label string `helpfulness:4,correctness:3`, in the schema's order, missing ones left out.
+
+    Ratings are rounded by `round_rating`.
+
+    Raises:
+        DataError: a name outside the schema, or NaN.
+    """
+    for name in ratings:
+        schema[name]
+    return ",".join(
+        f"{attribute.name}:{round_rating(ratings[attribute.name], attribute)}"
+        for attribute in schema.attributes
+        if attribute.name in ratings
+    )
+
+
+def parse_label(label: str, schema: Schema) -> dict[str, float]:
+    """The inverse of `format_label`; any order of names is read.
+
+    Raises:
+        DataError: an entry that is not `name:number`, a name outside the schema or twice, a rating out of range.
+    """
+    ratings: dict[str, float] = {}
+    for entry in label.split(",") if label.strip() else ():
+        name, colon, value = (part.strip() for part in entry.partition(":"))
+        if not colon:
+            raise DataError(f"'{entry}' is not name:number", field=name, cure="write e.g. helpfulness:4,correctness:3")
+        attribute = schema[name]
+        if name in ratings:
+            raise DataError(f"'{name}' stands twice in '{label}'", field=name, cure="keep one")
+        try:
+            number = float(value)
+        except ValueError:
+            raise DataError(f"rating '{value}' is not a number", field=name, cure="write a number") from None
+        ratings[name] = check_rating(number, attribute)
+    return ratings
+
+
+def scalarize(ratings: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    """One number from several ratings: the weighted sum (HelpSteer2, appendix H).
+
+    Raises:
+        DataError: a weighted attribute has no rating.
+    """
+    missing = [name for name in weights if name not in ratings]
+    if missing:
+        raise DataError(f"no rating for {', '.join(missing)}", field=missing[0], cure="use weights of rated attributes")
+    return sum(weight * ratings[name] for name, weight in weights.items())

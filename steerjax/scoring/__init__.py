@@ -1,1 +1,0 @@
-"""A reward model over conversations: what annotate and evaluate share. After training, whose batches it uses."""

@@ -1,0 +1,237 @@
+"""The cache changes no logits; batches, meshes and shared prompts change no text; greedy is transformers'."""
+
+import os
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from steerjax.chat.templates import CHATML, EXTRA_ID
+from steerjax.chat.tokenizer import load_tokenizer
+from steerjax.config import MeshConfig
+from steerjax.inference.answers import Sampling
+from steerjax.inference.engine import Engine, Request, arrange, bucket, common_length, empty_cache, extend
+from steerjax.models.attention.mask import Layout
+from steerjax.models.config import LlamaConfig, RopeScaling
+from steerjax.models.llama import CausalLM, Compute
+from steerjax.parallel.mesh import make_mesh
+from tests.models.test_parity import from_torch, hf_config, randomize
+
+TINY = LlamaConfig(
+    vocab_size=4096, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
+    initializer_range=0.3, max_position_embeddings=256,
+)  # fmt: skip
+TOKENIZER = load_tokenizer("embedded")
+
+
+def tiny(frozen=0, **changes):
+    """A random model and its parameters."""
+    model = CausalLM(replace(TINY, **changes), Compute(chunk=4), frozen)
+    one = jnp.ones((1, 4), jnp.int32)
+    return model, meta.unbox(model.init(jax.random.key(0), one, one, Layout(one, one))["params"])
+
+
+def engine(sampling, model_and_params=None, **options):
+    model, params = model_and_params or tiny()
+    return Engine(model, params, TOKENIZER, EXTRA_ID, sampling, **options)
+
+
+def prompts(count, seed=0, longest=32):  # their prefixes fill one bucket, so that one shape is compiled
+    random = np.random.default_rng(seed)
+    return [random.integers(10, 4096, random.integers(1, longest)).astype(np.int32) for _ in range(count)]
+
+
+def texts(answers):
+    return [answer.ids for request in answers for setting in request for answer in setting]
+
+
+@pytest.mark.parametrize("case", [{"frozen": 1}, {"tie_word_embeddings": False, "num_kv_heads": 1, "rope_theta": 5e5,
+                                                  "rope_scaling": RopeScaling(8.0)}])  # fmt: skip
+def test_logits_with_the_cache_are_those_without(case):
+    """Tokens fed in pieces of 7, 5 and 1; the cache has empty slots in between, which are masked."""
+    model, params = tiny(**case)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 4096, (2, 13)))
+    positions = jnp.broadcast_to(jnp.arange(13), (2, 13))
+    layout = Layout(jnp.ones((2, 13), jnp.int32), jnp.zeros((2, 13), jnp.int32))
+    expected = model.apply({"params": params}, tokens, positions, layout)
+    cache, seen, out = empty_cache(model, 2), np.zeros((2, 0), bool), []
+    for start, end in ((0, 7), (7, 12), (12, 13)):
+        T = end - start
+        own = np.broadcast_to(np.tril(np.ones((T, T), bool)), (2, T, T))
+        mask = np.concatenate([np.repeat(seen[:, None], T, 1), own], -1)
+        states, new = extend(model, params, tokens[:, start:end], positions[:, start:end], cache, mask)
+        out.append(model.apply({"params": params}, states, method="head"))
+        junk = jax.tree.map(lambda x: jnp.full_like(x[:, :, :2], 1e3), new)
+        cache = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), cache, new, junk)
+        seen = np.concatenate([seen, np.ones((2, T), bool), np.zeros((2, min(2, T)), bool)], axis=1)
+    np.testing.assert_allclose(np.concatenate(out, axis=1), expected, atol=1e-4, rtol=0)
+    assert np.abs(expected).max() > 0.5
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", [{}, {"tie_word_embeddings": False, "num_kv_heads": 4, "rope_theta": 5e5,
+                                       "rope_scaling": RopeScaling(32.0, 1.0, 4.0, 16)}])  # fmt: skip
+def test_greedy_equals_transformers(case):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = replace(TINY, **case)
+    theirs = randomize(LlamaForCausalLM(hf_config(config, attn_implementation="eager")), seed=0)
+    params, weights = from_torch(theirs, config)
+    params = {"llama": params} | ({} if config.tie_word_embeddings else {"lm_head": weights["lm_head.weight"].T})
+    mixed = prompts(6, longest=60)
+    decoder = engine(Sampling(max_new_tokens=24), (CausalLM(config), params), batch_size=6)
+    ours = texts(decoder.generate([Request((prompt,)) for prompt in mixed]))
+    for prompt, ids in zip(mixed, ours, strict=True):
+        with torch.no_grad():
+            out = theirs.generate(
+                torch.tensor(prompt[None], dtype=torch.long), attention_mask=torch.ones((1, len(prompt))),
+                max_new_tokens=24, do_sample=False, eos_token_id=decoder.stops.tokens, pad_token_id=0,
+            )  # fmt: skip
+        assert tuple(out[0, len(prompt) :].tolist()) == ids
+
+
+def test_one_prompt_is_computed_once_for_all_settings_and_samples():
+    prompt, labels = prompts(1, longest=60)[0], [np.array([9, 8, n, 4], np.int32) for n in range(5)]
+    request = Request(tuple(np.concatenate([prompt, label]) for label in labels), samples=3)
+    inputs = arrange([request], 1)
+    assert inputs.prefix.shape == (1, bucket(len(prompt) + 2, 32))
+    assert inputs.prefix_lengths == [len(prompt) + 2]  # what all labels begin with is shared too
+    assert inputs.suffix.shape == (15, 2)
+    model = tiny()
+    together = engine(Sampling(1.0, max_new_tokens=8), model).generate([request])[0]
+    for one, expected in zip(request.prompts, together, strict=True):
+        alone = engine(Sampling(1.0, max_new_tokens=8), model).generate([Request((one,), samples=3)])[0][0]
+        assert [a.ids for a in alone] == [a.ids for a in expected]
+        assert len({a.ids for a in alone}) == 3
+
+
+def test_text_does_not_depend_on_batch_order_or_size():
+    model, mixed = tiny(), prompts(7)
+    sampling = Sampling(0.9, top_k=40, top_p=0.95, seed=4, max_new_tokens=10)
+    whole = texts(engine(sampling, model, batch_size=7).generate([Request((p,)) for p in mixed]))
+    alone = engine(sampling, model, batch_size=1)
+    assert [texts(alone.generate([Request((p,))]))[0] for p in mixed[:3]] == whole[:3]
+    order = np.random.default_rng(1).permutation(7)
+    shuffled = texts(engine(sampling, model, batch_size=3, interval=4).generate([Request((mixed[i],)) for i in order]))
+    assert shuffled == [whole[i] for i in order]
+
+
+def test_eight_devices_give_the_same_text():
+    model, requests = tiny(), [Request((p,)) for p in prompts(9)]
+    sampling = Sampling(max_new_tokens=12)
+    expected = texts(engine(sampling, model).generate(requests))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    assert texts(engine(sampling, model, mesh=mesh, batch_size=4).generate(requests)) == expected
+
+
+def test_stops_at_the_end_of_turn():
+    """A model that always draws one token: the end of turn, or one that is none."""
+    model, params = tiny(tie_word_embeddings=False)
+    one = jax.tree.map(np.zeros_like, params)
+    one["llama"]["embedding"] += 1
+    one["llama"]["final_norm"]["scale"] += 1
+    for limit in (5, 1):
+        decoder = engine(Sampling(max_new_tokens=limit), (model, one))
+        for token, finish, count in (("<extra_id_1>", "stop", 1), ("a", "length", limit)):
+            head = np.zeros((32, 4096), np.float32)
+            head[:, TOKENIZER.token_id(token)] = 1
+            decoder.params = one | {"lm_head": head}
+            (((answer,),),) = decoder.generate([Request((prompts(1)[0],))])
+            assert (answer.finish, answer.tokens) == (finish, count)
+    assert engine(Sampling(), (model, params)).generate([]) == []
+
+
+def test_stream_is_the_text_in_pieces():
+    model, params = tiny()
+    decoder = Engine(model, params, TOKENIZER, CHATML, Sampling(1.0, seed=2, max_new_tokens=20))
+    (prompt,) = prompts(1)
+    *pieces, answer = decoder.stream(prompt)
+    assert answer == decoder.generate([Request((prompt,))])[0][0][0]
+    assert "".join(pieces) == answer.text
+    assert sum(map(bool, pieces)) > 3
+
+
+def test_a_step_does_not_copy_the_cache():
+    model, params = tiny()
+    decoder = engine(Sampling(max_new_tokens=4000), (model, params))
+    state = jax.eval_shape(decoder._start, params, arrange([Request((p,)) for p in prompts(8)], 8))
+    memory = decoder._advance.lower(params, state, 5).compile().memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
+    assert memory.alias_size_in_bytes > size  # donated
+    assert memory.temp_size_in_bytes < size
+
+
+def test_shapes():
+    assert [bucket(n, 1) for n in (0, 1, 2, 3, 4, 5, 7, 9, 13, 33)] == [1, 1, 2, 3, 4, 6, 8, 12, 16, 48]
+    a = np.arange(5)
+    assert common_length([a]) == 4
+    assert common_length([a, a[:3]]) == 2
+    assert common_length([a, np.array([0, 1, 9, 3])]) == 2
+    with pytest.raises(ValueError, match="same number"):
+        arrange([Request((a,)), Request((a,), 2)], 2)
+
+
+SMOLLM2 = os.environ.get("STEERJAX_SMOLLM2", "")
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="STEERJAX_SMOLLM2 is not set")
+@pytest.mark.parity
+@pytest.mark.smollm2
+def test_smollm2_greedy_equals_transformers():
+    """20 real prompts of 20 to 400 tokens in batches of mixed length, 64 tokens; logits with and without the cache."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from steerjax.bundle.opening import abstract_parameters, build_model, describe_model
+    from steerjax.chat.render import Renderer
+    from steerjax.data.conversation import Conversation, Turn
+    from steerjax.data.formats import prompt_turns
+    from steerjax.data.readers import iter_rows
+    from steerjax.hf.config import read_config
+    from steerjax.hf.weights import load_parameters
+    from steerjax.schema import HELPSTEER
+
+    about = describe_model(SMOLLM2, template="chatml")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model = build_model(about, mesh, "float32", 0)
+    params = load_parameters(about.path, read_config(about.path), abstract_parameters(model, mesh, "float32"))
+    renderer = Renderer(about.tokenizer, about.template, HELPSTEER)
+    texts = list(dict.fromkeys(row["prompt"] for _, row in iter_rows("embedded:helpsteer")))
+    conversations = [Conversation(prompt_turns({"prompt": text})) for text in texts if len(text) < 1200]
+    conversations = [*conversations[:: len(conversations) // 19][:19], Conversation((Turn("user", "Name a prime."),))]
+    mixed = [renderer.render(c, generation_prompt=True).tokens for c in conversations]
+    decoder = Engine(model, params, about.tokenizer, about.template, Sampling(max_new_tokens=64), mesh)
+    ours = [request[0][0] for request in decoder.generate([Request((prompt,)) for prompt in mixed])]
+
+    theirs = LlamaForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for number, (prompt, answer) in enumerate(zip(mixed, ours, strict=True)):
+            assert answer.finish == "stop" or answer.tokens == 64
+            # Greedy is that each token is the most likely one after those before it: one pass says so.
+            whole = torch.tensor(np.concatenate([prompt, answer.ids])[None].astype(np.int64))
+            best = theirs(whole).logits[0, len(prompt) - 1 : -1].argmax(-1)
+            assert tuple(best.tolist()) == answer.ids
+            if number % 7 == 0:
+                out = theirs.generate(whole[:, : len(prompt)], max_new_tokens=64, do_sample=False, pad_token_id=0,
+                                      eos_token_id=decoder.stops.tokens)  # fmt: skip
+                assert tuple(out[0, len(prompt) :].tolist()) == answer.ids
+
+    # The cache changes no logits.
+    tokens = jnp.asarray(np.concatenate([mixed[0], ours[0].ids])[None, :96])
+    T = tokens.shape[1]
+    positions = jnp.arange(T)[None]
+    layout = Layout(jnp.ones((1, T), jnp.int32), jnp.zeros((1, T), jnp.int32))
+    expected = model.apply({"params": params}, tokens, positions, layout)[0, -8:]
+    _, cache = extend(model, params, tokens[:, :-8], positions[:, :-8], empty_cache(model, 1),
+                      jnp.tril(jnp.ones((1, T - 8, T - 8), bool)))  # fmt: skip
+    for place in range(T - 8, T):
+        mask = jnp.ones((1, 1, place + 1), bool)
+        at = slice(place, place + 1)
+        states, new = extend(model, params, tokens[:, at], positions[:, at], cache, mask)
+        logits = model.apply({"params": params}, states[:, 0], method="head")[0]
+        np.testing.assert_allclose(logits, expected[place - T + 8], atol=1e-4, rtol=0)
+        cache = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), cache, new)

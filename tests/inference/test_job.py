@@ -1,0 +1,134 @@
+"""A resumable output: in order, never a line twice or lost, whatever the moment of the kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from steerjax.errors import DataError
+from steerjax.inference.job import ResumableOutput
+
+pytestmark = pytest.mark.short
+
+SETTINGS = {"model": "m", "seed": 1, "attributes": ("a", "b")}
+ROWS = [{"id": i, "text": "é\u2028\n" * i} for i in range(30)]
+
+
+def run(path, until=30, settings=SETTINGS):
+    """Writes rows up to `until`; finishes when they are all there."""
+    with ResumableOutput(path, settings) as output:
+        begun = output.done
+        for index in range(begun, until):
+            output.put(index, ROWS[index])
+        if until == 30:
+            output.finish(30)
+    return begun
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def test_rows_in_order_and_nothing_called_output_before_the_end(tmp_path):
+    path = tmp_path / "new" / "out.jsonl"
+    with ResumableOutput(path, SETTINGS) as output:
+        for index in (2, 1, 0, 3, *range(29, 3, -1)):
+            output.put(index, ROWS[index])
+            output.put(0, ROWS[0])
+            assert not path.exists()
+        output.finish(30)
+    assert read(path) == ROWS
+    assert sorted(p.name for p in path.parent.iterdir()) == ["out.jsonl", "out.jsonl.settings.json"]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, 40])
+def test_goes_on_after_a_last_line_that_is_not_whole(tmp_path, cut):
+    path, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    assert run(path, until=12) == 0
+    data = partial.read_bytes()
+    partial.write_bytes(data[: len(data) - cut] if cut else data + b'{"id": 12, "te')
+    assert run(path) == (12 if cut == 0 else data[: len(data) - cut].count(b"\n"))
+    assert read(path) == ROWS
+
+
+def test_a_finished_output_is_left_alone(tmp_path):
+    path = tmp_path / "out.jsonl"
+    run(path)
+    before = path.stat().st_mtime_ns
+    with ResumableOutput(path, SETTINGS) as output:
+        assert output.finished
+        assert output.done == 30
+        output.finish(30)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    path = tmp_path / "out.jsonl"
+    run(path, until=3)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"other settings: seed \(seed: then 1, now 2\)"):
+            run(path, settings=SETTINGS | {"seed": 2})
+        run(path)
+    (tmp_path / "out.jsonl.settings.json").unlink()
+    with pytest.raises(DataError, match=r"exists, and out.jsonl.settings.json does not say"):
+        run(path)
+
+
+def test_settings_alone_are_no_output(tmp_path):
+    """Killed after the settings and before the first line: other settings may follow."""
+    path = tmp_path / "out.jsonl"
+    run(path, until=0)
+    run(path, settings=SETTINGS | {"seed": 2})
+    assert read(path) == ROWS
+
+
+def test_refusals(tmp_path):
+    path = tmp_path / "out.jsonl"
+    with ResumableOutput(path, SETTINGS) as output:
+        with pytest.raises(DataError, match="another process"):
+            ResumableOutput(path, SETTINGS)
+        output.put(0, ROWS[0])
+        with pytest.raises(RuntimeError, match="1 of 30"):
+            output.finish(30)
+        with pytest.raises(ValueError):
+            output.put(1, {"score": float("nan")})
+    (tmp_path / "out.jsonl.partial").write_bytes(b"{}\n{\n{}\n")
+    with pytest.raises(DataError, match=r"partial:2: broken line"):
+        run(path)
+    with pytest.raises(DataError, match=r"plain \.jsonl"):
+        ResumableOutput(tmp_path / "out.jsonl.gz", SETTINGS)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write"):
+        ResumableOutput(tmp_path / "file" / "out.jsonl", SETTINGS)
+
+
+def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
+    program = textwrap.dedent("""
+        import sys, time
+        from steerjax.inference.job import ResumableOutput
+        with ResumableOutput(sys.argv[1], {}) as output:
+            print("ready", flush=True)
+            for i in range(output.done, 60):
+                output.put(i, {"i": i, "text": "x" * 2000})
+                time.sleep(0.004)
+            output.finish(60)
+    """)
+    path = tmp_path / "out.jsonl"
+    dice, kills = random.Random(0), 0
+    while not path.exists():
+        child = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE)
+        child.stdout.readline()
+        try:
+            child.wait(timeout=dice.uniform(0, 0.06) if kills < 10 else 60)
+        except subprocess.TimeoutExpired:
+            os.kill(child.pid, signal.SIGKILL)
+            kills += 1
+        child.wait()
+    assert kills >= 5
+    expected = "".join(json.dumps({"i": i, "text": "x" * 2000}) + "\n" for i in range(60))
+    assert path.read_bytes() == expected.encode()

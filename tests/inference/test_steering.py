@@ -1,0 +1,75 @@
+"""What the options ask for."""
+
+from collections import Counter
+
+import pytest
+
+from steerjax.data.conversation import Conversation, Turn
+from steerjax.errors import ConfigError, DataError
+from steerjax.inference.steering import chosen, label_of, parse_attributes, parse_sweep, swept, top_combinations
+from steerjax.schema import HELPSTEER, STEERLM
+
+pytestmark = pytest.mark.short
+
+
+def test_attributes_over_defaults():
+    asked = parse_attributes("helpfulness=4, verbosity=1,coherence=none", HELPSTEER)
+    assert asked == {"helpfulness": 4, "verbosity": 1, "coherence": None}
+    assert label_of(asked, {"coherence": 4, "complexity": 2}) == {"complexity": 2, "helpfulness": 4, "verbosity": 1}
+    assert label_of(parse_attributes("none", HELPSTEER), dict.fromkeys(HELPSTEER.names, 4)) == {}
+    assert parse_attributes("verbosity=2.5", HELPSTEER) == {"verbosity": 2}
+
+
+@pytest.mark.parametrize("text", ["kindness=4", "helpfulness=5", "helpfulness", "helpfulness=x", "kindness=none"])
+def test_attributes_refused(text):
+    with pytest.raises(ConfigError, match=r"--attributes .*(kindness|helpfulness)"):
+        parse_attributes(text, HELPSTEER)
+
+
+def test_sweep():
+    assert parse_sweep("verbosity=0..4", HELPSTEER) == {"verbosity": [0, 1, 2, 3, 4]}
+    assert parse_sweep("verbosity=4,0", HELPSTEER) == {"verbosity": [4, 0]}
+    settings = swept({"helpfulness": 4}, [{"verbosity": [0, 4]}, {"complexity": [1, 2]}])
+    assert [(s["helpfulness"], s["verbosity"], s["complexity"]) for s in settings] == [
+        (4, 0, 1), (4, 0, 2), (4, 4, 1), (4, 4, 2),
+    ]  # fmt: skip
+    assert swept({}, []) == [{}]
+    for text in ("verbosity=0..9", "verbosity", "x=1"):
+        with pytest.raises(ConfigError, match="--sweep"):
+            parse_sweep(text, HELPSTEER)
+
+
+def rated(ratings, predicted=None):
+    return Conversation((Turn("user", "q"), Turn("assistant", "a", ratings, predicted)))
+
+
+def test_combinations_at_top_quality():
+    rows = [
+        rated({"quality": 0, "humor": 0}, {"quality": 3.8, "humor": 1.2}),  # predicted ones count, rounded
+        rated({"quality": 4, "humor": 1}),  # the same combination
+        rated({"quality": 4}),
+        rated({"quality": 2, "humor": 4}),
+        rated(None),
+    ]
+    combinations = top_combinations(rows, STEERLM)
+    assert [{k: v for k, v in c.items() if v is not None} for c in combinations] == [
+        {"quality": 4}, {"quality": 4, "humor": 1},
+    ]  # fmt: skip
+    assert all(c.keys() == set(STEERLM.names) for c in combinations)
+    # The highest that occurs, of helpfulness where no quality is rated.
+    lower = [rated({"helpfulness": 3, "verbosity": 1}), rated({"helpfulness": 2, "verbosity": 4})]
+    assert [label_of(c, {"coherence": 4}) for c in top_combinations(lower, HELPSTEER)] == [
+        {"helpfulness": 3, "verbosity": 1}
+    ]
+    assert top_combinations(lower, HELPSTEER, "verbosity")[0]["verbosity"] == 4
+    with pytest.raises(DataError, match="no turn has a rating of coherence"):
+        top_combinations(lower, HELPSTEER, "coherence")
+
+
+def test_chosen_evenly_and_by_name():
+    combinations = [{"quality": n} for n in range(4)]
+    counts = Counter(chosen(combinations, 0, f"row {i}")["quality"] for i in range(4000))
+    assert all(900 < counts[n] < 1100 for n in range(4))
+    assert chosen(combinations, 0, "row 5") == chosen(combinations, 0, "row 5")
+    rows = [f"row {i}" for i in range(9)]
+    assert [chosen(combinations, 1, row) for row in rows] != [chosen(combinations, 0, row) for row in rows]

@@ -1,0 +1,146 @@
+import math
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from steerjax.report.metrics import (
+    PAPER_STATISTICS,
+    attribute_correlations,
+    attribute_metrics,
+    length_baseline,
+    mean_baseline,
+    mean_metric,
+    mean_mse,
+)
+from steerjax.schema import HELPSTEER
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def _column(predicted, ratings, mask=None):
+    mask = np.ones(len(ratings), bool) if mask is None else np.asarray(mask, bool)
+    return attribute_metrics(np.c_[predicted], np.c_[ratings], mask[:, None], ["a"])["a"]
+
+
+def test_hand_computed():
+    entry = _column([1.0, 2.0, 4.0], [0, 2, 3])
+    assert entry["mse"] == pytest.approx((1 + 0 + 1) / 3)
+    assert entry["mae"] == pytest.approx(2 / 3)
+    # Centred: (-4, -1, 5)/3 and (-5, 1, 4)/3: 39 / sqrt(42 * 42).
+    assert entry["pearson"] == pytest.approx(39 / 42)
+    assert entry["spearman"] == pytest.approx(1.0)
+    assert entry["count"] == 3
+
+
+def test_ties_take_average_ranks():
+    # Ranks (1, 2.5, 2.5, 4) and (1.5, 1.5, 3, 4); centred: products add up to 3.75, squares to 4.5 and 4.5.
+    assert _column([0, 1, 1, 2], [0, 0, 1, 2])["spearman"] == pytest.approx(3.75 / 4.5)
+
+
+def test_masked_places_are_never_read():
+    entry = _column([1.0, np.nan, 4.0, np.inf], [0, -100, 3, np.nan], [1, 0, 1, 0])
+    assert entry == _column([1.0, 4.0], [0, 3])
+
+
+def test_random_data_with_masks_equals_scipy():
+    rng = np.random.default_rng(0)
+    ratings = rng.integers(0, 5, (200, 3)).astype(np.float32)
+    predicted = (ratings * 0.3 + rng.normal(size=(200, 3))).round(1).astype(np.float32)
+    mask = rng.random((200, 3)) < 0.6
+    metrics = attribute_metrics(predicted, ratings, mask, ["a", "b", "c"])
+    for a, name in enumerate("abc"):
+        x, y = predicted[mask[:, a], a].astype(np.float64), ratings[mask[:, a], a].astype(np.float64)
+        assert metrics[name]["count"] == mask[:, a].sum()
+        assert metrics[name]["mse"] == pytest.approx(np.mean((x - y) ** 2), rel=1e-12)
+        assert metrics[name]["mae"] == pytest.approx(np.mean(np.abs(x - y)), rel=1e-12)
+        assert metrics[name]["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic, rel=1e-12)
+        assert metrics[name]["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12)
+    assert mean_mse(metrics) == pytest.approx(np.mean([metrics[name]["mse"] for name in "abc"]))
+
+
+@pytest.mark.parametrize(
+    ("predicted", "ratings"),
+    [
+        ([2, 2, 2], [0, 1, 2]),
+        ([0, 1, 2], [3, 3, 3]),
+        ([1.0], [2.0]),
+        # Constant but for float64 rounding.
+        ([0.1 + 0.2, 0.3, 0.3], [0, 1, 2]),
+    ],
+)
+def test_correlation_undefined(predicted, ratings):
+    entry = _column(predicted, ratings)
+    assert entry["pearson"] is None
+    assert entry["spearman"] is None
+    assert entry["mse"] is not None
+
+
+def test_attribute_without_ratings():
+    metrics = attribute_metrics(np.ones((2, 2)), np.zeros((2, 2)), [[True, False]] * 2, ["a", "b"])
+    assert metrics["b"] == {"mse": None, "mae": None, "pearson": None, "spearman": None, "count": 0}
+    assert mean_mse(metrics) == 1.0
+    assert mean_metric(metrics, "mse", ["b"]) is None
+    assert math.isnan(mean_mse({"b": metrics["b"]}))
+
+
+def test_prediction_that_is_not_finite_is_not_hidden():
+    entry = _column([1.0, np.nan], [1, 2])
+    assert math.isnan(entry["mse"])
+    assert entry["pearson"] is None
+    assert math.isnan(mean_mse({"a": entry}))
+
+
+def test_shapes_must_fit():
+    with pytest.raises(ValueError, match="examples, 1"):
+        attribute_metrics(np.zeros((2, 2)), np.zeros((2, 2)), np.ones((2, 2)), ["a"])
+    with pytest.raises(ValueError, match="mask"):
+        attribute_metrics(np.zeros((2, 1)), np.zeros((2, 1)), np.ones((2, 2)), ["a"])
+
+
+def test_mean_baseline():
+    ratings, mask = [[1, -100, 9], [2, 4, 9]], [[1, 0, 0], [1, 1, 0]]
+    predicted = mean_baseline(ratings, mask, 3)
+    assert predicted.shape == (3, 3)
+    np.testing.assert_array_equal(predicted, [[1.5, 4, np.nan]] * 3)
+
+
+def test_length_baseline_equals_polyfit():
+    rng = np.random.default_rng(1)
+    lengths, new_lengths = rng.integers(0, 4000, 80), rng.integers(0, 4000, 20)
+    ratings, mask = rng.integers(0, 5, (80, 3)).astype(float), rng.random((80, 3)) < 0.7
+    predicted = length_baseline(lengths, ratings, mask, new_lengths)
+    for a in range(3):
+        line = np.polyfit(np.log1p(lengths[mask[:, a]]), ratings[mask[:, a], a], 1)
+        np.testing.assert_allclose(predicted[:, a], np.polyval(line, np.log1p(new_lengths)), rtol=1e-10)
+
+
+def test_length_baseline_falls_back_to_the_mean():
+    ratings = np.array([[1.0, 3, 9], [2, 9, 9], [4, 9, 9]])
+    mask = np.array([[1, 1, 0], [1, 0, 0], [1, 0, 0]], bool)
+    predicted = length_baseline([10, 10, 10], ratings, mask, [5, 500])
+    np.testing.assert_allclose(predicted, [[7 / 3, 3, np.nan]] * 2)
+
+
+def test_correlations_are_pairwise_complete():
+    rng = np.random.default_rng(2)
+    ratings, mask = rng.normal(size=(50, 4)), rng.random((50, 4)) < 0.8
+    ratings[:, 3] = 2.0
+    matrix = attribute_correlations(ratings, mask)
+    both = mask[:, 0] & mask[:, 1]
+    assert matrix[0, 1] == matrix[1, 0] == pytest.approx(stats.pearsonr(ratings[both, 0], ratings[both, 1]).statistic)
+    np.testing.assert_allclose(np.diag(matrix)[:3], 1.0)
+    assert np.isnan(matrix[3]).all()
+    assert np.isnan(matrix[:, 3]).all()
+
+
+def test_paper_statistics():
+    assert tuple(PAPER_STATISTICS) == HELPSTEER.names
+    assert PAPER_STATISTICS["correctness"] == (2.8369, 0.9935, 0.8525)
+    assert PAPER_STATISTICS["helpfulness"].helpfulness_r == 1.0

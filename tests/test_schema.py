@@ -1,0 +1,95 @@
+"""Label strings and rounding (reference facts, sections 2.3, 2.4, 2.8)."""
+
+import math
+
+import pytest
+
+from steerjax.errors import DataError
+from steerjax.schema import (
+    HELPSTEER,
+    OASST,
+    SCALAR_WEIGHTS,
+    SCHEMAS,
+    STEERLM,
+    check_rating,
+    format_label,
+    parse_label,
+    round_rating,
+    scalarize,
+    schema_from_json,
+)
+
+pytestmark = pytest.mark.short
+HELPFULNESS = HELPSTEER["helpfulness"]
+
+
+def test_order_is_the_reference_head_order():
+    assert STEERLM.names == OASST.names + HELPSTEER.names
+    assert OASST.names == ("quality", "toxicity", "humor", "creativity")
+    assert HELPSTEER.names == ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+    assert [len(schema) for schema in SCHEMAS.values()] == [5, 4, 9]
+
+
+@pytest.mark.parametrize(
+    ("value", "label"), [(0.5, 0), (1.5, 2), (2.5, 2), (3.5, 4), (-3.0, 0), (9.0, 4), (3.49, 3), (math.inf, 4)]
+)
+def test_predictions_round_half_to_even_after_clipping(value, label):
+    assert round_rating(value, HELPFULNESS) == label
+
+
+@pytest.mark.parametrize(("likert", "label"), [(0.125, 0), (0.375, 2), (0.625, 2), (0.875, 4)])
+def test_oasst_scale_rounds_half_to_even(likert, label):
+    assert round_rating(likert * 4, OASST["quality"]) == label
+
+
+def test_nan_is_an_error_and_never_zero():
+    with pytest.raises(DataError, match=r"field 'helpfulness': predicted rating is NaN"):
+        round_rating(math.nan, HELPFULNESS)
+    with pytest.raises(DataError, match="not finite"):
+        check_rating(math.nan, HELPFULNESS)
+
+
+def test_label_round_trip():
+    label = "helpfulness:3,correctness:4,coherence:4,complexity:2,verbosity:2"
+    ratings = parse_label(label, HELPSTEER)
+    assert ratings == {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 2}
+    assert format_label(ratings, HELPSTEER) == label
+    assert format_label(dict(reversed(ratings.items())), HELPSTEER) == label
+
+
+def test_missing_ratings_are_left_out():
+    assert format_label({"verbosity": 1, "quality": 4}, STEERLM) == "quality:4,verbosity:1"
+    assert parse_label("", STEERLM) == {}
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        ("helpfulness", "'helpfulness' is not name:number"),
+        ("helpfulness:x", "rating 'x' is not a number"),
+        ("helpfulness:9", "outside 0..4"),
+        ("helpfulness:-1", "outside 0..4"),
+        ("helpfulness:nan", "not finite"),
+        ("humour:1", "unknown attribute 'humour'"),
+        ("verbosity:1,verbosity:2", "twice"),
+    ],
+)
+def test_bad_labels(label, message):
+    with pytest.raises(DataError, match=message):
+        parse_label(label, STEERLM)
+
+
+def test_scalar_weights_are_the_published_vectors():
+    def vector(name):
+        return [SCALAR_WEIGHTS[name].get(attribute, 0) for attribute in STEERLM.names]
+
+    assert vector("llama3_70b") == [0, 0, 0, 0, 0.65, 0.8, 0.45, 0.55, -0.4]
+    assert vector("nemotron4_340b") == [0, 0, 0, 0, 0.3, 0.74, 0.46, 0.47, -0.33]
+    ratings = {"helpfulness": 4, "correctness": 3, "coherence": 2}
+    assert scalarize(ratings, SCALAR_WEIGHTS["goodness"]) == pytest.approx(0.65 * 4 + 0.8 * 3 + 0.45 * 2)
+    with pytest.raises(DataError, match="no rating for complexity, verbosity"):
+        scalarize(ratings, SCALAR_WEIGHTS["llama3_70b"])
+
+
+def test_schema_survives_json():
+    assert schema_from_json(STEERLM.to_json()) == STEERLM
