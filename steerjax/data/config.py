@@ -1,0 +1,54 @@
+"""What is read, and what happens to rows that cannot be used: the config group `data`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import pydantic.dataclasses
+from pydantic import BeforeValidator, Field
+
+from steerjax.schema import Schema, make_schema
+from steerjax.typed import STRICT
+
+
+def _separated(value: Any) -> Any:
+    """`a.jsonl,b.jsonl`, as command lines have it, as a tuple."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(_separated)]
+Format = Literal[
+    "auto", "helpsteer", "helpsteer2", "regression", "reference", "conversation", "messages", "sharegpt", "alpaca"
+]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """What is read, and what happens to rows that cannot be used.
+
+    Attributes:
+        train, validation: files (docs/formats.md), `hub:OWNER/NAME[:SPLIT]` or `embedded:helpsteer`; a tuple, or one
+            text with commas. Without validation sources, a part of the training prompts is held out.
+        validation_fraction: of the prompts; of the rows, where all have one prompt.
+        format: of the rows; `auto` goes by the keys.
+        schema: a preset: helpsteer (5 attributes), oasst (4) or steerlm (9).
+        attributes: (name, low, high[, meaning]) of each attribute that is rated; takes the preset's place.
+        on_bad_row: stop at the first bad row, or skip them, count them and list them in skipped.jsonl.
+        on_duplicate: what a row that stands twice is. HelpSteer has such rows by design: two samples of one model
+            can be the same text.
+        split_seed: of the hold-out; apart from `train.seed`, so that runs share their validation rows.
+    """
+
+    train: Annotated[Sources, Field(min_length=1)] = ("embedded:helpsteer",)
+    validation: Sources = ()
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    format: Format = "auto"
+    schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"
+    attributes: tuple[tuple[str | float | int, ...], ...] = ()
+    on_bad_row: Literal["error", "skip"] = "error"
+    on_duplicate: Literal["keep", "skip", "error"] = "keep"
+    split_seed: int = 0
+
+    def make_schema(self) -> Schema:
+        """The attributes that are rated, in the order of the reward head. Raises ConfigError: a bad entry."""
+        return make_schema(self.schema, self.attributes)
