@@ -8,26 +8,43 @@ HelpSteer, arXiv 2311.09528, section 3.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 
-from steerjax.errors import DataError
+import pydantic.dataclasses
+
+from steerjax.errors import ConfigError, DataError, SteerjaxError
+from steerjax.typed import STRICT, typed
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Attribute:
     """One thing that is rated.
 
     Attributes:
-        name: as it stands in data files and label strings.
+        name: as it stands in data files and label strings: letters, digits, `_`, `-` and `.`.
+        low, high: the least and greatest rating, inclusive; a whole number lies between them, as labels are whole.
         meaning: what the raters were asked.
-        low, high: the least and greatest rating, inclusive.
     """
 
     name: str
-    meaning: str
     low: float = 0.0
     high: float = 4.0
+    meaning: str = ""
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[\w.-]+", self.name):
+            raise ValueError("no name of an attribute; cure: letters, digits, _, - and .")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError("no range; cure: low less than high, both finite")
+        if not self.labels:
+            raise ValueError("no whole number lies in the range, so no label can name it; cure: rescale the ratings")
+
+    @property
+    def labels(self) -> range:
+        """The ratings that a label line can name: the whole numbers of the range."""
+        return range(math.ceil(self.low), math.floor(self.high) + 1)
 
 
 @dataclass(frozen=True)
@@ -52,26 +69,54 @@ class Schema:
 
     def to_json(self) -> list[dict]:
         """Names, ranges and meanings in order, as checkpoints and exports carry them."""
-        return [{"name": a.name, "low": a.low, "high": a.high, "meaning": a.meaning} for a in self.attributes]
+        return [asdict(attribute) for attribute in self.attributes]
 
 
-def schema_from_json(entries: Iterable[Mapping]) -> Schema:
-    """The inverse of `Schema.to_json`."""
-    return Schema(tuple(Attribute(**entry) for entry in entries))
+def schema_from_json(entries: Iterable[Mapping], where: str, error: type[SteerjaxError]) -> Schema:
+    """The inverse of `Schema.to_json`.
+
+    Raises:
+        error: an entry that is no attribute, or a name that stands twice; `where` stands before its place.
+    """
+    return _distinct(typed(tuple[Attribute, ...], tuple(entries), where, error), where, error)
+
+
+def make_schema(preset: str, attributes: Sequence[Sequence]) -> Schema:
+    """The schema of an experiment.
+
+    Args:
+        preset: a key of `SCHEMAS`; counts where `attributes` is empty.
+        attributes: of each its name, least and greatest rating, and maybe its meaning.
+
+    Raises:
+        ConfigError: names the attribute.
+    """
+    if not attributes:
+        return SCHEMAS[preset]
+    fields = ("name", "low", "high", "meaning")
+    entries = [dict(zip(fields, entry, strict=False)) for entry in attributes]
+    return schema_from_json(entries, "config.data.attributes", ConfigError)
+
+
+def _distinct(attributes: tuple[Attribute, ...], where: str, error: type[SteerjaxError]) -> Schema:
+    names = [attribute.name for attribute in attributes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise error(f"{where}: '{twice[0]}' stands twice; cure: one name an attribute")
+    return Schema(attributes)
 
 
 _HELPSTEER = (
-    Attribute("helpfulness", "overall helpfulness of the response to the prompt"),
-    Attribute("correctness", "all pertinent facts are there, and none is wrong"),
-    Attribute("coherence", "consistent and clear"),
-    Attribute("complexity", "depth of knowledge needed to write it: basic language (0) to expert (4)"),
-    Attribute("verbosity", "amount of detail, relative to what the prompt asks"),
+    Attribute("helpfulness", meaning="overall helpfulness of the response to the prompt"),
+    Attribute("correctness", meaning="all pertinent facts are there, and none is wrong"),
+    Attribute("coherence", meaning="consistent and clear"),
+    Attribute("complexity", meaning="depth of knowledge needed to write it: basic language (0) to expert (4)"),
+    Attribute("verbosity", meaning="amount of detail, relative to what the prompt asks"),
 )
 _OASST = (
-    Attribute("quality", "overall quality"),
-    Attribute("toxicity", "rude or disrespectful"),
-    Attribute("humor", "funny"),
-    Attribute("creativity", "creative"),
+    Attribute("quality", meaning="overall quality"),
+    Attribute("toxicity", meaning="rude or disrespectful"),
+    Attribute("humor", meaning="funny"),
+    Attribute("creativity", meaning="creative"),
 )
 
 HELPSTEER = Schema(_HELPSTEER)
@@ -114,14 +159,15 @@ def check_rating(value: object, attribute: Attribute) -> float:
 
 
 def round_rating(value: float, attribute: Attribute) -> int:
-    """A predicted rating as a label: clipped to the range, then rounded half to even (the reference's rule).
+    """A rating as a label: clipped to the attribute's range, then rounded half to even (the reference's rule).
 
     Raises:
         DataError: NaN. (The reference turns it into 0.)
     """
     if math.isnan(value):
         raise DataError("predicted rating is NaN", field=attribute.name, cure="check the model that predicted it")
-    return round(min(attribute.high, max(attribute.low, float(value))))
+    nearest = round(min(attribute.high, max(attribute.low, float(value))))
+    return min(attribute.labels[-1], max(attribute.labels[0], nearest))
 
 
 def format_label(ratings: Mapping[str, float], schema: Schema) -> str:

@@ -1,0 +1,96 @@
+"""Values from outside (configs, config.json, provenance, settings) as the types that declare them, errors in our form.
+
+Ranges, enumerations and types stand in the declarations (pydantic); this module only words what they refuse.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import json
+import os
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+
+from steerjax.errors import SteerjaxError
+
+T = TypeVar("T")
+
+# For `pydantic.dataclasses.dataclass`: an unknown key is an error, and a bool is no number.
+STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+
+
+@functools.cache
+def _adapter(kind: Any) -> pydantic.TypeAdapter:
+    return pydantic.TypeAdapter(kind)
+
+
+def typed(kind: type[T], value: Any, where: str, error: type[SteerjaxError]) -> T:
+    """`value` as a `kind`.
+
+    Args:
+        kind: a pydantic dataclass, or any type that pydantic knows.
+        where: what stands before the key in messages: `config`, a file's path.
+        error: what is raised.
+
+    Raises:
+        error: names the first key that is wrong, its value, what is expected and a cure.
+    """
+    try:  # by way of JSON, whose strict rules take a list for a tuple and a whole number for a float, and no more
+        return _adapter(kind).validate_json(json.dumps(value))
+    except pydantic.ValidationError as found:
+        raise error(_message(found, kind, where)) from None
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise error(f"{where} is no plain data: {problem}; cure: numbers, texts, lists and mappings") from None
+
+
+def read_json(kind: type[T], path: str | os.PathLike, error: type[SteerjaxError], cure: str) -> T:
+    """The JSON file at `path` as a `kind`.
+
+    Raises:
+        error: it cannot be read, is no JSON, or `typed` refuses it.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise error(f"'{path}' cannot be read: {problem}\n  cure: {cure}") from None
+    return typed(kind, value, str(path), error)
+
+
+def _message(found: pydantic.ValidationError, kind: Any, where: str) -> str:
+    """The first problem as `config.batch.rows is 0: ...; cure: ...`."""
+    problem = found.errors(include_url=False)[0]
+    place = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+    key = ".".join([where, *place])
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown key {key}; cure: {_near(kind, problem['loc'])}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{key} is missing"
+    said = problem["msg"].removeprefix("Value error, ")
+    said = said[0].lower() + said[1:] if said[:1].isupper() and not said[:2].isupper() else said
+    value = repr(problem["input"])
+    shown = value if len(value) <= 80 else value[:77] + "..."
+    return f"{key} is {shown}: {said}" + ("" if "cure:" in said else f"; cure: {_cure(problem)}")
+
+
+def _cure(problem: dict) -> str:
+    context = problem.get("ctx", {})
+    if "expected" in context:
+        return f"one of {context['expected']}"
+    limits = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+    wanted = [f"{words} {context[name]}" for name, words in limits.items() if name in context]
+    kind = problem["type"].removesuffix("_type").removesuffix("_parsing").replace("_", " ")
+    return " and ".join(wanted) or f"a value of type {kind}"
+
+
+def _near(kind: Any, place: tuple) -> str:
+    """The key that might have been meant, among those of the class that refused this one."""
+    for name in place[:-1]:
+        kind = typing.get_type_hints(kind).get(name) if dataclasses.is_dataclass(kind) else None
+    known = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+    close = difflib.get_close_matches(str(place[-1]), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}" if known else "remove it"
