@@ -1,8 +1,9 @@
 """Attention that computes only the blocks the mask allows, in plain JAX.
 
-For packed rows most of the score matrix is forbidden: other segments, other branches, the future. The blocks that
-hold an allowed pair are known once the batch is there; loops with that many turns visit them, forward with a running
-softmax and backward from the saved log-sum-exp (FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
+For packed trees most of the score matrix is forbidden: other trees, other branches, the future. The bounds of `until`
+in a block of keys tell whether a block is empty, full or mixed; loops visit the full ones without a mask and the mixed
+ones with it, forward with a running softmax and backward from the saved log-sum-exp (FlashAttention-2,
+arXiv 2307.08691, algorithms 1 and 2).
 """
 
 from __future__ import annotations
@@ -12,74 +13,86 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
-
-from steerjax.models.attention.mask import Layout, allowed
+from jaxtyping import Array, Float, Int
 
 NEGATIVE = -1e30  # finite: a block may hold no key for a query, and inf - inf is NaN
 
 
 class BlockPlan(NamedTuple):
-    """For each block of queries, the blocks of keys with an allowed pair. n is T / block, m is S / block.
+    """For each block of queries, the blocks of keys to visit. n is T / block, m is S / block.
 
     Attributes:
         queries: number of the block in its row.
-        keys: block numbers, ascending; the first `counts` are meant.
-        counts: how many.
+        keys: block numbers: those allowed throughout, then those allowed in part, each ascending, then the others.
+        full: how many are allowed throughout.
+        visited: how many are allowed at all.
     """
 
     queries: Int[Array, "B n"]
     keys: Int[Array, "B n m"]
-    counts: Int[Array, "B n"]
+    full: Int[Array, "B n"]
+    visited: Int[Array, "B n"]
 
 
-def block_plan(layout: Layout, block: int, start: int | Int[Array, ""] = 0, length: int | None = None) -> BlockPlan:
+def block_plan(
+    until: Int[Array, "B S"], block: int, start: int | Int[Array, ""] = 0, length: int | None = None
+) -> BlockPlan:
     """Which blocks to visit; the same for all layers of a model.
 
     Args:
         start, length: of the queries in their rows; all by default. Multiples of `block`, as S is.
     """
-    B, S = layout.segments.shape
-    queries = layout.part(start, length or S)
-    n, m = queries.segments.shape[1] // block, S // block
-    numbers = start // block + jnp.arange(n)
-    # Padding sees padding in `allowed`, so that no softmax is empty; its own diagonal block is enough for that.
-    real = allowed(queries, layout, offset=start) & (queries.segments > 0)[:, :, None]
-    active = real.reshape(B, n, block, m, block).any((2, 4)) | (numbers[:, None] == jnp.arange(m))
-    keys = jnp.argsort(~active, axis=-1, stable=True)
-    return BlockPlan(*(x.astype(jnp.int32) for x in (jnp.broadcast_to(numbers, (B, n)), keys, active.sum(-1))))
+    B, S = until.shape
+    numbers = start // block + jnp.arange((length or S) // block)
+    first = numbers[:, None] * block  # queries first to end - 1, keys from k0 on
+    end, k0 = first + block, jnp.arange(0, S, block)
+    bounds = until.reshape(B, 1, S // block, block)
+    full = (k0 + block - 1 <= first) & (bounds.min(-1) >= end)
+    empty = (k0 >= end) | (bounds.max(-1) <= first)
+    keys = jnp.argsort(jnp.where(full, 0, jnp.where(empty, 2, 1)), axis=-1, stable=True)
+    queries = jnp.broadcast_to(numbers, (B, len(numbers)))
+    return BlockPlan(*(x.astype(jnp.int32) for x in (queries, keys, full.sum(-1), (~empty).sum(-1))))
 
 
-class _Grouped(NamedTuple):
-    """One row in blocks, query heads grouped by their key-value head."""
+class _Row(NamedTuple):
+    """One row in blocks of b tokens, query heads grouped by their key-value head."""
 
     q: Float[Array, "n K Gb H"]  # G query heads times b tokens
     k: Float[Array, "m K b H"]
     v: Float[Array, "m K b H"]
-    segments: Int[Array, "m b"]
-    branches: Int[Array, "m b"]
+    until: Int[Array, "m b"]
 
 
-def _block_mask(row: _Grouped, number: Int[Array, ""], j: Int[Array, ""], groups: int) -> Bool[Array, "Gb b"]:
-    b = row.segments.shape[1]
-    queries, keys = (Layout(row.segments[x][None], row.branches[x][None]) for x in (number, j))
-    return jnp.tile(allowed(queries, keys, offset=(number - j) * b)[0], (groups, 1))
+def _scores(row: _Row, plan: BlockPlan, i, j, masked: bool) -> Float[Array, "K Gb b"]:
+    scores = jnp.einsum("KQH,KSH->KQS", row.q[i], row.k[j], preferred_element_type=jnp.float32)
+    scores *= row.q.shape[-1] ** -0.5
+    if not masked:
+        return scores
+    b = row.until.shape[1]
+    place = jnp.arange(b)
+    queries = (plan.queries[i] * b + place)[:, None]
+    mask = (j * b + place <= queries) & (queries < row.until[j])
+    return jnp.where(jnp.tile(mask, (scores.shape[1] // b, 1)), scores, NEGATIVE)
 
 
-def _scores(row: _Grouped, plan: BlockPlan, i, j, scale: float, groups: int) -> Float[Array, "K Gb b"]:
-    scores = jnp.einsum("KQH,KSH->KQS", row.q[i], row.k[j], preferred_element_type=jnp.float32) * scale
-    return jnp.where(_block_mask(row, plan.queries[i], j, groups)[None], scores, NEGATIVE)
+def _over_keys(plan: BlockPlan, i: Int[Array, ""], visit, carry):
+    """`visit(j, masked, carry)` for each block j of keys that queries of block i see."""
+
+    def loop(begin, end, masked: bool, carry):
+        return jax.lax.fori_loop(begin, end, lambda place, carry: visit(plan.keys[i, place], masked, carry), carry)
+
+    carry = loop(0, plan.full[i], False, carry)
+    return loop(plan.full[i], plan.visited[i], True, carry)
 
 
-def _forward_row(row: _Grouped, plan: BlockPlan, scale: float, groups: int):
+def _forward_row(row: _Row, plan: BlockPlan):
     """Output [n, K, Gb, H] and log-sum-exp [n, K, Gb] of one row."""
     n, K, Gb, H = row.q.shape
 
     def queries(i):
-        def visit(place, carry):
+        def visit(j, masked, carry):
             peak, total, out = carry
-            j = plan.keys[i, place]
-            scores = _scores(row, plan, i, j, scale, groups)
+            scores = _scores(row, plan, i, j, masked)
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.exp(scores - new_peak[..., None])
             shrink = jnp.exp(peak - new_peak)
@@ -89,32 +102,31 @@ def _forward_row(row: _Grouped, plan: BlockPlan, scale: float, groups: int):
             return new_peak, total, out * shrink[..., None] + values
 
         start = (jnp.full((K, Gb), NEGATIVE), jnp.zeros((K, Gb)), jnp.zeros((K, Gb, H)))
-        peak, total, out = jax.lax.fori_loop(0, plan.counts[i], visit, start)
+        peak, total, out = _over_keys(plan, i, visit, start)
         return (out / total[..., None]).astype(row.q.dtype), peak + jnp.log(total)
 
     return jax.lax.map(queries, jnp.arange(n))
 
 
-def _backward_row(row: _Grouped, plan: BlockPlan, out, logsumexp, gradient, scale: float, groups: int):
+def _backward_row(row: _Row, plan: BlockPlan, out, logsumexp, gradient):
     """Gradients of q, k, v of one row, in blocks."""
     n, K, Gb, H = row.q.shape
     overlap = jnp.einsum("nKQH,nKQH->nKQ", out, gradient, preferred_element_type=jnp.float32)
+    f32 = {"preferred_element_type": jnp.float32}
 
     def queries(carry, i):
-        def visit(place, carry):
+        def visit(j, masked, carry):
             dq, dk, dv = carry
-            j = plan.keys[i, place]
-            weights = jnp.exp(_scores(row, plan, i, j, scale, groups) - logsumexp[i][..., None])
-            dweights = jnp.einsum("KQH,KSH->KQS", gradient[i], row.v[j], preferred_element_type=jnp.float32)
-            dscores = (weights * (dweights - overlap[i][..., None]) * scale).astype(row.q.dtype)
+            weights = jnp.exp(_scores(row, plan, i, j, masked) - logsumexp[i][..., None])
+            dweights = jnp.einsum("KQH,KSH->KQS", gradient[i], row.v[j], **f32)
+            dscores = (weights * (dweights - overlap[i][..., None]) * H**-0.5).astype(row.q.dtype)
             weights = weights.astype(row.q.dtype)
-            f32 = {"preferred_element_type": jnp.float32}
             dq = dq + jnp.einsum("KQS,KSH->KQH", dscores, row.k[j], **f32)
             dk = dk.at[j].add(jnp.einsum("KQS,KQH->KSH", dscores, row.q[i], **f32))
             dv = dv.at[j].add(jnp.einsum("KQS,KQH->KSH", weights, gradient[i], **f32))
             return dq, dk, dv
 
-        dq, dk, dv = jax.lax.fori_loop(0, plan.counts[i], visit, (jnp.zeros((K, Gb, H)), *carry))
+        dq, dk, dv = _over_keys(plan, i, visit, (jnp.zeros((K, Gb, H)), *carry))
         return (dk, dv), dq
 
     zeros = jnp.zeros(row.k.shape)
@@ -134,44 +146,39 @@ def _from_blocks(x: Float[Array, "B n K Gb H"], block: int) -> Float[Array, "B T
     return x.transpose(0, 1, 4, 2, 3, 5).reshape(B, n * block, K * (Gb // block), H)
 
 
-def _rows(q, k, v, layout: Layout, block: int) -> _Grouped:
-    K = k.shape[2]
-    tokens = (x.reshape(x.shape[0], -1, block) for x in layout)
-    return _Grouped(_to_blocks(q, K, block), _to_blocks(k, K, block), _to_blocks(v, K, block), *tokens)
+def _rows(q, k, v, until, block: int) -> _Row:
+    B, S, K, _ = k.shape
+    return _Row(*(_to_blocks(x, K, block) for x in (q, k, v)), until.reshape(B, S // block, block))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def blockwise_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    layout: Layout,
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    until: Int[Array, "B S"],
     plan: BlockPlan,
     block: int,
 ) -> Float[Array, "B T N H"]:
-    """Self-attention over packed rows under the mask of `attention.allowed`; softmax in float32.
+    """Self-attention over packed rows under the mask of `mask.allowed`; softmax in float32.
 
     Args:
-        k, v, layout: of the whole rows [B, S, ...].
-        plan: of `block_plan` for the same layout, block and queries.
+        k, v, until: of the whole rows.
+        plan: of `block_plan` for the same until, block and queries.
         block: tokens; divides T and S.
     """
-    return _forward(q, k, v, layout, plan, block)[0]
+    return _forward(q, k, v, until, plan, block)[0]
 
 
-def _forward(q, k, v, layout, plan, block):
-    scale, groups = q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
-    out, logsumexp = jax.lax.map(
-        lambda x: _forward_row(*x, scale=scale, groups=groups), (_rows(q, k, v, layout, block), plan)
-    )
-    return _from_blocks(out, block), (q, k, v, layout, plan, out, logsumexp)
+def _forward(q, k, v, until, plan, block):
+    out, logsumexp = jax.lax.map(lambda x: _forward_row(*x), (_rows(q, k, v, until, block), plan))
+    return _from_blocks(out, block), (q, k, v, until, plan, out, logsumexp)
 
 
 def _backward(block, saved, gradient):
-    q, k, v, layout, plan, out, logsumexp = saved
-    K, scale, groups = k.shape[2], q.shape[-1] ** -0.5, q.shape[2] // k.shape[2]
-    arguments = (_rows(q, k, v, layout, block), plan, out, logsumexp, _to_blocks(gradient, K, block))
-    gradients = jax.lax.map(lambda x: _backward_row(*x, scale=scale, groups=groups), arguments)
+    q, k, v, until, plan, out, logsumexp = saved
+    arguments = (_rows(q, k, v, until, block), plan, out, logsumexp, _to_blocks(gradient, k.shape[2], block))
+    gradients = jax.lax.map(lambda x: _backward_row(*x), arguments)
     return *(_from_blocks(g, block).astype(q.dtype) for g in gradients), None, None
 
 

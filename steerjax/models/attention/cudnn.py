@@ -1,4 +1,4 @@
-"""Attention on NVIDIA GPUs by cuDNN's flash attention, which knows no segments and no branches.
+"""Attention on NVIDIA GPUs by cuDNN's flash attention, which knows no trees.
 
 The mask is handed over as a bias. That costs 4 bytes a (query, key) pair of a row: the bias, once for all layers, and
 its gradient, which cuDNN always writes. The future is skipped; other forbidden pairs are computed and masked.
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from steerjax.models.attention.mask import Layout, allowed
+from steerjax.models.attention.mask import allowed
 
 FORBIDDEN = -(2.0**41)  # what jax.nn writes for a mask: cuDNN mishandles the least numbers of bfloat16
 
@@ -24,11 +24,10 @@ class CudnnPlan(NamedTuple):
 
 
 def cudnn_plan(
-    layout: Layout, start: int | Int[Array, ""] = 0, length: int | None = None, dtype=jnp.bfloat16
+    until: Int[Array, "B S"], start: int | Int[Array, ""] = 0, length: int | None = None, dtype=jnp.bfloat16
 ) -> CudnnPlan:
-    """See `splash.splash_plan`. `dtype` is that of the queries."""
-    queries = layout.part(start, length or layout.segments.shape[1])
-    mask = allowed(queries, layout, offset=start)[:, None]
+    """See `mask.allowed`. `dtype` is that of the queries."""
+    mask = allowed(until, start, length)[:, None]
     return CudnnPlan(jnp.where(mask, 0.0, FORBIDDEN).astype(dtype))
 
 
@@ -39,7 +38,7 @@ def cudnn_attention(
     plan: CudnnPlan,
     implementation: str = "cudnn",
 ) -> Float[Array, "B T N H"]:
-    """Self-attention over packed rows under the mask of `attention.allowed`; bfloat16 or float16 only.
+    """Self-attention over packed rows under the mask of `mask.allowed`; bfloat16 or float16 only.
 
     Args:
         plan: of `cudnn_plan`.

@@ -1,4 +1,9 @@
-"""Attention with one meaning of the mask: causal, within a segment, and across branches only through their prompt."""
+"""The one mask, and dense attention under it.
+
+A packed row is trees laid out depth first, so that the tokens that see token j are those from j to the end of its
+subtree: one integer a token, `until[j]`, is the whole mask. Padding sees itself, so that no softmax is empty.
+(FlashMask's column form for causal masks, arXiv 2410.01359; tree training, arXiv 2511.00413.)
+"""
 
 from __future__ import annotations
 
@@ -12,33 +17,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-class Layout(NamedTuple):
-    """Where each token of a packed row belongs.
+def allowed(
+    until: Int[Array, "B S"], start: int | Int[Array, ""] = 0, length: int | None = None
+) -> Bool[Array, "B T S"]:
+    """True where a query sees a key: `j <= i < until[j]`.
 
-    Attributes:
-        segments: which prompt group, from 1; 0 is padding.
-        branches: 0 in the prompt, from 1 in the responses that share it.
+    Args:
+        until: the first place in the row where each token is no longer seen.
+        start, length: of the queries in their rows; all by default.
     """
-
-    segments: Int[Array, "B T"]
-    branches: Int[Array, "B T"]
-
-    def part(self, start: int | Int[Array, ""], length: int) -> Layout:
-        """Of so many tokens from `start` on."""
-        return Layout(*(jax.lax.dynamic_slice_in_dim(x, start, length, axis=1) for x in self))
-
-
-def allowed(queries: Layout, keys: Layout, offset: int | Int[Array, ""] = 0) -> Bool[Array, "B T S"]:
-    """True where a query may look at a key: not later in the row, same segment, and prompt or the same branch.
-
-    `offset` is the place in the row of the first query, relative to the first key. Padding sees only padding (never
-    nothing, so that no softmax is empty).
-    """
-    T, S = queries.segments.shape[1], keys.segments.shape[1]
-    causal = jnp.arange(T)[:, None] + offset >= jnp.arange(S)
-    same_segment = queries.segments[:, :, None] == keys.segments[:, None, :]
-    key_branch = keys.branches[:, None, :]
-    return causal & same_segment & ((key_branch == 0) | (key_branch == queries.branches[:, :, None]))
+    S = until.shape[1]
+    queries = start + jnp.arange(S if length is None else length)[:, None]
+    return (jnp.arange(S) <= queries) & (queries < until[:, None, :])
 
 
 def attend(
@@ -103,18 +93,18 @@ def cached_attention(
 
 def causal_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    layout: Layout,
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    until: Int[Array, "B S"],
     chunk: int = 256,
     start: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T N H"]:
-    """Self-attention over packed rows, the queries in chunks that are given only the keys before them.
+    """Attention over packed rows, the queries in chunks that are given only the keys before them.
 
     Half of the score matrix is never computed, and none of it is kept for the backward pass.
 
     Args:
-        k, v, layout: of the whole rows [B, S, ...].
+        k, v, until: of the whole rows.
         chunk: queries a chunk, in tokens.
         start: where in the row the queries start. Where it is not a plain number, the future is masked, not skipped.
     """
@@ -123,11 +113,30 @@ def causal_attention(
     for begin in range(0, T, chunk):
         end = min(begin + chunk, T)
         seen = start + end if isinstance(start, int) else S
-        before = Layout(*(x[:, :seen] for x in layout))
-        outputs.append(_attend_chunk(q[:, begin:end], k[:, :seen], v[:, :seen], before, start + begin))
+        keys = (x[:, :seen] for x in (k, v, until))
+        outputs.append(_attend_chunk(q[:, begin:end], *keys, start + begin))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
 
 
 @jax.checkpoint
-def _attend_chunk(q, k, v, layout, start):
-    return attend(q, k, v, allowed(layout.part(start, q.shape[1]), layout, offset=start))
+def _attend_chunk(q, k, v, until, start):
+    return attend(q, k, v, allowed(until, start, q.shape[1]))
+
+
+def seen_mean(hidden: Float[Array, "B T D"], until: Int[Array, "B T"], chunk: int = 256) -> Float[Array, "B T D"]:
+    """For every place the mean of the states of the places it sees, in float32.
+
+    Args:
+        chunk: places that are computed at a time; a multiple of it may pass the row's end.
+    """
+    B, T, D = hidden.shape
+    chunk = min(chunk, T)
+    hidden = hidden.astype(jnp.float32)
+
+    @jax.checkpoint  # else the masks of all chunks are kept
+    def means(start):
+        mask = allowed(until, start, chunk)
+        weights = mask / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+        return jnp.einsum("BTS,BSD->BTD", weights, hidden, precision="highest")
+
+    return jax.lax.map(means, jnp.arange(0, T, chunk)).swapaxes(0, 1).reshape(B, -1, D)[:, :T]

@@ -1,8 +1,8 @@
 """Attention on TPU by JAX's splash kernel, which is given the mask as data.
 
-The kernel's segment ids cannot say "my branch or my prompt", and they skip no block. Its dynamic mask can say anything:
-blocks of the score matrix without an allowed pair are skipped, blocks that are allowed throughout are not masked.
-It costs 2 bytes a (query, key) pair of a row, once for all layers: 32 MiB at 4096 tokens.
+The kernel's segment ids cannot say "what is above me in my tree", and they skip no block. Its dynamic mask can say
+anything: blocks without an allowed pair are skipped, blocks that are allowed throughout are not masked. It costs
+2 bytes a (query, key) pair of a row, once for all layers: 32 MiB at 4096 tokens.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.models.attention.mask import Layout, allowed
+from steerjax.models.attention.mask import allowed
 
 LANES = 128  # a row is a multiple of it
 
@@ -45,7 +44,7 @@ def splash_block(length: int) -> int:
     return next(block for block in (512, 256, LANES) if length % block == 0)
 
 
-def splash_plan(layout: Layout, start: int | Int[Array, ""] = 0, length: int | None = None) -> SplashPlan:
+def splash_plan(until: Int[Array, "B S"], start: int | Int[Array, ""] = 0, length: int | None = None) -> SplashPlan:
     """The mask of rows; the same for all layers of a model.
 
     Args:
@@ -53,13 +52,8 @@ def splash_plan(layout: Layout, start: int | Int[Array, ""] = 0, length: int | N
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
-    S = layout.segments.shape[1]
-    queries = layout.part(start, length or S)
-    T = queries.segments.shape[1]
-    block = splash_block(T)
-    # Padding sees itself, so that no softmax is empty, and nothing else, so that its blocks are skipped.
-    own = start + jnp.arange(T)[:, None] == jnp.arange(S)
-    mask = (allowed(queries, layout, offset=start) & (queries.segments > 0)[:, :, None]) | own
+    mask = allowed(until, start, length)
+    block = splash_block(mask.shape[1])
 
     def blocks(process, mask: Bool[Array, "T S"]) -> MaskBlocks:
         info, _ = process(mask[None], (block, block))
@@ -78,7 +72,7 @@ def splash_attention(
     plan: SplashPlan,
     interpret: bool = False,
 ) -> Float[Array, "B T N H"]:
-    """Self-attention over packed rows under the mask of `attention.allowed`; softmax in float32.
+    """Self-attention over packed rows under the mask of `mask.allowed`; softmax in float32.
 
     Args:
         plan: of `splash_plan`.
