@@ -55,11 +55,11 @@ def training_flops(
     """Model FLOPs of forward and backward pass.
 
     6 a token and parameter of the layers (2 forward, 4 backward), and 12 N H a layer for each (query, key) pair that
-    the mask allows: causal, and within segments, so that packing does not flatter. The embedding look-up is free.
+    the mask allows, so that packing does not flatter. The embedding look-up is free.
 
     Args:
         tokens: without padding.
-        attention_pairs: over all rows; see `data.packing.row_pairs`.
+        attention_pairs: the sum of until[j] - j over these tokens.
         head_outputs: width of the head times the share of tokens it reads, e.g. the vocabulary for a language model.
         frozen_layers: so many of the layers have no backward pass.
         cached: and no forward pass either.

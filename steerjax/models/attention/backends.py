@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from steerjax.errors import ConfigError
 from steerjax.models.attention.blockwise import BlockPlan, block_plan, blockwise_attention
-from steerjax.models.attention.cudnn import CudnnPlan, cudnn_attention, cudnn_plan
+from steerjax.models.attention.cudnn import cudnn_attention, cudnn_bias
 from steerjax.models.attention.mask import causal_attention
 from steerjax.models.attention.splash import LANES, SplashPlan, splash_attention, splash_plan
 from steerjax.parallel.rules import RULES, mesh_ways, partition_spec
@@ -24,6 +24,7 @@ from steerjax.parallel.rules import RULES, mesh_ways, partition_spec
 SPLASH_LARGEST = 16384**2  # pairs of a row; at 2 bytes each, 512 MiB
 (CONTEXT,) = RULES["length"]
 _ROWS, _HEADS = ("batch", "length"), ("batch", "length", "activation_heads")
+_MASK = {"chunked": (), "blockwise": _ROWS, "splash": ("batch", None, "length"), "cudnn": ("batch", None, "length")}
 
 
 @struct.dataclass
@@ -32,12 +33,14 @@ class Plan:
 
     Attributes:
         until: see `mask.allowed`.
-        mask: in the form of the back end, which it tells; None is `chunked`.
+        mask: in the form of the back end (cuDNN: a bias); `chunked` needs none.
+        name: the back end.
         chunk: queries a chunk (chunked) or block (blockwise), in tokens.
     """
 
     until: Int[Array, "B T"]
-    mask: BlockPlan | SplashPlan | CudnnPlan | None
+    mask: BlockPlan | SplashPlan | Float[Array, "B 1 T S"] | None
+    name: str = struct.field(pytree_node=False)
     chunk: int = struct.field(pytree_node=False)
 
 
@@ -52,16 +55,18 @@ def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype) -> Plan:
     part = until.shape[1] // _context_size()
     block = {"chunked": 1, "blockwise": chunk, "splash": LANES, "cudnn": 2}[name]
     if name == "chunked" or part % block or not _divides(until.shape, _ROWS):
-        return Plan(until, None, chunk)
+        return Plan(until, None, "chunked", chunk)
 
     def local(until):
-        queries = (_start(part), part)
-        if name == "blockwise":
-            return block_plan(until, chunk, *queries)
-        return splash_plan(until, *queries) if name == "splash" else cudnn_plan(until, *queries, dtype)
+        match name:
+            case "blockwise":
+                return block_plan(until, chunk, _start(part), part)
+            case "splash":
+                return splash_plan(until, _start(part), part)
+            case "cudnn":
+                return cudnn_bias(until, _start(part), part, dtype)
 
-    axes = _ROWS if name == "blockwise" else ("batch", None, "length")
-    return Plan(until, _on_mesh(local, (("batch",),), axes)(until), chunk)
+    return Plan(until, _on_mesh(local, (("batch",),), _MASK[name])(until), name, chunk)
 
 
 def self_attention(
@@ -70,27 +75,25 @@ def self_attention(
     """Attention over packed rows on the mesh that is set: each device for its own rows, heads and queries.
 
     Token i sees token j exactly if `j <= i < until[j]`. Softmax in float32, N / K query heads to a key-value head.
-
-    Args:
-        plan: of `make_plan`.
     """
 
     def local(q, k, v, until, mask):
         if _context_size() > 1:
             k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
-        match mask:
-            case BlockPlan():
+        match plan.name:
+            case "chunked":
+                return causal_attention(q, k, v, until, plan.chunk, _start(q.shape[1]))
+            case "blockwise":
                 return blockwise_attention(q, k, v, until, mask, plan.chunk)
-            case SplashPlan():
+            case "splash":
                 return splash_attention(q, k, v, mask)
-            case CudnnPlan():
+            case "cudnn":
                 return cudnn_attention(q, k, v, mask)
-        return causal_attention(q, k, v, until, plan.chunk, _start(q.shape[1]))
 
-    if plan.mask is None and (_context_size() == 1 or not _divides(q.shape, _HEADS)):
+    if plan.name == "chunked" and (_context_size() == 1 or not _divides(q.shape, _HEADS)):
         return causal_attention(q, k, v, plan.until, plan.chunk)  # XLA cuts rows and heads as well
-    axes = _ROWS if isinstance(plan.mask, BlockPlan) else ("batch", None, "length")
-    return _on_mesh(local, (_HEADS, _HEADS, _HEADS, ("batch",), axes), _HEADS)(q, k, v, plan.until, plan.mask)
+    inputs = (_HEADS, _HEADS, _HEADS, ("batch",), _MASK[plan.name])
+    return _on_mesh(local, inputs, _HEADS)(q, k, v, plan.until, plan.mask)
 
 
 def _on_mesh(function, inputs: tuple[tuple, ...], output: tuple):
@@ -136,8 +139,7 @@ def choose_backend(name: str, platform: str, dtype, head_dim: int, length: int, 
         name: `config.compute.attention`.
         platform: `cpu`, `tpu`; any other is a GPU.
         dtype: of the computation.
-        length: of a row, in tokens.
-        chunk: `config.compute.attention_chunk`.
+        length, chunk: of a row, and `config.compute.attention_chunk`, in tokens.
         context: devices along the context axis; -1 where it is not known yet.
 
     Raises:

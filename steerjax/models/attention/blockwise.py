@@ -37,11 +37,7 @@ class BlockPlan(NamedTuple):
 def block_plan(
     until: Int[Array, "B S"], block: int, start: int | Int[Array, ""] = 0, length: int | None = None
 ) -> BlockPlan:
-    """Which blocks to visit; the same for all layers of a model.
-
-    Args:
-        start, length: of the queries in their rows; all by default. Multiples of `block`, as S is.
-    """
+    """Arguments of `mask.allowed`, all multiples of `block`."""
     B, S = until.shape
     numbers = start // block + jnp.arange((length or S) // block)
     first = numbers[:, None] * block  # queries first to end - 1, keys from k0 on

@@ -32,27 +32,20 @@ def allowed(
 
 
 def attend(
-    q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"], mask: Bool[Array, "B T S"]
-) -> Float[Array, "B T N H"]:
-    """Softmax attention over the keys that `mask` allows, N/K query heads to a key-value head; softmax in float32."""
-    return attend_parts(q, ((k, v),), mask)
-
-
-def attend_parts(
     q: Float[Array, "B T N H"], parts: Sequence[tuple[Array, Array]], mask: Bool[Array, "B T S"]
 ) -> Float[Array, "B T N H"]:
-    """`attend` over keys and values in several arrays, so that a cache is never copied to put new keys after it.
+    """Softmax attention over the keys that `mask` allows, N/K query heads to a key-value head; softmax in float32.
 
     Args:
-        parts: (keys, values) [B, S_i, K, H] each.
+        parts: (keys, values) [B, S_i, K, H]; several, so that a cache is not copied to put new keys after it.
         mask: over all keys in the order of the parts; S is the sum of the S_i.
     """
     B, T, N, H = q.shape
     K = parts[0][0].shape[2]
     grouped = q.reshape(B, T, K, N // K, H)
     scores = [jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) for k, _ in parts]
-    scores = scores[0] if len(parts) == 1 else jnp.concatenate(scores, axis=-1)
-    scores = jnp.where(mask[:, None, None], scores * H**-0.5, jnp.finfo(jnp.float32).min)
+    scores = jnp.concatenate(scores, axis=-1) * H**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     ends = itertools.accumulate(k.shape[1] for k, _ in parts)
     out = [
@@ -86,9 +79,9 @@ def cached_attention(
     outputs = []
     for start in range(0, T, chunk):
         end = min(start + chunk, T)
-        parts = ((k[:, :end], v[:, :end]),) if S == 0 else (cache, (k[:, :end], v[:, :end]))
-        outputs.append(attend_parts(q[:, start:end], parts, mask[:, start:end, : S + end]))
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+        new = (k[:, :end], v[:, :end])
+        outputs.append(attend(q[:, start:end], (cache, new) if S else (new,), mask[:, start:end, : S + end]))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def causal_attention(
@@ -115,19 +108,19 @@ def causal_attention(
         seen = start + end if isinstance(start, int) else S
         keys = (x[:, :seen] for x in (k, v, until))
         outputs.append(_attend_chunk(q[:, begin:end], *keys, start + begin))
-    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)
+    return jnp.concatenate(outputs, axis=1)
 
 
 @jax.checkpoint
 def _attend_chunk(q, k, v, until, start):
-    return attend(q, k, v, allowed(until, start, q.shape[1]))
+    return attend(q, ((k, v),), allowed(until, start, q.shape[1]))
 
 
 def seen_mean(hidden: Float[Array, "B T D"], until: Int[Array, "B T"], chunk: int = 256) -> Float[Array, "B T D"]:
     """For every place the mean of the states of the places it sees, in float32.
 
     Args:
-        chunk: places that are computed at a time; a multiple of it may pass the row's end.
+        chunk: places that are computed at a time.
     """
     B, T, D = hidden.shape
     chunk = min(chunk, T)
@@ -135,7 +128,7 @@ def seen_mean(hidden: Float[Array, "B T D"], until: Int[Array, "B T"], chunk: in
 
     @jax.checkpoint  # else the masks of all chunks are kept
     def means(start):
-        mask = allowed(until, start, chunk)
+        mask = allowed(until, start, chunk)  # of the last chunk some places may lie past the row and see nothing
         weights = mask / jnp.maximum(mask.sum(-1, keepdims=True), 1)
         return jnp.einsum("BTS,BSD->BTD", weights, hidden, precision="highest")
 

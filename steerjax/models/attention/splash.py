@@ -7,6 +7,7 @@ anything: blocks without an allowed pair are skipped, blocks that are allowed th
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -39,30 +40,19 @@ class SplashPlan(NamedTuple):
     backward: MaskBlocks
 
 
-def splash_block(length: int) -> int:
-    """Tokens a block: the largest of 512, 256 and 128 that divides the length."""
-    return next(block for block in (512, 256, LANES) if length % block == 0)
-
-
 def splash_plan(until: Int[Array, "B S"], start: int | Int[Array, ""] = 0, length: int | None = None) -> SplashPlan:
-    """The mask of rows; the same for all layers of a model.
-
-    Args:
-        start, length: of the queries in their rows; all by default. Multiples of LANES, as S is.
-    """
+    """Arguments of `mask.allowed`, all multiples of LANES."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
     mask = allowed(until, start, length)
-    block = splash_block(mask.shape[1])
+    block = next(block for block in (512, 256, LANES) if mask.shape[1] % block == 0)
 
     def blocks(process, mask: Bool[Array, "T S"]) -> MaskBlocks:
         info, _ = process(mask[None], (block, block))
         return MaskBlocks(info.data_next, info.mask_next, info.block_mask, info.partial_mask_blocks)
 
-    return SplashPlan(
-        jax.vmap(lambda mask: blocks(mask_info.process_dynamic_mask, mask))(mask),
-        jax.vmap(lambda mask: blocks(mask_info.process_dynamic_mask_dkv, mask))(mask),
-    )
+    processes = (mask_info.process_dynamic_mask, mask_info.process_dynamic_mask_dkv)
+    return SplashPlan(*(jax.vmap(functools.partial(blocks, process))(mask) for process in processes))
 
 
 def splash_attention(
