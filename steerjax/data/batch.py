@@ -1,77 +1,149 @@
-"""The batch at step s as a pure function of (data, seed, s)."""
+"""The batch at step s as a pure function of (data, seed, s), and how it gets to the devices."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+import pydantic.dataclasses
+from pydantic import Field
 
-from steerjax.data.packing import PromptGroup, Row, epoch_rows
+from steerjax.data.packing import Layout, Row, epoch_rows, lay_out
+from steerjax.data.trees import Tree
+from steerjax.typed import STRICT
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class BatchConfig:
+    """Packed rows.
+
+    Attributes:
+        rows: a step, over all devices.
+        row_length: tokens a row.
+        micro_batches: parts a step is computed in, one after the other; the result is the same, the memory less.
+        evaluation_rows: a step of evaluation; 0 is rows / micro_batches.
+    """
+
+    rows: Annotated[int, Field(ge=1)] = 8
+    row_length: Annotated[int, Field(ge=1)] = 2048
+    micro_batches: Annotated[int, Field(ge=1)] = 1
+    evaluation_rows: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self):
+        if self.rows % self.micro_batches:
+            raise ValueError(f"rows {self.rows} in {self.micro_batches} micro_batches; cure: a divisor of rows")
 
 
 class Batch(NamedTuple):
-    """Packed rows as arrays: B rows, T tokens, R responses a row, A attributes. A padding row has no segments.
+    """Packed rows as arrays: B rows, T tokens; a step's have [M, B/M] in front in place of B.
 
     Attributes:
         tokens: int32 [B, T], 0 in the padding.
-        positions: int32 [B, T], 0, 1, ... in a prompt; each response goes on from where it leaves its prompt.
-        segments: int32 [B, T], which prompt group, from 1; 0 is padding.
-        branches: int32 [B, T], 0 in a prompt, from 1 in its responses.
-        ends: int32 [B, R], place of each response's last token.
-        examples: int32 [B, R], number of the example; -1 where there is no response.
-        ratings: float32 [B, R, A].
-        mask: bool [B, R, A], where a rating is present.
+        positions: int32 [B, T], of each token in its own text, from 0.
+        until: int32 [B, T], the first place in the row where a token is no longer seen.
+        targets: of each objective what it has put there (`Objective.arrays`), by its name.
+        states: float32 [B, T, D], outputs of the frozen layers where they are kept, else None.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
-    segments: np.ndarray
-    branches: np.ndarray
-    ends: np.ndarray
-    examples: np.ndarray
-    ratings: np.ndarray
-    mask: np.ndarray
+    until: np.ndarray
+    targets: Mapping[str, Mapping[str, np.ndarray]]
+    states: np.ndarray | None = None
 
 
-def row_arrays(groups: Sequence[PromptGroup], row: Row, row_length: int, responses_per_row: int) -> Batch:
-    """One row of a batch, without the leading B."""
-    attributes = len(groups[0].branches[0].ratings)
-    T, R = row_length, responses_per_row
-    out = Batch(
-        *(np.zeros(T, np.int32) for _ in range(4)),
-        ends=np.zeros(R, np.int32),
-        examples=np.full(R, -1, np.int32),
-        ratings=np.zeros((R, attributes), np.float32),
-        mask=np.zeros((R, attributes), bool),
-    )
-    place, response = 0, 0
+@dataclass(frozen=True, eq=False)
+class RowBuilder:
+    """Rows of trees as arrays.
 
-    def write(tokens: np.ndarray, position: int, segment: int, branch: int) -> int:
-        span = slice(place, place + len(tokens))
-        out.tokens[span] = tokens
-        out.positions[span] = np.arange(position, position + len(tokens))
-        out.segments[span] = segment
-        out.branches[span] = branch
-        return span.stop
+    Attributes:
+        arrays: of each objective: a row's layout -> its arrays.
+        states: (tree, node) -> float32 [size, D], where the frozen layers' outputs are kept.
+    """
 
-    for number, segment in enumerate(row, start=1):
-        group, seen = groups[segment.group], 0
-        for b, index in enumerate(segment.branches, start=1):
-            branch = group.branches[index]
-            place = write(group.prompt[seen : branch.at], seen, number, 0)
-            place = write(branch.tokens, branch.at, number, b)
-            seen = branch.at
-            out.ends[response] = place - 1
-            out.examples[response] = branch.example
-            out.ratings[response] = branch.ratings
-            out.mask[response] = branch.mask
-            response += 1
-        place = write(group.prompt[seen:], seen, number, 0)
-    return out
+    trees: Sequence[Tree]
+    row_length: int
+    arrays: Mapping[str, Callable[[Layout], Mapping[str, np.ndarray]]]
+    states: Callable[[int, int], np.ndarray] | None = None
+    width: int = 0  # D of the states
+
+    def layout(self, row: Row) -> Layout:
+        return lay_out(self.trees, row, self.row_length, tuple(self.arrays))
+
+    def __call__(self, row: Row) -> Batch:
+        """The arrays of one row, without B; of an empty row, padding."""
+        layout = self.layout(row)
+        states = None
+        if self.states is not None:
+            states = np.zeros((self.row_length, self.width), np.float32)
+            for tree, node, place in layout.nodes:
+                piece = self.states(tree, node)
+                states[place : place + len(piece)] = piece
+        targets = {name: arrays(layout) for name, arrays in self.arrays.items()}
+        return Batch(layout.tokens, layout.positions, layout.until, targets, states)
+
+
+@dataclass(frozen=True, eq=False)
+class Feeder:
+    """Puts packed rows on the mesh. Each process builds only the rows that its devices hold.
+
+    Attributes:
+        build: a row -> its arrays.
+        spec: logical axes -> the sharding of an array that has them (`parallel.rules`).
+        micro_batches: M.
+    """
+
+    build: RowBuilder
+    spec: Callable[[tuple[str | None, ...]], object]
+    micro_batches: int = 1
+
+    @functools.cached_property
+    def _empty(self) -> Batch:
+        return self.build(())
+
+    @functools.cached_property
+    def shardings(self) -> Batch:
+        """How the arrays of a batch [M, B/M, ...] lie on the mesh: what has T entries a row is cut along them too."""
+        import jax
+
+        def one(array: np.ndarray):
+            along = ("length",) if array.shape[:1] == (self.build.row_length,) else (None,) * min(1, array.ndim)
+            return self.spec((None, "batch", *along, *(None,) * (array.ndim - 1)))
+
+        return jax.tree.map(one, self._empty)
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """Rows -> a batch of sharded arrays [M, B/M, ...]."""
+        import jax
+
+        M, B = self.micro_batches, len(rows)
+        built = functools.cache(lambda row: jax.tree.leaves(self.build(rows[row])))
+
+        def array(number: int, empty: np.ndarray, sharding):
+            def shard(index):
+                numbers = np.arange(B).reshape(M, B // M)[index[:2]]
+                parts = [built(int(row))[number][index[2:]] for row in numbers.flat]
+                return np.stack(parts).reshape(*numbers.shape, *parts[0].shape)
+
+            return jax.make_array_from_callback((M, B // M, *empty.shape), sharding, shard)
+
+        leaves, structure = jax.tree.flatten(self._empty)
+        shardings = jax.tree.leaves(self.shardings)
+        arrays = [array(i, *pair) for i, pair in enumerate(zip(leaves, shardings, strict=True))]
+        return jax.tree.unflatten(structure, arrays)
+
+    def abstract(self, rows: int) -> Batch:
+        """Shapes, dtypes and shardings of a batch of so many rows."""
+        import jax
+
+        shape = (self.micro_batches, rows // self.micro_batches)
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct((*shape, *x.shape), x.dtype, sharding=s), self._empty, self.shardings
+        )
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: a plan is hashed by identity, arrays have no hash
@@ -85,16 +157,15 @@ class BatchPlan:
         rows: a step.
     """
 
-    groups: tuple[PromptGroup, ...]
+    trees: tuple[Tree, ...]
     rows: int
     row_length: int
-    responses_per_row: int
     seed: int
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a plan lives as long as its run
     def epoch(self, epoch: int) -> list[Row]:
         """The rows of an epoch, in order."""
-        return epoch_rows(self.groups, self.row_length, self.responses_per_row, self.seed, epoch)
+        return epoch_rows(self.trees, self.row_length, self.seed, epoch)
 
     @functools.cache  # noqa: B019
     def epoch_start(self, epoch: int) -> int:

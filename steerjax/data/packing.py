@@ -1,9 +1,9 @@
-"""Prompt groups -> packed rows, a prompt written once for all its responses.
+"""Trees -> packed rows, drawn anew each epoch; and what a row's tokens see.
 
-A *segment* is a prompt with some of its responses (*branches*); a row holds segments one after the other. A branch
-stands after the part of the prompt that it sees: of a conversation with several rated turns, the prompt of the last
-turn holds all earlier turns, and their branches hold only what differs from it, often nothing. The packing plan of an
-epoch is a pure function of (lengths, row length, seed, epoch).
+A row is a sequence of trees, each laid out depth first, so that all that a token is seen by stands right behind it:
+`until[j]` is the first place in the row where token j is no longer seen. A tree too large for a row is cut between
+units, and the path from the root is written again. The plan of an epoch is a pure function of (trees, row length, seed,
+epoch).
 """
 
 from __future__ import annotations
@@ -11,182 +11,227 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from steerjax.data.trees import Example, Tree
 from steerjax.errors import DataError
 
+_OPEN = 16  # rows that a large tree's units are offered to
 
-@dataclass(frozen=True)
-class Branch:
-    """One response whose reward is read at its last token.
+
+class Part(NamedTuple):
+    """What of a tree stands together in a row.
 
     Attributes:
-        tokens: int32 [T], what follows the prompt's first `at` tokens; without any, the reward is read in the prompt.
-        ratings: float32 [A], 0 where missing.
-        mask: bool [A], where a rating is present.
-        example: number of the example in its split, from 0.
-        at: how many tokens of the prompt it sees.
+        tree: number of the tree.
+        examples: numbers of its examples, in the order in which their branches are written.
+        length: tokens.
+        pairs: (query, key) pairs that the mask allows; what attention costs.
     """
 
-    tokens: np.ndarray
-    ratings: np.ndarray
-    mask: np.ndarray
-    example: int
-    at: int
+    tree: int
+    examples: tuple[int, ...]
+    length: int
+    pairs: int
 
 
-@dataclass(frozen=True)
-class PromptGroup:
-    """A prompt (int32 [P]) and the responses that share it, in the order of `at`, those without tokens first."""
-
-    prompt: np.ndarray
-    branches: tuple[Branch, ...]
+Row = tuple[Part, ...]
 
 
-@dataclass(frozen=True)
-class Segment:
-    """What of a group stands together in a row: indices into the groups and into the group's branches."""
-
-    group: int
-    branches: tuple[int, ...]
-    length: int  # tokens
-
-
-Row = tuple[Segment, ...]
-
-
-def check_fits(prompt_tokens: int, response_tokens: int, row_length: int) -> None:
+def check_fits(tokens: int, row_length: int) -> None:
     """Raises DataError when an example is too long for a row of its own. Nothing is ever cut."""
-    if prompt_tokens + response_tokens > row_length:
+    if tokens > row_length:
         raise DataError(
-            f"{prompt_tokens} prompt and {response_tokens} response tokens do not fit a row of {row_length}",
+            f"{tokens} tokens do not fit a row of {row_length}",
             cure="raise config.batch.row_length, or set config.data.on_bad_row='skip' to leave such rows out",
         )
 
 
-def share_prompts(
-    prompts: Sequence[np.ndarray],
-    responses: Sequence[np.ndarray],
-    ratings: np.ndarray,
-    mask: np.ndarray,
-    row_length: int,
-) -> tuple[PromptGroup, ...]:
-    """Groups examples so that what their tokens have in common is written once.
+def parts_of(number: int, tree: Tree, row_length: int, random: np.random.Generator | None) -> list[Part]:
+    """The tree in as few parts as fit a row each; its units in random order, or as they are.
 
-    Examples with the same prompt share it; one whose prompt is the beginning of a longer prompt becomes a branch of
-    that, if both fit a row. Exact for a causal model, whatever the tokens.
-
-    Args:
-        prompts, responses: int32 tokens of each of the E examples.
-        ratings, mask: [E, A].
+    Raises:
+        DataError: a unit that no row can hold.
     """
-    members: dict[bytes, list[int]] = {}
-    for example, prompt in enumerate(prompts):
-        members.setdefault(prompt.astype(np.int32).tobytes(), []).append(example)
-    ordered = sorted(members)  # a prompt stands right before those that begin with it
-    trunks = list(ordered)
-    for i in range(len(ordered) - 2, -1, -1):
-        if ordered[i + 1].startswith(ordered[i]):
-            trunks[i] = trunks[i + 1]
-    trunk_of = dict(zip(ordered, trunks, strict=True))
-    branches: dict[bytes, list[Branch]] = {}
-    for own, examples in members.items():
-        for e in examples:
-            key, at, tokens = own, len(prompts[e]), responses[e]
-            if trunk_of[own] != own:
-                trunk = np.frombuffer(trunk_of[own], np.int32)
-                shared = _common_prefix(np.concatenate([prompts[e], responses[e]]), trunk)
-                own_tokens = responses[e][shared - len(prompts[e]) :]
-                if len(trunk) + len(own_tokens) <= row_length:
-                    key, at, tokens = trunk_of[own], shared, own_tokens
-            branches.setdefault(key, []).append(Branch(tokens, ratings[e], mask[e], e, at))
-    return tuple(
-        PromptGroup(np.frombuffer(key, np.int32), tuple(sorted(group, key=lambda b: (b.at, len(b.tokens) > 0))))
-        for key, group in branches.items()
-    )
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    size = min(len(a), len(b))
-    differ = np.flatnonzero(a[:size] != b[:size])
-    return int(differ[0]) if len(differ) else size
-
-
-def split_group(index: int, group: PromptGroup, row_length: int, most: int) -> list[Segment]:
-    """Cuts a group into as few segments as first-fit-decreasing finds; each writes the prompt again."""
-    room = row_length - len(group.prompt)
-    lengths = [len(branch.tokens) for branch in group.branches]
-    bins: list[tuple[int, list[int]]] = []  # (tokens, branches)
-    for branch in sorted(range(len(lengths)), key=lambda b: (-lengths[b], b)):
-        for i, (used, members) in enumerate(bins):
-            if used + lengths[branch] <= room and len(members) < most:
-                bins[i] = (used + lengths[branch], [*members, branch])
+    order = range(len(tree.units)) if random is None else random.permutation(len(tree.units)).tolist()
+    units = [tree.units[i] for i in order]
+    if tree.length <= row_length:
+        examples = tuple(e for unit in units for e in unit)
+        return [_part(number, tree, examples, range(len(tree.pieces)))]
+    sizes = [len(piece) for piece in tree.pieces]
+    done: list[tuple[list[int], set[int]]] = []
+    filling: list[tuple[int, list[int], set[int]]] = []  # (tokens, examples, nodes)
+    for unit in units:
+        nodes = {node for e in unit for node in tree.paths[e]}
+        for i, (used, examples, known) in enumerate(filling):
+            more = sum(sizes[node] for node in nodes - known)
+            if used + more <= row_length:
+                filling[i] = (used + more, [*examples, *unit], known | nodes)
                 break
         else:
-            bins.append((lengths[branch], [branch]))
-    return [Segment(index, tuple(sorted(members)), len(group.prompt) + used) for used, members in bins]
+            length = sum(sizes[node] for node in nodes)
+            check_fits(length, row_length)
+            filling.append((length, list(unit), nodes))
+            if len(filling) > _OPEN:
+                done.append(filling.pop(max(range(len(filling)), key=lambda i: filling[i][0]))[1:])
+    done += [entry[1:] for entry in filling]
+    return [_part(number, tree, tuple(examples), nodes) for examples, nodes in done]
 
 
-def pack(groups: Sequence[PromptGroup], row_length: int, responses_per_row: int, order: Sequence[int]) -> list[Row]:
-    """Best-fit-decreasing: the longest segment first, each into the fullest row that still has room.
+def _part(number: int, tree: Tree, examples: tuple[int, ...], nodes) -> Part:
+    depths: dict[int, int] = {-1: 0}  # tokens through the end of a node
+    length = pairs = 0
+    for node in sorted(nodes):
+        before, size = depths[tree.parents[node]], len(tree.pieces[node])
+        depths[node] = before + size
+        length += size
+        pairs += size * before + size * (size + 1) // 2
+    return Part(number, examples, length, pairs)
 
-    Args:
-        row_length: tokens.
-        responses_per_row: most branches in a row.
-        order: of the groups; decides among segments of one length.
+
+def fill(parts: Sequence[Part], row_length: int, random: np.random.Generator | None = None) -> list[Row]:
+    """Parts in few rows: best fit, the longer first, each into the fullest row that still has room.
+
+    With `random` a part counts as half to all of its length when the longer is looked for, so that other parts meet in
+    other epochs, and a row's parts are shuffled.
     """
-    segments = [s for i in order for s in split_group(i, groups[i], row_length, responses_per_row)]
-    return pack_segments(segments, row_length, responses_per_row)
-
-
-def pack_segments(segments: Sequence[Segment], row_length: int, responses_per_row: int) -> list[Row]:
-    """`pack` of segments; their order decides among those of one length."""
-    rows: list[tuple[list[Segment], int]] = []  # (segments, branches)
+    keys = -np.array([part.length for part in parts], np.float64)
+    if random is not None:
+        keys *= random.uniform(0.5, 1.0, len(parts))
+    rows: list[list[Part]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for segment in sorted(segments, key=lambda s: -s.length):
-        place = bisect.bisect_left(room, (segment.length, -1))
-        while place < len(room) and rows[room[place][1]][1] + len(segment.branches) > responses_per_row:
-            place += 1
+    for i in np.argsort(keys, kind="stable"):
+        part = parts[i]
+        place = bisect.bisect_left(room, (part.length, -1))
         if place < len(room):
             left, row = room.pop(place)
         else:
             left, row = row_length, len(rows)
-            rows.append(([], 0))
-        members, branches = rows[row]
-        rows[row] = ([*members, segment], branches + len(segment.branches))
-        bisect.insort(room, (left - segment.length, row))
-    return [tuple(members) for members, _ in rows]
+            rows.append([])
+        rows[row].append(part)
+        bisect.insort(room, (left - part.length, row))
+    if random is not None:
+        rows = [[row[i] for i in random.permutation(len(row))] for row in rows]
+    return [tuple(row) for row in rows]
 
 
-def epoch_rows(
-    groups: Sequence[PromptGroup], row_length: int, responses_per_row: int, seed: int, epoch: int
-) -> list[Row]:
-    """The rows of an epoch in the order in which they are trained: a pure function of (data, seed, epoch)."""
+def pack(trees: Sequence[Tree], row_length: int, random: np.random.Generator | None = None) -> list[Row]:
+    """Every example of the trees once, in rows of at most `row_length` tokens.
+
+    Raises:
+        DataError: a unit that no row can hold.
+    """
+    parts = [part for number, tree in enumerate(trees) for part in parts_of(number, tree, row_length, random)]
+    return fill(parts, row_length, random)
+
+
+def epoch_rows(trees: Sequence[Tree], row_length: int, seed: int, epoch: int) -> list[Row]:
+    """The rows of an epoch in the order in which they are trained."""
     random = np.random.default_rng((seed, epoch))
-    rows = pack(groups, row_length, responses_per_row, random.permutation(len(groups)).tolist())
+    rows = pack(trees, row_length, random)
     return [rows[i] for i in random.permutation(len(rows))]
 
 
-def unpacked_rows(groups: Sequence[PromptGroup]) -> list[Row]:
-    """One row for each response, in order: what packing must equal."""
+def unshared_rows(trees: Sequence[Tree]) -> list[Row]:
+    """One row for each example, in order: what packing must equal."""
     return [
-        (Segment(g, (b,), len(group.prompt) + len(branch.tokens)),)
-        for g, group in enumerate(groups)
-        for b, branch in enumerate(group.branches)
+        (_part(number, tree, (e,), path),) for number, tree in enumerate(trees) for e, path in enumerate(tree.paths)
     ]
+
+
+class Layout(NamedTuple):
+    """A row as arrays of T tokens.
+
+    Attributes:
+        tokens: int32 [T], 0 in the padding.
+        positions: int32 [T], of each token in its own text, from 0.
+        until: int32 [T]; a token of the padding sees itself.
+        targets: by objective, int32 [T], -1 where nothing is learnt.
+        weights: by objective, float32 [T].
+        ends: each example and the place of its last token.
+        nodes: (tree, node, place) of each piece that is written.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    until: np.ndarray
+    targets: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray]
+    ends: list[tuple[Example, int]]
+    nodes: list[tuple[int, int, int]]
+
+
+def lay_out(trees: Sequence[Tree], row: Row, row_length: int, objectives: Sequence[str]) -> Layout:
+    """Writes a row's trees depth first."""
+    zeros = np.zeros(row_length, np.int32)
+    out = Layout(
+        zeros, zeros.copy(), np.arange(1, row_length + 1, dtype=np.int32),
+        {name: np.full(row_length, -1, np.int32) for name in objectives}, {name: np.zeros(row_length, np.float32) for name in objectives},
+        [], [],
+    )  # fmt: skip
+    start = 0
+    for part in row:
+        tree = trees[part.tree]
+        places = _write(tree, part, start, out)
+        for e in part.examples:
+            _learn(tree.examples[e], [(places[node], len(tree.pieces[node])) for node in tree.paths[e]], out)
+        out.nodes.extend((part.tree, node, place) for node, place in places.items())
+        start += part.length
+    return out
+
+
+def _write(tree: Tree, part: Part, start: int, out: Layout) -> dict[int, int]:
+    """Tokens, positions and until of a part from `start` on; where each of its nodes begins."""
+    children: dict[int, dict[int, None]] = {}  # of each node, those that are wanted, in the order of the examples
+    for e in part.examples:
+        for node in tree.paths[e]:
+            children.setdefault(tree.parents[node], {})[node] = None
+    places: dict[int, int] = {}
+    stack = [(node, 0) for node in reversed(children[-1])]
+    order: list[int] = []
+    while stack:
+        node, depth = stack.pop()
+        size = len(tree.pieces[node])
+        span = slice(start, start + size)
+        out.tokens[span] = tree.pieces[node]
+        out.positions[span] = np.arange(depth, depth + size)
+        places[node] = start
+        order.append(node)
+        start += size
+        stack += [(child, depth + size) for child in reversed(children.get(node, {}))]
+    ends = dict.fromkeys(order, 0)
+    for node in reversed(order):  # children stand behind their parents
+        end = max([places[node] + len(tree.pieces[node]), *(ends[child] for child in children.get(node, {}))])
+        ends[node] = end
+        out.until[places[node] : places[node] + len(tree.pieces[node])] = end
+    return places
+
+
+def _learn(example: Example, path: list[tuple[int, int]], out: Layout) -> None:
+    """Targets and weights of an example whose nodes lie at these (place, size)."""
+    start = 0
+    for place, size in path:
+        if (part := example.between(start, start + size)).start < part.stop:
+            where = example.places[part] + (place - start)
+            out.targets[example.objective][where] = example.targets[part]
+            out.weights[example.objective][where] += example.weights[part]
+        start += size
+    place, size = path[-1]
+    out.ends.append((example, place + size - 1))
 
 
 @dataclass(frozen=True)
 class PackingStatistics:
-    """Counts over the rows of an epoch. `unshared_tokens`: with the prompt written before every response."""
+    """Counts over the rows of an epoch. `unshared_tokens`: with every example written whole."""
 
     rows: int
     row_length: int
+    examples: int
     tokens: int
     unshared_tokens: int
-    examples: int
-    attention_pairs: int  # (query, key) pairs that the mask allows
+    pairs: int
 
     @property
     def fill(self) -> float:
@@ -194,31 +239,18 @@ class PackingStatistics:
 
     @property
     def saving(self) -> float:
-        """How many times fewer tokens than with every prompt written before every response."""
+        """How many times fewer tokens than with every example written whole."""
         return self.unshared_tokens / self.tokens
 
 
-def row_pairs(groups: Sequence[PromptGroup], row: Row) -> int:
-    """(query, key) pairs that the mask allows in a row; what attention costs."""
-    pairs = 0
-    for segment in row:
-        prompt = len(groups[segment.group].prompt)
-        pairs += prompt * (prompt + 1) // 2
-        for b in segment.branches:
-            branch = groups[segment.group].branches[b]
-            response = len(branch.tokens)
-            pairs += response * branch.at + response * (response + 1) // 2
-    return pairs
-
-
-def packing_statistics(groups: Sequence[PromptGroup], rows: Sequence[Row], row_length: int) -> PackingStatistics:
+def packing_statistics(trees: Sequence[Tree], rows: Sequence[Row], row_length: int) -> PackingStatistics:
     """Counts tokens, examples and attention pairs of packed rows."""
-    branches = [groups[s.group].branches[b] for r in rows for s in r for b in s.branches]
+    parts = [part for row in rows for part in row]
     return PackingStatistics(
         rows=len(rows),
         row_length=row_length,
-        tokens=sum(segment.length for row in rows for segment in row),
-        unshared_tokens=sum(branch.at + len(branch.tokens) for branch in branches),
-        examples=len(branches),
-        attention_pairs=sum(row_pairs(groups, row) for row in rows),
+        examples=sum(len(part.examples) for part in parts),
+        tokens=sum(part.length for part in parts),
+        unshared_tokens=sum(len(trees[p.tree].examples[e].tokens) for p in parts for e in p.examples),
+        pairs=sum(part.pairs for part in parts),
     )

@@ -1,70 +1,126 @@
-"""The architecture of a Llama as frozen data. No jax here: commands read it before they pay for the import."""
+"""What a model is and how it is run, as frozen data. No jax here: commands read it before they pay for the import."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pydantic.dataclasses
+from pydantic import Field
 
 from steerjax.errors import ConfigError
+from steerjax.typed import STRICT
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RopeScaling:
     """Llama 3.1's `rope_type: llama3`. `factor` 1 is plain RoPE; 8 is Llama 3.1, 32 is Llama 3.2 1B and 3B."""
 
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    factor: Annotated[float, Field(gt=0)] = 1.0
+    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
+    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    original_max_position_embeddings: Positive = 8192
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class LlamaConfig:
     """Llama 1, 2, 3, 3.1, 3.2, TinyLlama, SmolLM2. Field names are Hugging Face's.
 
     `head_dim` 0 stands for `hidden_size // num_heads`, `num_kv_heads` 0 for `num_heads`, `vocab_size` 0 for the
-    tokenizer's (filled in when the experiment is resolved).
+    tokenizer's (filled in when a run begins).
     """
 
-    vocab_size: int = 0
-    hidden_size: int = 256
-    intermediate_size: int = 768
-    num_layers: int = 4
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 0
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10_000.0
+    vocab_size: Count = 0
+    hidden_size: Positive = 256
+    intermediate_size: Positive = 768
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_kv_heads: Count = 2
+    head_dim: Count = 0
+    max_position_embeddings: Positive = 4096
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
-    initializer_range: float = 0.02
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
 
     def __post_init__(self):
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_heads)
-        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "head_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; cure: a whole number of at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
                 "cure: every key-value head serves the same number of query heads"
             )
-        if self.head_dim % 2:
+        if self.head_dim % 2 or not self.head_dim:
             raise ConfigError(f"model.head_dim is {self.head_dim}; cure: an even number, RoPE turns pairs")
 
-    @classmethod
-    def from_json(cls, values: Mapping) -> LlamaConfig:
-        """The inverse of `dataclasses.asdict`; other keys are ignored."""
-        fields = {f.name: values[f.name] for f in dataclasses.fields(LlamaConfig)}
-        return LlamaConfig(**fields | {"rope_scaling": RopeScaling(**values["rope_scaling"])})
+    def architecture(self) -> LlamaConfig:
+        """These fields alone, without those of a subclass."""
+        return LlamaConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LlamaConfig)})
 
     @property
     def block_parameters(self) -> int:
         """Parameters in the matrices of one layer (what a token is multiplied with, biases and norms left out)."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
         return attention + 3 * self.hidden_size * self.intermediate_size
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class ModelConfig(LlamaConfig):
+    """The Llama that is trained.
+
+    Attributes:
+        source: where its parameters come from: `random`, a Hugging Face folder, a hub id, or a run of ours. With a
+            source the architecture is the source's, and all other keys of this group stay at their defaults.
+        keep_layers: so many of the source's first layers, and the rest is left out; 0 keeps all. The middle layers of
+            a small model can predict ratings better than the last, which are about the next token.
+    """
+
+    source: str = "random"
+    keep_layers: Count = 0
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class HeadConfig:
+    """The reward head.
+
+    Attributes:
+        readout: state at the response's last token, or mean over prompt and response.
+        use_bias: off by default, as no stock server loads a bias.
+    """
+
+    readout: Literal["last", "mean"] = "last"
+    use_bias: bool = False
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class ComputeConfig:
+    """How the model is run; changes speed and memory, not the model.
+
+    Attributes:
+        dtype: of the computation; parameters and optimizer state are float32. `auto` is bfloat16 on accelerators and
+            float32 on CPU.
+        remat: what a layer keeps for its backward pass: all (`none`), matrix products (`dots`), nothing (`full`).
+        unroll: layers a step of the scan over layers; 0 is all of them on a CPU and 1 elsewhere.
+        attention: `blockwise` (skips all that the mask forbids), `splash` (the same on TPU, by a kernel), `cudnn` (GPU,
+            by a kernel) or `chunked` (dense, skips the future); all are the same function. `auto` takes blockwise on
+            CPU, splash on TPU and cudnn on GPU where they fit, else chunked, and a run's summary says why.
+        attention_chunk: queries a chunk (chunked) or block (blockwise) of the attention, in tokens.
+        loss_chunk: tokens of a row whose logits are held at a time (chat models).
+        cache_frozen: run the frozen layers once over all data and keep their outputs in the host's memory (needs
+            optimizer.frozen_layers).
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    unroll: Count = 0
+    attention: Literal["auto", "chunked", "blockwise", "splash", "cudnn"] = "auto"
+    attention_chunk: Positive = 256
+    loss_chunk: Positive = 256
+    cache_frozen: bool = False

@@ -1,4 +1,4 @@
-"""Llama in Linen. Modules hold parameters and names; the mathematics is in rope.py and attention.py.
+"""Llama in Linen. Modules hold parameters and names; the mathematics is in rope.py and attention/.
 
 Letters: B rows, T tokens, D model width, F feed-forward width, N query heads, K key-value heads, H head size,
 L layers, V vocabulary, A attributes.
@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.models.attention.backends import Plan, make_plan, self_attention
-from steerjax.models.attention.mask import Cache, Layout, cached_attention
+from steerjax.models.attention import Cache, Plan, cached_attention, make_plan, self_attention
 from steerjax.models.config import LlamaConfig
 from steerjax.models.embedding import look_up
 from steerjax.models.rope import apply_rope, rope_tables
@@ -27,6 +27,8 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+# Letter of a kernel's dimension -> its logical axis.
+AXES = {"D": "embed", "F": "mlp", "N": "heads", "K": "kv_heads", "H": "head", "V": "vocab"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Compute:
         dtype: of the computation; parameters are float32.
         remat: a name of REMAT_POLICIES.
         unroll: layers a step of the scan. 1 compiles one layer; more costs compile time and saves time on a CPU.
-        attention: a back end of backends.py: `chunked`, `blockwise`, `splash` or `cudnn`.
+        attention: `chunked`, `blockwise`, `splash` or `cudnn`.
         chunk: queries a chunk (chunked) or block (blockwise) of the attention, in tokens.
     """
 
@@ -53,13 +55,12 @@ class Context(NamedTuple):
 
     Attributes:
         rope: tables of `rope_tables`.
-        layout, plan: of packed rows; the plan is the attention back end's.
-        mask: with a cache: which tokens, cached and then new, each new one sees.
+        plan: which token sees which in packed rows, as the attention back end wants it.
+        mask: in place of a plan, with a cache: which tokens, cached and then new, each new one sees.
     """
 
     rope: tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
-    layout: Layout | None = None
-    plan: Plan = None
+    plan: Plan | None = None
     mask: Bool[Array, "B T S"] | None = None
 
 
@@ -79,28 +80,26 @@ class RMSNorm(nn.Module):
         return rms_norm(x, scale, self.epsilon)
 
 
-class Projection(nn.Module):
-    """A linear map over named axes: contracts the last `len(inputs)` dimensions of x into `outputs`.
+class Linear(nn.Module):
+    """x times a kernel, as an einsum: `equation` names every dimension, and so the kernel's shape and axes."""
 
-    Attributes:
-        inputs, outputs: (logical axis, size) of each dimension of the kernel.
-    """
-
-    inputs: tuple[tuple[str, int], ...]
-    outputs: tuple[tuple[str, int], ...]
+    equation: str
+    config: LlamaConfig
     use_bias: bool
-    stddev: float
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        names, shape = zip(*self.inputs, *self.outputs, strict=True)
-        kernel = self.param("kernel", logical(nn.initializers.normal(self.stddev), *names), shape, jnp.float32)
-        y = jnp.tensordot(x, kernel.astype(self.dtype), axes=len(self.inputs))
-        if self.use_bias:
-            names, shape = zip(*self.outputs, strict=True)
-            y += self.param("bias", logical(nn.initializers.zeros, *names), shape, jnp.float32).astype(self.dtype)
-        return y
+        c, (inputs, outputs) = self.config, self.equation.split("->")
+        sizes = {"D": c.hidden_size, "F": c.intermediate_size, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim}
+
+        def param(name: str, init, letters: str) -> Array:
+            axes, shape = [AXES[letter] for letter in letters], [sizes[letter] for letter in letters]
+            return self.param(name, logical(init, *axes), shape, jnp.float32).astype(self.dtype)
+
+        kernel = param("kernel", nn.initializers.normal(c.initializer_range), inputs.split(",")[1])
+        y = jnp.einsum(self.equation, x, kernel)
+        return y + param("bias", nn.initializers.zeros, outputs.removeprefix("BT")) if self.use_bias else y
 
 
 class Attention(nn.Module):
@@ -111,21 +110,18 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
     ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        c = self.config
-        embed, head = ("embed", c.hidden_size), ("head", c.head_dim)
-        heads, kv_heads = ("heads", c.num_heads), ("kv_heads", c.num_kv_heads)
-        shared = {"use_bias": c.attention_bias, "stddev": c.initializer_range, "dtype": self.compute.dtype}
-        q = Projection((embed,), (heads, head), **shared, name="q")(x)
-        k = Projection((embed,), (kv_heads, head), **shared, name="k")(x)
-        v = Projection((embed,), (kv_heads, head), **shared, name="v")(x)
-        q, k = apply_rope(q, *context.rope), apply_rope(k, *context.rope)
+        def linear(equation: str, name: str, x: Array) -> Array:
+            return Linear(equation, self.config, self.config.attention_bias, self.compute.dtype, name=name)(x)
+
+        q = apply_rope(linear("BTD,DNH->BTNH", "q", x), *context.rope)
+        k = apply_rope(linear("BTD,DKH->BTKH", "k", x), *context.rope)
+        v = linear("BTD,DKH->BTKH", "v", x)
         q = constrain(q, "batch", "length", "activation_heads", None)
-        if cache is not None:
-            y = cached_attention(q, k, v, cache, context.mask, self.compute.chunk)
+        if cache is None:
+            y = self_attention(q, k, v, context.plan)
         else:
-            y = self_attention(q, k, v, context.layout, context.plan, self.compute.chunk)
-        y = Projection((heads, head), (embed,), **shared, name="o")(y)
-        return y, None if cache is None else Cache(k, v)
+            y, cache = cached_attention(q, k, v, cache, context.mask, self.compute.chunk), Cache(k, v)
+        return linear("BTNH,NHD->BTD", "o", y), cache
 
 
 class MLP(nn.Module):
@@ -134,126 +130,122 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        c = self.config
-        embed, mlp = ("embed", c.hidden_size), ("mlp", c.intermediate_size)
-        shared = {"use_bias": c.mlp_bias, "stddev": c.initializer_range, "dtype": self.dtype}
-        gate = Projection((embed,), (mlp,), **shared, name="gate")(x)
-        up = Projection((embed,), (mlp,), **shared, name="up")(x)
-        y = constrain(jax.nn.silu(gate) * up, "batch", "length", "activation_mlp")
-        return Projection((mlp,), (embed,), **shared, name="down")(y)
+        def linear(equation: str, name: str, x: Array) -> Array:
+            return Linear(equation, self.config, self.config.mlp_bias, self.dtype, name=name)(x)
+
+        y = jax.nn.silu(linear("BTD,DF->BTF", "gate", x)) * linear("BTD,DF->BTF", "up", x)
+        return linear("BTF,FD->BTD", "down", constrain(y, "batch", "length", "activation_mlp"))
 
 
 class Block(nn.Module):
+    """One layer; keys and values of its tokens come back where a cache goes in."""
+
     config: LlamaConfig
     compute: Compute
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None):
-        c = self.config
-        normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
-        y, seen = Attention(c, self.compute, name="attention")(normed, context, cache)
+        epsilon = self.config.rms_norm_eps
+        normed = RMSNorm(epsilon, name="attention_norm")(x)
+        y, cache = Attention(self.config, self.compute, name="attention")(normed, context, cache)
         x = x + y
-        normed = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
-        x = x + MLP(c, self.compute.dtype, name="mlp")(normed)
-        return constrain(x, "batch", "length", "activation_embed"), seen
-
-
-def _stack(config: LlamaConfig, compute: Compute, layers: int) -> nn.Module:
-    """So many blocks in a scan, their parameters (and a cache) stacked on a leading dimension."""
-    policy = REMAT_POLICIES[compute.remat]
-    block = Block if policy is None else nn.remat(Block, policy=policy, prevent_cse=False)
-    scanned = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
-        length=layers,
-        unroll=min(compute.unroll, layers),
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    return scanned(config, compute)
+        x = x + MLP(self.config, self.compute.dtype, name="mlp")(RMSNorm(epsilon, name="mlp_norm")(x))
+        return constrain(x, "batch", "length", "activation_embed"), cache
 
 
 class Llama(nn.Module):
-    """The backbone: token ids -> hidden states after the final norm.
-
-    Attributes:
-        config: the architecture.
-        compute: how it is run.
-        frozen: so many of the first layers, with the embedding, get no gradient. Their parameters are a group of their
-            own, `frozen_layers`.
-        cached: where it is not 0, the embedding is a table of so many outputs of the frozen layers, tokens are places
-            in it, and the frozen layers are left out (training/cache.py).
-    """
+    """The backbone: token ids -> hidden states after the final norm. `layers` are one stack, its first dimension L."""
 
     config: LlamaConfig
     compute: Compute = Compute()
-    frozen: int = 0
-    cached: int = 0
 
     def setup(self):
         c = self.config
         embedding = logical(nn.initializers.normal(c.initializer_range), "vocab", "embed")
-        self.embedding = self.param("embedding", embedding, (self.cached or c.vocab_size, c.hidden_size), jnp.float32)
-        if self.frozen and not self.cached:
-            self.frozen_layers = _stack(c, self.compute, self.frozen)
-        if self.frozen < c.num_layers:
-            self.layers = _stack(c, self.compute, c.num_layers - self.frozen)
+        self.embedding = self.param("embedding", embedding, (c.vocab_size, c.hidden_size), jnp.float32)
+        self.layers = self.param("layers", self._init_layers)
         self.final_norm = RMSNorm(c.rms_norm_eps)
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
-    ) -> Float[Array, "B T D"]:
-        x = self._embed(tokens)
-        context = self._context(positions, layout)
-        if self.frozen and not self.cached:
-            x = jax.lax.stop_gradient(self.frozen_layers(x, context, None)[0])
-        if self.frozen < self.config.num_layers:
-            x, _ = self.layers(x, context, None)
-        return self.final_norm(x)
+    def _init_layers(self, key: Array) -> dict:
+        """Each layer from a key of its own. The cached form runs: it needs no kernel and no mesh."""
+        c, block = self.config, Block(self.config, self.compute, parent=None)
+        one, none = jnp.zeros((1, 1, c.hidden_size), self.compute.dtype), jnp.zeros((1, 0, c.num_kv_heads, c.head_dim))
+        context = Context(self._rope(jnp.zeros((1, 1), jnp.int32)), mask=jnp.ones((1, 1, 1), bool))
+        keys = jax.random.split(key, c.num_layers)
+        params = jax.vmap(lambda key: block.init(key, one, context, Cache(none, none))["params"])(keys)
+        name = {nn.PARTITION_NAME: "layers"}
+        return jax.tree.map(
+            lambda box: box.add_axis(0, name), params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
+        )
 
-    def extend(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        cache: dict[str, Cache],
-        mask: Bool[Array, "B T S+T"],
-    ) -> tuple[Float[Array, "B T D"], dict[str, Cache]]:
-        """States of new tokens that go on after cached ones.
+    def _run(self, x: Float[Array, "B T D"], context: Context, first: int, last: int, cache: Cache | None = None):
+        """Layers [first, last): their output, and keys and values [L B T K H] where there is a cache."""
+        block = Block(self.config, self.compute, parent=None)
 
-        Args:
-            cache: keys and values [L, B, S, K, H] for each group of layers (`layers`, `frozen_layers`); S may be 0.
-            mask: which tokens each new one sees: the cached ones, then the new ones, none after itself.
+        def layer(x, inputs):
+            params, cache = inputs
+            return block.apply({"params": params}, x, context, cache)
 
-        Returns:
-            The states, and keys and values of the new tokens in the form of `cache`. Where they go is the caller's
-            affair (decoding/engine.py).
-        """
-        x = self._embed(tokens)
-        context = Context(self._rope(positions), mask=mask)
-        new = {}
-        if self.frozen:
-            x, new["frozen_layers"] = self.frozen_layers(x, context, cache["frozen_layers"])
-        if self.frozen < self.config.num_layers:
-            x, new["layers"] = self.layers(x, context, cache["layers"])
-        return self.final_norm(x), new
+        if (policy := REMAT_POLICIES[self.compute.remat]) is not None:
+            layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        stack = self.layers
+        if (first, last) != (0, self.config.num_layers):
+            stack = jax.tree.map(lambda p: p[first:last], stack)
+        return jax.lax.scan(layer, x, (stack, cache), unroll=max(1, min(self.compute.unroll, last - first)))
 
-    def frozen_states(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
-    ) -> Float[Array, "B T D"]:
-        """What the frozen layers give: the input of the first layer that is trained."""
-        return self.frozen_layers(self._embed(tokens), self._context(positions, layout), None)[0]
-
-    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return look_up(self.embedding.astype(self.compute.dtype), tokens)
-
-    def _context(self, positions: Int[Array, "B T"], layout: Layout) -> Context:
-        plan = make_plan(self.compute.attention, layout, self.compute.chunk, self.compute.dtype)
-        return Context(self._rope(positions), layout, plan)
 
     def _rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
         c = self.config
         return rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+
+    def _context(self, positions: Int[Array, "B T"], until: Int[Array, "B T"]) -> Context:
+        compute = self.compute
+        return Context(self._rope(positions), make_plan(compute.attention, until, compute.chunk, compute.dtype))
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        until: Int[Array, "B T"],
+        frozen: int = 0,
+        states: Float[Array, "B T D"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of packed rows.
+
+        Args:
+            positions: of each token in its own text.
+            until: the first place in the row where a token is no longer seen (attention/mask.py).
+            frozen: so many of the first layers, with the embedding, get no gradient.
+            states: what those layers gave (`frozen_states`), where that is known.
+        """
+        context = self._context(positions, until)
+        if states is None:
+            states, _ = self._run(self.embed(tokens), context, 0, frozen)
+        x = jax.lax.stop_gradient(states.astype(self.compute.dtype)) if frozen else states
+        x, _ = self._run(x, context, frozen, self.config.num_layers)
+        return self.final_norm(x)
+
+    def frozen_states(self, tokens, positions, until, frozen: int) -> Float[Array, "B T D"]:
+        """What the first `frozen` layers give; arguments of `hidden`."""
+        return self._run(self.embed(tokens), self._context(positions, until), 0, frozen)[0]
+
+    def extend(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, mask: Bool[Array, "B T S+T"]
+    ) -> tuple[Float[Array, "B T D"], Cache]:
+        """States of new tokens that go on after cached ones.
+
+        Args:
+            cache: keys and values [L B S K H]; S may be 0.
+            mask: which tokens each new one sees: the cached ones, then the new ones, none after itself.
+
+        Returns:
+            The states, and keys and values [L B T K H] of the new tokens. Where they go is the caller's affair.
+        """
+        context = Context(self._rope(positions), mask=mask)
+        x, new = self._run(self.embed(tokens), context, 0, self.config.num_layers, cache)
+        return self.final_norm(x), new
 
 
 class CausalLM(nn.Module):
@@ -261,31 +253,31 @@ class CausalLM(nn.Module):
 
     config: LlamaConfig
     compute: Compute = Compute()
-    frozen: int = 0
 
     def setup(self):
         c = self.config
-        self.llama = Llama(c, self.compute, self.frozen)
+        self.llama = Llama(c, self.compute)
         if not c.tie_word_embeddings:
             init = logical(nn.initializers.normal(c.initializer_range), "embed", "vocab")
             self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
 
-    def states(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout) -> Float[Array, "B T D"]:
-        """Hidden states that the head reads."""
-        return self.llama(tokens, positions, layout)
+    def hidden(self, *arguments, **options) -> Float[Array, "B T D"]:
+        """See `Llama.hidden`."""
+        return self.llama.hidden(*arguments, **options)
 
-    def extend(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: dict[str, Cache], mask: Array
-    ) -> tuple[Float[Array, "B T D"], dict[str, Cache]]:
+    def frozen_states(self, *arguments) -> Float[Array, "B T D"]:
+        """See `Llama.frozen_states`."""
+        return self.llama.frozen_states(*arguments)
+
+    def extend(self, *arguments) -> tuple[Float[Array, "B T D"], Cache]:
         """See `Llama.extend`."""
-        return self.llama.extend(tokens, positions, cache, mask)
+        return self.llama.extend(*arguments)
 
     def head(self, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits."""
         kernel = self.llama.embedding.T if self.config.tie_word_embeddings else self.lm_head
         return jnp.matmul(states, kernel.astype(self.compute.dtype), preferred_element_type=jnp.float32)
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], layout: Layout
-    ) -> Float[Array, "B T V"]:
-        return self.head(self.states(tokens, positions, layout))
+    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], until: Int[Array, "B T"]):
+        """Logits [B T V]."""
+        return self.head(self.hidden(tokens, positions, until))
