@@ -1,20 +1,25 @@
-"""What is known of a model besides its arrays."""
+"""What is known of a model besides its arrays, in memory and in an export's `steerjax.json`."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import pydantic
 
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer
+from steerjax.errors import DataError, ModelError
 from steerjax.models.config import LlamaConfig
-from steerjax.schema import Schema
+from steerjax.schema import Attribute, Schema, check_rating, schema_from_json
+from steerjax.typed import STRICT, read_json
 
 
 @dataclass(frozen=True)
-class ModelDescription:
+class Description:
     """A model that can be opened. No arrays, and no jax to make one.
 
     Attributes:
@@ -39,3 +44,45 @@ class ModelDescription:
     readout: str
     default_ratings: Mapping[str, float] | None
     provenance: Mapping[str, Any]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class About:
+    """`steerjax.json`: what opens an export again, and where it comes from. Fields as those of `Description`.
+
+    Only the first two are needed, so that a folder of somebody else's can be given one by hand.
+    """
+
+    kind: Literal["reward", "chat"]
+    template: str
+    attributes: tuple[Attribute, ...] | None = None
+    system_prompt: str | None = None
+    readout: Literal["last", "mean"] = "last"
+    default_ratings: dict[str, float] | None = None
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steerjax: str = ""
+
+    @property
+    def schema(self) -> Schema | None:
+        return Schema(self.attributes) if self.attributes else None
+
+
+def read_about(folder: Path) -> About | None:
+    """An export's `steerjax.json`; None where there is none.
+
+    Raises:
+        ModelError: names the file and the key.
+    """
+    file = folder / "steerjax.json"
+    if not file.is_file():
+        return None
+    about = read_json(About, file, ModelError, "export again")
+    schema = schema_from_json(
+        [dataclasses.asdict(a) for a in about.attributes or ()], f"{file}: attributes", ModelError
+    )
+    try:
+        for name, value in (about.default_ratings or {}).items():
+            check_rating(value, schema[name])
+    except DataError as error:
+        raise ModelError(f"'{file}': default_ratings: {error}") from None
+    return about

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -20,14 +21,13 @@ from steerjax import __version__
 from steerjax.errors import ConfigError, ModelError
 from steerjax.hf.card import model_card
 from steerjax.hf.chat_template import chat_template
-from steerjax.hf.config import DTYPES, HuggingFaceConfig, read_config, write_config
-from steerjax.hf.description import ModelDescription
+from steerjax.hf.config_json import DTYPES, HuggingFaceConfig, read_config, write_config
+from steerjax.hf.description import About, Description
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Index, Tensor, tensors, whole
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from steerjax.hf.weights import FolderWeights
 
 _NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # What a folder keeps when only its weights are written anew.
 _SIDE_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -37,10 +37,9 @@ _SIDE_FILES = (
 
 
 class ParameterReader(Protocol):
-    """Parameters that are read by parts, e.g. `checkpoints.reader.CheckpointReader`."""
+    """Parameters that are read by parts, e.g. `bundle.reader.CheckpointReader`."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    frozen_layers: int
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """The part of a parameter at `index`."""
@@ -56,12 +55,12 @@ class Stored:
     read: Callable[[], np.ndarray]
 
 
-def architecture_of(description: ModelDescription) -> str:
+def architecture_of(description: Description) -> str:
     """The architecture that a model is exported as."""
     return CLASSIFIER if description.kind == "reward" else CAUSAL_LM
 
 
-def checkpoint_tensors(description: ModelDescription, reader: ParameterReader) -> list[Stored]:
+def checkpoint_tensors(description: Description, reader: ParameterReader) -> list[Stored]:
     """The tensors of a checkpoint, float32.
 
     Raises:
@@ -72,10 +71,9 @@ def checkpoint_tensors(description: ModelDescription, reader: ParameterReader) -
             "the reward head has a bias, and LlamaForSequenceClassification has none: a server would drop it\n"
             "  cure: train with config.head.use_bias=False"
         )
-    labels = len(description.schema or ())
-    known = tensors(description.model, architecture_of(description), labels, frozen_layers=reader.frozen_layers)
-    layers = {"frozen_layers": reader.frozen_layers, "layers": description.model.num_layers - reader.frozen_layers}
-    shapes = {t.path: t.our_shape if t.layer is None else (layers[t.path.split("/")[1]], *t.our_shape) for t in known}
+    known = tensors(description.model, architecture_of(description), len(description.schema or ()))
+    layers = description.model.num_layers
+    shapes = {t.path: t.our_shape if t.layer is None else (layers, *t.our_shape) for t in known}
     for path in sorted(shapes.keys() | reader.shapes.keys()):
         if shapes.get(path) != reader.shapes.get(path):
             raise ModelError(
@@ -105,7 +103,7 @@ def folder_tensors(folder: Path, config: HuggingFaceConfig, architecture: str) -
 
 
 def export_model(
-    description: ModelDescription,
+    description: Description,
     stored: Sequence[Stored],
     output: Path,
     *,
@@ -134,7 +132,7 @@ def export_model(
         model=description.model,
         architecture=architecture_of(description),
         labels=description.schema.names if description.kind == "reward" else (),
-        dtype=_main_dtype(stored, dtype),
+        dtype=stored[0].dtype if dtype == "auto" else dtype,  # the embedding's
         raw=ids | {"problem_type": "regression"},
     )
     template = chat_template(
@@ -152,7 +150,7 @@ def export_model(
         if description.kind == "chat":
             stops = {"eos_token_id": stop_tokens(description.tokenizer, description.template)}
             _write_json(folder / "generation_config.json", ids | stops)
-        _write_json(folder / "steerjax.json", _about(description))
+        _write_json(folder / "steerjax.json", dataclasses.asdict(_about(description)))
         (folder / "README.md").write_text(model_card(description, evaluation=evaluation), encoding="utf-8")
 
 
@@ -198,20 +196,27 @@ def write_weights(folder: Path, stored: Sequence[Stored], dtype: str, max_shard_
     """model.safetensors, or several files and an index. One file at a time is in memory.
 
     Raises:
+        ConfigError: a dtype or size that is none.
         ModelError: a number that is finite and would not be in `dtype`; names the tensor.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"--dtype {dtype!r}; cure: auto, {', '.join(DTYPES)}")
-    dtypes = [_NUMPY[tensor.dtype if dtype == "auto" else dtype] for tensor in stored]
-    sizes = [int(np.prod(tensor.shape)) * kind.itemsize for tensor, kind in zip(stored, dtypes, strict=True)]
-    shards = plan_shards(sizes, parse_size(max_shard_size))
-    files: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        arrays = {stored[i].name: _cast(stored[i].read(), dtypes[i], stored[i].name) for i in shard}
+    if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
+        raise ConfigError(f"--max-shard-size {max_shard_size!r}; cure: a size such as 5GB or 500MB")
+    dtypes = {tensor.name: _NUMPY[tensor.dtype if dtype == "auto" else dtype] for tensor in stored}
+    plan = split_state_dict_into_shards_factory(
+        {tensor.name: tensor for tensor in stored},
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * dtypes[tensor.name].itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
+    read = {tensor.name: tensor.read for tensor in stored}
+    for file, names in plan.filename_to_tensors.items():
+        arrays = {name: _cast(read[name](), dtypes[name], name) for name in names}
         (folder / file).touch()
         mode = (folder / file).stat().st_mode
         try:
@@ -219,36 +224,9 @@ def write_weights(folder: Path, stored: Sequence[Stored], dtype: str, max_shard_
         except SafetensorError as error:
             raise OSError(f"{file}: {error}") from error
         (folder / file).chmod(mode)  # safetensors lets nobody but the owner read it
-        files |= dict.fromkeys(arrays, file)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": files}
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
-
-
-def plan_shards(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Neighbours together, so many that their bytes stay within the limit; a larger one stands alone."""
-    shards: list[list[int]] = []
-    room = 0
-    for number, size in enumerate(sizes):
-        if not shards or size > room:
-            shards.append([])
-            room = limit
-        shards[-1].append(number)
-        room -= size
-    return shards
-
-
-def parse_size(text: str) -> int:
-    """Bytes of "5GB" or "500 MB" (decimal, as on the hub).
-
-    Raises:
-        ConfigError: anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size < 1:
-        raise ConfigError(f"--max-shard-size {text!r}; cure: a size such as 5GB or 500MB")
-    return size
 
 
 def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
@@ -264,12 +242,7 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return cast
 
 
-def _main_dtype(stored: Sequence[Stored], dtype: str) -> str:
-    """What config.json calls the folder's dtype: the first tensor's, the embedding."""
-    return stored[0].dtype if dtype == "auto" else dtype
-
-
-def _check_servable(description: ModelDescription) -> None:
+def _check_servable(description: Description) -> None:
     if description.kind != "reward":
         return
     if description.schema is None:
@@ -284,18 +257,18 @@ def _check_servable(description: ModelDescription) -> None:
         )
 
 
-def _about(description: ModelDescription) -> dict:
-    """steerjax.json: what `describe_model` needs to open the export again, and where it comes from."""
-    return {
-        "steerjax": __version__,
-        "kind": description.kind,
-        "attributes": description.schema.to_json() if description.schema is not None else None,
-        "template": description.template.name,
-        "system_prompt": description.system_prompt,
-        "readout": description.readout,
-        "default_ratings": dict(description.default_ratings) if description.default_ratings is not None else None,
-        "provenance": dict(description.provenance),
-    }
+def _about(description: Description) -> About:
+    schema, ratings = description.schema, description.default_ratings
+    return About(
+        kind=description.kind,
+        template=description.template.name,
+        attributes=schema.attributes if schema is not None else None,
+        system_prompt=description.system_prompt,
+        readout=description.readout,
+        default_ratings=dict(ratings) if ratings is not None else None,
+        provenance=dict(description.provenance),
+        steerjax=__version__,
+    )
 
 
 def _write_json(path: Path, value: Mapping) -> None:

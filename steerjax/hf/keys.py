@@ -96,21 +96,13 @@ def whole(shape: Sequence[int]) -> Index:
     return tuple(slice(0, size) for size in shape)
 
 
-def layer_group(layer: int, frozen_layers: int) -> tuple[str, int]:
-    """Our group of parameters, and the place in its stack, of a layer counted from the first."""
-    return ("frozen_layers", layer) if layer < frozen_layers else ("layers", layer - frozen_layers)
-
-
-def tensors(
-    config: LlamaConfig, architecture: str, labels: int = 0, *, prefix: str = "model.", frozen_layers: int = 0
-) -> tuple[Tensor, ...]:
+def tensors(config: LlamaConfig, architecture: str, labels: int = 0, *, prefix: str = "model.") -> tuple[Tensor, ...]:
     """Every tensor of a folder, in the order of the computation.
 
     Args:
         architecture: CAUSAL_LM, CLASSIFIER or BARE.
         labels: outputs of a classifier.
         prefix: before the backbone's names; "" in a bare model's own files.
-        frozen_layers: so many first layers are a group of their own in our parameters.
     """
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     q, kv = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
@@ -124,9 +116,8 @@ def tensors(
         ("mlp.down_proj", "mlp/down", (D,), (F,), config.mlp_bias),
     )
     found = [Tensor(f"{prefix}embed_tokens.weight", "llama/embedding", None, (V,), (D,))]
-    for number in range(config.num_layers):
-        group, layer = layer_group(number, frozen_layers)
-        theirs, ours = f"{prefix}layers.{number}.", f"llama/{group}/"
+    for layer in range(config.num_layers):
+        theirs, ours = f"{prefix}layers.{layer}.", "llama/layers/"
         found.append(Tensor(f"{theirs}input_layernorm.weight", f"{ours}attention_norm/scale", layer, (D,)))
         found.append(Tensor(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm/scale", layer, (D,)))
         for name, path, outputs, inputs, bias in maps:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pydantic
 
 from steerjax.errors import ModelError
-from steerjax.hf.config import HuggingFaceConfig
+from steerjax.hf.config_json import HuggingFaceConfig
 from steerjax.hf.keys import Index, Tensor, tensors
+from steerjax.typed import read_json
 
 # Safetensors' names -> ours.
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -46,6 +47,11 @@ def resolve_source(source: str) -> Path:
             "  cure: check the name, log in with `hf auth login` for a gated model, or download it and give the folder"
         ) from error
     return Path(folder)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True))
+class _ShardIndex:
+    weight_map: dict[str, str]  # tensor -> file
 
 
 class FolderWeights:
@@ -92,16 +98,14 @@ class FolderWeights:
         with _opened(self._files[name]) as opened:
             return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
-    def expected(self, config: HuggingFaceConfig, frozen_layers: int = 0) -> tuple[Tensor, ...]:
+    def expected(self, config: HuggingFaceConfig) -> tuple[Tensor, ...]:
         """The tensors that the architecture has, once it is clear that the folder holds these and no others.
 
         Raises:
             ModelError: a tensor is missing, unexpected or has another shape; names it.
         """
         prefix = "model." if any(name.startswith("model.") for name in self.shapes) else ""
-        known = tensors(
-            config.model, config.architecture, len(config.labels), prefix=prefix, frozen_layers=frozen_layers
-        )
+        known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
         if missing := [t.name for t in known if t.name not in self.shapes]:
             raise ModelError(
                 f"'{self.folder}' lacks {_some(missing)} of a {config.architecture}\n"
@@ -153,12 +157,9 @@ def load_parameters(folder: Path, config: HuggingFaceConfig, abstract: Mapping, 
     """
     weights = FolderWeights(folder)
     parts: dict[str, list[Tensor]] = {}
-    frozen = frozen_layers(abstract)
-    for tensor in weights.expected(config, frozen):
-        first = frozen if tensor.path.startswith("llama/layers/") else 0
-        if None not in (layers, tensor.layer) and first + tensor.layer >= layers:
-            continue
-        parts.setdefault(tensor.path, []).append(tensor)
+    for tensor in weights.expected(config):
+        if layers is None or tensor.layer is None or tensor.layer < layers:
+            parts.setdefault(tensor.path, []).append(tensor)
 
     def reader(path: str, leaf) -> Callable[[Index], np.ndarray]:
         if path not in parts:
@@ -170,12 +171,6 @@ def load_parameters(folder: Path, config: HuggingFaceConfig, abstract: Mapping, 
         return lambda index: _read_stack(weights, stack, index, leaf.dtype)
 
     return load_tree(abstract, reader)
-
-
-def frozen_layers(parameters: Mapping) -> int:
-    """How many first layers are a group of their own in a tree of parameters."""
-    group = parameters.get("llama", {}).get("frozen_layers")
-    return group["attention_norm"]["scale"].shape[0] if group else 0
 
 
 def load_tree(abstract: Mapping, reader: Callable[[str, object], Callable[[Index], np.ndarray]]) -> dict:
@@ -241,10 +236,7 @@ def _listed(folder: Path) -> dict[str, str]:
                 "  cure: convert it with transformers (save_pretrained writes safetensors), or use another revision"
             )
         raise ModelError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}\n  cure: a folder with the weights")
-    try:
-        listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"'{index}' is no index of safetensors ({error!r}){_AGAIN}") from None
+    listed = read_json(_ShardIndex, index, ModelError, "download it again").weight_map
     for name, file in listed.items():
         if Path(file).name != file or not (folder / file).is_file():
             raise ModelError(f"'{index}' names '{file}' (for {name}), which is not there\n  cure: download that file")

@@ -1,0 +1,272 @@
+"""`config.json` of a Hugging Face folder, read strictly and written for transformers 4 and 5, vLLM and SGLang.
+
+What it says is taken, required to have the one value that we compute, or known not to change the function. Any other
+key is refused, as it may mean another model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+from pydantic import Field
+
+from steerjax.errors import ConfigError, ModelError
+from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER
+from steerjax.models.config import LlamaConfig
+from steerjax.typed import STRICT, read_json, typed
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Count = Annotated[int, Field(ge=1, le=10_000)]  # of what is made one by one
+Size = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+# A family's keys, with the defaults of transformers' config class; null is what follows from the others.
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class _Llama:
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Size = 2048
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class _Mistral(_Llama):
+    num_key_value_heads: Count | None = 8
+    max_position_embeddings: Size = 131072
+    sliding_window: Size | None = 4096
+
+
+# model_type -> the keys, and what is required besides `_REQUIRED`.
+_FAMILIES: dict[str, tuple[type, dict[str, tuple]]] = {
+    "llama": (_Llama, {}),
+    "mistral": (_Mistral, {"attention_bias": (False,), "mlp_bias": (False,)}),
+}
+_OUR_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+}
+_ARCHITECTURES = {
+    CAUSAL_LM: CAUSAL_LM, CLASSIFIER: CLASSIFIER, BARE: BARE, "MistralForCausalLM": CAUSAL_LM,
+    "MistralForSequenceClassification": CLASSIFIER, "MistralModel": BARE,
+}  # fmt: skip
+# The values that are the only ones we compute.
+_REQUIRED: dict[str, tuple] = {
+    "hidden_act": ("silu", "swish"),
+    "pretraining_tp": (1,),
+    "quantization_config": (None,),
+    "rope_interleaved": (False,),
+    "is_llama_config": (True,),
+    "partial_rotary_factor": (1, None),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "use_bidirectional_attention": (False, None),
+    "is_causal": (True,),
+}
+# rope_type -> the numbers that it needs; ours have the same names.
+_ROPES = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_READ_ELSEWHERE = {
+    "architectures", "model_type", "torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters",
+    "sliding_window", "id2label", "label2id", "num_labels", "problem_type",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+}  # fmt: skip
+# Known not to change what the network computes.
+_HARMLESS = {
+    # who wrote the file, and how it is loaded or cached
+    "_name_or_path", "_commit_hash", "name_or_path", "transformers_version", "use_cache", "cache_implementation",
+    "tokenizer_class", "max_sequence_length", "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled",
+    "torchscript", "use_bfloat16", "use_flash_attn", "tf_legacy_loss", "chunk_size_feed_forward",
+    # what a forward pass returns, and in what form
+    "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
+    # training only; we train and run without dropout
+    "attention_dropout", "hidden_dropout", "resid_pdrop", "classifier_dropout", "gradient_checkpointing",
+    # generation and tasks, which older versions kept here
+    "is_decoder", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id",
+    "unk_token_id", "prefix", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "do_sample",
+    "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
+    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "remove_invalid_values", "max_length", "min_length", "num_return_sequences",
+    "finetuning_task", "task_specific_params",
+}  # fmt: skip
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class _Folder:
+    """What is said of the folder rather than of the network."""
+
+    architectures: list[str] | None = None
+    dtype: str | None = None
+    torch_dtype: str | None = None
+    num_labels: Count | None = None
+    id2label: Annotated[dict[str, str], Field(max_length=10_000)] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceConfig:
+    """A `config.json`.
+
+    Attributes:
+        model: our architecture.
+        architecture: LlamaForCausalLM, LlamaForSequenceClassification or LlamaModel; Mistral's are read as Llama's.
+        labels: what a classifier calls its outputs, in order (any names), else ().
+        dtype: of the stored weights, as the file says: float32, bfloat16 or float16.
+        raw: the file as it stands.
+    """
+
+    model: LlamaConfig
+    architecture: str
+    labels: tuple[str, ...]
+    dtype: str
+    raw: Mapping[str, Any]
+
+
+def read_config(folder: Path) -> HuggingFaceConfig:
+    """Reads `folder/config.json`.
+
+    Raises:
+        ModelError: no such file, or a key that we do not implement; names the key.
+    """
+    file = folder / "config.json"
+    raw = read_json(dict[str, Any], file, ModelError, "a whole Hugging Face folder; download it again")
+    return parse_config(raw, str(file))
+
+
+def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> HuggingFaceConfig:
+    """The config of a parsed `config.json`; see `read_config`. `where` stands before the key in messages."""
+    kind = raw.get("model_type")
+    if kind not in list(_FAMILIES):
+        raise _not_implemented(where, "model_type", kind, "a Llama, or a Mistral that is one")
+    family, required = _FAMILIES[kind]
+    own = _names(family)
+    _check_keys(raw, own, _REQUIRED | required, where)
+    values = dataclasses.asdict(_typed(family, raw, where))
+    _check_window(values.pop("sliding_window", None), values["max_position_embeddings"], where)
+    # Ours has 0 where theirs has null.
+    fields = {_OUR_NAMES.get(key, key): 0 if value is None else value for key, value in values.items()}
+    fields |= _rope(raw, where)
+    try:
+        model = typed(LlamaConfig, fields, where, ModelError)
+    except ConfigError as error:
+        raise ModelError(f"{where}: {error}") from None
+    said = _typed(_Folder, raw, where)
+    names = said.architectures or [CAUSAL_LM]
+    if len(names) != 1 or names[0] not in _ARCHITECTURES:
+        raise _not_implemented(where, "architectures", names, f"one of {', '.join(_ARCHITECTURES)}")
+    dtype = (said.dtype or said.torch_dtype or "float32").removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise _not_implemented(where, "dtype", dtype, f"weights in one of {', '.join(DTYPES)}")
+    architecture = _ARCHITECTURES[names[0]]
+    labels = _labels(said, where) if architecture == CLASSIFIER else ()
+    return HuggingFaceConfig(model, architecture, labels, dtype, raw)
+
+
+def write_config(config: HuggingFaceConfig) -> dict[str, Any]:
+    """The `config.json` of an export; the inverse of `parse_config`.
+
+    Keys are the older ones (`rope_theta`, `rope_scaling`, `torch_dtype`), which transformers 5 reads too. Token ids and
+    `problem_type` are taken from `config.raw`.
+    """
+    model, scaling = config.model, config.model.rope_scaling
+    written = {"architectures": [config.architecture], "model_type": "llama", "hidden_act": "silu"}
+    written |= {key: getattr(model, _OUR_NAMES.get(key, key)) for key in _names(_Llama)}
+    written["rope_theta"] = model.rope_theta
+    scaled = {"rope_type": "llama3"} | {name: getattr(scaling, name) for name in _ROPES["llama3"]}
+    written["rope_scaling"] = scaled if scaling.factor != 1 else None
+    written |= {"torch_dtype": config.dtype, "use_cache": True}
+    kept = ("bos_token_id", "eos_token_id", "pad_token_id", *(("problem_type",) if config.labels else ()))
+    written |= {key: config.raw[key] for key in kept if config.raw.get(key) is not None}
+    if config.labels:
+        written["num_labels"] = len(config.labels)
+        written["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        written["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    return written
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _typed(kind: type, raw: Mapping, where: str) -> Any:
+    return typed(kind, {key: raw[key] for key in _names(kind) if key in raw}, where, ModelError)
+
+
+def _not_implemented(where: str, key: str, value: Any, cure: str) -> ModelError:
+    return ModelError(f"{where}: {key} {reprlib.repr(value)} is not implemented; cure: {cure}")
+
+
+def _check_keys(raw: Mapping, own: list[str], required: Mapping[str, tuple], where: str) -> None:
+    for key, value in raw.items():
+        if key in required and value not in required[key]:
+            raise _not_implemented(where, key, value, f"a model with {required[key][0]!r}")
+        if key not in {*own, *required, *_READ_ELSEWHERE, *_HARMLESS}:
+            raise ModelError(
+                f"{where}: unknown key {key!r} ({reprlib.repr(value)}), which may mean another computation; "
+                "cure: remove it from the file if it does not change what the model computes"
+            )
+
+
+def _check_window(window: int | None, longest: int, where: str) -> None:
+    if window is not None and window < longest:
+        raise ModelError(
+            f"{where}: sliding_window {window} is less than max_position_embeddings {longest} (absent, it is 4096); "
+            "sliding window attention is not implemented; "
+            "cure: a model without one (Mistral 7B v0.2 and later), or max_position_embeddings no longer than it"
+        )
+
+
+def _rope(raw: Mapping, where: str) -> dict[str, Any]:
+    """Our `rope_theta` and `rope_scaling`, from the old keys of these names and the new one, `rope_parameters`."""
+    settings: dict[str, Any] = {}
+    groups = {key: raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")}
+    for source, values in ({"rope_theta": {"rope_theta": raw.get("rope_theta")}} | groups).items():
+        for key, value in typed(dict[str, Any], values, f"{where}.{source}", ModelError).items():
+            key = "rope_type" if key == "type" else key
+            if value is not None and settings.setdefault(key, value) != value:
+                raise ModelError(
+                    f"{where}: {source}: {key} is {value!r}, and {settings[key]!r} elsewhere; cure: one value"
+                )
+    kind = settings.pop("rope_type", "default")
+    if kind not in list(_ROPES):
+        raise _not_implemented(where, "rope_type", kind, f"a model with {' or '.join(_ROPES)}")
+    if (turned := settings.pop("partial_rotary_factor", 1)) != 1:
+        raise _not_implemented(where, "partial_rotary_factor", turned, "a model that turns whole heads")
+    if kind == "default":
+        settings.pop("original_max_position_embeddings", None)  # without scaling it says nothing
+    theta = settings.pop("rope_theta", 10_000.0)
+    if wrong := settings.keys() ^ set(_ROPES[kind]):
+        key = min(wrong)
+        said = "has no" if key in settings else "needs"
+        raise ModelError(f"{where}: rope_type {kind!r} {said} {key}; cure: correct the RoPE settings")
+    return {"rope_theta": theta, "rope_scaling": settings}
+
+
+def _labels(said: _Folder, where: str) -> tuple[str, ...]:
+    if said.id2label is None:
+        return tuple(f"LABEL_{number}" for number in range(said.num_labels or 2))  # transformers' defaults
+    numbers = [str(number) for number in range(len(said.id2label))]
+    if not numbers or said.id2label.keys() != set(numbers):
+        found = reprlib.repr(list(said.id2label))
+        raise ModelError(f"{where}: id2label has the keys {found}; cure: number the labels from 0")
+    return tuple(said.id2label[number] for number in numbers)
