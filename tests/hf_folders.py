@@ -101,7 +101,7 @@ def assert_same_tensors(actual: dict[str, np.ndarray], expected: dict[str, np.nd
         assert actual[name].tobytes() == value.tobytes(), name
 
 
-def oracle(tensors: dict[str, np.ndarray], config: dict, frozen: int = 0) -> dict[str, np.ndarray]:
+def oracle(tensors: dict[str, np.ndarray], config: dict) -> dict[str, np.ndarray]:
     """Our parameters by path, float32, written out by hand."""
     c, prefix = config, "" if config["architectures"] == ["LlamaModel"] else "model."
     D, N, K = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
@@ -117,24 +117,37 @@ def oracle(tensors: dict[str, np.ndarray], config: dict, frozen: int = 0) -> dic
         "mlp/down": ("mlp.down_proj", (F, D), (D,)),
     }
     found = {"llama/embedding": t[prefix + "embed_tokens.weight"], "llama/final_norm/scale": t[prefix + "norm.weight"]}
-    for group, numbers in (("frozen_layers", range(frozen)), ("layers", range(frozen, c["num_hidden_layers"]))):
-        if not numbers:
-            continue
 
-        def stack(name, reshape, numbers=numbers):
-            return np.stack([reshape(t[f"{prefix}layers.{i}.{name}"]) for i in numbers])
+    def stack(name, reshape):
+        return np.stack([reshape(t[f"{prefix}layers.{i}.{name}"]) for i in range(c["num_hidden_layers"])])
 
-        for ours, theirs in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
-            found[f"llama/{group}/{ours}/scale"] = stack(f"{theirs}.weight", lambda x: x)
-        for ours, (theirs, shape, bias) in projections.items():
-            found[f"llama/{group}/{ours}/kernel"] = stack(f"{theirs}.weight", lambda x, s=shape: x.T.reshape(s))
-            if f"{prefix}layers.0.{theirs}.bias" in t:
-                found[f"llama/{group}/{ours}/bias"] = stack(f"{theirs}.bias", lambda x, s=bias: x.reshape(s))
+    for ours, theirs in (("attention_norm", "input_layernorm"), ("mlp_norm", "post_attention_layernorm")):
+        found[f"llama/layers/{ours}/scale"] = stack(f"{theirs}.weight", lambda x: x)
+    for ours, (theirs, shape, bias) in projections.items():
+        found[f"llama/layers/{ours}/kernel"] = stack(f"{theirs}.weight", lambda x, s=shape: x.T.reshape(s))
+        if f"{prefix}layers.0.{theirs}.bias" in t:
+            found[f"llama/layers/{ours}/bias"] = stack(f"{theirs}.bias", lambda x, s=bias: x.reshape(s))
     if "lm_head.weight" in t:
         found["lm_head"] = t["lm_head.weight"].T
     if "score.weight" in t:
         found["reward_head"] = t["score.weight"].T
     return found
+
+
+def abstract_parameters(model, mesh, dtype: str = "float32") -> dict:
+    """Shapes and shardings of a module's parameters, as training and inference ask for them."""
+    import jax
+    import jax.numpy as jnp
+    from flax.core import meta
+
+    from steerjax.parallel.rules import parameter_shardings
+
+    one = jnp.zeros((1, 1), jnp.int32)
+    boxed = jax.eval_shape(model.init, jax.random.key(0), one, one, one)["params"]
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, jnp.dtype(dtype), sharding=sharding),
+        meta.unbox(boxed), parameter_shardings(boxed, mesh),
+    )  # fmt: skip
 
 
 def save_checkpoint(workdir: Path, params: dict, provenance: dict, step: int = 7) -> Path:

@@ -37,12 +37,11 @@ _SIDE_FILES = (
 
 
 class ParameterReader(Protocol):
-    """Parameters that are read by parts, e.g. `bundle.reader.CheckpointReader`."""
+    """Parameters by path, read by parts: `bundle.reader.CheckpointReader`."""
 
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, path: str, index: Index) -> np.ndarray:
-        """The part of a parameter at `index`."""
+    def read(self, path: str, index: Index) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -123,15 +122,15 @@ def export_model(
     Raises:
         ModelError: what no server can load, a tensor that overflows in `dtype`, a folder that cannot be written.
     """
-    _check_servable(description)
     names = special_tokens(description.tokenizer, description.template)
     ids = {f"{key}_id": description.tokenizer.token_id(string) for key, string in names.items()}
-    if description.kind == "reward" and "pad_token_id" not in ids:
-        raise ModelError("the tokenizer has no token to pad with, and a classifier needs one\n  cure: add a <pad>")
+    reward = description.kind == "reward"
+    if reward:
+        _check_servable(description, ids)
     config = HuggingFaceConfig(
         model=description.model,
         architecture=architecture_of(description),
-        labels=description.schema.names if description.kind == "reward" else (),
+        labels=description.schema.names if reward else (),
         dtype=stored[0].dtype if dtype == "auto" else dtype,  # the embedding's
         raw=ids | {"problem_type": "regression"},
     )
@@ -147,7 +146,7 @@ def export_model(
         write_weights(folder, stored, dtype, max_shard_size)
         write_tokenizer(folder, description.tokenizer, description.template, template)
         _write_json(folder / "config.json", write_config(config))
-        if description.kind == "chat":
+        if not reward:
             stops = {"eos_token_id": stop_tokens(description.tokenizer, description.template)}
             _write_json(folder / "generation_config.json", ids | stops)
         _write_json(folder / "steerjax.json", dataclasses.asdict(_about(description)))
@@ -234,17 +233,17 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         cast = array.astype(dtype)
-    lost = ~np.isfinite(cast)
-    if lost.any() and np.isfinite(array[lost]).any():
-        largest = float(np.abs(array[lost & np.isfinite(array)]).max())
-        cure = "--dtype bfloat16 or float32"
-        raise ModelError(f"{name} holds {largest:g}, which overflows in {dtype.name}\n  cure: {cure}")
+    lost = array[np.isfinite(array) & ~np.isfinite(cast)]
+    if lost.size:
+        largest = float(np.abs(lost).max())
+        raise ModelError(
+            f"{name} holds {largest:g}, which overflows in {dtype.name}\n  cure: --dtype bfloat16 or float32"
+        )
     return cast
 
 
-def _check_servable(description: Description) -> None:
-    if description.kind != "reward":
-        return
+def _check_servable(description: Description, ids: Mapping[str, int | None]) -> None:
+    """What a server needs of a reward model."""
     if description.schema is None:
         raise ModelError(
             "a classifier that does not say which attributes it rates gets no template of ours\n"
@@ -255,6 +254,8 @@ def _check_servable(description: Description) -> None:
             f"the reward is read with readout '{description.readout}', and every server reads at the last token\n"
             "  cure: train with config.head.readout='last'"
         )
+    if "pad_token_id" not in ids:
+        raise ModelError("the tokenizer has no token to pad with, and a classifier needs one\n  cure: add a <pad>")
 
 
 def _about(description: Description) -> About:

@@ -26,7 +26,7 @@ def resolve_source(source: str) -> Path:
     """A local folder, or that of a hub id "owner/name", downloaded where it is not yet: no pickle, no code.
 
     Raises:
-        ModelError: neither, or the download fails.
+        ModelError: neither, or it cannot be had.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -99,11 +99,7 @@ class FolderWeights:
             return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
     def expected(self, config: HuggingFaceConfig) -> tuple[Tensor, ...]:
-        """The tensors that the architecture has, once it is clear that the folder holds these and no others.
-
-        Raises:
-            ModelError: a tensor is missing, unexpected or has another shape; names it.
-        """
+        """The architecture's tensors. Raises ModelError where the folder lacks one, has others or another shape."""
         prefix = "model." if any(name.startswith("model.") for name in self.shapes) else ""
         known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
         if missing := [t.name for t in known if t.name not in self.shapes]:
@@ -131,15 +127,12 @@ class FolderWeights:
 
     def _check_stray_head(self, embedding: str) -> None:
         """A tied model may store its head a second time, but only the same numbers."""
-        shape = self.shapes[embedding]
-        same = self.shapes["lm_head.weight"] == shape and self.dtypes["lm_head.weight"] == self.dtypes[embedding]
-        rows = max(1, (64 << 20) // (4 * shape[1]))
-        for start in range(0, shape[0] if same else 0, rows):
-            part = (slice(start, min(start + rows, shape[0])), slice(0, shape[1]))
-            same = same and self.read("lm_head.weight", part).tobytes() == self.read(embedding, part).tobytes()
-        if not same:
+        head, (V, D), rows = "lm_head.weight", self.shapes[embedding], 8192  # at a time
+        same = (self.shapes[head], self.dtypes[head]) == (self.shapes[embedding], self.dtypes[embedding])
+        parts = [(slice(start, min(start + rows, V)), slice(0, D)) for start in range(0, V, rows)]
+        if not same or any(self.read(head, part).tobytes() != self.read(embedding, part).tobytes() for part in parts):
             raise ModelError(
-                f"'{self._files['lm_head.weight']}': lm_head.weight is not the embedding, and config.json says "
+                f"'{self._files[head]}': {head} is not the embedding, and config.json says "
                 "tie_word_embeddings\n  cure: set it to false if the head was trained, else remove the tensor"
             )
 
@@ -230,12 +223,11 @@ def _listed(folder: Path) -> dict[str, str]:
     index = folder / _INDEX
     if not index.is_file():
         pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"'{folder}' has no safetensors, only {_some(pickles)}, which may be pickles and could run code\n"
-                "  cure: convert it with transformers (save_pretrained writes safetensors), or use another revision"
-            )
-        raise ModelError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}\n  cure: a folder with the weights")
+        found = f", only {_some(pickles)}, which may be pickles and could run code" if pickles else ""
+        raise ModelError(
+            f"'{folder}' has neither {_SINGLE} nor {_INDEX}{found}\n"
+            "  cure: the whole folder; transformers' save_pretrained writes safetensors"
+        )
     listed = read_json(_ShardIndex, index, ModelError, "download it again").weight_map
     for name, file in listed.items():
         if Path(file).name != file or not (folder / file).is_file():
