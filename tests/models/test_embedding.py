@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from steerjax.config import MeshConfig
 from steerjax.models.embedding import look_up
-from steerjax.parallel.mesh import make_mesh
+from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.rules import partition_spec
 
 TABLE = np.arange(64 * 16, dtype=np.float32).reshape(64, 16)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig, RopeScaling
 from steerjax.models.flops import peak_flops, training_flops
 from steerjax.models.llama import CausalLM
@@ -28,7 +27,7 @@ PUBLISHED = {
 def test_parameter_counts(name):
     published, config = PUBLISHED[name]
     one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(CausalLM(config).init, jax.random.key(0), one, one, Layout(one, one))
+    shapes = jax.eval_shape(CausalLM(config).init, jax.random.key(0), one, one, one)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == published
 
 

@@ -1,76 +1,71 @@
-"""Attention that skips blocks is the attention that computes them; the shared mask is the only meaning."""
+"""Attention that skips blocks is the attention that computes them, and skips what it can."""
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steerjax.data.packing import pack
 from steerjax.models.attention.blockwise import block_plan, blockwise_attention
-from steerjax.models.attention.mask import Layout, allowed, attend, causal_attention
 from steerjax.models.config import LlamaConfig
 from steerjax.models.flops import training_flops
-from tests.helpers import host_batch, random_groups
-
-
-def packed_layout(length: int, rows: int = 3) -> Layout:
-    groups = random_groups([3, 1, 4, 2] * 4, seed=length)
-    packed = pack(groups, length, 16, range(len(groups)))[:rows]
-    batch = host_batch(groups, packed, length, 16)
-    return Layout(jnp.asarray(batch.segments[0]), jnp.asarray(batch.branches[0]))
-
-
-def arrays(layout: Layout, N: int, K: int, H: int = 8):
-    B, T = layout.segments.shape
-    random = np.random.default_rng(0)
-    return [jnp.asarray(random.normal(size=(B, T, heads, H)), jnp.float32) for heads in (N, K, K, N)]
+from tests.models.attention.forests import (
+    Node,
+    arrays,
+    assert_equal,
+    attention,
+    block_kinds,
+    by_definition,
+    lay_out,
+    random_rows,
+    values_and_gradients,
+)
 
 
 @pytest.mark.parametrize(("N", "K"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("block", [16, 32, 128])
-def test_outputs_and_gradients_equal_dense_attention(N, K, block):
-    layout = packed_layout(128)
-    q, k, v, weights = arrays(layout, N, K)
-    real = (layout.segments > 0)[:, :, None, None]
-
-    def dense(q, k, v):
-        return attend(q, k, v, allowed(layout, layout))
-
-    def blockwise(q, k, v):
-        return blockwise_attention(q, k, v, layout, block_plan(layout, block), block)
-
-    def chunked(q, k, v):
-        return causal_attention(q, k, v, layout, block)
-
-    def gradients(attention):
-        gradient = jax.grad(lambda *qkv: (attention(*qkv) * weights * real).sum(), argnums=(0, 1, 2))
-        return jax.jit(gradient)(q, k, v)
-
-    for attention in (blockwise, chunked):
-        np.testing.assert_allclose(jax.jit(attention)(q, k, v) * real, dense(q, k, v) * real, atol=2e-6)
-        for ours, expected in zip(gradients(attention), gradients(dense), strict=True):
-            np.testing.assert_allclose(ours, expected, atol=5e-6)
+@pytest.mark.parametrize("name", ["blockwise", "chunked"])
+def test_outputs_and_gradients_equal_the_definition(name, N, K, block):
+    until, mask, _ = random_rows(3, 128, longest=30, padding=40)
+    q, k, v, weights = arrays(3, 128, N, K, H=8)
+    ours = values_and_gradients(functools.partial(attention, name, block), q, k, v, weights, until)
+    assert_equal(ours, values_and_gradients(by_definition, q, k, v, weights, mask))
 
 
-def test_plan_visits_exactly_the_blocks_with_an_allowed_pair():
-    layout = packed_layout(128)
-    plan = block_plan(layout, 16)
-    mask = np.asarray(allowed(layout, layout)) & np.asarray(layout.segments > 0)[:, :, None]
-    for b in range(mask.shape[0]):
-        for i in range(8):
-            visited = set(np.asarray(plan.keys[b, i, : plan.counts[b, i]]).tolist())
-            needed = {j for j in range(8) if mask[b, i * 16 : i * 16 + 16, j * 16 : j * 16 + 16].any()}
-            assert visited == needed | {i}
-    assert plan.counts.sum() < 3 * 8 * 9 / 2  # something is skipped
+@pytest.mark.parametrize("block", [8, 32])
+@pytest.mark.parametrize(("start", "length"), [(0, 256), (64, 128)])
+def test_exactly_the_blocks_with_an_allowed_pair_are_visited_and_full_ones_not_masked(start, length, block):
+    """The full ones first, so that a loop of their own needs no mask."""
+    skipped = full = 0
+    for seed in range(5):
+        until, mask, _ = random_rows(2, 256, longest=80, padding=70, seed=seed)
+        plan = block_plan(jnp.asarray(until), block, start, length)
+        for row in range(2):
+            kinds = block_kinds(mask[row, start : start + length], block)
+            assert plan.queries[row].tolist() == list(range(start // block, (start + length) // block))
+            for i, kind in enumerate(kinds):
+                assert plan.keys[row, i].tolist() == [j for k in (2, 1, 0) for j in np.flatnonzero(kind == k)]
+                assert plan.full[row, i] == (kind == 2).sum()
+                assert plan.visited[row, i] == (kind > 0).sum()
+            skipped += (np.tril(kinds == 0, start // block)).sum()
+            full += (kinds == 2).sum()
+    assert skipped
+    assert full
 
 
 def test_a_query_without_a_key_in_a_visited_block_is_no_nan():
-    """A block is visited for one of its queries; the others may have no key there."""
-    segments = jnp.asarray([[1] * 20 + [2] * 12], jnp.int32)
-    layout = Layout(segments, jnp.zeros_like(segments))
-    q, k, v, _ = arrays(layout, 2, 1)
-    out = blockwise_attention(q, k, v, layout, block_plan(layout, 16), 16)
-    np.testing.assert_allclose(out, attend(q, k, v, allowed(layout, layout)), atol=2e-6)
+    """A block is visited for one of its queries; the others may have no key there, in a first block or a later one."""
+    forest = (Node(3), Node(20, (Node(9), Node(20))), Node(12))
+    until, mask = (x[None] for x in lay_out(forest, 64))
+    q, k, v, weights = arrays(1, 64, 2, 1, H=8)
+    q = q * 30  # with scores far apart
+
+    def blockwise(q, k, v, until):
+        return blockwise_attention(q, k, v, until, block_plan(until, 16), 16)
+
+    ours = values_and_gradients(blockwise, q, k, v, weights, until)
+    assert all(bool(jnp.isfinite(x).all()) for x in ours)
+    assert_equal(ours, values_and_gradients(by_definition, q, k, v, weights, mask))
 
 
 def test_a_long_row_of_short_branches_costs_little_more_than_short_rows():
@@ -80,10 +75,10 @@ def test_a_long_row_of_short_branches_costs_little_more_than_short_rows():
     )
 
     def flops_a_token(branches: list[int]) -> float:
-        numbers = np.concatenate([np.full(n, b) for b, n in enumerate([256, *branches])])[None]
-        plan = block_plan(Layout(jnp.ones_like(numbers), jnp.asarray(numbers)), 256)
-        pairs = int(plan.counts.sum()) * 256 * 256
-        return training_flops(smollm2, numbers.size, pairs, 0.0) / numbers.size
+        tokens = 256 + sum(branches)
+        until, _ = lay_out([Node(256, tuple(Node(length) for length in branches))], tokens)
+        pairs = int(block_plan(jnp.asarray(until[None]), 256).visited.sum()) * 256 * 256
+        return training_flops(smollm2, tokens, pairs, 0.0) / tokens
 
     assert flops_a_token([240] * 16) < 1.2 * flops_a_token([256])
     assert flops_a_token([3840]) > 1.5 * flops_a_token([256])  # one branch as long is another matter
