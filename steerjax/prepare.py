@@ -1,7 +1,7 @@
-"""python -m steerjax.prepare SOURCE --input PATH [--input PATH ...] --output FILE
+"""steerjax prepare SOURCE --input PATH [--input PATH ...] --output FILE
 
-Turns raw data into the conversation format (or, where people chose between two responses, the preference format),
-one JSON object a line, and prints what is in it. The formats, and what each SOURCE reads: docs/formats.md.
+Turns raw data into the conversation format, one JSON object a line, and prints what is in it. The formats, and what
+each SOURCE reads: docs/formats.md.
 """
 
 from __future__ import annotations
@@ -10,34 +10,25 @@ import argparse
 import gzip
 import io
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from steerjax.data.loading import Skipped, held_out_prompts, prompt_key, usable_rows, write_skipped
+from steerjax.data.conversation import Conversation
+from steerjax.data.loading import Skipped, held_out_prompts, split_keys, usable_rows, write_skipped
 from steerjax.data.oasst import read_threads
-from steerjax.data.preferences import PREFERENCE_FORMATS, read_preferences
 from steerjax.data.readers import read_conversations, source_path
-from steerjax.data.statistics import ConversationStatistics, PreferenceStatistics, format_statistics
+from steerjax.data.statistics import Statistics, format_statistics
 from steerjax.errors import ConfigError, DataError, reported_errors
-from steerjax.schema import SCHEMAS
+from steerjax.schema import SCHEMAS, Schema, make_schema
 
-CONVERSATIONS = {  # SOURCE -> (format of the rows, schema)
-    "helpsteer": ("helpsteer", "helpsteer"),
-    "helpsteer2": ("helpsteer", "helpsteer"),
-    "oasst": ("oasst", "oasst"),
-    "reference": ("reference", "steerlm"),
-    "regression": ("regression", "steerlm"),
-    "sharegpt": ("sharegpt", "steerlm"),
-    "messages": ("messages", "steerlm"),
-    "alpaca": ("alpaca", "steerlm"),
-}
-PREFERENCES = tuple(name for name in PREFERENCE_FORMATS if name != "preference")
-_OWN_OPTIONS = {"threads": "oasst", "lang": "oasst", "keep_deleted": "oasst", "split": "helpsteer2-preference"}
-
-Read = Callable[[str], Iterator[tuple[int, Any]]]
+SOURCES = {  # a format of rows, or oasst -> its schema
+    "helpsteer": "helpsteer", "helpsteer2": "helpsteer", "oasst": "oasst", "reference": "steerlm",
+    "regression": "steerlm", "sharegpt": "steerlm", "messages": "steerlm", "alpaca": "steerlm",
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -47,49 +38,54 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m steerjax.prepare", description=__doc__.split("\n\n")[1])
-    parser.add_argument("source", choices=(*CONVERSATIONS, *PREFERENCES), metavar="SOURCE",
-                        help=f"one of: {', '.join((*CONVERSATIONS, *PREFERENCES))}")  # fmt: skip
+    parser = argparse.ArgumentParser(prog="steerjax prepare", description=__doc__.split("\n\n")[1])
     add = parser.add_argument
+    add("source", choices=SOURCES, metavar="SOURCE", help=f"one of: {', '.join(SOURCES)}")
     add("--input", action="append", required=True, metavar="PATH",
         help="a file, embedded:NAME or hub:OWNER/NAME[/FOLDER][:SPLIT]; may stand several times")  # fmt: skip
     add("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file; gzipped where it ends in .gz")
     add("--schema", choices=tuple(SCHEMAS), help="attributes that are taken (default: what SOURCE has)")
+    add("--attribute", action="append", nargs=3, default=[], metavar=("NAME", "LOW", "HIGH"),
+        help="an attribute of your own, in place of the schema's; may stand several times")  # fmt: skip
     add("--on-bad-row", choices=("error", "skip"), default="error",
         help="skip lists them in OUTPUT.skipped.jsonl (default: error)")  # fmt: skip
-    add("--on-duplicate", choices=("error", "keep", "skip"), default="error",
-        help="what a row that stands twice is (default: error)")  # fmt: skip
+    add("--on-duplicate", choices=("keep", "skip", "error"), default="keep",
+        help="what a row that stands twice is (default: keep)")  # fmt: skip
     add("--validation-output", type=Path, metavar="FILE", help="hold out a part of the prompts, into this file")
     add("--validation-fraction", type=float, metavar="PART", help="of the prompts, e.g. 0.05")
     add("--seed", type=int, default=0, help="of the hold-out (default: 0)")
     add("--statistics", type=Path, metavar="FILE", help="write the statistics as JSON, too")
-    add("--threads", choices=("once", "all"),
-        help="oasst: rate a shared turn in its first thread only, for a reward model (once, the default), or in every "
-        "thread, for SFT and as NeMo-Aligner does (all)")  # fmt: skip
     add("--lang", metavar="CODE", help="oasst: only messages in this language, e.g. en")
-    add("--keep-deleted", action="store_true", default=None, help="oasst: keep deleted messages")
-    add("--split", metavar="NAME", help="helpsteer2-preference: only rows whose column 'split' is NAME, e.g. train")
+    add("--keep-deleted", action="store_true", help="oasst: keep deleted messages")
     return parser
 
 
 def _prepare(options: argparse.Namespace) -> None:
     _check(options)
+    schema = _schema(options)
     dropped: Counter[str] = Counter()
     skipped: list[Skipped] = []
-    schema = SCHEMAS[options.schema or CONVERSATIONS.get(options.source, ("", "steerlm"))[1]]
-    statistics = PreferenceStatistics() if options.source in PREFERENCES else ConversationStatistics(schema)
+    duplicates: list[Skipped] = []
+
+    def read(source: str):
+        if options.source != "oasst":
+            return read_conversations(source, schema, options.source)
+        return read_threads(source, schema, lang=options.lang, keep_deleted=options.keep_deleted, dropped=dropped)
+
+    statistics = Statistics(schema)
     rows = usable_rows(
-        options.input, _explained(_reader(options, schema, dropped), dropped), skipped,
-        on_bad_row=options.on_bad_row, on_duplicate=options.on_duplicate,
-    )  # fmt: skip
+        options.input, read, skipped, duplicates, on_bad_row=options.on_bad_row, on_duplicate=options.on_duplicate
+    )
     with ExitStack() as stack:
         output = stack.enter_context(_complete_file(options.output))
         if options.validation_output:
             validation = stack.enter_context(_complete_file(options.validation_output))
             counts = _write_split(rows, statistics, output, validation, options)
         else:
-            counts = [sum(1 for row in _counted(rows, statistics) if _write(output, row))]
-        result = {**statistics.to_json(), "dropped": dict(+dropped), "skipped": len(skipped)}
+            counts = [sum(1 for _ in _written(rows, statistics, output))]
+        result = {
+            **statistics.to_json(), "dropped": dict(+dropped), "duplicates": len(duplicates), "skipped": len(skipped)
+        }  # fmt: skip
         if options.statistics:
             with _complete_file(options.statistics) as file:
                 file.write(json.dumps(result, indent=2) + "\n")
@@ -97,8 +93,7 @@ def _prepare(options: argparse.Namespace) -> None:
         listing.unlink(missing_ok=True)
         if skipped:
             write_skipped(listing, skipped)
-    print(format_statistics(result))
-    print()
+    print(format_statistics(result), end="\n\n")
     for path, count in zip((options.output, options.validation_output), counts, strict=False):
         print(f"{count} rows in {path}")
     if skipped:
@@ -106,13 +101,10 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name, source in _OWN_OPTIONS.items():
-        if getattr(options, name) is not None and options.source != source:
-            raise ConfigError(f"--{name.replace('_', '-')} belongs to {source}, not to {options.source}; remove it")
-    if options.schema and options.source in PREFERENCES:
-        raise ConfigError(f"--schema: {options.source} has no ratings; remove it")
+    if options.source != "oasst" and (options.lang is not None or options.keep_deleted):
+        raise ConfigError(f"--lang and --keep-deleted belong to oasst; cure: remove them for {options.source}")
     if (options.validation_fraction is None) != (options.validation_output is None):
-        raise ConfigError("--validation-fraction and --validation-output need each other")
+        raise ConfigError("--validation-fraction and --validation-output need each other; cure: give both")
     written = [path.resolve() for path in (options.output, options.validation_output, options.statistics) if path]
     read = [path.resolve() for path in map(source_path, options.input) if path]
     for index, path in enumerate(written):
@@ -120,32 +112,12 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigError(f"{path} would be written over; cure: name another file")
 
 
-def _reader(options: argparse.Namespace, schema, dropped: Counter[str]) -> Read:
-    if options.source in PREFERENCES:
-        return lambda source: read_preferences(source, options.source, split=options.split, dropped=dropped)
-    if options.source == "oasst":
-        return lambda source: read_threads(
-            source, schema, threads=options.threads or "once", lang=options.lang,
-            keep_deleted=bool(options.keep_deleted), dropped=dropped,
-        )  # fmt: skip
-    return lambda source: read_conversations(source, schema, CONVERSATIONS[options.source][0])
-
-
-def _explained(read: Read, dropped: Counter[str]) -> Read:
-    """A source of which every row is dropped says so."""
-
-    def rows(source: str) -> Iterator[tuple[int, Any]]:
-        before, empty = dropped.copy(), True
-        for item in read(source):
-            empty = False
-            yield item
-        here = dropped - before
-        if empty and here:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in here.items())
-            cure = "--threads, --lang, --keep-deleted and --split decide what is dropped; see --help"
-            raise DataError(f"no row is left: {reasons}", file=source, cure=cure)
-
-    return rows
+def _schema(options: argparse.Namespace) -> Schema:
+    try:
+        attributes = [(name, float(low), float(high)) for name, low, high in options.attribute]
+    except ValueError as error:
+        raise ConfigError(f"--attribute: {error}; cure: NAME LOW HIGH, e.g. clarity 1 5") from None
+    return make_schema(options.schema or SOURCES[options.source], attributes)
 
 
 @contextmanager
@@ -171,32 +143,23 @@ def _complete_file(path: Path) -> Iterator[IO[str]]:
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; cure: name another file") from error
     finally:
-        if partial.exists():
-            partial.unlink()
+        partial.unlink(missing_ok=True)
 
 
-def _counted(rows: Iterable, statistics) -> Iterator:
+def _written(rows: Iterator[Conversation], statistics: Statistics, file: IO[str]) -> Iterator[Conversation]:
     for row in rows:
         statistics.add(row)
+        file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
         yield row
 
 
-def _write(file: IO[str], row) -> bool:
-    return bool(file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n"))
-
-
-def _write_split(rows: Iterator, statistics, output: IO[str], validation: IO[str], options) -> list[int]:
+def _write_split(rows: Iterator, statistics: Statistics, output: IO[str], validation: IO[str], options) -> list[int]:
     """Which prompts are held out is known after the last row, so the lines wait in a temporary file."""
-    import tempfile
-
-    keys = []
     with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as lines:
-        for row in _counted(rows, statistics):
-            _write(lines, row)
-            keys.append(prompt_key(row))
+        keys = split_keys(_written(rows, statistics, lines))
         held_out = held_out_prompts(keys, options.validation_fraction, options.seed)
         if held_out >= set(keys):
-            raise DataError(f"no prompt is left for training: there are {len(held_out)}", cure="add data")
+            raise DataError(f"nothing is left for training: there are {len(held_out)} prompts", cure="add data")
         lines.seek(0)
         for key, line in zip(keys, lines, strict=True):
             (validation if key in held_out else output).write(line)

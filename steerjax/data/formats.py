@@ -5,36 +5,37 @@ The formats: docs/formats.md; NeMo-Aligner `examples/nlp/data/steerlm/`.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from steerjax.data.checks import (
-    Row,
-    check_keys,
-    check_text,
+from steerjax.data.checks import Row, check_text, entries_of, inside, name_of, present, system_of, text_of
+from steerjax.data.conversation import (
+    ROLES,
+    Conversation,
+    Turn,
+    check_names,
+    checked_ratings,
     checked_turns,
-    entries_of,
-    inside,
-    present,
-    ratings_of,
-    system_of,
-    text_of,
-    unbounded,
+    schema_with,
 )
-from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import ConfigError, DataError
-from steerjax.schema import STEERLM, Schema, check_rating, parse_label
+from steerjax.schema import STEERLM, Attribute, Schema, check_rating, parse_label
 
 _MISSING_LABEL = -100  # the regression format's "not rated"
 _SYSTEM_START, _TURN_START, _TEXT_END = "<extra_id_0>System\n", "\n<extra_id_1>", "\n<extra_id_2>"
 _PROMPT_MARKER = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
-_LABEL_TYPES = ("VALUE_TO_TEXT", "TEXT_TO_VALUE", None)  # where the reference writes the label; all mean the same here
 _SPEAKERS = {  # ShareGPT's, casefolded
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard"), "assistant"),
     "system": "system",
 }
+_REFERENCE_KEYS = ("value", "from", "label", "canonical_form", "canoncial_form")
+_OWN_KEYS = ("role", "content", "ratings", "predicted_ratings", "predicted_label", "id")
+_TOOLS = ("tool_calls", "function_call", "tool_call_id")
+_OPENAI_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 
 
 def conversation_from_row(row: Row, schema: Schema, format: str = "auto") -> Conversation:
@@ -44,7 +45,8 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto") -> Con
         DataError: the row cannot be used; names the field. ConfigError: unknown format.
     """
     check_format(format)
-    return FORMATS[_detect_format(row) if format == "auto" else format](row, schema)
+    conversation = FORMATS[_detect_format(row) if format == "auto" else format](row, schema)
+    return replace(conversation, id=name_of(row))
 
 
 def check_format(format: str) -> None:
@@ -71,13 +73,37 @@ def _detect_format(row: Row) -> str:
 
 
 def _from_helpsteer(row: Row, schema: Schema) -> Conversation:
-    rated = {name: _mean_rating(row[name], schema, name) for name in schema.names if name in row}
-    if not rated:
+    return _answered(row, schema, (Turn("user", text_of(row, "prompt")),))
+
+
+def _from_helpsteer2(row: Row, schema: Schema) -> Conversation:
+    return _answered(row, schema, prompt_turns(row))
+
+
+def _answered(row: Row, schema: Schema, prompt: tuple[Turn, ...]) -> Conversation:
+    response, rated = text_of(row, "response"), _columns(row, schema)
+    if rated is None:
+        numbers = [name for name, value in row.items() if isinstance(value, int | float) and name != "id"]
+        cure = (numbers and schema_with(numbers)) or "name the columns that are rated in data.attributes"
+        cure += "; or add a column for each attribute, null where there is no rating"
         message = f"no attribute of the schema is there: {', '.join(schema.names)}"
-        raise DataError(message, field=schema.names[0], cure="add a column for each, null where there is no rating")
-    prompt = prompt_turns(row)
-    answer = Turn("assistant", text_of(row, "response"), ratings_of(rated, schema) or None)
-    return Conversation(checked_turns((*prompt, answer), "prompt"), system_of(row))
+        raise DataError(message, field=schema.names[0], cure=cure)
+    return Conversation((*prompt, Turn("assistant", response, rated or None)), system_of(row))
+
+
+def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
+    """The row's ratings, in columns of the attributes' names; None where it has no such column."""
+    columns = {a.name: _mean_rating(row[a.name], a) for a in schema.attributes if a.name in row}
+    return checked_ratings(columns, schema, "") if columns else None
+
+
+def _mean_rating(value: object, attribute: Attribute) -> object:
+    """HelpSteer2's `disagreements` list the raters' numbers; the rating is their mean."""
+    if not isinstance(value, list):
+        return value
+    if not value:
+        raise DataError("an empty list of ratings", field=attribute.name, cure="write null where there is no rating")
+    return sum(check_rating(entry, attribute) for entry in value) / len(value)
 
 
 def prompt_turns(row: Row) -> tuple[Turn, ...]:
@@ -85,21 +111,15 @@ def prompt_turns(row: Row) -> tuple[Turn, ...]:
 
     A prompt whose markers do not alternate up to a user turn is text, and stays whole.
     """
-    prompt = text_of(row, "prompt")
-    pieces = _PROMPT_MARKER.split(prompt)
+    return _marked_turns(text_of(row, "prompt"), "prompt")
+
+
+def _marked_turns(text: str, field: str) -> tuple[Turn, ...]:
+    pieces = _PROMPT_MARKER.split(text)
     contents, roles = pieces[::2], pieces[1::2]
     if roles != ["Assistant", "User"] * (len(roles) // 2):
-        contents = [prompt]
-    return tuple(Turn(ROLES[i % 2], text_of({"prompt": content}, "prompt")) for i, content in enumerate(contents))
-
-
-def _mean_rating(value: object, schema: Schema, name: str) -> object:
-    """HelpSteer2's `disagreements` list the raters' numbers; the rating is their mean."""
-    if not isinstance(value, list):
-        return value
-    if not value:
-        raise DataError("an empty list of ratings", field=name, cure="write null where there is no rating")
-    return sum(check_rating(entry, schema[name]) for entry in value) / len(value)
+        contents = [text]
+    return tuple(Turn(ROLES[i % 2], text_of({field: content}, field)) for i, content in enumerate(contents))
 
 
 def _from_regression(row: Row, schema: Schema) -> Conversation:
@@ -109,7 +129,7 @@ def _from_regression(row: Row, schema: Schema) -> Conversation:
         message = f"expected a list of {len(STEERLM)} numbers"
         raise DataError(message, field="label", cure=f"order: {', '.join(STEERLM.names)}; -100 where not rated")
     rated = {name: value for name, value in zip(STEERLM.names, label, strict=True) if value != _MISSING_LABEL}
-    turns = (*turns[:-1], replace(turns[-1], ratings=ratings_of(rated, schema, "label.") or None))
+    turns = (*turns[:-1], replace(turns[-1], ratings=checked_ratings(rated, schema, "label") or None))
     return Conversation(checked_turns(turns, "text"), system)
 
 
@@ -133,73 +153,40 @@ def _parse_text(text: str) -> tuple[str, tuple[Turn, ...]]:
 
 
 def _from_reference(row: Row, schema: Schema) -> Conversation:
-    if row.get("type") not in _LABEL_TYPES:
-        raise DataError(f"unknown type {row['type']!r}", field="type", cure="use VALUE_TO_TEXT, TEXT_TO_VALUE or null")
-    roles = _reference_roles(row)
-    turns = []
-    for index, entry in enumerate(entries_of(row, "conversations")):
-        at = f"conversations[{index}]."
-        check_keys(entry, ("value", "from", "label", "canonical_form", "canoncial_form"), at)
-        speaker = text_of(entry, "from", at)
-        if speaker.casefold() not in roles:
-            cure = f"use one of: {', '.join(roles)}; the system text goes into 'system'"
-            raise DataError(f"unknown role '{speaker}'", field=f"{at}from", cure=cure)
-        ratings = _reference_label(entry.get("label"), schema, f"{at}label")
-        turns.append(Turn(roles[speaker.casefold()], text_of(entry, "value", at), ratings))
-    return Conversation(checked_turns(tuple(turns), "conversations[{}].from"), system_of(row))
-
-
-def _reference_roles(row: Row) -> dict[str, str]:
-    """Casefolded speaker -> role. `mask` names whoever is not trained on, i.e. the user."""
-    mask = row.get("mask")
-    if mask is not None and not isinstance(mask, str):
-        raise DataError(f"expected text, got {type(mask).__name__}", field="mask", cure='write "mask": "User"')
-    masked = [name.strip().casefold() for name in (mask or "User").split(",")]
+    """Markers in a user's text are HelpSteer2's, which the reference's conversion leaves in place."""
+    mask = row.get("mask") or "User"  # names whoever is not trained on, i.e. the user
+    check_text(mask, "mask")
+    masked = [name.strip().casefold() for name in mask.split(",")]
     if "assistant" in masked:
         raise DataError("masks the assistant, the side that is rated", field="mask", cure='write "mask": "User"')
-    return {"user": "user", "assistant": "assistant"} | dict.fromkeys(masked, "user")
-
-
-def _reference_label(label: object, schema: Schema, field: str) -> Mapping[str, float] | None:
-    if label is None:
-        return None
-    if not isinstance(label, str):
-        message = f"expected text or null, got {type(label).__name__}"
-        raise DataError(message, field=field, cure="write e.g. helpfulness:4,correctness:3")
-    with inside(f"{field}."):
-        return parse_label(label, schema) or None
+    roles = {"user": "user", "assistant": "assistant"} | dict.fromkeys(masked, "user")
+    whole = _dialogue(row, schema, "conversations", "from", "value", roles, _REFERENCE_KEYS)
+    turns = (_marked_turns(turn.content, "value") if turn.role == "user" else (turn,) for turn in whole.turns)
+    return replace(whole, turns=tuple(itertools.chain.from_iterable(turns)))
 
 
 def _from_conversation(row: Row, schema: Schema) -> Conversation:
-    turns = []
-    for index, entry in enumerate(entries_of(row, "turns")):
-        at = f"turns[{index}]."
-        check_keys(entry, ("role", "content", "ratings", "predicted_ratings", "predicted_label"), at)
-        role = text_of(entry, "role", at)
-        if role not in ROLES:
-            cure = f"use {' or '.join(ROLES)}; the system text goes into 'system'"
-            raise DataError(f"unknown role '{role}'", field=f"{at}role", cure=cure)
-        ratings = ratings_of(entry.get("ratings"), schema, f"{at}ratings.")
-        predicted = ratings_of(entry.get("predicted_ratings"), unbounded(schema), f"{at}predicted_ratings.")
-        turns.append(Turn(role, text_of(entry, "content", at), ratings, predicted))
-    name = text_of(row, "id") if row.get("id") else ""
-    return Conversation(checked_turns(tuple(turns), "turns[{}].role"), system_of(row), name)
+    return _dialogue(row, schema, "turns", "role", "content", dict(zip(ROLES, ROLES, strict=True)), _OWN_KEYS)
 
 
 def _from_messages(row: Row, schema: Schema) -> Conversation:
-    system, turns = message_turns(row, "messages")
-    return Conversation(turns, system, _name(row))
-
-
-def message_turns(row: Row, key: str) -> tuple[str | None, tuple[Turn, ...]]:
-    """(system, turns) of a list of OpenAI's `{"role": ..., "content": ...}`."""
-    roles = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-    return _chat_turns(row, key, "role", "content", roles)
+    """Ratings in the row's columns belong to the last assistant turn."""
+    conversation, rated = _dialogue(row, schema, "messages", "role", "content", _OPENAI_ROLES), _columns(row, schema)
+    if not rated:
+        return conversation
+    turns = list(conversation.turns)
+    last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+    if last is None or turns[last].ratings:
+        what = (
+            "the row has ratings beside its messages, and " + ("no" if last is None else "a rated") + " assistant turn"
+        )
+        raise DataError(what, field="messages", cure="rate the assistant's last turn once")
+    turns[last] = replace(turns[last], ratings=rated)
+    return replace(conversation, turns=tuple(turns))
 
 
 def _from_sharegpt(row: Row, schema: Schema) -> Conversation:
-    system, turns = _chat_turns(row, "conversations", "from", "value", _SPEAKERS)
-    return Conversation(turns, system, _name(row))
+    return _dialogue(row, schema, "conversations", "from", "value", _SPEAKERS)
 
 
 def _is_sharegpt(row: Row) -> bool:
@@ -211,40 +198,67 @@ def _is_sharegpt(row: Row) -> bool:
     return bool(speakers & (_SPEAKERS.keys() - {"user", "assistant"}))
 
 
-# Keys of a message that change what it means, so that it cannot be read without them.
-_MEANINGFUL = {
-    **dict.fromkeys(("tool_calls", "function_call", "tool_call_id"), "tool use is not implemented; remove the row"),
-    **dict.fromkeys(("ratings", "predicted_ratings", "label"), "ratings stand in the format 'conversation'"),
-    "weight": "turns are not masked one by one; remove it, or the row",
-}
+def _dialogue(
+    row: Row, schema: Schema, key: str, role_key: str, content_key: str, roles: Mapping[str, str],
+    known: tuple[str, ...] = (),
+) -> Conversation:  # fmt: skip
+    """The conversation of a list of turns, of which the first may be the system text.
 
-
-def _chat_turns(
-    row: Row, key: str, role_key: str, content_key: str, roles: Mapping[str, str]
-) -> tuple[str | None, tuple[Turn, ...]]:
-    """(system, turns) of a list of messages, of which the first may be the system text."""
+    Args:
+        roles: casefolded speaker -> role, or "system".
+        known: the keys of a turn, where others are refused.
+    """
     system, turns = system_of(row), []
     for index, entry in enumerate(entries_of(row, key)):
         at = f"{key}[{index}]."
-        for name, cure in _MEANINGFUL.items():
-            if entry.get(name) not in (None, [], {}, "") and not (name == "weight" and entry[name] == 1):
-                raise DataError("cannot be left out of account", field=at + name, cure=cure)
+        _check_keys(entry, known, at)
         speaker = text_of(entry, role_key, at)
         role = roles.get(speaker.casefold())
         if role is None:
-            raise DataError(f"unknown role '{speaker}'", field=at + role_key, cure=f"use one of: {', '.join(roles)}")
-        if role != "system":
-            turns.append(Turn(role, text_of({content_key: _joined_parts(entry, content_key, at)}, content_key, at)))
-            continue
+            cure = f"use one of: {', '.join(roles)}; a system text may stand in the row, under 'system'"
+            raise DataError(f"unknown role '{speaker}'", field=at + role_key, cure=cure)
         text = _joined_parts(entry, content_key, at)
-        check_text(text, at + content_key)
-        if index or system not in (None, text):
-            what = "a system text in the middle" if index else "the row has two system texts"
-            raise DataError(what, field=at + role_key, cure="put one system text first, or remove the row")
-        system = text
+        if role == "system":
+            check_text(text, at + content_key)
+            if index or system not in (None, text):
+                what = "a system text in the middle" if index else "the row has two system texts"
+                raise DataError(what, field=at + role_key, cure="put one system text first, or remove the row")
+            system = text
+            continue
+        text = text_of({content_key: text}, content_key, at)
+        ratings = _label(entry.get("label"), schema, f"{at}label")
+        ratings = ratings or checked_ratings(entry.get("ratings"), schema, f"{at}ratings")
+        predicted = checked_ratings(entry.get("predicted_ratings"), _finite(schema), f"{at}predicted_ratings")
+        turns.append(Turn(role, text, ratings, predicted, name_of(entry, at) if "id" in known else ""))
     if not turns:
         raise DataError("no turn beside the system text", field=key, cure="remove the row")
-    return system, checked_turns(tuple(turns), key + "[{}]." + role_key)
+    return Conversation(checked_turns(tuple(turns), f"{key}[{{}}].{role_key}"), system)
+
+
+@functools.cache
+def _finite(schema: Schema) -> Schema:
+    """A regression head may predict a little outside the range, so a prediction need only be a number."""
+    return Schema(tuple(replace(a, low=-1e30, high=1e30) for a in schema.attributes))
+
+
+def _label(label: object, schema: Schema, field: str) -> Mapping[str, float] | None:
+    """The reference's `helpfulness:4,correctness:3`."""
+    if label is None:
+        return None
+    check_text(label, field)
+    with inside(f"{field}."):
+        check_names([entry.partition(":")[0].strip() for entry in label.split(",") if ":" in entry], schema)
+        return parse_label(label, schema) or None
+
+
+def _check_keys(entry: Row, known: tuple[str, ...], at: str) -> None:
+    """Refuses keys that are not known; where any is, those that change what the turn means."""
+    for key, value in entry.items():
+        if known and key not in known:
+            raise DataError("unknown key", field=at + key, cure=f"use: {', '.join(known)}; or remove it")
+        if (key in _TOOLS and value) or (key == "weight" and value not in (None, 1)):
+            cure = "tool use and masks of single turns are not implemented; remove it, or the row"
+            raise DataError("cannot be left out of account", field=at + key, cure=cure)
 
 
 def _joined_parts(entry: Row, key: str, at: str) -> object:
@@ -252,14 +266,12 @@ def _joined_parts(entry: Row, key: str, at: str) -> object:
     content = present(entry, key, at)
     if not isinstance(content, list):
         return content
-    texts = []
     for index, part in enumerate(content):
         where = f"{at}{key}[{index}]"
         if not isinstance(part, Mapping) or part.get("type") != "text":
             raise DataError("a part that is no text", field=where, cure="images and audio are not read; remove the row")
         check_text(part.get("text"), f"{where}.text")
-        texts.append(part["text"])
-    return "".join(texts)
+    return "".join(part["text"] for part in content)
 
 
 def _from_alpaca(row: Row, schema: Schema) -> Conversation:
@@ -272,17 +284,12 @@ def _from_alpaca(row: Row, schema: Schema) -> Conversation:
         raise DataError("expected a list of [question, answer]", field="history", cure="write pairs, or remove it")
     contents = [*(content for pair in history for content in pair), question, text_of(row, "output")]
     turns = tuple(Turn(ROLES[i % 2], text_of({"history": content}, "history")) for i, content in enumerate(contents))
-    return Conversation(turns, system_of(row) or None, _name(row))
-
-
-def _name(row: Row) -> str:
-    """The row's `id`; dumps number their rows."""
-    name = row.get("id")
-    return str(name) if isinstance(name, int) else text_of(row, "id") if name else ""
+    return Conversation(turns, system_of(row) or None)
 
 
 FORMATS: dict[str, Callable[[Row, Schema], Conversation]] = {
     "helpsteer": _from_helpsteer,
+    "helpsteer2": _from_helpsteer2,
     "regression": _from_regression,
     "reference": _from_reference,
     "conversation": _from_conversation,

@@ -1,4 +1,4 @@
-"""Sources -> a list of conversations, with what was skipped; splits that never share a prompt."""
+"""Sources -> a list of conversations, with what was skipped; splits by prompt."""
 
 from __future__ import annotations
 
@@ -26,86 +26,107 @@ class Skipped:
     reason: str
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What sources held.
+
+    Attributes:
+        conversations: in order.
+        skipped: the rows that were left out.
+        duplicates: rows that equal an earlier one, whether kept or skipped.
+    """
+
+    conversations: list[Conversation]
+    skipped: list[Skipped]
+    duplicates: int
+
+
 def load_conversations(
     sources: Sequence[str],
     schema: Schema,
     *,
     format: str = "auto",
     on_bad_row: str = "error",
-    on_duplicate: str = "error",
-) -> tuple[list[Conversation], list[Skipped]]:
-    """All conversations of the sources in order, and the rows that were skipped.
+    on_duplicate: str = "keep",
+) -> Loaded:
+    """All conversations of the sources.
 
     A duplicate has the same system, roles, contents and ratings as an earlier row. The same response with other
     ratings is rater noise, and no duplicate.
 
     Args:
         sources: files, `embedded:NAME` or `hub:ID[:SPLIT]` (`readers.iter_rows`).
-        format: "auto" or a key of `readers.FORMATS`.
+        format: "auto" or a key of `formats.FORMATS`.
         on_bad_row: "error" stops at the first bad row, "skip" lists them all.
-        on_duplicate: "error", "keep" or "skip".
+        on_duplicate: "keep", "skip" (listed, too) or "error".
 
     Raises:
-        DataError: a bad row, a duplicate, a source without a usable row. ConfigError: an unknown option.
+        DataError: a bad row, a duplicate, a source without a usable row. ConfigError: an unknown format.
     """
     skipped: list[Skipped] = []
+    duplicates: list[Skipped] = []
     rows = usable_rows(
-        sources, lambda source: read_conversations(source, schema, format), skipped,
+        sources, lambda source: read_conversations(source, schema, format), skipped, duplicates,
         on_bad_row=on_bad_row, on_duplicate=on_duplicate,
     )  # fmt: skip
-    return list(rows), skipped
+    return Loaded(list(rows), skipped, len(duplicates))
 
 
 def usable_rows(
     sources: Sequence[str],
     read: Callable[[str], Iterable[tuple[int, Any]]],
     skipped: list[Skipped],
+    duplicates: list[Skipped] | None = None,
     *,
     on_bad_row: str,
-    on_duplicate: str,
+    on_duplicate: str = "keep",
 ) -> Iterator[Any]:
     """The rows of all sources that can be used, one by one; `load_conversations` without the list.
 
     Args:
         read: source -> (line, row or DataError). A row has `content()`, what a duplicate shares.
         skipped: what is skipped is added to it.
+        duplicates: duplicates are added to it, kept or not.
 
     Raises:
         DataError, ConfigError: as `load_conversations`.
     """
-    _check_option("on_bad_row", on_bad_row, ("error", "skip"))
-    _check_option("on_duplicate", on_duplicate, ("error", "keep", "skip"))
     if not sources:
         raise DataError("no source of data", cure="name at least one file, e.g. embedded:helpsteer")
-    first_of: dict[str, tuple[str, int]] = {}
+    first_of: dict[str, str] = {}
     for source in sources:
-        usable = 0
+        usable, before = 0, len(skipped)
         for line, row in read(source):
             if isinstance(row, DataError):
                 if on_bad_row == "error":
-                    raise _stopping(row)
-                skipped.append(Skipped(source, line, _reason(row)))
+                    cure = f"{row.cure}; or set on_bad_row='skip' to skip and list such rows"
+                    raise DataError(row.message, file=row.file, line=row.line, field=row.field, cure=cure)
+                reason = f"field '{row.field}': {row.message}" if row.field else row.message
+                skipped.append(Skipped(source, line, reason))
                 continue
             usable += 1
-            if on_duplicate == "keep":
-                yield row
-                continue
-            digest = _digest(row.content())
-            if digest not in first_of:
-                first_of[digest] = (source, line)
-                yield row
-            elif on_duplicate == "skip":
-                skipped.append(Skipped(source, line, "duplicate of {}:{}".format(*first_of[digest])))
-            else:
-                raise _duplicate(source, line, first_of[digest])
+            here = f"{source}:{line}"
+            first = first_of.setdefault(_digest(row.content()), here)
+            if first != here:
+                duplicate = Skipped(source, line, f"duplicate of {first}")
+                if on_duplicate == "error":
+                    cure = "remove it; or set on_duplicate='keep' (sampled and rated twice) or 'skip'"
+                    raise DataError(f"the same row as {first}", file=source, line=line, cure=cure)
+                if duplicates is not None:
+                    duplicates.append(duplicate)
+                if on_duplicate == "skip":
+                    skipped.append(duplicate)
+                    continue
+            yield row
         if not usable:
-            raise _without_rows(source, [entry for entry in skipped if entry.file == source])
+            raise _without_rows(source, skipped[before:])
 
 
 def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:
     """Writes file, line and reason of each skipped row, one JSON object a line."""
-    lines = (json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    # Half a surrogate pair in a reason is written as JSON's own escape.
+    with Path(path).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        file.writelines(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
 
 
 def file_hashes(sources: Sequence[str]) -> dict[str, str]:
@@ -117,84 +138,6 @@ def file_hashes(sources: Sequence[str]) -> dict[str, str]:
     return {source: _file_hash(source) for source in sources}
 
 
-def prompt_key(conversation: Conversation) -> str:
-    """Names the prompt: equal for equal first user turns, whatever their case, white space and system text.
-
-    Later turns do not count, so all branches of a thread have one key. 32 hex digits.
-    """
-    return _digest([" ".join(conversation.turns[0].content.casefold().split())])
-
-
-def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed: int) -> Split:
-    """(train, validation), where validation has `round(fraction * prompts)` prompts, at least one.
-
-    The choice follows from the prompts and the seed, not from the order of rows; in each part rows keep their order.
-
-    Raises:
-        ConfigError: fraction outside (0, 1). DataError: a part would be empty.
-    """
-    keys = [prompt_key(conversation) for conversation in conversations]
-    return _parts(conversations, keys, held_out_prompts(keys, fraction, seed))
-
-
-def held_out_prompts(keys: Iterable[str], fraction: float, seed: int) -> frozenset[str]:
-    """The keys (`prompt_key`) that `split_by_prompt` puts into validation.
-
-    Raises:
-        ConfigError: fraction outside (0, 1).
-    """
-    if not 0 < fraction < 1:
-        raise ConfigError(f"validation fraction {fraction} is not between 0 and 1; for none, do not split")
-    ordered = _ordered_keys(keys, seed)
-    return frozenset(ordered[: max(1, round(fraction * len(ordered)))])
-
-
-def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int, seed: int) -> Split:
-    """(train, validation) of fold `fold` (from 0) of `folds`; each prompt is in the validation part of exactly one.
-
-    Raises:
-        ConfigError: fold or folds out of range. DataError: fewer prompts than folds.
-    """
-    if folds < 2 or not 0 <= fold < folds:
-        raise ConfigError(f"fold {fold} of {folds}: take at least 2 folds, and a fold from 0 to folds - 1")
-    keys = [prompt_key(conversation) for conversation in conversations]
-    return _parts(conversations, keys, frozenset(_ordered_keys(keys, seed)[fold::folds]))
-
-
-def check_disjoint(train: Sequence[Conversation], validation: Sequence[Conversation]) -> None:
-    """Raises DataError, with both places, if a prompt is in both parts."""
-    trained = {prompt_key(conversation): conversation for conversation in train}
-    for conversation in validation:
-        other = trained.get(prompt_key(conversation))
-        if other is not None:
-            raise DataError(
-                f"validation has the prompt of the training row {other.file}:{other.line}",
-                file=conversation.file,
-                line=conversation.line,
-                cure="remove one of the rows, or let the run split one source by prompt",
-            )
-
-
-def _ordered_keys(keys: Iterable[str], seed: int) -> list[str]:
-    """The prompts' keys, shuffled by a hash keyed with the seed."""
-    return sorted(set(keys), key=lambda key: _digest([seed, key]))
-
-
-def _parts(conversations: Sequence[Conversation], keys: Sequence[str], held_out: frozenset[str]) -> Split:
-    train, validation = [], []
-    for conversation, key in zip(conversations, keys, strict=True):
-        (validation if key in held_out else train).append(conversation)
-    if not train or not validation:
-        prompts = len(set(keys))
-        part = "validation" if train else "training"
-        raise DataError(f"no prompt is left for {part}: there are {prompts}", cure="add data or change the split")
-    return train, validation
-
-
-def _digest(value: list) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
 def _file_hash(source: str) -> str:
     path = source_path(source)
     if path is None:
@@ -203,27 +146,95 @@ def _file_hash(source: str) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{name}: unknown value '{value}'; use one of: {', '.join(allowed)}")
+# Splits
 
 
-def _reason(error: DataError) -> str:
-    return f"field '{error.field}': {error.message}" if error.field else error.message
+def prompt_key(conversation: Conversation) -> str:
+    """Names the prompt: equal for equal first user turns, whatever their case, white space and system text.
+
+    Neither later turns count nor an assistant's opening, so all branches of a thread have one key. 32 hex digits.
+    """
+    turns = conversation.turns
+    prompt = next((turn for turn in turns if turn.role == "user"), turns[0])
+    return _digest([" ".join(prompt.content.casefold().split())])
 
 
-def _stopping(error: DataError) -> DataError:
-    cure = f"{error.cure}; or set on_bad_row='skip' to skip and list such rows"
-    return DataError(error.message, file=error.file, line=error.line, field=error.field, cure=cure)
+def split_keys(conversations: Iterable[Conversation]) -> list[str]:
+    """Of each conversation what a split keeps together: its prompt, or, where all have one prompt, its content.
+
+    So equal rows of one prompt (a thousand essays on one task) are on one side all the same.
+    """
+    prompts, contents = [], []
+    for conversation in conversations:
+        prompts.append(prompt_key(conversation))
+        contents.append(_digest(conversation.content()))
+    return prompts if len(set(prompts)) > 1 else contents
 
 
-def _duplicate(source: str, line: int, first: tuple[str, int]) -> DataError:
-    return DataError(
-        "the same row as {}:{}".format(*first),
-        file=source,
-        line=line,
-        cure="remove it; or set on_duplicate='keep' (a response that was sampled and rated twice) or 'skip'",
-    )
+def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed: int) -> Split:
+    """(train, validation), where validation has `round(fraction * prompts)` prompts, at least one.
+
+    The choice follows from the prompts and the seed, not from the order of rows; in each part rows keep their order.
+    Where all rows have one prompt, rows take the prompts' place; `shared_prompts` of the parts is 1 then, else 0.
+
+    Raises:
+        ConfigError: fraction outside (0, 1). DataError: a part would be empty.
+    """
+    keys = split_keys(conversations)
+    return _parts(conversations, keys, held_out_prompts(keys, fraction, seed))
+
+
+def held_out_prompts(keys: Iterable[str], fraction: float, seed: int) -> frozenset[str]:
+    """The keys (`split_keys`) that `split_by_prompt` puts into validation.
+
+    Raises:
+        ConfigError: fraction outside (0, 1).
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(f"validation fraction {fraction} is not between 0 and 1; cure: e.g. 0.1, or do not split")
+    ordered = _ordered_keys(keys, seed)
+    return frozenset(ordered[: max(1, round(fraction * len(ordered)))])
+
+
+def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int, seed: int) -> Split:
+    """(train, validation) of fold `fold` (from 0) of `folds`; each prompt is in the validation part of exactly one.
+
+    Where all rows have one prompt, as `split_by_prompt`.
+
+    Raises:
+        ConfigError: fold or folds out of range. DataError: fewer prompts than folds.
+    """
+    if folds < 2 or not 0 <= fold < folds:
+        raise ConfigError(f"fold {fold} of {folds}; cure: at least 2 folds, and a fold from 0 to folds - 1")
+    keys = split_keys(conversations)
+    return _parts(conversations, keys, frozenset(_ordered_keys(keys, seed)[fold::folds]))
+
+
+def shared_prompts(train: Iterable[Conversation], validation: Iterable[Conversation]) -> int:
+    """How many prompts (`prompt_key`) are in both parts."""
+    return len({prompt_key(c) for c in train} & {prompt_key(c) for c in validation})
+
+
+def _ordered_keys(keys: Iterable[str], seed: int) -> list[str]:
+    """The keys, each once, shuffled by a hash keyed with the seed."""
+    return sorted(set(keys), key=lambda key: _digest([seed, key]))
+
+
+def _parts(conversations: Sequence[Conversation], keys: Sequence[str], held_out: frozenset[str]) -> Split:
+    train, validation = [], []
+    for conversation, key in zip(conversations, keys, strict=True):
+        (validation if key in held_out else train).append(conversation)
+    if not train or not validation:
+        part = "validation" if train else "training"
+        raise DataError(f"nothing is left for {part}: there are {len(set(keys))} prompts", cure=_MORE)
+    return train, validation
+
+
+_MORE = "add data, change the split, or name validation files of their own"
+
+
+def _digest(value: list) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def _without_rows(source: str, skipped: Sequence[Skipped]) -> DataError:

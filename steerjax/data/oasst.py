@@ -6,11 +6,11 @@ Rules: NeMo-Aligner `examples/nlp/data/steerlm/preprocess_openassistant_data.py`
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 from steerjax.data.checks import Row, inside, text_of
-from steerjax.data.conversation import ROLES, Conversation, Turn
+from steerjax.data.conversation import Conversation, Turn, checked_turns
 from steerjax.data.readers import iter_rows
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import OASST, Attribute, Schema, check_rating
@@ -23,46 +23,57 @@ def read_threads(
     source: str,
     schema: Schema,
     *,
-    threads: str = "once",
     lang: str | None = None,
     keep_deleted: bool = False,
     dropped: Counter[str] | None = None,
 ) -> Iterator[tuple[int, Conversation | DataError]]:
     """(line, conversation) for every thread, a path from a tree's root to a leaf; a bad tree is one DataError.
 
-    Labels are scaled to the schema's range and rounded half to even. Only quality, toxicity, humor and creativity are
-    taken: OASST's `helpfulness` is another scale than HelpSteer's.
+    A turn has its ratings and its message's id in each of its threads. Labels are scaled to the schema's range and
+    rounded half to even. Only quality, toxicity, humor and creativity are taken: OASST's `helpfulness` is another scale
+    than HelpSteer's. Threads of one message are dropped.
 
     Args:
         source: trees (`{"prompt": {..., "replies": [...]}}` or the root message itself), or messages one by one
             (`message_id`, `parent_id`), as the hub has them.
-        threads: "all" is the reference: all threads, and a turn is rated in each thread that it is part of. "once",
-            for a reward model: a turn is rated in the first of them only, and a thread ends with its last rated turn.
         lang: keep only messages in this language, e.g. "en"; the replies to others go with them.
         keep_deleted: keep deleted messages; else they and their replies are left out.
         dropped: counts the messages and threads that are left out, by reason.
 
     Raises:
-        DataError: the source cannot be read at all. ConfigError: the schema has none of the four, or unknown `threads`.
+        DataError: the source cannot be read at all, or no thread is left. ConfigError: the schema has none of the four.
     """
-    if threads not in ("once", "all"):
-        raise ConfigError(f"threads: unknown value '{threads}'; use once or all")
     if not set(schema.names) & set(OASST.names):
         raise ConfigError(f"the schema has none of {', '.join(OASST.names)}; cure: use the schema oasst or steerlm")
+    total, found = Counter[str](), False
     for line, tree in _trees(source):
+        counts: Counter[str] = Counter()
+
+        def kept(message: Row, counts: Counter[str] = counts) -> bool:
+            deleted = not keep_deleted and message.get("deleted")
+            if not deleted and (not lang or message.get("lang") == lang):
+                return True
+            counts["deleted messages" if deleted else f"messages not in '{lang}'"] += 1
+            counts["replies to such messages"] += sum(1 for _ in _all(message)) - 1
+            return False
+
         try:
             if isinstance(tree, DataError):
                 raise tree
-            left_out: Counter[str] = Counter()
-            root = _kept(tree, lang, keep_deleted, left_out)
-            conversations = list(_conversations(root, schema, threads, left_out)) if root else []
+            conversations = list(_conversations(tree, schema, kept, counts))
         except DataError as error:
+            found = True
             yield line, error.at(source, line)
             continue
-        if dropped is not None:
-            dropped.update(left_out)
+        total += counts
+        found = found or bool(conversations)
         for conversation in conversations:
             yield line, replace(conversation, file=source, line=line)
+    if total and not found:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in total.items())
+        raise DataError(f"no thread is left: {reasons}", file=source, cure="look at --lang and --keep-deleted")
+    if dropped is not None:
+        dropped.update(total)
 
 
 def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
@@ -112,81 +123,42 @@ def _all(root: Row) -> Iterator[Row]:
         below += _replies(message)
 
 
-def _kept(root: Row, lang: str | None, keep_deleted: bool, counts: Counter[str]) -> Row | None:
-    """The tree without messages that are deleted or in another language, and the replies to them."""
-    top = {"replies": [root]}
-    below = [top]
-    while below:
-        message = below.pop()
-        kept = []
-        for reply in _replies(message):
-            deleted = not keep_deleted and reply.get("deleted")
-            if deleted or (lang and reply.get("lang") != lang):
-                counts["deleted messages" if deleted else f"messages not in '{lang}'"] += 1
-                counts["replies to such messages"] += sum(1 for _ in _all(reply)) - 1
-            else:
-                kept.append({**reply})
-        message["replies"] = kept
-        below += kept
-    return top["replies"][0] if top["replies"] else None
-
-
 def _replies(message: Row) -> list[Row]:
     replies = message.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, Mapping) for reply in replies):
-        raise DataError("expected a list of messages", field=_place(message) + "replies", cure="check the export")
+        field = f"message {message.get('message_id')}.replies"
+        raise DataError("expected a list of messages", field=field, cure="check the export")
     return replies
 
 
-def _conversations(root: Row, schema: Schema, threads: str, counts: Counter[str]) -> Iterator[Conversation]:
-    rated: set[int] = set()  # of the messages whose ratings stand in an earlier thread
-    turns: dict[int, Turn] = {}
-    for thread in _threads(root):
-        if len(thread) == 1:
+def _conversations(
+    root: Row, schema: Schema, kept: Callable[[Row], bool], counts: Counter[str]
+) -> Iterator[Conversation]:
+    """The paths from the root to each leaf, depth first, replies in their order."""
+    below: list[tuple[Row, tuple[Turn, ...]]] = [(root, ())] if kept(root) else []
+    while below:
+        message, before = below.pop()
+        replies = [reply for reply in _replies(message) if kept(reply)]
+        if not replies and not before:
             counts["threads of one message"] += 1
             continue
-        for depth, message in enumerate(thread):
-            if id(message) not in turns:
-                turns[id(message)] = _turn(message, depth, schema)
-        path = [turns[id(message)] for message in thread]
-        if threads == "once":
-            new = {i for i, m in enumerate(thread) if turns[id(m)].ratings and id(m) not in rated}
-            rated.update(id(message) for message in thread)
-            if not new:
-                counts["threads without a rating that is not in an earlier one"] += 1
-                continue
-            path = [turn if i in new else replace(turn, ratings=None) for i, turn in enumerate(path[: max(new) + 1])]
-        last = thread[len(path) - 1]
-        yield Conversation(tuple(path), id=str(last.get("message_id") or ""))
-
-
-def _threads(root: Row) -> Iterator[list[Row]]:
-    """The paths from the root to each leaf, depth first, replies in their order."""
-    below = [[root]]
-    while below:
-        path = below.pop()
-        replies = path[-1]["replies"]
+        turns = (*before, _turn(message, schema))
+        checked_turns(turns[-2:], f"message {turns[-1].id}.role")
         if not replies:
-            yield path
-        below += [[*path, reply] for reply in reversed(replies)]
+            yield Conversation(turns, id=turns[-1].id)
+        below += [(reply, turns) for reply in reversed(replies)]
 
 
-def _turn(message: Row, depth: int, schema: Schema) -> Turn:
-    at = _place(message)
+def _turn(message: Row, schema: Schema) -> Turn:
+    name = text_of(message, "message_id")
+    at = f"message {name}."
     speaker = text_of(message, "role", at)
     if speaker not in _ROLES:
         raise DataError(f"unknown role '{speaker}'", field=f"{at}role", cure=f"use {' or '.join(_ROLES)}")
     role = _ROLES[speaker]
-    if role != ROLES[depth % 2]:
-        raise DataError("roles must alternate, prompter first", field=f"{at}role", cure="remove the message")
     content = text_of(message, "text", at)
     ratings = _ratings(message.get("labels"), schema, f"{at}labels") if role == "assistant" else None
-    return Turn(role, content, ratings or None)
-
-
-def _place(message: Row) -> str:
-    name = message.get("message_id")
-    return f"message {name}." if name else "message."
+    return Turn(role, content, ratings or None, id=name)
 
 
 def _ratings(labels: object, schema: Schema, field: str) -> dict[str, float]:
@@ -207,6 +179,6 @@ def _ratings(labels: object, schema: Schema, field: str) -> dict[str, float]:
         if not isinstance(label, Mapping):
             raise DataError("expected an object with 'value'", field=f"{field}.{attribute.name}", cure=cure)
         with inside(f"{field}."):
-            value = check_rating(label.get("value"), Attribute(attribute.name, "", *_LABEL_RANGE))
+            value = check_rating(label.get("value"), Attribute(attribute.name, *_LABEL_RANGE))
         ratings[attribute.name] = float(round(attribute.low + value * (attribute.high - attribute.low)))
     return ratings
