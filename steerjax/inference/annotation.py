@@ -3,85 +3,77 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
-from steerjax.data.loading import Skipped
+from steerjax.data.loading import Skipped, usable_rows
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
-from steerjax.inference.job import ResumableOutput, settings_path
-from steerjax.inference.scorer import Chunk, Scorer, assistant_turns, predicted_keys, reading_schema
+from steerjax.files import atomic, json_line, write_atomic
+from steerjax.inference.job import ResumableOutput, carried, read_settings, skipped_path, write_settings
+from steerjax.schema import Schema
+
+if TYPE_CHECKING:
+    from steerjax.inference.scorer import Chunk, Scorer
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Job:
-    """What is annotated.
+class Source:
+    """The input, and what of it is rated.
 
     Attributes:
-        source: the input, as `iter_rows` takes it.
+        path: as `iter_rows` takes it.
         format: of its rows.
-        rows: how many they are.
-        chunk_rows: rows that are packed together, and lost when interrupted.
+        schema: of the ratings that it may hold.
         last_turn_only: rate only the last of the assistant's turns.
         skip: leave rows out that cannot be used, and list them, rather than raise.
     """
 
-    source: str
+    path: str
     format: str
-    rows: int
-    chunk_rows: int
+    schema: Schema
     last_turn_only: bool
     skip: bool
 
-    def part(self, number: int, parts: int) -> range:
-        """The chunks of part `number` (from 1) of `parts`."""
-        chunks = -(-self.rows // self.chunk_rows)
-        return range(chunks * (number - 1) // parts, chunks * number // parts)
+    def check(self) -> int:
+        """Number of rows, after a look at each, so that no bad one is found after hours.
 
+        Raises:
+            DataError: the first bad row, or no usable row at all.
+        """
+        skipped: list[Skipped] = []
+        on_bad_row = "skip" if self.skip else "error"
+        usable = usable_rows([self.path], lambda _: self.rows(), skipped, on_bad_row=on_bad_row, on_duplicate="keep")
+        return sum(1 for _ in usable) + len(skipped)
 
-def run(job: Job, scorer: Scorer, chunks: range, output: Path, settings: Mapping[str, Any]) -> None:
-    """Writes these chunks' rows, with ratings, or what an interrupted run left of them.
+    def rows(self) -> Iterator[tuple[int, tuple[dict, Conversation] | DataError]]:
+        """(line, (what passes through, conversation)) of each row; a row that cannot be used is a DataError."""
+        for line, row in iter_rows(self.path):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                yield line, self._row(row, line)
+            except DataError as error:
+                yield line, error.at(self.path, line)
 
-    Args:
-        settings: all that the rows depend on.
-
-    Raises:
-        DataError: a row that cannot be used, a prediction that is not finite, an output of another job.
-    """
-    size = job.chunk_rows
-    with ResumableOutput(output, settings) as file:
-        if not file.finished:
-            work = Work(job, scorer, chunks, file.done)
-            progress = Progress(max(0, min(job.rows, chunks.stop * size) - chunks.start * size))
-            listing = SkippedList(skipped_path(output), fresh=not file.done)
-            for chunk in ahead(work.chunks()):
-                if chunk.ready is not None:
-                    rows, skipped = annotated(chunk, scorer)
-                    listing.add(skipped)
-                    for place in reversed(range(len(rows))):  # so that they are written at once
-                        file.put(chunk.first + place, rows[place])
-                progress.update(chunk.size, chunk.ready is not None)
-            progress.close()
-            file.finish(work.usable)
-            print(f"{work.usable} rows in {output}; {scorer.counts}")
-        else:
-            print(f"{output} is finished")
-    if skipped_path(output).exists():
-        print(f"turns or rows that were left out are listed in {skipped_path(output)}")
+    def _row(self, row: dict, line: int) -> tuple[dict, Conversation]:
+        unrated = {self.schema.names[0]: None} | row  # prompt and response alone are enough here
+        read = conversation_from_row(unrated, self.schema, self.format)
+        conversation = replace(read, file=self.path, line=line, id=read.id or f"{self.path}:{line}")
+        return carried(row) if "turns" in row else conversation.to_json(), conversation
 
 
 @dataclass(frozen=True)
@@ -91,8 +83,8 @@ class Read:
     Attributes:
         size: number of its rows.
         first: index of the first row among the output's.
-        rows: as they were read, those that can be used.
-        conversations, turns: the same, and which turns are rated.
+        rows: what passes through of those that can be used.
+        conversations: the same rows.
         unusable: the others.
         ready: for the model; None where the rows are written already.
     """
@@ -101,55 +93,74 @@ class Read:
     first: int
     rows: list[dict]
     conversations: list[Conversation]
-    turns: list[list[int]]
     unusable: list[Skipped]
     ready: Chunk | None
 
 
-class Work:
-    """The input in chunks, of which `mine` are read and those that are not written yet made ready.
+def run(source: Source, scorer: Scorer, part: range, output: Path, settings: Mapping[str, Any], size: int) -> None:
+    """Writes the rows of a part, with ratings, or what an interrupted run left of them.
 
-    Attributes:
-        usable: rows of the output, once all chunks were read.
+    Args:
+        part: indices of input rows.
+        settings: all that the rows depend on.
+        size: of a chunk.
+
+    Raises:
+        DataError: a row that cannot be used, a prediction that is not finite, an output of another job.
     """
+    with ResumableOutput(output, settings) as file:
+        if file.finished:
+            print(f"{output} is finished")
+        else:
+            bar = tqdm(total=len(part), unit="row", mininterval=0.1 if sys.stderr.isatty() else 10)
+            listing = SkippedList(skipped_path(output), fresh=not file.done)
+            usable = 0
+            for chunk in ahead(chunks(source, scorer, part, size, file.done)):
+                usable += len(chunk.rows)
+                if chunk.ready is None:
+                    bar.initial += chunk.size  # no part of the speed
+                else:
+                    rows, skipped = annotated(chunk, scorer)
+                    listing.add(skipped)
+                    for place in reversed(range(len(rows))):  # so that they are written at once
+                        file.put(chunk.first + place, rows[place])
+                bar.update(chunk.size)
+            bar.close()
+            file.finish(usable)
+            print(f"{usable} rows in {output}; {scorer.counts}")
+    if skipped_path(output).exists():
+        print(f"turns or rows that were left out are listed in {skipped_path(output)}")
 
-    def __init__(self, job: Job, scorer: Scorer, mine: range, done: int):
-        self._job, self._scorer, self._mine, self._done = job, scorer, mine, done
-        self._schema = reading_schema(scorer.schema)
-        self.usable = 0
 
-    def chunks(self) -> Iterator[Read]:
-        size = self._job.chunk_rows
-        rows = islice(iter_rows(self._job.source), self._mine.start * size, self._mine.stop * size)
-        while items := list(islice(rows, size)):
-            yield self._chunk(items)
+def chunks(source: Source, scorer: Scorer, part: range, size: int, done: int) -> Iterator[Read]:
+    """The part in chunks; those that are not written yet are made ready.
 
-    def _chunk(self, items: list[tuple[int, Any]]) -> Read:
-        rows, conversations, unusable = [], [], []
-        for line, row in items:
-            try:
-                conversations.append(self._conversation(row, line))
-                rows.append(row)
-            except DataError as error:
-                if not self._job.skip:
-                    raise error.at(self._job.source, line) from None
-                reason = f"field '{error.field}': {error.message}" if error.field else error.message
-                unusable.append(Skipped(self._job.source, line, reason))
-        turns = [assistant_turns(conversation) for conversation in conversations]
-        if self._job.last_turn_only:
-            turns = [wanted[-1:] for wanted in turns]
-        first, self.usable = self.usable, self.usable + len(rows)
-        written = bool(rows) and self.usable <= self._done
-        ready = None if written else self._scorer.prepare(conversations, turns, skip=self._job.skip)
-        return Read(len(items), first, rows, conversations, turns, unusable, ready)
+    Raises:
+        DataError: a row that cannot be used, unless they are skipped.
+    """
+    from steerjax.inference.scorer import assistant_turns
 
-    def _conversation(self, row: dict | DataError, line: int) -> Conversation:
-        if isinstance(row, DataError):
-            raise row
-        unrated = {self._schema.names[0]: None} | row  # prompt and response alone are enough here
-        conversation = conversation_from_row(unrated, self._schema, self._job.format)
-        source = self._job.source
-        return replace(conversation, file=source, line=line, id=conversation.id or f"{source}:{line}")
+    left, first = islice(source.rows(), part.start, part.stop), 0
+    while items := list(islice(left, size)):
+        bad = [row for _, row in items if isinstance(row, DataError)]
+        if bad and not source.skip:
+            raise bad[0]
+        usable = [row for _, row in items if not isinstance(row, DataError)]
+        rows, conversations = [row for row, _ in usable], [conversation for _, conversation in usable]
+        ready = None
+        if not rows or first + len(rows) > done:
+            turns = [assistant_turns(conversation) for conversation in conversations]
+            wanted = [each[-1:] for each in turns] if source.last_turn_only else turns
+            ready = scorer.prepare(conversations, wanted, skip=source.skip)
+        yield Read(
+            len(items),
+            first,
+            rows,
+            conversations,
+            [Skipped(error.file, error.line, reason(error)) for error in bad],
+            ready,
+        )
+        first += len(rows)
 
 
 def annotated(chunk: Read, scorer: Scorer) -> tuple[list[dict], list[Skipped]]:
@@ -158,15 +169,17 @@ def annotated(chunk: Read, scorer: Scorer) -> tuple[list[dict], list[Skipped]]:
     Raises:
         DataError: a prediction that is not finite.
     """
+    from steerjax.inference.scorer import predicted_keys
+
     predicted = scorer.score(chunk.ready)
-    rows = []
-    for row, conversation, turns in zip(chunk.rows, chunk.conversations, chunk.turns, strict=True):
-        out = dict(row) if "turns" in row else conversation.to_json()
-        out["turns"] = [dict(turn) for turn in out["turns"]]
-        for turn in turns:
-            out["turns"][turn].pop("predicted_ratings", None)
-            out["turns"][turn].pop("predicted_label", None)
-        rows.append(out | {"id": conversation.id})
+    rows = [
+        row | {"turns": [dict(turn) for turn in row["turns"]], "id": conversation.id}
+        for row, conversation in zip(chunk.rows, chunk.conversations, strict=True)
+    ]
+    left_out = [(refused.conversation, refused.turn) for refused in chunk.ready.refused]
+    for place, turn in (*chunk.ready.examples, *left_out):
+        for key in ("predicted_ratings", "predicted_label"):
+            rows[place]["turns"][turn].pop(key, None)
     for (place, turn), values in zip(chunk.ready.examples, predicted, strict=True):
         try:
             rows[place]["turns"][turn] |= predicted_keys(values, scorer.schema)
@@ -186,23 +199,28 @@ class SkippedList:
 
     def __init__(self, path: Path, fresh: bool):
         self._path = path
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() and not fresh else []
-        self._known = set(lines)  # without a last line that is not whole
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() and not fresh else []
+        lines = [line for line in lines if line.endswith(b"\n")]  # without a last one that is not whole
+        self._known = set(lines)
         if lines:
-            replace_file(path, b"".join(line + b"\n" for line in lines))
+            write_atomic(path, b"".join(lines))
         else:
             path.unlink(missing_ok=True)
 
     def add(self, entries: list[Skipped]) -> None:
         """On disk when it returns."""
-        lines = [json.dumps(asdict(entry), ensure_ascii=False).encode() for entry in entries]
-        new = [line for line in dict.fromkeys(lines) if line not in self._known]
+        new = [line for line in dict.fromkeys(json_line(asdict(e)) for e in entries) if line not in self._known]
         if new:
             self._known.update(new)
             with self._path.open("ab") as file:
-                file.write(b"".join(line + b"\n" for line in new))
+                file.write(b"".join(new))
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def reason(error: DataError) -> str:
+    """Why a row was left out."""
+    return f"field '{error.field}': {error.message}" if error.field else error.message
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:
@@ -214,37 +232,15 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield ready
 
 
-class Progress:
-    """Rows a second and time left: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, total: int):
-        self._bar = tqdm(total=total, unit="row", dynamic_ncols=True, disable=not sys.stderr.isatty())
-        self._total, self._seen, self._computed = total, 0, 0
-        self._start = self._said = time.monotonic()
-
-    def update(self, rows: int, computed: bool) -> None:
-        """`computed`: not read only, because an earlier run had written them."""
-        self._seen += rows
-        self._computed += rows * computed
-        self._bar.update(rows)
-        now = time.monotonic()
-        if self._bar.disable and computed and (now - self._said > 10 or self._seen == self._total):
-            self._said = now
-            rate = self._computed / (now - self._start)
-            left = (self._total - self._seen) / rate
-            print(f"{self._seen}/{self._total} rows, {rate:.1f} rows/s, {left / 60:.1f} min left", flush=True)
-
-    def close(self) -> None:
-        self._bar.close()
+def part_rows(rows: int, size: int, number: int, parts: int) -> range:
+    """The rows of part `number` (from 1) of `parts`: whole chunks of `size`."""
+    chunks = -(-rows // size)
+    return range(chunks * (number - 1) // parts * size, min(rows, chunks * number // parts * size))
 
 
 def part_path(output: Path, number: int, parts: int) -> Path:
     """Where a part is written; OUTPUT where there is one only."""
     return output if parts == 1 else output.with_name(f"{output.stem}.part-{number}-of-{parts}{output.suffix}")
-
-
-def skipped_path(output: Path) -> Path:
-    return output.with_name(output.name + ".skipped.jsonl")
 
 
 def model_digest(folder: Path) -> str:
@@ -267,29 +263,21 @@ def join_parts(output: Path, parts: int, settings: dict) -> None:
         DataError: a part was made with other settings.
     """
     paths = [part_path(output, number, parts) for number in range(1, parts + 1)]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
+    if missing := [path.name for path in paths if not path.exists()]:
         print(f"not there yet: {', '.join(missing)}")
         return
     for number, path in enumerate(paths, start=1):
-        if json.loads(settings_path(path).read_text()) != settings | {"part": f"{number}/{parts}"}:
+        if read_settings(path) != settings | {"part": f"{number}/{parts}"}:
             raise DataError("was made with other settings than this part", file=str(path), cure="make all parts alike")
-    lists = [skipped_path(path).read_bytes() for path in paths if skipped_path(path).exists()]
-    if lists:
-        replace_file(skipped_path(output), b"".join(lists))
-    replace_file(settings_path(output), json.dumps(settings | {"part": "1/1"}, indent=2).encode())
-    joined = output.with_name(f"{output.name}.joining-{os.getpid()}")
-    with joined.open("wb") as file:
-        for path in paths:
-            with path.open("rb") as part:
-                while block := part.read(1 << 20):
-                    file.write(block)
-    joined.replace(output)
+    if lists := [skipped_path(path) for path in paths if skipped_path(path).exists()]:
+        _join(lists, skipped_path(output))
+    write_settings(output, settings | {"part": "1/1"})
+    _join(paths, output)
     print(f"joined {parts} parts in {output}")
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Writes a file under another name and renames it."""
-    temporary = path.with_name(f"{path.name}.new-{os.getpid()}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+def _join(parts: list[Path], whole: Path) -> None:
+    with atomic(whole) as file:
+        for path in parts:
+            with path.open("rb") as part:
+                shutil.copyfileobj(part, file)

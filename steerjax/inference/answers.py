@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from typing import Annotated
 
-from steerjax.errors import ConfigError
+import pydantic.dataclasses
+from pydantic import Field
+
+from steerjax.typed import STRICT
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Sampling:
-    """How tokens are drawn.
+    """How tokens are drawn. From outside, `typed(Sampling, ...)` words what is out of range.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token (greedy).
@@ -19,36 +23,22 @@ class Sampling:
         max_new_tokens: a response that has not ended by then is cut.
 
     Among tokens of equal probability the one with the lower id comes first.
-
-    Raises:
-        ConfigError: a value out of range.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    max_new_tokens: int = 512
-
-    def __post_init__(self):
-        for name, holds, cure in (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("seed", 0 <= self.seed < 2**31, "0 to 2^31 - 1"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ):
-            if not holds:
-                raise ConfigError(f"{name} is {getattr(self, name)}; cure: {cure}")
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Answer:
     """A response.
 
     Attributes:
         text: without its end.
-        finish: "stop", the model ended its turn; "length", it was cut at `max_new_tokens`.
+        finish: "stop", the model ended its turn; "length", it was cut at `max_new_tokens`; a server has more words.
         tokens: how many were drawn, the end included; None where a server does not say.
         ids: those tokens; empty from a server.
     """

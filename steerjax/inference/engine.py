@@ -27,7 +27,7 @@ from steerjax.chat.tokenizer import Tokenizer
 from steerjax.inference.answers import Answer, Sampling
 from steerjax.inference.sampler import draw, row_keys
 from steerjax.inference.stopping import Stops
-from steerjax.models.attention.mask import Cache
+from steerjax.models.attention import Cache
 from steerjax.models.llama import CausalLM
 from steerjax.parallel.rules import RULES, constrain, mesh_ways
 
@@ -69,7 +69,7 @@ class State(NamedTuple):
     """Where a batch stands.
 
     Attributes:
-        cache: see the module's docstring; `{group: Cache}`.
+        cache: keys and values [L B S K H]; its slots: see the module's docstring.
         seen: which slots of prefix and suffix hold a token.
         lengths: tokens of each prompt.
         keys: of the sampler.
@@ -79,7 +79,7 @@ class State(NamedTuple):
         count: steps; the greatest of `drawn`.
     """
 
-    cache: dict[str, Cache]
+    cache: Cache
     seen: Bool[Array, "B P+Q"]
     lengths: Int[Array, " B"]
     keys: Array
@@ -266,7 +266,7 @@ def start(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, input
 
 def advance(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, state: State, until: int) -> State:
     """Draws tokens until there are `until`, or all rows have ended."""
-    B, S = state.tokens.shape[0], jax.tree.leaves(state.cache)[0].shape[2]
+    B, S = state.tokens.shape[0], state.cache.keys.shape[2]
     prompt = state.seen.shape[1]  # slots
 
     def step(state: State) -> State:
@@ -295,17 +295,16 @@ def add_token(state: State, token: Int[Array, " B"], stops: Stops) -> State:
     )
 
 
-def extend(model: CausalLM, params: dict, tokens, positions, cache, mask):
+def extend(model: CausalLM, params: dict, tokens, positions, cache: Cache, mask) -> tuple[Array, Cache]:
     """`CausalLM.extend`."""
     return model.apply({"params": params}, tokens, positions, cache, mask, method="extend")
 
 
-def empty_cache(model: CausalLM, rows: int) -> dict[str, Cache]:
-    """Of no slots: {group of layers: keys and values [L, B, 0, K, H]}."""
-    c, frozen = model.config, model.frozen
-    layers = {"frozen_layers": frozen, "layers": c.num_layers - frozen}
-    shapes = {name: (count, rows, 0, c.num_kv_heads, c.head_dim) for name, count in layers.items() if count}
-    return {name: Cache(*(jnp.zeros(shape, model.compute.dtype),) * 2) for name, shape in shapes.items()}
+def empty_cache(model: CausalLM, rows: int) -> Cache:
+    """Of no slots: keys and values [L B 0 K H]."""
+    c = model.config
+    none = jnp.zeros((c.num_layers, rows, 0, c.num_kv_heads, c.head_dim), model.compute.dtype)
+    return Cache(none, none)
 
 
 def placed(x: Array) -> Array:

@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from steerjax.errors import DataError
+from steerjax.files import json_line, sync_folder, write_atomic
+from steerjax.typed import read_json
+
+_OTHER = "name another output, remove the old one, or run with the settings that it was made with"
 
 
 def settings_path(output: Path) -> Path:
     """Where it stands what a `ResumableOutput` was made with."""
     return output.with_name(output.name + ".settings.json")
+
+
+def skipped_path(output: Path) -> Path:
+    """Where rows and turns that were left out are listed."""
+    return output.with_name(output.name + ".skipped.jsonl")
+
+
+def read_settings(output: Path) -> dict[str, Any]:
+    """What an output was made with.
+
+    Raises:
+        DataError: the file is missing or no JSON object.
+    """
+    return read_json(dict[str, Any], settings_path(output), DataError, _OTHER)
+
+
+def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
+    """The inverse of `read_settings`."""
+    write_atomic(settings_path(output), json.dumps(settings, indent=2) + "\n")
+
+
+def carried(value: Any, key: str = "") -> Any:
+    """A value of a row that is passed through, as JSON can carry it: NaN (a table's gap) is null, a date is text.
+
+    Raises:
+        DataError: bytes, an infinite number or the like; names the key.
+    """
+    if isinstance(value, Mapping):
+        return {name: carried(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [carried(inner, f"{key}[{index}]") for index, inner in enumerate(value)]
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    cure = "remove the key, or write it as a text or a finite number"
+    raise DataError(f"JSON cannot carry {value!r:.40}", field=key, cure=cure)
 
 
 class ResumableOutput:
@@ -41,19 +86,19 @@ class ResumableOutput:
     def __init__(self, path: Path | str, settings: Mapping[str, Any]):
         self.path = Path(path)
         self._partial = self.path.with_name(self.path.name + ".partial")
-        self._settings = settings_path(self.path)
+        self._settings = json.loads(json.dumps(settings))  # as they will be read back: tuples are lists
         self._waiting: dict[int, Mapping] = {}
         self._file = None
         self.finished, self.done = False, 0
         if self.path.suffix != ".jsonl":
             raise DataError("lines are added to a plain .jsonl file only", file=str(path), cure="name it .jsonl")
-        settings = json.loads(json.dumps(settings))  # as they will be read back: tuples are lists
         try:
             if self.path.exists():
-                self._check_settings(self.path, settings)
-                self.finished, self.done = True, self.path.read_bytes().count(b"\n")
-                return
-            self._open(settings)
+                self._check_settings(self.path)
+                with self.path.open("rb") as file:
+                    self.finished, self.done = True, sum(1 for _ in file)
+            else:
+                self._open()
         except OSError as error:
             self.close()
             raise DataError(f"cannot write: {error}", file=str(path), cure="name a place that is writable") from None
@@ -71,11 +116,10 @@ class ResumableOutput:
         self._waiting[index] = row
         lines = []
         while self.done in self._waiting:
-            row = self._waiting.pop(self.done)
-            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            lines.append(json_line(self._waiting.pop(self.done)))
             self.done += 1
         if lines:
-            self._file.write("".join(lines).encode())
+            self._file.write(b"".join(lines))
             self._sync()
 
     def finish(self, total: int) -> None:
@@ -84,7 +128,7 @@ class ResumableOutput:
             raise RuntimeError(f"{self.done} of {total} rows are written")
         if not self.finished:
             self._partial.rename(self.path)
-            _sync_folder(self.path.parent)
+            sync_folder(self.path.parent)
             self.finished = True
 
     def close(self) -> None:
@@ -97,7 +141,7 @@ class ResumableOutput:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _open(self, settings: dict) -> None:
+    def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._partial.open("ab+")
         try:
@@ -105,28 +149,19 @@ class ResumableOutput:
         except BlockingIOError:
             cure = "wait for it, or name another output"
             raise DataError("another process is writing it", file=str(self.path), cure=cure) from None
-        size = self._file.seek(0, os.SEEK_END)
-        if size:
-            self._check_settings(self._partial, settings)
+        if self._file.seek(0, os.SEEK_END):
+            self._check_settings(self._partial)
             self._repair()
         else:
-            new = self._settings.with_name(self._settings.name + ".new")
-            new.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            new.rename(self._settings)
-            _sync_folder(self.path.parent)
+            write_settings(self.path, self._settings)
 
-    def _check_settings(self, file: Path, settings: dict) -> None:
-        cure = "name another output, remove the old one, or run with the settings that it was made with"
-        try:
-            before = json.loads(self._settings.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            raise DataError(f"exists, and {self._settings.name} does not say how it was made", file=str(file),
-                            cure=cure) from None  # fmt: skip
-        differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
+    def _check_settings(self, file: Path) -> None:
+        then, now = read_settings(self.path), self._settings
+        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
         if differing:
             key = differing[0]
-            message = f"was made with other settings: {', '.join(differing)} ({key}: then {before.get(key)!r}, "
-            raise DataError(f"{message}now {settings.get(key)!r})", file=str(file), cure=cure)
+            message = f"was made with other settings: {', '.join(differing)} ({key}: then {then.get(key)!r}, "
+            raise DataError(f"{message}now {now.get(key)!r})", file=str(file), cure=_OTHER)
 
     def _repair(self) -> None:
         """Counts the whole lines and cuts off what a killed process left of the next one."""
@@ -153,11 +188,3 @@ def _is_object(line: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except ValueError:
         return False
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

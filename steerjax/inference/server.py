@@ -1,33 +1,66 @@
 """The same answers from an OpenAI-compatible server (vLLM, SGLang) that serves an exported chat model.
 
 Ratings go to the chat template as `chat_template_kwargs`: `attributes`, and those of earlier turns, if any have some,
-as `message_attributes`, one entry a message. (vLLM 0.32 drops what it does not know of a message.)
+as `message_attributes`, one entry a message. (vLLM 0.32 drops what it does not know of a message.) Texts are sent as
+they are: the exported template breaks the control strings in them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import json
 import os
 import random
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from steerjax.chat.control import escape, find_control_string
+from pydantic import BaseModel, ValidationError
+
 from steerjax.chat.templates import Template
 from steerjax.data.conversation import Conversation
-from steerjax.errors import DataError, ModelError
+from steerjax.errors import ConfigError, ModelError
 from steerjax.inference.answers import Answer, Sampling
 from steerjax.inference.steering import Setting
 from steerjax.schema import Schema, round_rating
 
+Reply = TypeVar("Reply", bound=BaseModel)
+
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may pass
+_CURE = "name an OpenAI-compatible server, http://HOST:PORT"
+
+
+# What we read of a server's replies: pydantic models, which ignore other keys.
+
+
+class _Text(BaseModel):
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    index: int = 0
+    message: _Text | None = None
+    delta: _Text | None = None  # in place of `message`, in a stream
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    completion_tokens: int | None = None
+
+
+class _Completion(BaseModel):
+    choices: list[_Choice]
+    usage: _Usage | None = None
+
+
+class _Served(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Served]
 
 
 @dataclass(frozen=True)
@@ -40,56 +73,52 @@ class ServerRequest:
     samples: int = 1
 
 
-@dataclass(frozen=True)
 class Server:
     """Answers over HTTP.
 
-    Attributes:
+    Args:
         url: `http://host:8000` or `.../v1`. A key in OPENAI_API_KEY is sent as a bearer token.
-        model: the served name.
+        model: the served name; None takes the only model that it serves.
         sampling: see there; `top_k` is sent only if it is set (OpenAI itself has none).
-        control_strings: what texts must not contain.
         template: of the served model; None, not known: the white space around an answer is then removed.
-        escaping: make control strings harmless instead of refusing them.
         workers: requests at a time.
         timeout: seconds of silence after which a request is tried again.
         attempts: tries of one request, with growing pauses.
+
+    Raises:
+        ModelError: no server there, or it serves several models.
     """
 
-    url: str
-    model: str
-    sampling: Sampling
-    control_strings: frozenset[str]
-    template: Template | None = None
-    escaping: bool = False
-    workers: int = 16
-    timeout: float = 600.0
-    attempts: int = 6
+    def __init__(
+        self, url: str, model: str | None, sampling: Sampling, *, template: Template | None = None,
+        workers: int = 16, timeout: float = 600.0, attempts: int = 6,
+    ):  # fmt: skip
+        import httpx
+
+        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.sampling, self.template, self.workers, self.attempts = sampling, template, workers, attempts
+        self._client = httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=workers))
+        self.model = model or self._only_model()
 
     def prepare(
         self, conversation: Conversation, settings: Sequence[Setting], samples: int, schema: Schema
     ) -> ServerRequest:
-        """The conversation as messages.
-
-        Raises:
-            DataError: a text with a control string.
-        """
-        messages, given = [], []
-        if conversation.system is not None:
-            messages.append({"role": "system", "content": self._content(conversation, conversation.system, "system")})
-            given.append(None)
-        for index, turn in enumerate(conversation.turns):
-            content = self._content(conversation, turn.content, f"turns[{index}].content")
-            messages.append({"role": turn.role, "content": content})
+        """The conversation as messages."""
+        messages: list[dict] = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
+        given = []
+        for turn in conversation.turns:
             ratings = turn.ratings or turn.predicted_ratings or {}
-            given.append({name: round_rating(r, schema[name]) for name, r in ratings.items()} or None)
+            given.append({name: round_rating(rating, schema[name]) for name, rating in ratings.items()} or None)
+        if conversation.system is not None:
+            messages.insert(0, {"role": "system", "content": conversation.system})
+            given.insert(0, None)
         return ServerRequest(tuple(messages), tuple(given), tuple(settings), samples)
 
     def run(self, requests: Sequence[ServerRequest], done: int) -> Iterator[tuple[int, list[list[Answer]]]]:
         """(index, answers [setting][sample]) of the requests from `done` on, as they come.
 
         Raises:
-            ModelError: the server cannot be reached or refuses a request.
+            ModelError: the server cannot be reached, refuses a request, or answers with something else.
         """
         with ThreadPoolExecutor(self.workers) as pool:
             waiting = {pool.submit(self._answers, requests[i]): i for i in range(done, len(requests))}
@@ -100,44 +129,41 @@ class Server:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def stream(self, request: ServerRequest) -> Iterator[str | Answer]:
-        """The pieces of one answer as they come, then the whole `Answer`."""
+        """The pieces of one answer as they come, then the whole `Answer`.
+
+        Raises:
+            ModelError: as `run`.
+        """
         body = self._body(request, request.settings[0]) | {"stream": True, "stream_options": {"include_usage": True}}
-        text, shown, finish, tokens = "", "", "length", None
-        with _request(self.url, "/chat/completions", body, self.timeout, self.attempts, read=lambda r: r) as response:
-            for line in response:
-                data = line.decode("utf-8").strip().removeprefix("data:").strip()
-                if not data.startswith("{"):  # blank lines, comments, [DONE]
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise ModelError(f"{self.url}: {event['error']}\n  cure: see the server's log")
-                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-                for choice in event.get("choices", ()):
-                    text += (choice.get("delta") or {}).get("content") or ""
-                    finish = choice.get("finish_reason") or finish
-                    ready = self._response(text, "length").rstrip()
-                    yield ready[len(shown) :]
-                    shown = ready
+        text, shown, finish, tokens = "", "", None, None
+        for event in self._events(body):
+            tokens = event.usage.completion_tokens if event.usage else tokens
+            for choice in event.choices:
+                written = choice.delta or choice.message
+                text += (written.content if written else None) or ""
+                finish = choice.finish_reason or finish
+                ready = self._response(text, "length").rstrip()
+                yield ready[len(shown) :]
+                shown = ready
+        if finish is None:
+            raise self._error("the stream ends before the answer does")
         text = self._response(text, finish)
         yield text[len(shown) :]
         yield Answer(text, finish, tokens)
 
-    def _response(self, text: str, finish: str) -> str:
-        """What the server wrote, as `stopping.Stops` leaves it."""
-        if self.template is None or self.template.strip:
-            return text.strip()
-        end = self.template.end  # may begin with white space, which is no end yet to a server
-        return text.removesuffix(end[: len(end) - len(end.lstrip())]) if finish == "stop" else text
+    def _answers(self, request: ServerRequest) -> list[list[Answer]]:
+        return [self._ask(self._body(request, setting)) for setting in request.settings]
 
-    def _content(self, conversation: Conversation, text: str, field: str) -> str:
-        if self.escaping:
-            text = escape(text, self.control_strings)
-        if (found := find_control_string(text, self.control_strings)) is not None:
-            raise DataError(
-                f"the text contains the control string '{found}'", file=conversation.file, line=conversation.line,
-                field=field, cure="remove it, or use --control-strings escape",
-            )  # fmt: skip
-        return text
+    def _ask(self, body: dict[str, Any]) -> list[Answer]:
+        reply = self._parsed(_Completion, self._send("POST", "/chat/completions", body).content)
+        choices = sorted(reply.choices, key=lambda choice: choice.index)
+        if len(choices) != body["n"]:
+            raise self._error(f"{len(choices)} answers instead of {body['n']}", "--samples 1")
+        if any(choice.message is None or choice.finish_reason is None for choice in choices):
+            raise self._error("an answer without message or finish_reason")
+        tokens = reply.usage.completion_tokens if reply.usage and len(choices) == 1 else None
+        return [Answer(self._response(c.message.content or "", c.finish_reason), c.finish_reason, tokens)
+                for c in choices]  # fmt: skip
 
     def _body(self, request: ServerRequest, setting: Setting) -> dict[str, Any]:
         s = self.sampling
@@ -159,67 +185,78 @@ class Server:
         body["seed"] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
         return body
 
-    def _answers(self, request: ServerRequest) -> list[list[Answer]]:
-        return [self._ask(self._body(request, setting)) for setting in request.settings]
+    def _response(self, text: str, finish: str) -> str:
+        """What the server wrote, as `stopping.Stops` leaves it."""
+        if self.template is None or self.template.strip:
+            return text.strip()
+        end = self.template.end  # may begin with white space, which is no end yet to a server
+        return text.removesuffix(end[: len(end) - len(end.lstrip())]) if finish == "stop" else text
 
-    def _ask(self, body: dict[str, Any]) -> list[Answer]:
-        reply = _request(self.url, "/chat/completions", body, self.timeout, self.attempts)
-        try:
-            choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-            tokens = (reply.get("usage") or {}).get("completion_tokens") if len(choices) == 1 else None
-            each = [(c["message"]["content"] or "", c["finish_reason"]) for c in choices]
-            answers = [Answer(self._response(text, finish), finish, tokens) for text, finish in each]
-        except (KeyError, TypeError, AttributeError):
-            raise ModelError(
-                f"{self.url}: no chat completion: {str(reply)[:300]}\n  cure: see the server's log"
-            ) from None
-        if len(answers) != body["n"]:
-            raise ModelError(f"{self.url}: {len(answers)} answers instead of {body['n']}\n  cure: --samples 1")
-        return answers
-
-
-def connect(url: str, model: str | None, *, timeout: float = 600.0, attempts: int = 6, **settings) -> Server:
-    """A `Server`; without a name the only model that it serves.
-
-    Raises:
-        ModelError: no server there, or it serves several models.
-    """
-    url = url.rstrip("/").removesuffix("/v1") + "/v1"
-    if model is None:
-        names = [entry["id"] for entry in _request(url, "/models", None, timeout, attempts)["data"]]
+    def _only_model(self) -> str:
+        names = [served.id for served in self._parsed(_Models, self._send("GET", "/models").content).data]
         if len(names) != 1:
-            raise ModelError(f"{url} serves {', '.join(names) or 'no model'}\n  cure: name one with --server-model")
-        model = names[0]
-    return Server(url, model, timeout=timeout, attempts=attempts, **settings)
+            raise self._error(f"serves {', '.join(names) or 'no model'}", "name one with --server-model")
+        return names[0]
 
-
-def _request(url: str, path: str, body: dict[str, Any] | None, timeout: float, attempts: int, read=json.load) -> Any:
-    """What `read` makes of the response to a request, which is tried again while the server is away or busy."""
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("OPENAI_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    data = None if body is None else json.dumps(body).encode()
-    for attempt in range(1, attempts + 1):
+    def _parsed(self, kind: type[Reply], data: bytes) -> Reply:
         try:
-            return read(urllib.request.urlopen(urllib.request.Request(url + path, data, headers), timeout=timeout))
-        except urllib.error.HTTPError as error:
-            problem = f"{error.code} {_message(error)}"
-            if error.code not in _AGAIN:
-                raise ModelError(f"{url}{path}: {problem}\n  cure: correct what the server's message names") from None
-        except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out
-            problem = str(getattr(error, "reason", error)) or type(error).__name__
-        except ValueError as error:  # no URL, no JSON
-            raise ModelError(f"{url}{path}: {error}\n  cure: an OpenAI-compatible server, http://HOST:PORT") from None
-        if attempt < attempts:
-            time.sleep(min(30, 0.5 * 2**attempt) * random.uniform(0.5, 1))
-    raise ModelError(f"{url}{path}: {problem}, after {attempts} attempts\n  cure: check that the server is up")
+            return kind.model_validate_json(data)
+        except ValidationError as error:
+            first, shown = error.errors()[0], data[:300].decode("utf-8", "replace")
+            place = ".".join(map(str, first["loc"]))
+            raise self._error(f"no such answer as OpenAI's ({place}: {first['msg']}): {shown}", _CURE) from None
+
+    def _events(self, body: dict[str, Any]) -> Iterator[_Completion]:
+        """The events of a stream (server-sent events: lines `data: {...}`)."""
+        import httpx
+
+        response, rest = self._send("POST", "/chat/completions", body, stream=True), b""
+        try:
+            for piece in response.iter_bytes():  # not iter_lines, which also splits at U+2028
+                *lines, rest = (rest + piece).split(b"\n")
+                for line in lines:
+                    data = line.strip().removeprefix(b"data:").strip()
+                    if data.startswith(b"{"):  # no blank line, comment or [DONE]
+                        yield self._parsed(_Completion, data)
+        except httpx.HTTPError as error:
+            raise self._error(f"the stream broke off: {error!r}") from None
+        finally:
+            response.close()
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None, *, stream: bool = False):
+        """The response to a request, which is tried again while the server is away or busy."""
+        import httpx
+
+        key, problem = os.environ.get("OPENAI_API_KEY", "").strip(), ""
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("OPENAI_API_KEY holds characters that a header cannot carry\n  cure: set it again")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        for attempt in range(1, self.attempts + 1):
+            try:
+                request = self._client.build_request(method, self.url + path, json=body, headers=headers)
+                response = self._client.send(request, stream=stream)
+                if response.is_success:
+                    return response
+                problem = f"{response.status_code} {_message(response.read())}"
+                response.close()
+                if response.status_code not in _AGAIN:
+                    raise self._error(problem, "correct what the server's message names")
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.DecodingError) as error:
+                raise self._error(str(error), _CURE) from None
+            except httpx.TransportError as error:  # refused, reset, timed out
+                problem = str(error) or type(error).__name__
+            if attempt < self.attempts:
+                time.sleep(min(30, 0.5 * 2**attempt) * random.uniform(0.5, 1))
+        raise self._error(f"{problem}, after {self.attempts} attempts", "check that the server is up")
+
+    def _error(self, problem: str, cure: str = "see the server's log") -> ModelError:
+        return ModelError(f"{self.url}: {problem}\n  cure: {cure}")
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+def _message(body: bytes) -> str:
     """What the server says, from the JSON forms in use, else the start of its text."""
-    text = error.read().decode("utf-8", "replace")
     try:
-        reply = json.loads(text)
-        return str((reply.get("error") or reply).get("message") or reply.get("detail") or reply)
-    except (ValueError, AttributeError):
-        return text[:300]
+        reply = json.loads(body)
+        return str((reply.get("error") or reply).get("message") or reply.get("detail") or reply)[:1000]
+    except (ValueError, AttributeError, RecursionError):
+        return body[:300].decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""What `python -m steerjax.generate` does: prompts or rows in, answers to the terminal or to a file."""
+"""What `steerjax generate` does: prompts or rows in, answers to the terminal or to a file."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steerjax.chat.templates import TEMPLATES, get_template
-from steerjax.config import parse_mesh
-from steerjax.data.checks import system_of, text_of
+from steerjax.chat.templates import get_template
+from steerjax.data.checks import check_text
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.formats import conversation_from_row, prompt_turns
+from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes, load_conversations, usable_rows, write_skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.inference.answers import Answer, Sampling
-from steerjax.inference.job import ResumableOutput
+from steerjax.inference.job import ResumableOutput, carried, skipped_path
 from steerjax.inference.steering import (
     Setting,
     chosen,
@@ -30,6 +29,7 @@ from steerjax.inference.steering import (
     top_combinations,
 )
 from steerjax.schema import SCHEMAS, Schema
+from steerjax.typed import typed
 
 BOOTSTRAP_TOP_K = 50  # the paper's, section 3.4
 
@@ -67,67 +67,64 @@ class Session:
         self.sampling = sampling_of(o)
         self.description = None
         if o.model:
-            from steerjax.bundle.opening import describe_model
+            from steerjax.bundle import describe
 
-            self.description = describe_model(o.model, template=o.template)
+            self.description = describe(o.model, template=o.template)
         self.schema = self._schema()
         base = parse_attributes(o.attributes, self.schema) if o.attributes else {}
         self.settings = swept(base, [parse_sweep(text, self.schema) for text in o.sweep])
         self.combinations: list[dict] = []
         if o.combinations:
-            rated, _ = load_conversations([o.combinations], self.schema, on_bad_row=o.on_bad_row, on_duplicate="keep")
-            self.combinations = top_combinations(rated, self.schema, o.quality)
+            rated = load_conversations([o.combinations], self.schema, format=o.format, on_bad_row=o.on_bad_row)
+            self.combinations = top_combinations(rated.conversations, self.schema, o.quality)
         self.backend = self._server() if o.server else self._local()
 
     def answer_prompt(self, prompt: str) -> None:
         """Prints the answer as it comes, or, of several, each with its length."""
+        samples = self.options.samples
+        check_text(prompt, "--prompt")
         conversation = Conversation((Turn("user", prompt),), self.options.system, id="--prompt")
-        request = self.backend.prepare(conversation, self.settings, self.options.samples, self.schema)
-        if len(self.settings) * self.options.samples == 1:
+        request = self.backend.prepare(conversation, self.settings, samples, self.schema)
+        if len(self.settings) * samples == 1:
             for piece in self.backend.stream(request):
-                text = piece if isinstance(piece, str) else "\n"
-                print(text, end="", flush=True)
+                print(piece if isinstance(piece, str) else "\n", end="", flush=True)
             if piece.finish == "length":
                 print(f"[cut at {self.sampling.max_new_tokens} tokens]", file=sys.stderr)
             return
         ((_, answers),) = self.backend.run([request], 0)
         lines = []
-        for setting, samples in zip(self.settings, answers, strict=True):
-            for number, answer in enumerate(samples):
-                name = " ".join(f"{key}={value}" for key, value in self._asked(setting).items()) or "no ratings"
-                name += f" #{number}" if len(samples) > 1 else ""
-                length = f"{len(answer.text.split())} words" + (f", {answer.tokens} tokens" if answer.tokens else "")
-                lines.append(f"{name}: {length}" + (", cut" if answer.finish == "length" else ""))
-                print(f"--- {lines[-1]}\n{answer.text}\n")
+        for setting, number, answer in _each(self.settings, answers):
+            name = " ".join(f"{key}={value}" for key, value in self._asked(setting).items()) or "no ratings"
+            name += f" #{number}" if samples > 1 else ""
+            length = f"{len(answer.text.split())} words" + (f", {answer.tokens} tokens" if answer.tokens else "")
+            lines.append(f"{name}: {length}" + (", cut" if answer.finish == "length" else ""))
+            print(f"--- {lines[-1]}\n{answer.text}\n")
         print("\n".join(lines))
 
     def answer_file(self) -> None:
         """Answers every row of the input into the output; goes on where an earlier run of the same was."""
         from tqdm import tqdm
 
-        o, skipped = self.options, []
-        tasks = list(
-            usable_rows(
-                [o.input], self._tasks, skipped,
-                on_bad_row=o.on_bad_row, on_duplicate="skip" if o.replace_answer else "keep",
-            )
-        )  # fmt: skip
+        o, skipped, output = self.options, [], Path(self.options.output)
+        on_duplicate = "skip" if o.replace_answer else "keep"
+        rows = usable_rows([o.input], self._tasks, skipped, on_bad_row=o.on_bad_row, on_duplicate=on_duplicate)
+        tasks = list(rows)
         each = (1 if self.combinations else len(self.settings)) * o.samples
         total = len(tasks) * each
-        with ResumableOutput(o.output, self._job()) as output:
+        with ResumableOutput(output, self._job()) as file:
             if skipped:
-                write_skipped(f"{o.output}.skipped.jsonl", skipped)
-            bar = tqdm(total=total, initial=output.done, unit="row", disable=None)
-            if not output.finished:
-                for index, answers in self.backend.run([task.request for task in tasks], output.done // each):
+                write_skipped(skipped_path(output), skipped)
+            bar = tqdm(total=total, initial=file.done, unit="row", disable=None)
+            if not file.finished:
+                for index, answers in self.backend.run([task.request for task in tasks], file.done // each):
                     for place, row in enumerate(self._rows(tasks[index], answers)):
-                        output.put(index * each + place, row)
-                    bar.update(output.done - bar.n)
-                output.finish(total)
+                        file.put(index * each + place, row)
+                    bar.update(file.done - bar.n)
+                file.finish(total)
             bar.close()
-        print(summary(Path(o.output)))
+        print(summary(output))
         if skipped:
-            print(f"skipped {len(skipped)} rows, listed in {o.output}.skipped.jsonl")
+            print(f"skipped {len(skipped)} rows, listed in {skipped_path(output)}")
 
     def _tasks(self, source: str) -> Iterator[tuple[int, Task | DataError]]:
         for line, row in iter_rows(source):
@@ -140,7 +137,7 @@ class Session:
 
     def _task(self, row: dict, source: str, line: int) -> Task:
         o = self.options
-        conversation = prompt_of(row, self.schema, o.replace_answer)
+        conversation = prompt_of(row, self.schema, o.replace_answer, o.format)
         name = conversation.id or f"{source}:{line}"
         system = o.system if conversation.system is None else conversation.system
         conversation = replace(conversation, system=system, id=name, file=source, line=line)
@@ -149,37 +146,31 @@ class Session:
             settings = (chosen(self.combinations, self.sampling.seed, name),)
         rest = {key: row[key] for key in row.keys() - {"system", "turns", "id"}} if "turns" in row else {}
         request = self.backend.prepare(conversation, settings, o.samples, self.schema)
-        return Task(conversation, rest, settings, request)
+        return Task(conversation, carried(rest), settings, request)
 
     def _rows(self, task: Task, answers: list[list[Answer]]) -> Iterator[dict]:
         """The output rows of a task: the conversation with each answer, and how it was made."""
         several = sum(map(len, answers)) > 1
-        count = 0
-        for setting, samples in zip(task.settings, answers, strict=True):
-            for number, answer in enumerate(samples):
-                row = task.conversation.to_json()
-                row["turns"].append({"role": "assistant", "content": answer.text})
-                row["id"] += f"/{count}" if several else ""
-                asked = {"attributes": self._asked(setting), "sampling": asdict(self.sampling), "sample": number}
-                made = {"model": self._model(), "finish": answer.finish, "tokens": answer.tokens}
-                yield {**row, **task.rest, "generation": asked | made}
-                count += 1
+        for count, (setting, number, answer) in enumerate(_each(task.settings, answers)):
+            row = task.conversation.to_json()
+            row["turns"].append({"role": "assistant", "content": answer.text})
+            row["id"] += f"/{count}" if several else ""
+            asked = {"attributes": self._asked(setting), "sampling": asdict(self.sampling), "sample": number}
+            made = {"model": self.backend.model, "finish": answer.finish, "tokens": answer.tokens}
+            yield {**row, **task.rest, "generation": asked | made}
 
     def _asked(self, setting: Setting) -> dict[str, float]:
         """Ratings in the label line, as far as they are known (a server's model may have defaults of its own)."""
         return label_of(setting, self.description.default_ratings if self.description else None)
 
-    def _model(self) -> str:
-        return self.backend.model if self.options.server else str(self.description.path)
-
     def _job(self) -> dict:
         """All that the output depends on."""
         o = self.options
         return {
-            "command": "generate", "input": file_hashes([o.input])[o.input], "model": self._model(),
-            "settings": self.settings, "combinations": self.combinations, "samples": o.samples,
+            "command": "generate", "input": file_hashes([o.input])[o.input], "model": self.backend.model,
+            "format": o.format, "settings": self.settings, "combinations": self.combinations, "samples": o.samples,
             "sampling": asdict(self.sampling), "system": o.system, "template": o.template, "dtype": o.dtype,
-            "control_strings": o.control_strings, "replace_answer": o.replace_answer, "on_bad_row": o.on_bad_row,
+            "replace_answer": o.replace_answer, "on_bad_row": o.on_bad_row,
         }  # fmt: skip
 
     def _schema(self) -> Schema:
@@ -191,28 +182,27 @@ class Session:
         return own or SCHEMAS[o.schema or "steerlm"]
 
     def _server(self):
-        from steerjax.inference.server import connect
+        from steerjax.inference.server import Server
 
         o, about = self.options, self.description
         template = about.template if about else get_template(o.template) if o.template else None
-        if about:
-            strings = about.template.control_strings | about.tokenizer.special_strings
-        else:
-            strings = frozenset().union(*(t.control_strings for t in ([template] if template else TEMPLATES.values())))
-        return connect(
-            o.server, o.server_model, sampling=self.sampling, control_strings=strings, template=template,
-            escaping=o.control_strings == "escape", workers=o.batch_size,
-        )  # fmt: skip
+        return Server(o.server, o.server_model, self.sampling, template=template, workers=o.batch_size)
 
     def _local(self):
-        from steerjax.bundle.opening import open_model
-        from steerjax.inference.local import local
+        from steerjax.bundle import open_bundle
+        from steerjax.inference.local import Local
+        from steerjax.parallel.mesh import parse_mesh
 
         o = self.options
-        opened = open_model(o.model, parse_mesh(o.mesh), template=o.template, dtype=o.dtype)
-        return local(
-            opened, self.schema, self.sampling, batch_size=o.batch_size, control_strings=o.control_strings
-        )  # fmt: skip
+        bundle = open_bundle(o.model, parse_mesh(o.mesh), template=o.template, dtype=o.dtype)
+        return Local(bundle, self.schema, self.sampling, batch_size=o.batch_size)
+
+
+def _each(settings: tuple[Setting, ...], answers: list[list[Answer]]) -> Iterator[tuple[Setting, int, Answer]]:
+    """(setting, number of the sample, answer)."""
+    for setting, samples in zip(settings, answers, strict=True):
+        for number, answer in enumerate(samples):
+            yield setting, number, answer
 
 
 def sampling_of(options: argparse.Namespace) -> Sampling:
@@ -225,10 +215,12 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
     top_k = o.top_k if o.top_k is not None else BOOTSTRAP_TOP_K if o.combinations else 0
     drawing = o.samples > 1 or top_k or o.top_p < 1
     temperature = o.temperature if o.temperature is not None else 1.0 if drawing else 0.0
-    return Sampling(temperature, top_k, o.top_p, o.seed, o.max_new_tokens)
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": o.top_p, "seed": o.seed,
+             "max_new_tokens": o.max_new_tokens}  # fmt: skip
+    return typed(Sampling, asked, "options", ConfigError)
 
 
-def prompt_of(row: dict, schema: Schema, replace_answer: bool) -> Conversation:
+def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "auto") -> Conversation:
     """The conversation that a row asks to be answered: any format of docs/formats.md, or only a `prompt`.
 
     Args:
@@ -238,12 +230,12 @@ def prompt_of(row: dict, schema: Schema, replace_answer: bool) -> Conversation:
         DataError: the row cannot be read, or does not end with a user turn.
     """
     if "prompt" in row and not row.keys() & {"turns", "messages", "conversations", "instruction", "text"}:
-        turns, system = prompt_turns(row), system_of(row)
-        name = text_of(row, "id") if row.get("id") else ""
-        conversation = Conversation(turns, system, name)
         answered = row.get("response") is not None
+        row = {key: row[key] for key in ("prompt", "system", "id") if key in row}
+        read = conversation_from_row(row | {"response": "-", schema.names[0]: None}, schema, format)
+        conversation = replace(read, turns=read.turns[:-1])
     else:
-        conversation = conversation_from_row(row, schema)
+        conversation = conversation_from_row(row, schema, format)
         answered = conversation.turns[-1].role == "assistant"
         if answered and replace_answer and len(conversation.turns) > 1:
             conversation = replace(conversation, turns=conversation.turns[:-1])

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from steerjax.data.conversation import Conversation
 from steerjax.errors import ConfigError, DataError
-from steerjax.schema import Schema, check_rating, parse_label, round_rating
+from steerjax.schema import Schema, check_rating, round_rating
 
 # Attribute -> whole rating; None leaves the attribute out of the label line. Over the model's default ratings.
 Setting = Mapping[str, int | None]
@@ -18,36 +18,49 @@ def parse_attributes(text: str, schema: Schema) -> dict[str, int | None]:
     """`helpfulness=4,verbosity=1`; `humor=none` leaves an attribute out, `none` alone leaves out the label line.
 
     Raises:
-        ConfigError: a name outside the schema, no number, or a rating out of range.
+        ConfigError: a name outside the schema or twice, no number, or a rating out of range.
     """
     if text.strip() == "none":
         return dict.fromkeys(schema.names)
-    entries = [entry.strip() for entry in text.split(",")]
-    try:
-        left_out = {schema[e.split("=")[0].strip()].name: None for e in entries if e.endswith("none")}
-        ratings = parse_label(",".join(e.replace("=", ":") for e in entries if not e.endswith("none")), schema)
-    except DataError as error:
-        raise ConfigError(f"--attributes {text}: {error}") from None
-    return {name: round_rating(value, schema[name]) for name, value in ratings.items()} | left_out
+    asked: dict[str, int | None] = {}
+    for entry in text.split(","):
+        name, _, value = (part.strip() for part in entry.partition("="))
+        try:
+            attribute = schema[name]
+            if name in asked:
+                raise DataError("stands twice", field=name, cure="keep one")
+            rating = None if value == "none" else check_rating(float(value), attribute)
+        except ValueError:
+            cure = f"NAME=NUMBER or NAME=none, e.g. {name}={attribute.labels[-1]}"
+            raise ConfigError(f"--attributes {text}: '{entry}'; cure: {cure}") from None
+        except DataError as error:
+            raise ConfigError(f"--attributes {text}: {error}") from None
+        asked[name] = None if rating is None else round_rating(rating, attribute)
+    return asked
 
 
 def parse_sweep(text: str, schema: Schema) -> dict[str, list[int]]:
-    """`verbosity=0..4` or `verbosity=0,2,4` as {attribute: ratings}.
+    """`verbosity=0..4`, `verbosity=4..0`, `verbosity=0,2,4`, or `verbosity` for its whole range: {attribute: ratings}.
 
     Raises:
         ConfigError: as `parse_attributes`.
     """
-    name, _, values = (part.strip() for part in text.partition("="))
+    name, equals, values = (part.strip() for part in text.partition("="))
     try:
-        if ".." in values:
-            low, high = map(int, values.split(".."))
-            ratings = list(range(low, high + 1))
-        else:
-            ratings = [int(value) for value in values.split(",")]
+        attribute = schema[name]
+        if not equals:
+            return {name: list(attribute.labels)}
+        separator = ".." if ".." in values else ","
+        ratings = [int(check_rating(int(value), attribute)) for value in values.split(separator)]
+        if separator == "..":
+            first, last = ratings
+            step = 1 if first <= last else -1
+            ratings = list(range(first, last + step, step))
+        return {name: ratings}
     except ValueError:
-        raise ConfigError(f"--sweep {text}; cure: e.g. verbosity=0..4 or verbosity=0,2,4") from None
-    try:
-        return {name: [int(check_rating(rating, schema[name])) for rating in ratings]}
+        low, high = attribute.labels[0], attribute.labels[-1]
+        cure = f"e.g. {name}={low}..{high} or {name}={low},{high}"
+        raise ConfigError(f"--sweep {text}: not whole numbers; cure: {cure}") from None
     except DataError as error:
         raise ConfigError(f"--sweep {text}: {error}") from None
 
@@ -72,7 +85,7 @@ def top_combinations(
     label line; human ones where there are none.
 
     Args:
-        quality: the attribute; None takes quality, or helpfulness where quality is not rated.
+        quality: the attribute; None takes the first that is rated of quality, helpfulness and the schema's first.
 
     Returns:
         Settings of the whole schema, sorted; attributes that a combination lacks are left out (None).
@@ -80,21 +93,21 @@ def top_combinations(
     Raises:
         DataError: no turn has a rating of the attribute.
     """
-    seen: set[tuple[int | None, ...]] = set()
-    for conversation in conversations:
-        for turn in conversation.turns:
-            if ratings := turn.predicted_ratings or turn.ratings:
-                seen.add(
-                    tuple(round_rating(ratings[a.name], a) if a.name in ratings else None for a in schema.attributes)
-                )
-    names = (quality,) if quality else ("quality", "helpfulness")
-    for place in (schema.names.index(schema[name].name) for name in names if quality or name in schema.names):
+    rated = (turn.predicted_ratings or turn.ratings for c in conversations for turn in c.turns)
+    seen = {
+        tuple(round_rating(ratings[a.name], a) if a.name in ratings else None for a in schema.attributes)
+        for ratings in rated
+        if ratings
+    }
+    names = (schema[quality].name,) if quality else ("quality", "helpfulness", schema.names[0])
+    for place in (schema.names.index(name) for name in names if name in schema.names):
         values = [ratings[place] for ratings in seen if ratings[place] is not None]
         if values:
-            top = {ratings for ratings in seen if ratings[place] == max(values)}
-            ordered = sorted(top, key=lambda ratings: [-1 if value is None else value for value in ratings])
-            return [dict(zip(schema.names, ratings, strict=True)) for ratings in ordered]
-    raise DataError(f"no turn has a rating of {' or '.join(names)}", cure="annotate the file first, or use --quality")
+            top = [ratings for ratings in seen if ratings[place] == max(values)]
+            top.sort(key=lambda ratings: [(value is not None, value or 0) for value in ratings])
+            return [dict(zip(schema.names, ratings, strict=True)) for ratings in top]
+    raise DataError(f"no turn has a rating of {' or '.join(dict.fromkeys(names))}",
+                    cure="annotate the file first, or use --quality")  # fmt: skip
 
 
 def chosen(combinations: Sequence[Setting], seed: int, name: str) -> Setting:

@@ -11,14 +11,11 @@ from flax.core import meta
 
 from steerjax.chat.templates import CHATML, EXTRA_ID
 from steerjax.chat.tokenizer import load_tokenizer
-from steerjax.config import MeshConfig
 from steerjax.inference.answers import Sampling
 from steerjax.inference.engine import Engine, Request, arrange, bucket, common_length, empty_cache, extend
-from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig, RopeScaling
 from steerjax.models.llama import CausalLM, Compute
-from steerjax.parallel.mesh import make_mesh
-from tests.models.test_parity import from_torch, hf_config, randomize
+from steerjax.parallel.mesh import MeshConfig, make_mesh
 
 TINY = LlamaConfig(
     vocab_size=4096, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -27,11 +24,11 @@ TINY = LlamaConfig(
 TOKENIZER = load_tokenizer("embedded")
 
 
-def tiny(frozen=0, **changes):
+def tiny(**changes):
     """A random model and its parameters."""
-    model = CausalLM(replace(TINY, **changes), Compute(chunk=4), frozen)
+    model = CausalLM(replace(TINY, **changes), Compute(chunk=4))
     one = jnp.ones((1, 4), jnp.int32)
-    return model, meta.unbox(model.init(jax.random.key(0), one, one, Layout(one, one))["params"])
+    return model, meta.unbox(model.init(jax.random.key(0), one, one, one)["params"])
 
 
 def engine(sampling, model_and_params=None, **options):
@@ -48,15 +45,14 @@ def texts(answers):
     return [answer.ids for request in answers for setting in request for answer in setting]
 
 
-@pytest.mark.parametrize("case", [{"frozen": 1}, {"tie_word_embeddings": False, "num_kv_heads": 1, "rope_theta": 5e5,
+@pytest.mark.parametrize("case", [{}, {"tie_word_embeddings": False, "num_kv_heads": 1, "rope_theta": 5e5,
                                                   "rope_scaling": RopeScaling(8.0)}])  # fmt: skip
 def test_logits_with_the_cache_are_those_without(case):
     """Tokens fed in pieces of 7, 5 and 1; the cache has empty slots in between, which are masked."""
     model, params = tiny(**case)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 4096, (2, 13)))
     positions = jnp.broadcast_to(jnp.arange(13), (2, 13))
-    layout = Layout(jnp.ones((2, 13), jnp.int32), jnp.zeros((2, 13), jnp.int32))
-    expected = model.apply({"params": params}, tokens, positions, layout)
+    expected = model.apply({"params": params}, tokens, positions, jnp.full((2, 13), 13))
     cache, seen, out = empty_cache(model, 2), np.zeros((2, 0), bool), []
     for start, end in ((0, 7), (7, 12), (12, 13)):
         T = end - start
@@ -77,6 +73,8 @@ def test_logits_with_the_cache_are_those_without(case):
 def test_greedy_equals_transformers(case):
     import torch
     from transformers import LlamaForCausalLM
+
+    from tests.models.test_parity import from_torch, hf_config, randomize
 
     config = replace(TINY, **case)
     theirs = randomize(LlamaForCausalLM(hf_config(config, attn_implementation="eager")), seed=0)
@@ -186,19 +184,15 @@ def test_smollm2_greedy_equals_transformers():
     import torch
     from transformers import LlamaForCausalLM
 
-    from steerjax.bundle.opening import abstract_parameters, build_model, describe_model
+    from steerjax.bundle import open_bundle
     from steerjax.chat.render import Renderer
     from steerjax.data.conversation import Conversation, Turn
     from steerjax.data.formats import prompt_turns
     from steerjax.data.readers import iter_rows
-    from steerjax.hf.config import read_config
-    from steerjax.hf.weights import load_parameters
     from steerjax.schema import HELPSTEER
 
-    about = describe_model(SMOLLM2, template="chatml")
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    model = build_model(about, mesh, "float32", 0)
-    params = load_parameters(about.path, read_config(about.path), abstract_parameters(model, mesh, "float32"))
+    bundle = open_bundle(SMOLLM2, template="chatml", dtype="float32")
+    about, model, params, mesh = bundle.description, bundle.module, bundle.params, bundle.mesh
     renderer = Renderer(about.tokenizer, about.template, HELPSTEER)
     texts = list(dict.fromkeys(row["prompt"] for _, row in iter_rows("embedded:helpsteer")))
     conversations = [Conversation(prompt_turns({"prompt": text})) for text in texts if len(text) < 1200]
@@ -224,8 +218,7 @@ def test_smollm2_greedy_equals_transformers():
     tokens = jnp.asarray(np.concatenate([mixed[0], ours[0].ids])[None, :96])
     T = tokens.shape[1]
     positions = jnp.arange(T)[None]
-    layout = Layout(jnp.ones((1, T), jnp.int32), jnp.zeros((1, T), jnp.int32))
-    expected = model.apply({"params": params}, tokens, positions, layout)[0, -8:]
+    expected = model.apply({"params": params}, tokens, positions, jnp.full((1, T), T))[0, -8:]
     _, cache = extend(model, params, tokens[:, :-8], positions[:, :-8], empty_cache(model, 1),
                       jnp.tril(jnp.ones((1, T - 8, T - 8), bool)))  # fmt: skip
     for place in range(T - 8, T):

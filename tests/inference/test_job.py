@@ -1,5 +1,6 @@
 """A resumable output: in order, never a line twice or lost, whatever the moment of the kill."""
 
+import datetime
 import json
 import os
 import random
@@ -11,7 +12,8 @@ import textwrap
 import pytest
 
 from steerjax.errors import DataError
-from steerjax.inference.job import ResumableOutput
+from steerjax.files import write_atomic
+from steerjax.inference.job import ResumableOutput, carried
 
 pytestmark = pytest.mark.short
 
@@ -71,12 +73,33 @@ def test_other_settings_are_refused_by_name(tmp_path):
     path = tmp_path / "out.jsonl"
     run(path, until=3)
     for _ in range(2):
-        with pytest.raises(DataError, match=r"other settings: seed \(seed: then 1, now 2\)"):
+        with pytest.raises(DataError, match=r"(?s)other settings: seed .*then 1, now 2.*cure"):
             run(path, settings=SETTINGS | {"seed": 2})
         run(path)
-    (tmp_path / "out.jsonl.settings.json").unlink()
-    with pytest.raises(DataError, match=r"exists, and out.jsonl.settings.json does not say"):
-        run(path)
+    for broken in ("[1]", "{", None):
+        settings = tmp_path / "out.jsonl.settings.json"
+        settings.unlink() if broken is None else settings.write_text(broken)
+        with pytest.raises(DataError, match=r"(?s)out\.jsonl\.settings\.json.*cure"):
+            run(path)
+
+
+def test_what_json_can_carry(tmp_path):
+    row = {"when": datetime.datetime(2024, 1, 2, 3, 4), "score": float("nan"), "half": "\ud83d", "deep": [{"n": 7}]}
+    assert carried(row) == {"when": "2024-01-02T03:04:00", "score": None, "half": "\ud83d", "deep": [{"n": 7}]}
+    with ResumableOutput(tmp_path / "out.jsonl", SETTINGS) as output:
+        output.put(0, carried(row))
+        output.finish(1)
+    assert read(tmp_path / "out.jsonl") == [carried(row)]
+    for value in (b"x", float("inf"), {1}):
+        with pytest.raises(DataError, match=r"(?s)field 'deep\[0\]\.n': .*cure"):
+            carried({"deep": [{"n": value}]})
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    write_atomic(tmp_path / "a", "old")
+    with pytest.raises(TypeError):
+        write_atomic(tmp_path / "a", 1)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
 
 
 def test_settings_alone_are_no_output(tmp_path):

@@ -9,6 +9,7 @@ from scipy import stats
 from steerjax.errors import ConfigError
 from steerjax.inference.answers import Sampling
 from steerjax.inference.sampler import candidates, draw, nucleus, row_keys
+from steerjax.typed import typed
 
 pytestmark = pytest.mark.short
 
@@ -89,7 +90,9 @@ def test_keys_come_from_seed_prompt_and_sample():
     assert len({tuple(k.tolist()) for k in (*a, *data(1, [5], [0]))}) == 4
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", -1), ("top_p", 0), ("top_k", -1), ("seed", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1), ("top_p", 0), ("top_k", -1), ("seed", 2**31), ("seed", 0.5)]
+)
 def test_values_out_of_range(name, value):
-    with pytest.raises(ConfigError, match=name):
-        Sampling(**{name: value})
+    with pytest.raises(ConfigError, match=rf"{name}.*cure"):
+        typed(Sampling, {name: value}, "options", ConfigError)

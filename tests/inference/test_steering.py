@@ -7,9 +7,10 @@ import pytest
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import ConfigError, DataError
 from steerjax.inference.steering import chosen, label_of, parse_attributes, parse_sweep, swept, top_combinations
-from steerjax.schema import HELPSTEER, STEERLM
+from steerjax.schema import HELPSTEER, STEERLM, make_schema
 
 pytestmark = pytest.mark.short
+OWN = make_schema("helpsteer", (("tone", -2, 2.5), ("wit", 1, 10)))
 
 
 def test_attributes_over_defaults():
@@ -20,23 +21,47 @@ def test_attributes_over_defaults():
     assert parse_attributes("verbosity=2.5", HELPSTEER) == {"verbosity": 2}
 
 
-@pytest.mark.parametrize("text", ["kindness=4", "helpfulness=5", "helpfulness", "helpfulness=x", "kindness=none"])
+@pytest.mark.parametrize(
+    "text",
+    ["kindness=4", "helpfulness=5", "helpfulness", "helpfulness=x", "helpfulness=nan", "kindness=none",
+     "helpfulness=1,helpfulness=2"],
+)  # fmt: skip
 def test_attributes_refused(text):
-    with pytest.raises(ConfigError, match=r"--attributes .*(kindness|helpfulness)"):
+    with pytest.raises(ConfigError, match=r"(?s)--attributes .*(kindness|helpfulness).*cure"):
         parse_attributes(text, HELPSTEER)
 
 
 def test_sweep():
     assert parse_sweep("verbosity=0..4", HELPSTEER) == {"verbosity": [0, 1, 2, 3, 4]}
     assert parse_sweep("verbosity=4,0", HELPSTEER) == {"verbosity": [4, 0]}
+    assert parse_sweep("verbosity=4..2", HELPSTEER) == {"verbosity": [4, 3, 2]}
+    assert parse_sweep("verbosity=3..3", HELPSTEER) == {"verbosity": [3]}
     settings = swept({"helpfulness": 4}, [{"verbosity": [0, 4]}, {"complexity": [1, 2]}])
     assert [(s["helpfulness"], s["verbosity"], s["complexity"]) for s in settings] == [
         (4, 0, 1), (4, 0, 2), (4, 4, 1), (4, 4, 2),
     ]  # fmt: skip
     assert swept({}, []) == [{}]
-    for text in ("verbosity=0..9", "verbosity", "x=1"):
-        with pytest.raises(ConfigError, match="--sweep"):
+    for text in (
+        "verbosity=0..9",
+        "verbosity=0..1000000000000",
+        "verbosity=",
+        "verbosity=0..2..4",
+        "verbosity=1.5",
+        "x",
+    ):
+        with pytest.raises(ConfigError, match=r"(?s)--sweep .*cure"):
             parse_sweep(text, HELPSTEER)
+
+
+def test_attributes_of_the_users_own():
+    assert parse_sweep("wit", OWN) == {"wit": list(range(1, 11))}
+    assert parse_sweep("tone=2..-2", OWN) == {"tone": [2, 1, 0, -1, -2]}
+    assert parse_attributes("tone=-1.6,wit=10", OWN) == {"tone": -2, "wit": 10}
+    with pytest.raises(ConfigError, match=r"1\.\.10"):
+        parse_attributes("wit=0", OWN)
+    # The best is told by the schema's first attribute.
+    rows = [rated({"tone": 2, "wit": 3}), rated({"tone": -1, "wit": 9}), rated({"tone": 2})]
+    assert top_combinations(rows, OWN) == [{"tone": 2, "wit": None}, {"tone": 2, "wit": 3}]
 
 
 def rated(ratings, predicted=None):
@@ -62,7 +87,7 @@ def test_combinations_at_top_quality():
         {"helpfulness": 3, "verbosity": 1}
     ]
     assert top_combinations(lower, HELPSTEER, "verbosity")[0]["verbosity"] == 4
-    with pytest.raises(DataError, match="no turn has a rating of coherence"):
+    with pytest.raises(DataError, match=r"(?s)coherence.*cure"):
         top_combinations(lower, HELPSTEER, "coherence")
 
 
