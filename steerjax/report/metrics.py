@@ -7,31 +7,12 @@ elsewhere (NaN, -100, ...) is never read. All arithmetic is float64.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
+from scipy import stats
 
 AttributeMetrics = dict[str, dict[str, float | int | None]]
-
-
-class PaperStatistics(NamedTuple):
-    """One row of HelpSteer's Table 2: mean and standard deviation of the ratings, Pearson R with helpfulness."""
-
-    mean: float
-    std: float
-    helpfulness_r: float
-
-
-# arXiv 2311.09528, Table 2: all 37,120 samples. Of the correlations, the paper prints only those with helpfulness.
-PAPER_STATISTICS: dict[str, PaperStatistics] = {
-    "helpfulness": PaperStatistics(2.7856, 0.9793, 1.0),
-    "correctness": PaperStatistics(2.8369, 0.9935, 0.8525),
-    "coherence": PaperStatistics(3.2991, 0.7699, 0.6348),
-    "complexity": PaperStatistics(1.4423, 0.8205, 0.2361),
-    "verbosity": PaperStatistics(1.5331, 0.9287, 0.2555),
-}
 
 
 def attribute_metrics(
@@ -52,7 +33,12 @@ def attribute_metrics(
     Raises:
         ValueError: the shapes do not fit.
     """
-    predicted, ratings, mask = _checked(predicted, ratings, mask, len(names))
+    ratings, mask = _ratings_and_mask(ratings, mask)
+    predicted = np.asarray(predicted, dtype=np.float64)
+    if predicted.shape != ratings.shape or ratings.shape[1] != len(names):
+        raise ValueError(
+            f"predicted {predicted.shape} and ratings {ratings.shape} must both be [examples, {len(names)}]"
+        )
     return {name: _column_metrics(predicted[mask[:, a], a], ratings[mask[:, a], a]) for a, name in enumerate(names)}
 
 
@@ -63,25 +49,13 @@ def mean_metric(metrics: AttributeMetrics, key: str, names: Iterable[str] | None
     return float(np.mean(values)) if values else None
 
 
-def mean_mse(metrics: AttributeMetrics) -> float:
-    """Unweighted mean MSE (rating squared) over the attributes with a rating; NaN if none has one."""
-    value = mean_metric(metrics, "mse")
-    return float("nan") if value is None else value
-
-
 def mean_baseline(train_ratings: ArrayLike, train_mask: ArrayLike, n: int) -> NDArray[np.float64]:
-    """Predicts each attribute's mean rating in the training split.
+    """Predicts each attribute's mean rating in the training split (`[E, A]`) n times: `[n, A]`.
 
-    Args:
-        train_ratings, train_mask: `[E, A]`.
-        n: number of predictions.
-
-    Returns:
-        `[n, A]`. An attribute without a training rating is NaN: no baseline is better than an invented one.
+    An attribute without a training rating is NaN: no baseline is better than an invented one.
     """
     ratings, mask = _ratings_and_mask(train_ratings, train_mask)
-    means = [_mean(ratings[mask[:, a], a]) for a in range(ratings.shape[1])]
-    return np.tile(np.asarray(means, dtype=np.float64), (n, 1))
+    return np.tile([_mean(ratings[mask[:, a], a]) for a in range(ratings.shape[1])], (n, 1))
 
 
 def length_baseline(
@@ -98,10 +72,9 @@ def length_baseline(
     """
     ratings, mask = _ratings_and_mask(train_ratings, train_mask)
     train_x, x = (np.log1p(np.asarray(values, dtype=np.float64)) for values in (train_lengths, lengths))
-    predicted = np.empty((len(x), ratings.shape[1]))
+    predicted = mean_baseline(ratings, mask, len(x))
     for a in range(ratings.shape[1]):
         x_seen, y_seen = train_x[mask[:, a]], ratings[mask[:, a], a]
-        predicted[:, a] = _mean(y_seen)
         if len(y_seen) >= 2 and not _is_constant(x_seen):
             centred = x_seen - x_seen.mean()
             predicted[:, a] += (centred @ y_seen) / (centred @ centred) * (x - x_seen.mean())
@@ -109,22 +82,17 @@ def length_baseline(
 
 
 def attribute_correlations(ratings: ArrayLike, mask: ArrayLike) -> NDArray[np.float64]:
-    """Pearson correlation of every two attributes over the examples rated for both.
+    """Pearson correlation of every two attributes (`[E, A]`) over the examples rated for both: `[A, A]`, symmetric.
 
-    Args:
-        ratings, mask: `[E, A]`.
-
-    Returns:
-        `[A, A]`, symmetric; NaN with fewer than two such examples or where one of the two is constant on them.
+    NaN with fewer than two such examples or where one of the two is constant on them.
     """
     ratings, mask = _ratings_and_mask(ratings, mask)
-    size = ratings.shape[1]
-    matrix = np.full((size, size), np.nan)
-    for a in range(size):
-        for b in range(a, size):
-            both = mask[:, a] & mask[:, b]
-            r = _pearson(ratings[both, a], ratings[both, b])
-            matrix[a, b] = matrix[b, a] = np.nan if r is None else r
+    matrix = np.full((ratings.shape[1],) * 2, np.nan)
+    for a, b in zip(*np.triu_indices(len(matrix)), strict=True):
+        both = mask[:, a] & mask[:, b]
+        x, y = ratings[both, a], ratings[both, b]
+        if _can_correlate(x, y):
+            matrix[a, b] = matrix[b, a] = stats.pearsonr(x, y).statistic
     return matrix
 
 
@@ -135,45 +103,29 @@ def _ratings_and_mask(ratings: ArrayLike, mask: ArrayLike) -> tuple[NDArray[np.f
     return ratings, mask
 
 
-def _checked(predicted: ArrayLike, ratings: ArrayLike, mask: ArrayLike, size: int):
-    ratings, mask = _ratings_and_mask(ratings, mask)
-    predicted = np.asarray(predicted, dtype=np.float64)
-    if predicted.shape != ratings.shape or ratings.shape[1] != size:
-        raise ValueError(f"predicted {predicted.shape} and ratings {ratings.shape} must both be [examples, {size}]")
-    return predicted, ratings, mask
-
-
 def _column_metrics(predicted: NDArray[np.float64], ratings: NDArray[np.float64]) -> dict[str, float | int | None]:
-    count = len(ratings)
-    if count == 0:
-        return {"mse": None, "mae": None, "pearson": None, "spearman": None, "count": 0}
+    found = dict.fromkeys(("mse", "mae", "pearson", "spearman")) | {"count": len(ratings)}
+    if len(ratings) == 0:
+        return found
     if not np.isfinite(predicted).all():
-        return {"mse": float("nan"), "mae": float("nan"), "pearson": None, "spearman": None, "count": count}
+        return found | {"mse": float("nan"), "mae": float("nan")}
     error = predicted - ratings
-    pearson = _pearson(predicted, ratings)
-    # Ranks of a column that is constant up to rounding would be ranks of the rounding.
-    spearman = None if pearson is None else _pearson(rankdata(predicted), rankdata(ratings))
-    return {
-        "mse": float(np.mean(error**2)),
-        "mae": float(np.mean(np.abs(error))),
-        "pearson": pearson,
-        "spearman": spearman,
-        "count": count,
-    }
+    found |= {"mse": float(np.mean(error**2)), "mae": float(np.mean(np.abs(error)))}
+    # Of a column that is constant up to rounding, Spearman's ranks would be ranks of the rounding.
+    if _can_correlate(predicted, ratings):
+        found["pearson"] = float(stats.pearsonr(predicted, ratings).statistic)
+        found["spearman"] = float(stats.spearmanr(predicted, ratings).statistic)
+    return found
 
 
 def _mean(values: NDArray[np.float64]) -> float:
     return float(values.mean()) if len(values) else float("nan")
 
 
+def _can_correlate(x: NDArray[np.float64], y: NDArray[np.float64]) -> bool:
+    return len(x) >= 2 and not _is_constant(x) and not _is_constant(y)
+
+
 def _is_constant(values: NDArray[np.float64]) -> bool:
-    """Whether all values are equal up to float64 rounding (the threshold of `scipy.stats.pearsonr`'s warning)."""
-    spread = np.linalg.norm(values - values.mean())
-    return bool(spread <= 1e-13 * abs(values.mean()) or np.ptp(values) == 0)
-
-
-def _pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float | None:
-    if len(x) < 2 or _is_constant(x) or _is_constant(y):
-        return None
-    x, y = x - x.mean(), y - y.mean()
-    return float(np.clip((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)), -1.0, 1.0))
+    """Whether all values are equal up to float64 rounding (wider than where `scipy.stats.pearsonr` warns)."""
+    return bool(np.linalg.norm(values - values.mean()) <= 1e-11 * abs(values.mean()) or np.ptp(values) == 0)

@@ -9,13 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from steerjax.report.metrics import (
-    AttributeMetrics,
-    attribute_metrics,
-    length_baseline,
-    mean_baseline,
-    mean_metric,
-)
+from steerjax.report.metrics import AttributeMetrics, attribute_metrics, length_baseline, mean_baseline, mean_metric
+from steerjax.schema import Schema
 
 MODEL, MEAN_RATING, LOG_LENGTH = "model", "mean rating", "log length"
 
@@ -25,14 +20,14 @@ class EvaluationResult:
     """Predicted and human ratings of one split (E responses, A attributes) and what follows from them.
 
     Attributes:
-        names: the A attributes in order.
+        schema: the A attributes with their ranges.
         predicted, ratings: `[E, A]` float64, ratings. mask: `[E, A]`, True where there is a human rating.
         metrics: the model's `attribute_metrics`.
         baselines: the same of "mean rating" and "log length", fitted on the training split.
         ids: the E examples' ids.
     """
 
-    names: tuple[str, ...]
+    schema: Schema
     predicted: NDArray[np.float64]
     ratings: NDArray[np.float64]
     mask: NDArray[np.bool_]
@@ -40,9 +35,28 @@ class EvaluationResult:
     baselines: Mapping[str, AttributeMetrics]
     ids: tuple[str, ...]
 
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The attributes over which averages are taken: those that the model and every baseline have a count for.
+
+        So the averages of model and baselines are over the same ratings. A baseline without any count (no training
+        ratings at all) does not limit them.
+        """
+        usable = [m for m in self.baselines.values() if any(entry["count"] for entry in m.values())]
+        return tuple(name for name in self.schema.names if all(m[name]["count"] for m in (self.metrics, *usable)))
+
+    def mse(self, name: str) -> dict[str, float | None]:
+        """One attribute's MSE (rating squared) of "model", "mean rating" and "log length"."""
+        return {who: metrics[name]["mse"] for who, metrics in ((MODEL, self.metrics), *self.baselines.items())}
+
+    def average_mse(self) -> dict[str, float | None]:
+        """Mean of `mse` over `compared`; None where it is undefined."""
+        names = self.compared
+        return {who: mean_metric(m, "mse", names) for who, m in ((MODEL, self.metrics), *self.baselines.items())}
+
 
 def evaluate_predictions(
-    names: Sequence[str],
+    schema: Schema,
     predicted: ArrayLike,
     ratings: ArrayLike,
     mask: ArrayLike,
@@ -55,52 +69,26 @@ def evaluate_predictions(
     """Metrics of the model and of both baselines on the same ratings.
 
     Args:
-        names: the A attributes in order. predicted, ratings, mask: `[E, A]`.
-        lengths: `[E]`, characters of each response. ids: the E examples' ids.
-        train_ratings, train_mask: `[E_train, A]`. train_lengths: `[E_train]`, characters. E_train may be 0; an
-            attribute without a training rating has no baseline (count 0).
+        predicted, ratings, mask: `[E, A]`. lengths: `[E]`, characters of each response. ids: of the E examples.
+        train_ratings, train_mask: `[E_train, A]`. train_lengths: `[E_train]`. E_train may be 0; an attribute without a
+            training rating has no baseline (count 0).
 
     Raises:
         ValueError: the shapes do not fit.
     """
     predicted, ratings, train_ratings = (np.asarray(x, dtype=np.float64) for x in (predicted, ratings, train_ratings))
-    mask, lengths = np.asarray(mask, dtype=bool), np.asarray(lengths)
-    if not len(ids) == len(lengths) == len(ratings) or len(train_ratings) != len(np.asarray(train_lengths)):
-        raise ValueError(
-            f"{len(ratings)} examples with {len(lengths)} lengths and {len(ids)} ids; "
-            f"{len(train_ratings)} training examples with {len(np.asarray(train_lengths))} lengths"
-        )
+    mask, lengths, train_lengths = np.asarray(mask, dtype=bool), np.asarray(lengths), np.asarray(train_lengths)
+    if not len(ids) == len(lengths) == len(ratings) or len(train_ratings) != len(train_lengths):
+        counts = (len(ratings), len(lengths), len(ids), len(train_ratings), len(train_lengths))
+        raise ValueError("{} examples with {} lengths and {} ids; {} training examples with {} lengths".format(*counts))
     guesses = {
         MEAN_RATING: mean_baseline(train_ratings, train_mask, len(ratings)),
         LOG_LENGTH: length_baseline(train_lengths, train_ratings, train_mask, lengths),
     }
-    return EvaluationResult(
-        names=tuple(names),
-        predicted=predicted,
-        ratings=ratings,
-        mask=mask,
-        metrics=attribute_metrics(predicted, ratings, mask, names),
-        baselines={
-            name: attribute_metrics(guess, ratings, mask & np.isfinite(guess), names) for name, guess in guesses.items()
-        },
-        ids=tuple(ids),
-    )
-
-
-def compared_names(result: EvaluationResult) -> tuple[str, ...]:
-    """The attributes over which averages are taken: those that the model and every baseline have a count for.
-
-    So the averages of model and baselines are over the same ratings. A baseline without any count (no training
-    ratings at all) does not limit them.
-    """
-    usable = [m for m in result.baselines.values() if any(entry["count"] for entry in m.values())]
-    return tuple(name for name in result.names if all(m[name]["count"] for m in (result.metrics, *usable)))
-
-
-def average_mse(result: EvaluationResult) -> dict[str, float | None]:
-    """Mean MSE (rating squared) of "model", "mean rating" and "log length" over `compared_names`; None if undefined."""
-    names = compared_names(result)
-    return {who: mean_metric(m, "mse", names) for who, m in ((MODEL, result.metrics), *result.baselines.items())}
+    names = schema.names
+    metrics = attribute_metrics(predicted, ratings, mask, names)
+    baselines = {who: attribute_metrics(x, ratings, mask & np.isfinite(x), names) for who, x in guesses.items()}
+    return EvaluationResult(schema, predicted, ratings, mask, metrics, baselines, tuple(ids))
 
 
 def lowest(values: Mapping[str, float | None]) -> tuple[str, ...]:

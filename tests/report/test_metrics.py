@@ -6,15 +6,12 @@ import pytest
 from scipy import stats
 
 from steerjax.report.metrics import (
-    PAPER_STATISTICS,
     attribute_correlations,
     attribute_metrics,
     length_baseline,
     mean_baseline,
     mean_metric,
-    mean_mse,
 )
-from steerjax.schema import HELPSTEER
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +59,7 @@ def test_random_data_with_masks_equals_scipy():
         assert metrics[name]["mae"] == pytest.approx(np.mean(np.abs(x - y)), rel=1e-12)
         assert metrics[name]["pearson"] == pytest.approx(stats.pearsonr(x, y).statistic, rel=1e-12)
         assert metrics[name]["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12)
-    assert mean_mse(metrics) == pytest.approx(np.mean([metrics[name]["mse"] for name in "abc"]))
+    assert mean_metric(metrics, "mse") == pytest.approx(np.mean([metrics[name]["mse"] for name in "abc"]))
 
 
 @pytest.mark.parametrize(
@@ -85,16 +82,15 @@ def test_correlation_undefined(predicted, ratings):
 def test_attribute_without_ratings():
     metrics = attribute_metrics(np.ones((2, 2)), np.zeros((2, 2)), [[True, False]] * 2, ["a", "b"])
     assert metrics["b"] == {"mse": None, "mae": None, "pearson": None, "spearman": None, "count": 0}
-    assert mean_mse(metrics) == 1.0
+    assert mean_metric(metrics, "mse") == 1.0
     assert mean_metric(metrics, "mse", ["b"]) is None
-    assert math.isnan(mean_mse({"b": metrics["b"]}))
 
 
 def test_prediction_that_is_not_finite_is_not_hidden():
     entry = _column([1.0, np.nan], [1, 2])
     assert math.isnan(entry["mse"])
     assert entry["pearson"] is None
-    assert math.isnan(mean_mse({"a": entry}))
+    assert math.isnan(mean_metric({"a": entry}, "mse"))
 
 
 def test_shapes_must_fit():
@@ -138,9 +134,3 @@ def test_correlations_are_pairwise_complete():
     np.testing.assert_allclose(np.diag(matrix)[:3], 1.0)
     assert np.isnan(matrix[3]).all()
     assert np.isnan(matrix[:, 3]).all()
-
-
-def test_paper_statistics():
-    assert tuple(PAPER_STATISTICS) == HELPSTEER.names
-    assert PAPER_STATISTICS["correctness"] == (2.8369, 0.9935, 0.8525)
-    assert PAPER_STATISTICS["helpfulness"].helpfulness_r == 1.0

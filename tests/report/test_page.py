@@ -6,38 +6,45 @@ import numpy as np
 import pytest
 
 from steerjax.errors import SteerjaxError
-from steerjax.report.page import (
-    comparison_sentences,
-    evaluate_predictions,
-    format_table,
-    plot_losses,
-    require_matplotlib,
-    write_report,
-)
-from steerjax.report.plots import _by_step, _running_mean, _spread
-from steerjax.report.results import average_mse, compared_names, lowest
-from steerjax.schema import HELPSTEER, STEERLM
+from steerjax.report.page import comparison_sentences, few_rows_note, format_table, write_report
+from steerjax.report.plots import _by_step, _running_mean, plot_losses, require_matplotlib
+from steerjax.report.records import read_metrics, write_json
+from steerjax.report.results import evaluate_predictions, lowest
+from steerjax.schema import HELPSTEER, STEERLM, Attribute, Schema, make_schema
 
+OWN = make_schema("helpsteer", (("warmth", 1, 5), ("evidence", 1, 10)))
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def _result(predicted, ratings, names=("a",), mask=None, lengths=None, train=None):
+def _schema(names):
+    return Schema(tuple(Attribute(name) for name in names))
+
+
+def _result(predicted, ratings, schema=None, mask=None, lengths=None, train=None):
     """Train ratings 1 and 3 at lengths 9 and 99: the mean is 2, the line 1 + 2 * (log10(1 + length) - 1)."""
     ratings = np.asarray(ratings, float)
     mask = np.ones_like(ratings, bool) if mask is None else mask
     lengths = np.full(len(ratings), 99) if lengths is None else lengths
-    train = np.tile([[1.0], [3.0]], (1, len(names))) if train is None else train
+    schema = schema or _schema("a")
+    train = np.tile([[1.0], [3.0]], (1, len(schema))) if train is None else train
     return evaluate_predictions(
-        names, predicted, ratings, mask, lengths, [f"data:{i}" for i in range(len(ratings))],
+        schema, predicted, ratings, mask, lengths, [f"data:{i}" for i in range(len(ratings))],
         train, np.isfinite(train), [9, 99],
     )  # fmt: skip
 
 
-def _random_result(names=HELPSTEER.names, count=40, seed=0):
+def _random_result(schema=HELPSTEER, count=40, seed=0):
     rng = np.random.default_rng(seed)
-    ratings = rng.integers(0, 5, (count, len(names))).astype(float)
+    low, high = np.array([(a.low, a.high) for a in schema.attributes]).T
+    ratings = np.round(low + rng.random((count, len(schema))) * (high - low))
     predicted = ratings * 0.4 + rng.normal(size=ratings.shape)
-    return _result(predicted, ratings, names, rng.random(ratings.shape) < 0.8, rng.integers(5, 3000, count))
+    return _result(predicted, ratings, schema, rng.random(ratings.shape) < 0.8, rng.integers(5, 3000, count))
+
+
+def _table(result):
+    """The lines of the table, without the note above it."""
+    lines = format_table(result).splitlines()
+    return lines[next(i for i, line in enumerate(lines) if line.startswith("attribute ")) :]
 
 
 def _records(names=HELPSTEER.names):
@@ -55,8 +62,8 @@ def test_baselines_are_fitted_on_the_training_split():
 
 
 def test_table_says_a_win():
-    table = format_table(_result([[2.8], [3.2]], [[3.0], [3.0]], lengths=[9, 9]))
-    header, row = table.splitlines()[0], table.splitlines()[2]
+    result = _result([[2.8], [3.2]], [[3.0], [3.0]], lengths=[9, 9])
+    table, (header, _, row) = format_table(result), _table(result)[:3]
     assert header.split()[:6] == ["attribute", "ratings", "MSE", "MAE", "Pearson", "Spearman"]
     assert header.endswith("MSE mean rating  MSE log length  lowest MSE")
     assert row.split() == ["a", "2", "0.040", "0.200", "-", "-", "1.000", "4.000", "model"]
@@ -65,20 +72,22 @@ def test_table_says_a_win():
 
 
 def test_table_says_a_loss():
-    table = format_table(_result([[2.1], [2.1]], [[3.0], [2.6]]))
+    result = _result([[2.1], [2.1]], [[3.0], [2.6]])
+    table = format_table(result)
     assert "beats the mean-rating baseline on average MSE (0.530 to 0.680, 22.1% lower)." in table
     assert "The model loses to the length baseline on average MSE (0.530 to 0.080, 562.5% higher)." in table
-    assert table.splitlines()[2].split()[-2:] == ["log", "length"]
+    assert _table(result)[2].split()[-2:] == ["log", "length"]
 
 
 def test_table_says_level():
-    table = format_table(_result([[2.0001]], [[2.5]]))
+    result = _result([[2.0001]], [[2.5]])
+    table = format_table(result)
     assert "The model is level with the mean-rating baseline on average MSE (0.250 to 0.250)." in table
-    assert table.splitlines()[2].endswith("model = mean rating = log length")
+    assert _table(result)[2].endswith("model = mean rating = log length")
 
 
 def test_columns_line_up():
-    lines = format_table(_random_result()).splitlines()
+    lines = _table(_random_result())
     start = lines[0].index("lowest MSE")
     assert [line[start - 2 : start] for line in lines[2:7]] == ["  "] * 5
     assert lines[8].startswith("average")
@@ -86,16 +95,16 @@ def test_columns_line_up():
 
 def test_averages_are_over_the_same_attributes():
     train = np.array([[1.0, np.nan], [3.0, np.nan]])
-    result = _result([[2.0, 9.0]], [[2.0, 1.0]], names=("a", "b"), train=train)
-    assert compared_names(result) == ("a",)
-    assert average_mse(result)["model"] == 0.0
+    result = _result([[2.0, 9.0]], [[2.0, 1.0]], schema=_schema("ab"), train=train)
+    assert result.compared == ("a",)
+    assert result.average_mse()["model"] == 0.0
     assert "Averages leave out b" in format_table(result)
 
 
 def test_without_a_training_split():
     empty = np.empty((0, 1))
-    result = evaluate_predictions(("a",), [[1.0]], [[2.0]], [[True]], [7], ["x"], empty, empty, [])
-    assert average_mse(result) == {"model": 1.0, "mean rating": None, "log length": None}
+    result = evaluate_predictions(_schema("a"), [[1.0]], [[2.0]], [[True]], [7], ["x"], empty, empty, [])
+    assert result.average_mse() == {"model": 1.0, "mean rating": None, "log length": None}
     assert all(sentence.startswith("No comparison") for sentence in comparison_sentences(result))
 
 
@@ -110,36 +119,57 @@ def test_lengths_and_ids_must_fit():
         _result([[1.0], [1.0]], [[1.0], [1.0]], lengths=[3])
 
 
-@pytest.mark.parametrize("names", [HELPSTEER.names, STEERLM.names, ("quality", "toxicity"), ("helpfulness",)])
-def test_report_files(tmp_path, names):
-    write_report(
-        tmp_path / "new" / "report", _random_result(names), iter(_records(names)), {"base model": "x|y"}, "{'k': '```'}"
-    )
-    directory = tmp_path / "new" / "report"
-    for plot in ("loss.png", "predictions.png", "correlations.png"):
-        assert (directory / plot).read_bytes().startswith(PNG)
+NINE = Schema(tuple(Attribute(f"quality_{i}", 1.0, 4.0) for i in range(9)))
+
+
+@pytest.mark.parametrize("schema", [HELPSTEER, STEERLM, OWN, NINE, _schema(("helpfulness",))])
+def test_report_files(tmp_path, schema):
+    directory, result = tmp_path / "new" / "report", _random_result(schema)
+    write_report(directory, result, iter(_records(schema.names)), {"base model": "x\ny"}, "{'k': '```'}")
     text = (directory / "report.md").read_text(encoding="utf-8")
-    for part in (
-        *names,
-        "average",
-        "loss.png",
-        "What this means",
-        "| base model | x\\|y |",
-        "````\n{'k': '```'}\n````",
-    ):
+    plots = ("loss.png", "predictions.png", *(["correlations.png"] if len(schema) > 1 else []))
+    assert sorted(plots) == sorted(path.name for path in directory.glob("*.png"))
+    for plot in plots:
+        assert (directory / plot).read_bytes().startswith(PNG)
+        assert f"({plot})" in text
+    for part in (*schema.names, "average", "- base model: x y\n", "````\n{'k': '```'}\n````"):
         assert part in text
-    for sentence in comparison_sentences(_random_result(names)):
+    for sentence in comparison_sentences(result):
         assert sentence in text
+    assert text.splitlines()[2] == few_rows_note(result)
+
+
+def test_axes_are_the_attributes_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("steerjax.report.plots.save", lambda figure, path: drawn.append(figure))
+    write_report(tmp_path, _random_result(OWN), [], {}, "{}")
+    first, second = drawn[0].axes
+    assert (list(first.get_xticks()), list(second.get_yticks())) == (list(range(1, 6)), list(range(1, 11)))
+    assert first.get_xlim() == first.get_ylim() == pytest.approx((0.7, 5.3))
+    assert second.get_xlim() == second.get_ylim() == pytest.approx((0.325, 10.675))
+    assert any("Ranges differ" in sentence for sentence in comparison_sentences(_random_result(OWN)))
+
+
+def test_few_rows_are_said_first():
+    few, many = _random_result(count=64), _random_result(count=500)
+    assert few_rows_note(few).startswith("Only 64 responses")
+    assert "±0.25" in few_rows_note(few)
+    assert format_table(few).startswith("Only 64 responses")
+    assert few_rows_note(many) == ""
+    assert format_table(many).startswith("attribute ")
 
 
 def test_report_without_training_records(tmp_path):
+    (tmp_path / "loss.png").touch()  # of an earlier report
     write_report(tmp_path, _random_result(), [], {}, "{}")
     assert not (tmp_path / "loss.png").exists()
     assert "loss.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 def test_predictions_hold_no_nan(tmp_path):
-    result = _result([[1.0, np.nan], [np.inf, 9.0]], [[2, -100], [3, 4]], ("a", "b"), np.array([[1, 0], [1, 1]], bool))
+    result = _result(
+        [[1.0, np.nan], [np.inf, 9.0]], [[2, -100], [3, 4]], _schema("ab"), np.array([[1, 0], [1, 1]], bool)
+    )
     write_report(tmp_path, result, _records(("a", "b")), {}, "{}")
     text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
     assert "NaN" not in text
@@ -179,10 +209,12 @@ def test_running_mean():
     np.testing.assert_allclose(_running_mean(np.array([1.0, 2, 6, 4]), 3), [1.5, 3, 4, 5])
 
 
-def test_labels_do_not_overlap():
-    centres = _spread([0.5, 0.5, 0.52, 0.9], [0.1, 0.1, 0.1, 0.1])
-    assert min(np.diff(centres)) >= 0.1 - 1e-12
-    assert centres[-1] == 0.9
+def test_records(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert read_metrics(tmp_path / "missing.jsonl") == []
+    write_json(tmp_path / "metrics.json", {"a": [float("nan"), 1.5, float("inf")]})
+    assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": [None, 1.5, None]}
 
 
 def test_missing_matplotlib_is_named_before_anything_is_written(tmp_path, monkeypatch):
@@ -202,7 +234,7 @@ def test_import_loads_neither_matplotlib_nor_jax():
 
 def test_plots_leave_pyplot_alone(tmp_path):
     code = (
-        "import sys; from steerjax.report.page import plot_losses; "
+        "import sys; from steerjax.report.plots import plot_losses; "
         f"plot_losses([], {str(tmp_path / 'loss.png')!r}); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
