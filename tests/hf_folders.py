@@ -1,5 +1,6 @@
 """Hugging Face folders with random weights, made by hand: nothing here uses our key map."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -134,22 +135,6 @@ def oracle(tensors: dict[str, np.ndarray], config: dict) -> dict[str, np.ndarray
     return found
 
 
-def abstract_parameters(model, mesh, dtype: str = "float32") -> dict:
-    """Shapes and shardings of a module's parameters, as training and inference ask for them."""
-    import jax
-    import jax.numpy as jnp
-    from flax.core import meta
-
-    from steerjax.parallel.rules import parameter_shardings
-
-    one = jnp.zeros((1, 1), jnp.int32)
-    boxed = jax.eval_shape(model.init, jax.random.key(0), one, one, one)["params"]
-    return jax.tree.map(
-        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, jnp.dtype(dtype), sharding=sharding),
-        meta.unbox(boxed), parameter_shardings(boxed, mesh),
-    )  # fmt: skip
-
-
 def save_checkpoint(workdir: Path, params: dict, provenance: dict, step: int = 7) -> Path:
     """A run's checkpoint, as training writes one."""
     from steerjax.bundle.store import CheckpointStore
@@ -161,18 +146,22 @@ def save_checkpoint(workdir: Path, params: dict, provenance: dict, step: int = 7
 
 def provenance(model, kind: str = "chat", **changes) -> dict:
     """What a run with this architecture says about itself."""
-    import dataclasses
-
+    from steerjax.bundle.provenance import Provenance, TokenizerSource
     from steerjax.chat.tokenizer import load_tokenizer
-    from steerjax.config import ModelConfig, default_config, resolve
     from steerjax.schema import HELPSTEER
-    from steerjax.training.workdir import make_provenance
 
-    experiment = resolve(default_config().to_dict())
-    experiment = dataclasses.replace(
-        experiment,
-        model=ModelConfig(**{f.name: getattr(model, f.name) for f in dataclasses.fields(model)}),
-        chat=dataclasses.replace(experiment.chat, tokenizer="embedded"),
+    made = Provenance(
+        steerjax="0",
+        kind=kind,
+        objectives=("regression" if kind == "reward" else "sft",),
+        attributes=HELPSTEER.attributes,
+        model=model,
+        template="extra_id",
+        system_prompt=None,
+        readout="last",
+        tokenizer=TokenizerSource("embedded", load_tokenizer("embedded").hash),
+        base_model="random",
+        data={},
+        config={},
     )
-    made = make_provenance(experiment, HELPSTEER, load_tokenizer("embedded"), kind, None)
-    return made | changes
+    return dataclasses.asdict(made) | changes

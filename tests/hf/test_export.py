@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -13,18 +14,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from steerjax.bundle.opening import abstract_parameters, describe_model
+from steerjax.bundle import describe
+from steerjax.bundle.build import abstract_parameters
 from steerjax.chat.templates import TEMPLATES
-from steerjax.config import MeshConfig
 from steerjax.errors import ConfigError, ModelError, SteerjaxError
 from steerjax.export import export, main
-from steerjax.hf.config import read_config
-from steerjax.hf.export import parse_size, plan_shards
+from steerjax.hf.config_json import read_config
+from steerjax.hf.description import read_about
 from steerjax.hf.tokenizer_files import stop_tokens
 from steerjax.hf.weights import load_parameters
-from steerjax.models.llama import CausalLM, Compute
-from steerjax.models.reward_head import RewardModel
-from steerjax.parallel.mesh import make_mesh
+from steerjax.models.llama import CausalLM
+from steerjax.models.reward import RewardModel
+from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.schema import HELPSTEER
 from tests.hf_folders import (
     CLASSIFIER,
@@ -41,13 +42,13 @@ OPTIONS = {"dtype": "auto", "max_shard_size": "5GB", "template": None}
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
-def imported(folder: Path, workdir: Path, mesh_config=EIGHT, devices: int = 8, frozen: int = 0, **changes) -> Path:
+def imported(folder: Path, workdir: Path, mesh_config=EIGHT, devices: int = 8, **changes) -> Path:
     """A checkpoint with the parameters of a folder."""
     config = read_config(folder)
     labels = len(config.labels)
-    model = RewardModel(config.model, labels, frozen=frozen) if labels else CausalLM(config.model, Compute(), frozen)
+    model = RewardModel(config.model, labels) if labels else CausalLM(config.model)
     mesh = make_mesh(mesh_config, jax.devices()[:devices])
-    params = load_parameters(folder, config, abstract_parameters(model, mesh, "float32"))
+    params = load_parameters(folder, config, abstract_parameters(model, mesh))
     return save_checkpoint(workdir, params, provenance(config.model, "reward" if labels else "chat", **changes))
 
 
@@ -55,28 +56,27 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# changes of TINY, devices, frozen layers, shard size
+# changes of TINY, devices, shard size
 ROUND_TRIPS = {
-    "tied": ({}, 8, 0, "5GB"),
-    "tied-one-device-frozen": ({}, 1, 1, "100KB"),
-    "untied-bfloat16-sharded": ({"tie_word_embeddings": False, "torch_dtype": "bfloat16"}, 8, 1, "300KB"),
-    "untied-float16": ({"tie_word_embeddings": False, "torch_dtype": "float16"}, 8, 0, "5GB"),
-    "biases": ({"attention_bias": True, "mlp_bias": True}, 8, 0, "20KB"),
-    "classifier": (CLASSIFIER, 8, 1, "5GB"),
-    "classifier-bfloat16": (CLASSIFIER | {"torch_dtype": "bfloat16", "tie_word_embeddings": False}, 1, 0, "300KB"),
-    "all-frozen": ({}, 8, 3, "5GB"),
+    "tied": ({}, 8, "5GB"),
+    "tied-one-device": ({}, 1, "100KB"),
+    "untied-bfloat16-sharded": ({"tie_word_embeddings": False, "torch_dtype": "bfloat16"}, 8, "300KB"),
+    "untied-float16": ({"tie_word_embeddings": False, "torch_dtype": "float16"}, 8, "5GB"),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, 8, "20KB"),
+    "classifier": (CLASSIFIER, 8, "5GB"),
+    "classifier-bfloat16": (CLASSIFIER | {"torch_dtype": "bfloat16", "tie_word_embeddings": False}, 1, "300KB"),
 }
 
 
 @pytest.mark.parametrize("case", ROUND_TRIPS)
 def test_folder_checkpoint_folder(case, tmp_path):
     """Folder -> shards -> Orbax -> folder is the same, bit for bit, and so is the config."""
-    change, devices, frozen, shard_size = ROUND_TRIPS[case]
+    change, devices, shard_size = ROUND_TRIPS[case]
     raw = TINY | change
     tensors = random_tensors(raw)
     source = write_folder(tmp_path / "source", raw, tensors, shards=2)
     mesh = EIGHT if devices == 8 else MeshConfig(data=1)
-    imported(source, tmp_path / "run", mesh, devices, frozen)
+    imported(source, tmp_path / "run", mesh, devices)
     output = tmp_path / "exports" / "model"
     export(str(tmp_path / "run"), output, dtype=raw["torch_dtype"], max_shard_size=shard_size, template=None)
     assert_same_tensors(read_folder(output), tensors)
@@ -184,18 +184,18 @@ def test_attributes_of_a_plain_chat_model(tmp_path, capsys):
     source = write_folder(tmp_path / "source", TINY, random_tensors(TINY))
     plain = ["--checkpoint", str(source), "--template", "chatml"]
     main([*plain, "--output", str(tmp_path / "out"), "--schema", "helpsteer", "--default-ratings", "verbosity=1"])
-    about = describe_model(tmp_path / "out")
+    about = describe(tmp_path / "out")
     assert (about.schema, about.default_ratings) == (HELPSTEER, {"verbosity": 1.0})
     assert 'default_ratings = {"verbosity": 1}' in (tmp_path / "out" / "chat_template.jinja").read_text()
     ours = ["--checkpoint", str(tmp_path / "out"), "--output", str(tmp_path / "again")]
     main([*ours, "--default-ratings", "helpfulness=4,coherence=3"])
-    assert describe_model(tmp_path / "again").default_ratings == {"helpfulness": 4.0, "coherence": 3.0}
+    assert describe(tmp_path / "again").default_ratings == {"helpfulness": 4.0, "coherence": 3.0}
     assert_same_tensors(read_folder(tmp_path / "again"), read_folder(source))
     ours[-1] = str(tmp_path / "no")
     for arguments, message in (
-        ([*plain, *ours[2:], "--default-ratings", "verbosity=1"], "without attributes; cure: name them with --schema"),
-        ([*ours, "--schema", "oasst"], "attributes of its own, not those of oasst"),
-        ([*ours, "--default-ratings", "humor=1"], "--default-ratings humor=1: field 'humor': unknown attribute"),
+        ([*plain, *ours[2:], "--default-ratings", "verbosity=1"], "cure: name them with --schema"),
+        ([*ours, "--schema", "oasst"], "attributes of its own"),
+        ([*ours, "--default-ratings", "humor=1"], "unknown attribute"),
         ([*ours, "--default-ratings", "verbosity=9"], "outside 0..4"),
         ([*plain[:2], *ours[2:], "--schema", "helpsteer"], "cure: --template"),
     ):
@@ -215,17 +215,15 @@ def test_what_no_server_can_load_is_refused(tmp_path):
     raw = TINY | CLASSIFIER
     source = write_folder(tmp_path / "source", raw, random_tensors(raw))
     config = read_config(source)
-    said = provenance(config.model, "reward")
-    said["config"] = said["config"] | {"head": {"readout": "mean", "use_bias": False}}
-    imported(source, tmp_path / "mean", config=said["config"])
-    with pytest.raises(ModelError, match=r"readout 'mean', and every server reads at the last token"):
+    imported(source, tmp_path / "mean", readout="mean")
+    with pytest.raises(ModelError, match=r"readout 'mean'"):
         export(str(tmp_path / "mean"), tmp_path / "out", **OPTIONS)
 
     model = RewardModel(config.model, 5, use_bias=True)
-    shapes = abstract_parameters(model, make_mesh(EIGHT), "float32")
+    shapes = abstract_parameters(model, make_mesh(EIGHT))
     params = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
     save_checkpoint(tmp_path / "bias", params, provenance(config.model, "reward"))
-    with pytest.raises(ModelError, match=r"the reward head has a bias"):
+    with pytest.raises(ModelError, match="head has a bias"):
         export(str(tmp_path / "bias"), tmp_path / "out", **OPTIONS)
     with pytest.raises(ModelError, match=r"does not say which attributes it rates"):
         export(str(source), tmp_path / "out", **OPTIONS | {"template": "extra_id"})
@@ -238,7 +236,7 @@ def test_numbers_that_overflow_are_named(tmp_path):
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = -70000.0
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = np.inf  # was no number before either
     source = write_folder(tmp_path / "source", TINY, tensors)
-    with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj.weight holds 70000, which overflows in float16"):
+    with pytest.raises(ModelError, match=r"layers.1.mlp.up_proj.weight holds 70000"):
         export(str(source), tmp_path / "out", **OPTIONS | {"dtype": "float16"})
     assert leftovers(tmp_path) == ["source"]
     export(str(source), tmp_path / "out", **OPTIONS | {"dtype": "bfloat16"})
@@ -289,16 +287,17 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.model").unlink()
 
 
+# What the error names.
 ERRORS = {
     truncated: "model-00002-of-00002.safetensors' is truncated",
     missing_file: "names 'model-00002-of-00002.safetensors'",
-    wrong_shape: r"gate_proj.weight has shape \[48, 32\] and config.json says \[47, 32\]",
-    extra_tensor: "has lm_head.bias, which a LlamaForCausalLM does not have",
-    unknown_rope: "config.json': rope_type 'longrope' is not implemented",
+    wrong_shape: r"gate_proj.weight has shape \[48, 32\] .* \[47, 32\]",
+    extra_tensor: "has lm_head.bias",
+    unknown_rope: "config.json: rope_type 'longrope'",
     no_config: "has no config.json",
-    pickle_only: "has no safetensors, only pytorch_model.bin",
-    big_tokenizer: "the tokenizer has 4096 tokens and the embedding 4095 rows",
-    no_tokenizer: "has neither tokenizer.json nor a SentencePiece .model file",
+    pickle_only: "only pytorch_model.bin",
+    big_tokenizer: "4096 tokens and the embedding 4095 rows",
+    no_tokenizer: "has neither tokenizer.json nor",
 }
 
 
@@ -324,7 +323,7 @@ def test_outputs_that_cannot_be_written(tmp_path, monkeypatch):
     for output in ("full", "full/file", "source"):
         with pytest.raises(ModelError, match=f"{output}' is there already"):
             export(source, tmp_path / output, **OPTIONS)
-    with pytest.raises(ModelError, match=r"full/file/below' cannot be written: .*Not a directory"):
+    with pytest.raises(ModelError, match=r"full/file/below' cannot be written"):
         export(source, tmp_path / "full" / "file" / "below", **OPTIONS)
     (tmp_path / "empty").mkdir()
     export(source, tmp_path / "empty", **OPTIONS)
@@ -356,15 +355,47 @@ def test_a_killed_export_does_not_look_whole(tmp_path, monkeypatch):
     export(str(source), tmp_path / "out", **OPTIONS)
 
 
-def test_sizes_and_shards():
-    assert parse_size("5GB") == 5 * 10**9
-    assert parse_size("1.5 mb") == 1_500_000
-    assert parse_size("7B") == 7
-    for text in ("5", "GB", "0GB", "5GiB", "-1GB"):
-        with pytest.raises(ConfigError, match=r"--max-shard-size"):
-            parse_size(text)
-    assert plan_shards([3, 3, 3, 9, 1, 6], 7) == [[0, 1], [2], [3], [4, 5]]
-    assert plan_shards([1], 7) == [[0]]
+def test_sizes_and_dtypes_that_are_none(tmp_path):
+    source = str(write_folder(tmp_path / "source", TINY, random_tensors(TINY)))
+    for size in ("5", "GB", "5GiB", "-1GB", "infGB", "1e3 GB"):
+        with pytest.raises(ConfigError, match=r"--max-shard-size .*cure:"):
+            export(source, tmp_path / "out", **OPTIONS | {"max_shard_size": size})
+    with pytest.raises(ConfigError, match=r"--dtype .float64.*cure:"):
+        export(source, tmp_path / "out", **OPTIONS | {"dtype": "float64"})
+    assert leftovers(tmp_path) == ["source"]
+    export(source, tmp_path / "out", **OPTIONS | {"max_shard_size": "1.5 mb"})
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) == 1
+
+
+ABOUT = {"kind": "chat", "template": "extra_id", "attributes": [{"name": "wit", "low": 1, "high": 10}]}
+# What changes in a good steerjax.json, and what the error names.
+BAD_ABOUT = [
+    ({"readout": "lasst"}, "readout is 'lasst'"),
+    ({"kind": "classifier"}, "kind is 'classifier'"),
+    ({"template": None}, "template is None"),
+    ({"attributes": ["wit"]}, "attributes.0"),
+    ({"attributes": [{"name": "wit", "low": "1"}]}, "attributes.0.low is '1'"),
+    ({"attributes": 2 * ABOUT["attributes"]}, "'wit' stands twice"),
+    ({"default_ratings": {"wit": True}}, "default_ratings.wit is True"),
+    ({"default_ratings": {"wit": 11}}, "outside 1..10"),
+    ({"default_ratings": {"humor": 1}}, "unknown attribute 'humor'"),
+    ({"provenance": []}, "provenance is []"),
+    ({"defaults": {}}, "unknown key"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), BAD_ABOUT, ids=lambda value: None)
+def test_steerjax_json_is_typed(change, said, tmp_path):
+    file = tmp_path / "steerjax.json"
+    assert read_about(tmp_path) is None
+    file.write_text(json.dumps(ABOUT | {"default_ratings": {"wit": 10}}))
+    about = read_about(tmp_path)
+    assert (about.schema.names, about.readout, about.default_ratings) == (("wit",), "last", {"wit": 10.0})
+    file.write_text(json.dumps(ABOUT | change))
+    with pytest.raises(ModelError, match=re.escape(said)) as caught:
+        read_about(tmp_path)
+    assert str(file) in str(caught.value)
+    assert "cure:" in str(caught.value)
 
 
 def environment() -> dict[str, str]:
@@ -398,7 +429,7 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(index))
 from pathlib import Path
-from steerjax.config import MeshConfig
+from steerjax.parallel.mesh import MeshConfig
 from tests.hf.test_export import imported
 from steerjax.hf.weights import FolderWeights
 read, original = 0, FolderWeights.read
@@ -408,7 +439,7 @@ def counting(self, name, index=()):
     read += value.nbytes
     return value
 FolderWeights.read = counting
-imported(Path(source), Path(workdir), MeshConfig(data=1, fsdp=2, tensor=2), 4, 1)
+imported(Path(source), Path(workdir), MeshConfig(data=1, fsdp=2, tensor=2), 4)
 print("read", read)
 """
 

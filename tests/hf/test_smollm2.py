@@ -4,15 +4,12 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steerjax.bundle.opening import open_model
-from steerjax.chat.render import Renderer
-from steerjax.config import MeshConfig
+from steerjax.bundle import open_bundle
 from steerjax.data.loading import load_conversations
-from steerjax.models.attention.mask import Layout
+from steerjax.parallel.mesh import MeshConfig
 from steerjax.schema import HELPSTEER
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.parity]
@@ -34,12 +31,12 @@ def test_logits_equal_transformers(folder):
     import torch
     from transformers import AutoModelForCausalLM
 
-    opened = open_model(folder, MeshConfig(data=2, fsdp=4), template="chatml")
-    rows, _ = load_conversations(("embedded:helpsteer",), HELPSTEER, on_duplicate="keep")
+    opened = open_bundle(folder, MeshConfig(data=2, fsdp=4), template="chatml")
+    rows, _ = load_conversations(("embedded:helpsteer",), HELPSTEER)
     rows = rows[:: len(rows) // CONVERSATIONS]
-    renderer = Renderer(opened.description.tokenizer, opened.description.template, HELPSTEER, control_strings="escape")
+    renderer = opened.renderer(HELPSTEER)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ours = jax.jit(opened.model.apply)
+    ours = jax.jit(opened.module.apply)
     worst, compared = 0.0, 0
     positions = np.arange(LENGTH)[None].repeat(8, 0)
     for start in range(0, CONVERSATIONS, 8):
@@ -47,9 +44,9 @@ def test_logits_equal_transformers(folder):
         for place, conversation in enumerate(rows[start : min(start + 8, CONVERSATIONS)]):
             ids = renderer.render(conversation).tokens[:LENGTH]
             tokens[place, : len(ids)], real[place, : len(ids)] = ids, True
-        layout = Layout(jnp.asarray(real, jnp.int32), jnp.zeros_like(tokens))
+        until = np.where(real, real.sum(1, keepdims=True), positions + 1)
         with jax.set_mesh(opened.mesh):
-            logits = np.asarray(ours({"params": opened.params}, tokens, positions, layout))
+            logits = np.asarray(ours({"params": opened.params}, tokens, positions, until))
         with torch.no_grad():
             expected = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
         worst = max(worst, np.abs(logits - expected)[real].max())

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from steerjax.bundle.build import abstract_parameters
 from steerjax.errors import ModelError
 from steerjax.hf.config_json import read_config
 from steerjax.hf.weights import FolderWeights, load_parameters, resolve_source
 from steerjax.models.llama import CausalLM
 from steerjax.models.reward import RewardModel
 from steerjax.parallel.mesh import MeshConfig, make_mesh
-from tests.hf_folders import CLASSIFIER, TINY, abstract_parameters, oracle, random_tensors, write_folder
+from tests.hf_folders import CLASSIFIER, TINY, oracle, random_tensors, write_folder
 
 MESHES = {
     "one": (MeshConfig(data=1), 1),
@@ -73,7 +74,7 @@ def test_a_reward_model_starts_from_a_causal_model(tmp_path):
     folder = write_folder(tmp_path / "model", raw, tensors)
     config = read_config(folder)
     mesh = make_mesh(MeshConfig(fsdp=2))
-    wanted = abstract_parameters(RewardModel(config.model, 5), mesh, "bfloat16")
+    wanted = abstract_parameters(RewardModel(config.model, 5), mesh, jnp.bfloat16)
     del wanted["reward_head"]
     found = load_parameters(folder, config, wanted)
     assert found.keys() == {"llama"}
