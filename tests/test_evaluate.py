@@ -12,9 +12,9 @@ from steerjax.config import default_config, resolve
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.evaluate import main
 from steerjax.evaluation.steerability import read_answers
-from steerjax.inference.scorer import STEERLM
+from steerjax.report.records import read_metrics
+from steerjax.schema import STEERLM
 from steerjax.training.loop import train
-from steerjax.training.metrics import read_metrics
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
 
 SHORT = ("--row-length", "256")
@@ -66,7 +66,7 @@ def test_attributes_equal_annotate_and_the_runs_own_evaluation(run, tmp_path, ca
     rows = read_rows(output / "predictions.jsonl")
     assert [row["id"] for row in rows] == list(own.detail.ids)
     assert "coherence" not in rows[0]["predicted_ratings"]  # nobody rated it
-    places = [own.detail.names.index(name) for name in rows[0]["predicted_ratings"]]
+    places = [own.detail.schema.names.index(name) for name in rows[0]["predicted_ratings"]]
     found = np.array([list(row["predicted_ratings"].values()) for row in rows])
     np.testing.assert_allclose(found, own.detail.predicted[:, places], rtol=0, atol=1e-5)
 
@@ -146,7 +146,8 @@ def test_steerability(answers, tmp_path, capsys):
     filled = write_rows(tmp_path / "filled.jsonl", read_rows(answers)[1:])
     annotate(["--model", str(folder), "--template", "extra_id", "--input", str(filled), "--output",
               str(tmp_path / "annotated.jsonl")])  # fmt: skip
-    evaluate("--suite", "steerability", "--input", tmp_path / "annotated.jsonl", "--output", tmp_path / "third")
+    evaluate("--suite", "steerability", "--input", tmp_path / "annotated.jsonl", "--output", tmp_path / "third",
+             "--schema", "helpsteer")  # fmt: skip
     third = json.loads((tmp_path / "third/metrics.json").read_text())
     for one, other in zip(*(m["attributes"]["verbosity"]["values"] for m in (third, rated)), strict=True):
         assert one["predicted"] == pytest.approx(other["predicted"], abs=1e-5)
@@ -156,11 +157,35 @@ def test_steerability(answers, tmp_path, capsys):
 
 def test_refusals(answers, tmp_path):
     message = refusal("--suite", "mt_bench", "--output", tmp_path / "x")
-    assert "there is no such suite; cure: one of attributes, steerability" in message
-    assert "--suite attributes needs --model" in refusal("--suite", "attributes", "--output", tmp_path / "x")
+    assert "cure: one of attributes, steerability" in message
+    assert "--model" in refusal("--suite", "attributes", "--output", tmp_path / "x")
+    assert "--suite" in refusal("--output", tmp_path / "x")
     plain = write_rows(tmp_path / "plain.jsonl", some_conversations(1))
     message = refusal("--suite", "steerability", "--input", plain, "--output", tmp_path / "x")
-    assert f"{plain}:1: field 'generation.attributes': does not say what was asked for" in message
-    prompts = [answer.prompt for answer, _ in read_answers(str(answers))]
+    assert f"{plain}:1: row.generation is missing" in message
+    prompts = [answer.prompt for answer in read_answers(str(answers))]
     assert len(set(prompts)) == 4
     assert not (tmp_path / "x").exists()
+
+
+def test_steerability_of_own_attributes(tmp_path, capsys):
+    rows = [
+        {"system": None, "turns": [{"role": "user", "content": f"Question {prompt}?"},
+                                   {"role": "assistant", "content": "word " * (value + prompt)}],
+         "generation": {"attributes": {"warmth": value, "evidence": 10}}}
+        for prompt in range(3) for value in (1, 5, 9)
+    ]  # fmt: skip
+    source = write_rows(tmp_path / "answers.jsonl", rows)
+    evaluate("--suite", "steerability", "--input", source, "--output", tmp_path / "out")
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["ranges"] == {"warmth": [1, 9], "evidence": [10, 11]}
+    assert (tmp_path / "out/steerability_warmth.png").exists()
+    assert "told from the answers: warmth 1 to 9" in capsys.readouterr().out
+
+
+def test_help_of_a_suite(capsys):
+    for words, wanted in ((("--help",), "--suite NAME"), (("--suite", "steerability", "--help"), "--reward-model")):
+        with pytest.raises(SystemExit) as caught:
+            evaluate(*words)
+        assert caught.value.code == 0
+        assert wanted in capsys.readouterr().out

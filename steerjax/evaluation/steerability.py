@@ -1,29 +1,51 @@
 """Does a chat model do what the requested ratings say? Length and predicted ratings against the request.
 
-The distance of an answer is the number of attributes whose rounded predicted rating differs from the requested one
-(NeMo-Aligner, branch yi/alpha_steerlm).
+The answers are what `generate` wrote; predicted ratings are those that `annotate` added, or --reward-model's. The
+distance of an answer is the number of attributes whose rounded predicted rating differs from the requested one
+(NeMo-Aligner, branch yi/alpha_steerlm). The output holds metrics.json and a plot an attribute.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
+import pydantic.dataclasses
+from pydantic import Field, FiniteFloat
 from scipy.stats import rankdata
 
-from steerjax.data.conversation import Conversation, checked_ratings
-from steerjax.data.formats import conversation_from_row
+from steerjax.command import add_scoring_options, open_scorer
+from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.readers import iter_rows
-from steerjax.errors import DataError
-from steerjax.report.plots import BLUE, ORANGE, _figure, _save, _style
-from steerjax.schema import STEERLM, Schema, round_rating
+from steerjax.errors import DataError, ModelError
+from steerjax.report.page import text_table
+from steerjax.report.plots import new_figure, require_matplotlib, save, scatter_with_means, style
+from steerjax.schema import SCHEMAS, Attribute, Schema, round_rating, schema_from_json
+from steerjax.typed import typed
+
+if TYPE_CHECKING:
+    from steerjax.data.loading import Skipped
+    from steerjax.inference.scorer import Scorer
 
 CHARACTERS, WORDS, PREDICTED = "characters", "words", "predicted"
 PERMUTATIONS = 4999
+# Of a row's keys only those that are read are checked.
+_loose = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True, extra="ignore"))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input", required=True, metavar="FILE", help="what generate, or annotate after it, wrote")
+    add("--reward-model", metavar="DIR", help="rates the answers, in place of ratings that they have")
+    add("--model", metavar="DIR", help="whose attributes were asked for, with their ranges: the chat model's folder")
+    add("--schema", choices=tuple(SCHEMAS), help="the same, by the name of a preset; default: told from the answers")
+    add_scoring_options(parser)
 
 
 @dataclass(frozen=True)
@@ -33,53 +55,139 @@ class Steered:
     Attributes:
         prompt: equal for answers to one prompt.
         requested: by attribute.
-        text: of the answer.
-        predicted: a reward model's ratings of it, by attribute; None where there are none.
+        text: of the answer; an empty one has a length, but cannot be rated.
+        predicted: a reward model's ratings of it, by attribute; none where it has not been rated.
+        conversation: prompt and answer.
     """
 
     prompt: str
     requested: Mapping[str, float]
     text: str
-    predicted: Mapping[str, float] | None = None
+    predicted: Mapping[str, float] = field(default_factory=dict)
+    conversation: Conversation | None = None
 
 
-def read_answers(source: str) -> Iterator[tuple[Steered, Conversation | None]]:
+def run(options: argparse.Namespace) -> dict:
+    """Plots each requested attribute, prints the table and returns what `steerability` does, and the `ranges`.
+
+    Raises:
+        SteerjaxError: rows that are no answers, or a model that does not fit.
+    """
+    require_matplotlib()
+    answers, known = list(read_answers(options.input)), _known_attributes(options)
+    if options.reward_model:
+        scorer = open_scorer(options.reward_model, options)
+        answers, known = _rated(answers, scorer, options), (*scorer.schema.attributes, *known)
+    if not any(answer.requested for answer in answers):
+        raise DataError("no answer to a request", file=options.input, cure="give what generate wrote")
+    schema = requested_schema(answers, known)
+    result = steerability(answers, schema)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for attribute in schema.attributes:
+        plot_steerability(answers, attribute, options.output / f"steerability_{attribute.name}.png")
+    print(format_steerability(result))
+    told = [f"{a.name} {a.low:g} to {a.high:g}" for a in schema.attributes if a not in known]
+    if told:
+        print(f"ranges told from the answers: {', '.join(told)}; --model or --schema knows them")
+    print(f"\nmetrics and plots are in {options.output}")
+    return {**result, "ranges": {a.name: [a.low, a.high] for a in schema.attributes}}
+
+
+@_loose
+class _Turn:
+    role: Literal["user", "assistant"]
+    content: str
+    predicted_ratings: dict[str, FiniteFloat] | None = None
+
+
+@_loose
+class _Generation:
+    attributes: dict[str, FiniteFloat]
+
+
+@_loose
+class _Row:
+    turns: Annotated[tuple[_Turn, ...], Field(min_length=1)]
+    generation: _Generation
+    system: str | None = None
+
+
+def read_answers(source: str) -> Iterator[Steered]:
     """What `generate` wrote: the last turn of each row, with `generation.attributes` as the request.
-
-    The conversation is None where the answer is empty; it has a length, but cannot be rated.
 
     Raises:
         DataError: a row that is no answer; names file and line.
     """
     for line, row in iter_rows(source):
+        if isinstance(row, DataError):
+            raise row
         try:
-            if isinstance(row, DataError):
-                raise row
-            made, turns = row.get("generation"), row.get("turns")
-            if not isinstance(made, dict) or "attributes" not in made or not isinstance(turns, list) or not turns:
-                cure = "give a file that generate wrote, or annotate after it"
-                raise DataError("does not say what was asked for", field="generation.attributes", cure=cure)
-            requested = checked_ratings(made["attributes"], STEERLM, "generation.attributes") or {}
-            empty = isinstance(turns[-1], dict) and turns[-1].get("content") == ""
-            readable = row | {"turns": [*turns[:-1], turns[-1] | {"content": "-"}]} if empty else row
-            conversation = replace(conversation_from_row(readable, STEERLM, "conversation"), file=source, line=line)
-            *before, answer = conversation.turns
+            read = typed(_Row, row, "row", DataError)
+            *before, answer = read.turns
             if answer.role != "assistant":
-                raise DataError("the last turn is no answer", field="turns", cure="give a file that generate wrote")
-            prompt = json.dumps([conversation.system, [turn.content for turn in before]])
-            if empty:
-                yield Steered(prompt, requested, ""), None
-            else:
-                yield Steered(prompt, requested, answer.content, answer.predicted_ratings), conversation
+                raise DataError("the last turn is no answer", field="turns")
         except DataError as error:
-            raise error.at(source, line) from None
+            cure = "give a file that generate wrote, or annotate after it"
+            raise DataError(error.message, file=source, line=line, field=error.field, cure=cure) from None
+        turns = tuple(Turn(turn.role, turn.content) for turn in read.turns)
+        yield Steered(
+            prompt=json.dumps([read.system, [turn.content for turn in before]]),
+            requested=read.generation.attributes,
+            text=answer.content,
+            predicted=answer.predicted_ratings or {},
+            conversation=Conversation(turns, read.system, file=source, line=line),
+        )
+
+
+def _known_attributes(options: argparse.Namespace) -> tuple[Attribute, ...]:
+    """Of --schema or --model; none where neither is given."""
+    if options.schema:
+        return SCHEMAS[options.schema].attributes
+    if not options.model:
+        return ()
+    from steerjax.bundle import describe
+
+    schema = describe(options.model, template=options.template).schema
+    if schema is None:
+        raise ModelError(f"'{options.model}' does not name its attributes\n  cure: --schema, or leave --model out")
+    return schema.attributes
+
+
+def requested_schema(answers: Sequence[Steered], known: Sequence[Attribute]) -> Schema:
+    """The attributes that were asked for: those of `known` first, and of two with one name the last.
+
+    The range of one that is not known spans the requests and the predictions.
+    """
+    seen: dict[str, list[float]] = {}
+    for answer in answers:
+        for name, value in answer.requested.items():
+            seen.setdefault(name, []).extend([value, answer.predicted.get(name, value)])
+    entries = {attribute.name: asdict(attribute) for attribute in known if attribute.name in seen}
+    for name, values in seen.items():
+        low, high = math.floor(min(values)), math.ceil(max(values))
+        entries.setdefault(name, {"name": name, "low": low, "high": max(low + 1, high)})
+    return schema_from_json(entries.values(), "generation.attributes", DataError)
+
+
+def _rated(answers: Sequence[Steered], scorer: Scorer, options: argparse.Namespace) -> list[Steered]:
+    """The answers with the reward model's ratings in place of any that they had."""
+    from steerjax.inference.scorer import predict
+
+    conversations = [answer.conversation for answer in answers if answer.text]
+    turns = [[len(conversation.turns) - 1] for conversation in conversations]
+    skipped: list[Skipped] = []
+    examples, predicted = predict(scorer, conversations, turns, skipped, skip=options.on_bad_row == "skip")
+    for entry in skipped:
+        print(f"no prediction for {entry.file}:{entry.line}: {entry.reason}")
+    ratings = {
+        conversation.line: dict(zip(scorer.schema.names, row, strict=True))
+        for (conversation, _), row in zip(examples, predicted.tolist(), strict=True)
+    }
+    return [replace(answer, predicted=ratings.get(answer.conversation.line, {})) for answer in answers]
 
 
 def steerability(answers: Sequence[Steered], schema: Schema, seed: int = 0) -> dict:
-    """What requests did, attribute by attribute.
-
-    Args:
-        seed: of the permutations.
+    """What requests did, attribute by attribute; `seed` is that of the permutations.
 
     Returns:
         `answers`, their number; `attributes`, by name in the schema's order, those that were requested: `values`, for
@@ -93,8 +201,7 @@ def steerability(answers: Sequence[Steered], schema: Schema, seed: int = 0) -> d
         asked = [answer for answer in answers if attribute.name in answer.requested]
         if not asked:
             continue
-        requested = np.array([answer.requested[attribute.name] for answer in asked], np.float64)
-        measured = _measured(asked, attribute.name)
+        requested, measured = _measured(asked, attribute.name)
         exact = [
             math.nan if math.isnan(p) else float(round_rating(p, attribute) == round_rating(r, attribute))
             for p, r in zip(measured[PREDICTED], requested, strict=True)
@@ -143,73 +250,67 @@ def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[str], s
 
 def format_steerability(result: Mapping) -> str:
     """The result of `steerability` as plain text."""
-    header = ["attribute", "requested", "n", CHARACTERS, WORDS, PREDICTED, "exact"]
-    rows, sentences = [header], []
+    rows, sentences = [["attribute", "requested", "n", CHARACTERS, WORDS, PREDICTED, "exact"]], []
     for name, entry in result["attributes"].items():
         for value in entry["values"]:
-            numbers = [_number(value[key], digits) for key, digits in ((CHARACTERS, 1), (WORDS, 1), (PREDICTED, 2))]
-            exact = "-" if value["exact"] is None else f"{value['exact']:.0%}"
-            rows.append([name, f"{value['requested']:g}", str(value["n"]), *numbers, exact])
+            numbers = [
+                "-" if value[key] is None else format(value[key], form)
+                for key, form in ((CHARACTERS, ".1f"), (WORDS, ".1f"), (PREDICTED, ".2f"), ("exact", ".0%"))
+            ]
+            rows.append([name, f"{value['requested']:g}", str(value["n"]), *numbers])
         found = [(key, t) for key, t in entry["trends"].items() if t["spearman"] is not None]
         if found:
             words = "; ".join(f"{key} {t['spearman']:+.2f} (p {t['p']:.4f})" for key, t in found)
             sentences.append(f"{name}, Spearman of the request with {words}")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    ]
     distance = result["distance"]
     if distance["n"]:
         sentences.append(
             f"distance: {distance['mean']:.2f} of {len(distance['attributes'])} attributes differ from the request on "
             f"average ({distance['n']} answers)"
         )
-    return "\n".join([*lines, "", *sentences]).rstrip()
+    return "\n".join([*text_table(rows, left=(0,)), "", *sentences]).rstrip()
 
 
-def plot_steerability(answers: Sequence[Steered], name: str, path: str | Path) -> None:
+def plot_steerability(answers: Sequence[Steered], attribute: Attribute, path: str | Path) -> None:
     """Characters, and where there are predictions the predicted rating, against the requested rating.
 
     Raises:
         SteerjaxError: matplotlib is missing.
     """
-    asked = [answer for answer in answers if name in answer.requested]
-    requested = np.array([answer.requested[name] for answer in asked])
-    measured = _measured(asked, name)
-    keys = [key for key in (CHARACTERS, PREDICTED) if not np.isnan(measured[key]).all()]
-    figure = _figure(4.6 * len(keys), 4.0)
+    name = attribute.name
+    requested, measured = _measured([answer for answer in answers if name in answer.requested], name)
+    labels = {CHARACTERS: ("length of the answer", "characters"), PREDICTED: (f"predicted {name}", "rating")}
+    keys = [key for key in labels if not np.isnan(measured[key]).all()]
+    figure = new_figure(4.6 * len(keys), 4.0)
     for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
         seen = ~np.isnan(measured[key])
-        x, y = requested[seen], measured[key][seen]
-        jitter = (np.arange(len(x)) * 0.6180339887 % 1.0 - 0.5) * 0.3
-        axes.scatter(x + jitter, y, s=13, color=BLUE, alpha=0.4, linewidths=0, label="one answer (spread sideways)")
-        levels = np.unique(x)
-        axes.plot(levels, [y[x == level].mean() for level in levels], "o-", color=ORANGE, label="mean")
-        _style(axes, {CHARACTERS: "length of the answer", PREDICTED: f"predicted {name}"}[key])
+        scatter_with_means(axes, requested[seen], measured[key][seen], attribute, "answer")
+        style(axes, labels[key][0])
         axes.set_xlabel(f"requested {name}", fontsize=10.5)
-        axes.set_ylabel({CHARACTERS: "characters", PREDICTED: "rating"}[key], fontsize=10.5)
+        axes.set_ylabel(labels[key][1], fontsize=10.5)
         axes.legend(frameon=False, fontsize=9)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _measured(answers: Sequence[Steered], name: str) -> dict[str, np.ndarray]:
-    """[n] of each measurement; NaN without a prediction."""
-    return {
+def _measured(answers: Sequence[Steered], name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """[n] requests, and [n] of each measurement; NaN without a prediction."""
+    return np.array([answer.requested[name] for answer in answers], np.float64), {
         CHARACTERS: np.array([len(answer.text) for answer in answers], np.float64),
         WORDS: np.array([len(answer.text.split()) for answer in answers], np.float64),
-        PREDICTED: np.array([(answer.predicted or {}).get(name, math.nan) for answer in answers], np.float64),
+        PREDICTED: np.array([answer.predicted.get(name, math.nan) for answer in answers], np.float64),
     }
 
 
 def _distance(answers: Sequence[Steered], schema: Schema) -> dict:
     counts, names = [], set()
     for answer in answers:
-        requested, predicted = answer.requested, answer.predicted or {}
-        both = [a for a in schema.attributes if a.name in requested and a.name in predicted]
+        both = [a for a in schema.attributes if a.name in answer.requested and a.name in answer.predicted]
         names |= {a.name for a in both}
         if both:
-            counts.append(sum(round_rating(predicted[a.name], a) != round_rating(requested[a.name], a) for a in both))
+            pairs = [
+                (round_rating(answer.predicted[a.name], a), round_rating(answer.requested[a.name], a)) for a in both
+            ]
+            counts.append(sum(one != other for one, other in pairs))
     return {
         "mean": float(np.mean(counts)) if counts else None,
         "n": len(counts),
@@ -220,7 +321,3 @@ def _distance(answers: Sequence[Steered], schema: Schema) -> dict:
 def _mean(values: np.ndarray) -> float | None:
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else None
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"

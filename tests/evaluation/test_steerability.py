@@ -1,17 +1,22 @@
 """Requests against what came out: numbers by hand, and against scipy."""
 
+import json
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from steerjax.errors import DataError
 from steerjax.evaluation.steerability import (
     Steered,
     format_steerability,
     plot_steerability,
+    read_answers,
+    requested_schema,
     steerability,
     trend,
 )
-from steerjax.schema import HELPSTEER
+from steerjax.schema import HELPSTEER, Attribute
 
 
 def answers(values=(0, 2, 4), prompts=8, seed=0):
@@ -32,7 +37,7 @@ def test_means_and_distance_by_hand():
     two = [
         Steered("p", {"verbosity": 0.0}, "one two", {"verbosity": 0.4}),
         Steered("q", {"verbosity": 0.0}, "one", {"verbosity": 0.6}),
-        Steered("p", {"verbosity": 4.0, "helpfulness": 4.0}, "", None),
+        Steered("p", {"verbosity": 4.0, "helpfulness": 4.0}, ""),
         Steered("q", {"verbosity": 4.0, "helpfulness": 4.0}, "one two three", {"verbosity": 4.9, "helpfulness": 2.5}),
     ]
     result = steerability(two, HELPSTEER)
@@ -102,6 +107,44 @@ def test_table_and_plot(tmp_path):
     assert lines[2].split()[:3] == ["verbosity", "0", "8"]
     assert "Spearman of the request with characters +" in text
     assert "distance: 1.00 of 2 attributes differ" in text
-    plot_steerability(given, "verbosity", tmp_path / "v.png")
+    plot_steerability(given, HELPSTEER["verbosity"], tmp_path / "v.png")
     assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
-    plot_steerability([Steered("p", {"humor": 1.0}, "x")], "humor", tmp_path / "h.png")
+    plot_steerability([Steered("p", {"tone": 1.0}, "x")], Attribute("tone", 1.0, 9.0), tmp_path / "h.png")
+
+
+@pytest.mark.short
+def test_ranges_are_the_models_or_told_from_the_answers():
+    given = [
+        Steered("p", {"warmth": 2.0, "verbosity": 1.0}, "x", {"warmth": 6.3}),
+        Steered("q", {"warmth": 5.0}, "y"),
+        Steered("r", {"tone": 3.0}, "z"),
+    ]
+    schema = requested_schema(given, HELPSTEER.attributes)
+    assert [(a.name, a.low, a.high) for a in schema.attributes] == [
+        ("verbosity", 0, 4), ("warmth", 2, 7), ("tone", 3, 4)
+    ]  # fmt: skip
+    known = (Attribute("warmth", 1.0, 5.0), Attribute("warmth", 1.0, 9.0))
+    assert requested_schema(given, known)["warmth"].high == 9.0
+    own = steerability(given, requested_schema(given, known))
+    assert list(own["attributes"]) == ["warmth", "verbosity", "tone"]
+    assert own["attributes"]["warmth"]["values"][0]["exact"] == 0.0
+
+
+@pytest.mark.short
+def test_rows_that_are_no_answers(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "ratings": {"own name": 7}}]
+    good = {"turns": turns, "id": 3, "generation": {"attributes": {"warmth": 9}, "sample": 0}}
+    bad = [
+        {"turns": turns},
+        {"turns": turns, "generation": {"attributes": {"warmth": "high"}}},
+        {"turns": turns[:1], "generation": {"attributes": {}}},
+        {"turns": [], "generation": {"attributes": {}}},
+    ]
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps(good) + "\n")
+    (answer,) = read_answers(str(path))
+    assert (answer.requested, answer.text, answer.predicted) == ({"warmth": 9.0}, "", {})
+    for row in bad:
+        path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+        with pytest.raises(DataError, match=r"answers.jsonl:2: [\s\S]*cure: give a file that generate wrote"):
+            list(read_answers(str(path)))

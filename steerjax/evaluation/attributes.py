@@ -1,0 +1,106 @@
+"""A reward model's predictions against people's ratings, beside two trivial predictors fitted on --train-data.
+
+The output holds metrics.json, report.md, plots, predictions.jsonl and, where rows were left out, skipped.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from steerjax.command import add_scoring_options, open_scorer
+from steerjax.errors import DataError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from steerjax.data.conversation import Conversation
+
+    Example = tuple[Conversation, int]  # a conversation and the index of a rated turn
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="a run's folder, checkpoints/STEP, a Hugging Face folder or id")
+    add("--data", required=True, action="append", metavar="FILE", help="rated conversations; may stand several times")
+    add("--train-data", action="append", default=[], metavar="FILE", help="to fit the baselines on")
+    add_scoring_options(parser)
+
+
+def run(options: argparse.Namespace) -> dict:
+    """Writes the report and prints its table.
+
+    Returns:
+        `responses` and `skipped`, numbers; `attributes` and `baselines`, see `EvaluationResult`; `average_mse`.
+
+    Raises:
+        SteerjaxError: a model or data that do not fit.
+    """
+    from steerjax.data.loading import write_skipped
+    from steerjax.inference.scorer import predict, reading_schema
+    from steerjax.report.page import format_table, write_report
+    from steerjax.report.plots import require_matplotlib
+    from steerjax.report.results import evaluate_predictions
+
+    require_matplotlib()
+    scorer = open_scorer(options.model, options)
+    names, schema = scorer.schema.names, reading_schema(scorer.schema)
+    conversations, skipped = _load(options.data, schema, options)
+    turns = [_rated_turns(conversation, names) for conversation in conversations]
+    examples, predicted = predict(scorer, conversations, turns, skipped, skip=options.on_bad_row == "skip")
+    if not examples:
+        raise DataError("no rated response to evaluate", file=options.data[0], cure=f"rate {' or '.join(names)}")
+    train = _load(options.train_data, schema, options)[0] if options.train_data else []
+    trained = [(conversation, turn) for conversation in train for turn in _rated_turns(conversation, names)]
+    result = evaluate_predictions(
+        scorer.schema, predicted, *_ratings(examples, names), _lengths(examples), [c.id for c, _ in examples],
+        *_ratings(trained, names), _lengths(trained),
+    )  # fmt: skip
+    summary = {
+        "model": str(scorer.description.path),
+        "data": ", ".join(options.data),
+        "baselines fitted on": ", ".join(options.train_data) or "nothing",
+        "responses": f"{len(examples)} rated, {len(skipped)} rows or turns left out",
+    }
+    settings = "\n".join(f"{name}: {value}" for name, value in vars(options).items())
+    write_report(options.output, result, [], summary, settings)
+    print(f"{format_table(result)}\n\n{scorer.counts}")
+    listing = options.output / "skipped.jsonl"
+    listing.unlink(missing_ok=True)
+    if skipped:
+        write_skipped(listing, skipped)
+        print(f"{len(skipped)} rows or turns were left out, listed in {listing}")
+    print(f"report with plots: {options.output / 'report.md'}")
+    return {
+        "responses": len(examples), "skipped": len(skipped), "attributes": result.metrics,
+        "baselines": dict(result.baselines), "average_mse": result.average_mse(),
+    }  # fmt: skip
+
+
+def _load(sources: Sequence[str], schema, options):
+    from steerjax.data.loading import load_conversations
+
+    # The same answer with the same ratings twice is two samples of one model (HelpSteer has such rows).
+    return load_conversations(
+        sources, schema, format=options.format, on_bad_row=options.on_bad_row, on_duplicate="keep"
+    )  # fmt: skip
+
+
+def _rated_turns(conversation: Conversation, names: Sequence[str]) -> list[int]:
+    """Turns with a rating of one of the attributes."""
+    return [i for i, turn in enumerate(conversation.turns) if any(name in (turn.ratings or {}) for name in names)]
+
+
+def _ratings(examples: Sequence[Example], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Human ratings [E, A], NaN where missing, and where they are."""
+    import numpy as np
+
+    rated = [conversation.turns[turn].ratings for conversation, turn in examples]
+    values = np.array([[ratings.get(name, np.nan) for name in names] for ratings in rated]).reshape(-1, len(names))
+    return values, ~np.isnan(values)
+
+
+def _lengths(examples: Sequence[Example]) -> list[int]:
+    """Characters of each response."""
+    return [len(conversation.turns[turn].content) for conversation, turn in examples]
