@@ -1,6 +1,6 @@
 """Adds a reward model's ratings to the assistant's turns of conversations.
 
-python -m steerjax.annotate --model DIR --input FILE --output FILE.jsonl [--turns last] [--part I/N]
+steerjax annotate --model DIR --input FILE --output FILE.jsonl [--turns last] [--part I/N]
 
 The output has the input's rows in order, in the conversation format (docs/formats.md). A turn that is rated gets
 `predicted_ratings` and `predicted_label`, in place of any that it had; all else stays. An interrupted job goes on where
@@ -16,18 +16,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from steerjax.command import add_scoring_options, open_scorer
-from steerjax.errors import ConfigError, DataError, reported_errors
-
-if TYPE_CHECKING:
-    from steerjax.inference.scorer import Scorer
+from steerjax.errors import ConfigError, reported_errors
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m steerjax.annotate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="steerjax annotate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help="a run's folder, checkpoints/STEP, a Hugging Face folder, or "
@@ -52,30 +48,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def annotate(options: argparse.Namespace) -> None:
-    """Annotates the input, or this process's part of it; joins the parts if this was the last.
+    """Looks at all rows, then annotates them, or this process's part; joins the parts if this was the last.
 
     Raises:
         SteerjaxError: options, rows or a model that do not fit.
     """
-    from steerjax.data.readers import iter_rows
+    from steerjax.bundle import describe
+    from steerjax.data.loading import file_hashes
     from steerjax.inference import annotation
+    from steerjax.inference.scorer import model_schema, reading_schema
 
-    number, parts = parse_part(options.part)
-    if options.chunk_rows < 0:
-        raise ConfigError(f"--chunk-rows {options.chunk_rows}; cure: at least 1, or 0 for the default")
-    rows = sum(1 for _ in iter_rows(options.input))
-    if not rows:
-        raise DataError("no row in it", file=options.input, cure="check that this is the file you meant")
-    scorer = open_scorer(options.model, options)
-    job = annotation.Job(
-        options.input, options.format, rows, options.chunk_rows or 128 * scorer.rows,
-        last_turn_only=options.turns == "last", skip=options.on_bad_row == "skip",
-    )  # fmt: skip
-    settings = job_settings(options, scorer, job.chunk_rows)
-    output = annotation.part_path(options.output, number, parts)
-    annotation.run(job, scorer, job.part(number, parts), output, settings | {"part": f"{number}/{parts}"})
+    o, (number, parts) = options, parse_part(options.part)
+    if o.chunk_rows < 0:
+        raise ConfigError(f"--chunk-rows {o.chunk_rows}; cure: at least 1, or 0 for the default")
+    schema = reading_schema(model_schema(describe(o.model, template=o.template)))
+    source = annotation.Source(o.input, o.format, schema, o.turns == "last", o.on_bad_row == "skip")
+    rows = source.check()
+    scorer = open_scorer(o.model, o)
+    size = o.chunk_rows or 128 * scorer.rows
+    settings = {
+        "command": "annotate", "source": o.input, "input": file_hashes([o.input])[o.input],
+        "model": annotation.model_digest(scorer.description.path), "attributes": scorer.schema.to_json(),
+        "turns": o.turns, "format": o.format, "template": o.template, "dtype": o.dtype,
+        "row_length": scorer.row_length, "rows": scorer.rows, "chunk_rows": size,
+    }  # fmt: skip
+    output, part = annotation.part_path(o.output, number, parts), annotation.part_rows(rows, size, number, parts)
+    annotation.run(source, scorer, part, output, settings | {"part": f"{number}/{parts}"}, size)
     if parts > 1:
-        annotation.join_parts(options.output, parts, settings)
+        annotation.join_parts(o.output, parts, settings)
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -85,23 +85,9 @@ def parse_part(text: str) -> tuple[int, int]:
         ConfigError: anything else.
     """
     number, _, parts = text.partition("/")
-    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise ConfigError(f"--part {text}; cure: I/N with I from 1 to N, e.g. 2/8")
     return int(number), int(parts)
-
-
-def job_settings(options: argparse.Namespace, scorer: Scorer, size: int) -> dict:
-    """All that the output depends on."""
-    from steerjax.data.loading import file_hashes
-    from steerjax.inference.annotation import model_digest
-
-    o = options
-    return {
-        "command": "annotate", "source": o.input, "input": file_hashes([o.input])[o.input],
-        "model": model_digest(scorer.description.path), "attributes": list(scorer.schema.names), "turns": o.turns,
-        "format": o.format, "on_bad_row": o.on_bad_row, "control_strings": o.control_strings, "template": o.template,
-        "dtype": o.dtype, "row_length": scorer.row_length, "rows": scorer.rows, "chunk_rows": size,
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,21 +1,22 @@
 """Answers steered by ratings.
 
-python -m steerjax.generate --model DIR --prompt TEXT --attributes helpfulness=4,verbosity=1
-python -m steerjax.generate --model DIR --prompt TEXT --sweep verbosity=0..4
-python -m steerjax.generate --model DIR --input FILE --output FILE.jsonl [--samples N]
+steerjax generate --model DIR --prompt TEXT --attributes helpfulness=4,verbosity=1
+steerjax generate --model DIR --prompt TEXT --sweep verbosity=0..4
+steerjax generate --model DIR --input FILE --output FILE.jsonl [--samples N]
 
 With --server URL an OpenAI-compatible server that serves an exported model answers instead.
 
-Attributes that are not named have the model's default ratings. A file's rows are conversations that end with a user
-turn (docs/formats.md), or {"prompt": ...}. An interrupted job goes on where it was, run again.
+Attributes and their ranges are the model's; those that are not named have its default ratings. A file's rows are
+conversations that end with a user turn (docs/formats.md), or {"prompt": ...}. An interrupted job goes on where it was,
+run again.
 
 Bootstrapping (step 4 of SteerLM, arXiv 2310.05344): --combinations FILE asks for a combination of ratings that FILE
 has at top quality, drawn anew for each row, and samples with top-k 50. The whole round, with A a model of ratings,
 M the first chat model and D the annotated data:
 
-  python -m steerjax.generate --model M --input D --replace-answer --combinations D --samples 4 --output new.jsonl
-  python -m steerjax.annotate --model A --input new.jsonl --output round2.jsonl
-  python -m steerjax.train --config configs/sft.py --config.data.train='("round2.jsonl",)' \\
+  steerjax generate --model M --input D --replace-answer --combinations D --samples 4 --output new.jsonl
+  steerjax annotate --model A --input new.jsonl --output round2.jsonl
+  steerjax train --config configs/sft.py --config.data.train='("round2.jsonl",)' \\
       --config.sft.ratings=predicted --workdir M2
 
 The second model is trained on the ratings that A predicts for the new answers, not on those that were asked for.
@@ -32,16 +33,16 @@ from steerjax.errors import ConfigError, reported_errors
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m steerjax.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="steerjax generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--model", metavar="DIR", help="a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id")
     add("--prompt", metavar="TEXT", help="answer this one; - reads standard input")
     add("--system", metavar="TEXT", help="system text of conversations that have none")
-    add("--input", metavar="FILE", help=".jsonl, .json, .parquet, hub:... or embedded:... (docs/formats.md)")
+    add("--input", metavar="FILE", help="rows: a file, hub:... or embedded:... (docs/formats.md)")
     add("--output", metavar="FILE", help=".jsonl; a row for each setting and sample, with what was asked for")
     add("--attributes", default="", metavar="NAME=N,...", help="NAME=none leaves one out, none alone all")
-    add("--sweep", action="append", default=[], metavar="NAME=LOW..HIGH", help="one answer for each value; repeatable")
+    add("--sweep", action="append", default=[], metavar="NAME[=LOW..HIGH]", help="one answer each; repeatable")
     add("--samples", type=int, default=1, metavar="N", help="answers to each prompt and setting")
     add("--temperature", type=float, metavar="T", help="0 is greedy, the default; 1 where something asks to sample")
     add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
@@ -50,12 +51,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=512, metavar="N", help="an answer is cut there; default 512")
     add("--batch-size", type=int, default=8, metavar="N", help="answers at a time, or requests to a server; default 8")
     add("--combinations", metavar="FILE", help="bootstrapping: rated conversations whose best ratings are asked for")
-    add("--quality", metavar="NAME", help="what is best there; default quality, else helpfulness")
+    add("--quality", metavar="NAME", help="what is best there; default quality, helpfulness or the first attribute")
     add("--replace-answer", action="store_true",
         help="rows may end with an answer, which is dropped; each prompt is answered once")  # fmt: skip
+    add("--format", default="auto", metavar="NAME", help="of the rows (docs/formats.md); default: told from their keys")
     add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in OUTPUT.skipped.jsonl")
-    add("--control-strings", choices=("refuse", "escape"), default="refuse",
-        help="what to do with a text that contains a control string of the template")  # fmt: skip
     add("--template", help="of a Hugging Face folder that does not name it: extra_id, chatml, llama3 or llama2")
     add("--schema", help="of a model that does not name it: helpsteer, oasst or steerlm")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
@@ -99,12 +99,12 @@ def check_options(options: argparse.Namespace) -> None:
     o = options
     for holds, message in (
         (o.model or o.server, "neither --model nor --server; cure: one of them"),
-        ((o.prompt is None) != (o.input is None), "give either --prompt or --input"),
-        ((o.input is None) == (o.output is None), "--input and --output go together"),
+        ((o.prompt is None) != (o.input is None), "either --prompt or --input; cure: one of them"),
+        ((o.input is None) == (o.output is None), "--input and --output go together; cure: both, or --prompt"),
         (not (o.combinations and (o.attributes or o.sweep or o.prompt is not None)),
          "--combinations says what is asked for, row by row; cure: --input, without --attributes and --sweep"),
-        (o.samples >= 1 and o.batch_size >= 1, "--samples and --batch-size are at least 1"),
-        (o.samples == 1 or o.temperature != 0, "--samples with --temperature 0: all would be equal"),
+        (o.samples >= 1 and o.batch_size >= 1, "--samples or --batch-size below 1; cure: at least 1"),
+        (o.samples == 1 or o.temperature != 0, "--samples with --temperature 0: all would be equal; cure: one of them"),
     ):  # fmt: skip
         if not holds:
             raise ConfigError(message)

@@ -131,6 +131,8 @@ def test_prompt_to_the_terminal(model, capsys):
     assert out.count("--- helpfulness=4 coherence=4 verbosity=") == 3
     assert f"verbosity=1: {len(streamed.split())} words, " in out
     assert streamed.strip() in out
+    generate(model, "--prompt", "Name a prime.", "--sweep", "verbosity=2..1")
+    assert re.findall(r"--- .*verbosity=(\d)", capsys.readouterr().out) == ["2", "1"]
 
 
 def test_killed_and_resumed_is_uninterrupted(model, prompts, tmp_path):
@@ -174,10 +176,11 @@ def test_refusals_name_what_is_wrong(model, prompts, tmp_path, capsys):
     for arguments, message in (
         (["--prompt", "x", "--attributes", "kindness=4"], "unknown attribute 'kindness'"),
         (["--prompt", "x", "--attributes", "verbosity=9"], r"outside 0\.\.4"),
-        (["--prompt", "Hi <extra_id_1>Assistant"], "control string '<extra_id_1>'"),
-        (["--prompt", "long " * 600], "more than the model's 512"),
+        (["--prompt", "x", "--sweep", "verbosity=0..9"], r"(?s)--sweep .*0\.\.4.*cure"),
+        (["--prompt", "half \ud83d"], "(?s)--prompt.*surrogate.*cure"),
+        (["--prompt", "long " * 600], "512.*\n.*--max-new-tokens"),
         (["--prompt", "x", "--mesh", "depth=2"], "--mesh"),
-        (["--prompt", "x", "--template", "chatml"], "trained with the template extra_id"),
+        (["--prompt", "x", "--template", "chatml"], "extra_id"),
         (
             ["--input", "embedded:helpsteer", "--output", tmp_path / "o.jsonl"],
             r"(?s)embedded:helpsteer:1: .*--replace-answer",
@@ -186,29 +189,37 @@ def test_refusals_name_what_is_wrong(model, prompts, tmp_path, capsys):
         with refused(capsys, message):
             generate(model, *arguments)
     plain = write_folder(tmp_path / "plain", TINY, random_tensors(TINY))
-    with refused(capsys, "which attributes it takes"):
+    with refused(capsys, "(?s)attributes.*--schema"):
         generate(str(plain), "--template", "extra_id", "--prompt", "x", "--attributes", "verbosity=1")
     reward = write_folder(tmp_path / "reward", TINY | CLASSIFIER, random_tensors(TINY | CLASSIFIER))
-    with refused(capsys, "is a reward model"):
+    with refused(capsys, "reward model"):
         generate(str(reward), "--template", "extra_id", "--prompt", "x")
 
 
 def test_bad_rows_are_listed(model, tmp_path, capsys):
     data, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    data.write_text('{"prompt": "a"}\n{"prompt": "<extra_id_1>"}\n{"prompt": "b"}\n')
-    with refused(capsys, r"in\.jsonl:2: .*control string"):
+    asked = {"turns": [{"role": "user", "content": "b"}]}
+    rows = [{"prompt": "a <extra_id_1>Assistant"}, {"prompt": ["?"]}, asked | {"n": float("inf")},
+            asked | {"n": float("nan"), "half": "\ud83d"}, {"prompt": "c", "id": 7}]  # fmt: skip
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with refused(capsys, r"(?s)in\.jsonl:2: .*prompt.*cure"):
         generate(model, "--input", data, "--output", output)
     assert not list(tmp_path.glob("out*"))
     generate(model, "--input", data, "--output", output, "--on-bad-row", "skip")
-    assert [row["turns"][0]["content"] for row in rows_of(output)] == ["a", "b"]
-    assert [row["line"] for row in rows_of(tmp_path / "out.jsonl.skipped.jsonl")] == [2]
+    made = rows_of(output)
+    assert [row["turns"][0]["content"] for row in made] == ["a <extra_id_1>Assistant", "b", "c"]
+    assert (made[1]["n"], made[1]["half"], made[2]["id"]) == (None, "\ud83d", "7")
+    skipped = rows_of(tmp_path / "out.jsonl.skipped.jsonl")
+    assert [row["line"] for row in skipped] == [2, 3]
+    assert "'n'" in skipped[1]["reason"]
 
 
 def test_rows_to_answer():
     chat = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}
     assert prompt_of(chat, STEERLM, False).turns[-1].content == "q"
     several = {"prompt": "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "response": "d", "helpfulness": 4}
-    assert [turn.content for turn in prompt_of(several, STEERLM, True).turns] == ["a", "b", "c"]
+    assert [turn.content for turn in prompt_of(several, STEERLM, True).turns] == [several["prompt"]]
+    assert [turn.content for turn in prompt_of(several, STEERLM, True, "helpsteer2").turns] == ["a", "b", "c"]
     with pytest.raises(DataError, match="has an answer already"):
         prompt_of(several, STEERLM, False)
 

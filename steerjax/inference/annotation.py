@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
-from steerjax.data.loading import Skipped, usable_rows
+from steerjax.data.loading import Skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
 from steerjax.files import atomic, json_line, write_atomic
@@ -54,10 +54,17 @@ class Source:
         Raises:
             DataError: the first bad row, or no usable row at all.
         """
-        skipped: list[Skipped] = []
-        on_bad_row = "skip" if self.skip else "error"
-        usable = usable_rows([self.path], lambda _: self.rows(), skipped, on_bad_row=on_bad_row, on_duplicate="keep")
-        return sum(1 for _ in usable) + len(skipped)
+        rows, bad, first = 0, 0, None
+        for _, row in self.rows():
+            rows += 1
+            if isinstance(row, DataError):
+                bad, first = bad + 1, first or row
+                if not self.skip:
+                    raise _stopping(row)
+        if bad == rows:
+            said = f"no usable row: {bad} bad ones, the first: {first}" if first else "no row in it"
+            raise DataError(said, file=self.path, cure="check that this is the file you meant, or name its --format")
+        return rows
 
     def rows(self) -> Iterator[tuple[int, tuple[dict, Conversation] | DataError]]:
         """(line, (what passes through, conversation)) of each row; a row that cannot be used is a DataError."""
@@ -73,7 +80,8 @@ class Source:
         unrated = {self.schema.names[0]: None} | row  # prompt and response alone are enough here
         read = conversation_from_row(unrated, self.schema, self.format)
         conversation = replace(read, file=self.path, line=line, id=read.id or f"{self.path}:{line}")
-        return carried(row) if "turns" in row else conversation.to_json(), conversation
+        own = "turns" in row and self.format in ("auto", "conversation")
+        return carried(row) if own else conversation.to_json(), conversation
 
 
 @dataclass(frozen=True)
@@ -144,7 +152,7 @@ def chunks(source: Source, scorer: Scorer, part: range, size: int, done: int) ->
     while items := list(islice(left, size)):
         bad = [row for _, row in items if isinstance(row, DataError)]
         if bad and not source.skip:
-            raise bad[0]
+            raise _stopping(bad[0])
         usable = [row for _, row in items if not isinstance(row, DataError)]
         rows, conversations = [row for row, _ in usable], [conversation for _, conversation in usable]
         ready = None
@@ -157,7 +165,7 @@ def chunks(source: Source, scorer: Scorer, part: range, size: int, done: int) ->
             first,
             rows,
             conversations,
-            [Skipped(error.file, error.line, reason(error)) for error in bad],
+            [Skipped(error.file, error.line, _reason(error)) for error in bad],
             ready,
         )
         first += len(rows)
@@ -218,9 +226,13 @@ class SkippedList:
                 os.fsync(file.fileno())
 
 
-def reason(error: DataError) -> str:
-    """Why a row was left out."""
+def _reason(error: DataError) -> str:
     return f"field '{error.field}': {error.message}" if error.field else error.message
+
+
+def _stopping(error: DataError) -> DataError:
+    cure = f"{error.cure}; or --on-bad-row skip, which lists such rows, and goes on where a job was"
+    return DataError(error.message, file=error.file, line=error.line, field=error.field, cure=cure)
 
 
 def ahead(items: Iterator[T]) -> Iterator[T]:

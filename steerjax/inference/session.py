@@ -28,7 +28,7 @@ from steerjax.inference.steering import (
     swept,
     top_combinations,
 )
-from steerjax.schema import SCHEMAS, Schema
+from steerjax.schema import SCHEMAS, Schema, round_rating
 from steerjax.typed import typed
 
 BOOTSTRAP_TOP_K = 50  # the paper's, section 3.4
@@ -159,9 +159,10 @@ class Session:
             made = {"model": self.backend.model, "finish": answer.finish, "tokens": answer.tokens}
             yield {**row, **task.rest, "generation": asked | made}
 
-    def _asked(self, setting: Setting) -> dict[str, float]:
+    def _asked(self, setting: Setting) -> dict[str, int]:
         """Ratings in the label line, as far as they are known (a server's model may have defaults of its own)."""
-        return label_of(setting, self.description.default_ratings if self.description else None)
+        label = label_of(setting, self.description.default_ratings if self.description else None)
+        return {name: round_rating(rating, self.schema[name]) for name, rating in label.items()}
 
     def _job(self) -> dict:
         """All that the output depends on."""
