@@ -10,26 +10,27 @@ Tokenising the whole text at once gives the same tokens, except where a tokenize
 * `llama2`: an empty response, whose two spaces may be joined.
 * a template whose control strings are ordinary text to the tokenizer: the last `>` after a response, joined to what
   follows (Llama 3 may join it to a letter or a newline, Llama 2 to a `<`).
+
+A person's or a model's text never becomes a control token, whatever it spells (design, decision 11): where the
+tokenizer can be told, its tokens are those of ordinary text (`HIDE`); where not, U+2060 breaks the control string, and
+`Renderer.broken` counts it.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
 import numpy as np
 
-from steerjax.chat.control import escape, find_control_string
 from steerjax.chat.templates import Template
-from steerjax.chat.tokenizer import Tokenizer, split_at
+from steerjax.chat.tokenizer import HIDE, WORD_JOINER, Tokenizer, any_of, broken, missing_markers
 from steerjax.data.conversation import ROLES, Conversation
-from steerjax.errors import ConfigError, DataError
+from steerjax.errors import DataError
 from steerjax.schema import Schema, format_label
-
-CONTROL_STRING_MODES = ("refuse", "escape")
-_ESCAPE_CURE = 'remove it, or set control_strings="escape", which makes it harmless with a zero-width U+2060'
 
 Label = Mapping[str, float]
 
@@ -69,22 +70,26 @@ class Rendered:
         tokens: int32 [T].
         roles: `TokenRole`, int8 [T].
         responses: one for each assistant turn, in order.
+        root: tokens through the header of the first assistant turn that follows a user turn: what conversations share
+            that agree so far. All tokens where there is no such turn.
     """
 
     text: str
     tokens: np.ndarray
     roles: np.ndarray
     responses: tuple[ResponseSpan, ...]
+    root: int
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """Text that is encoded in one go; `end` and `turn` belong to responses."""
+    """Text that is encoded in one go; `end` and `turn` belong to responses, `asks` says that a user speaks in it."""
 
     role: TokenRole
     text: str
     end: str = ""
     turn: int = -1
+    asks: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,24 +102,12 @@ class Renderer:
         schema: names and order of the attributes in label lines.
         system_prompt: the system text of conversations that have none (`system` is None); None means the template's
             default. An empty text ("") is written as an empty system part.
-        control_strings: what to do with a text that contains a control string of the template or a special token of
-            the tokenizer: "refuse" it (DataError), or "escape" it with a zero-width character.
-
-    Raises:
-        ConfigError: another value of `control_strings`.
     """
 
     tokenizer: Tokenizer
     template: Template
     schema: Schema
     system_prompt: str | None = None
-    control_strings: str = "refuse"
-
-    def __post_init__(self) -> None:
-        if self.control_strings not in CONTROL_STRING_MODES:
-            raise ConfigError(
-                f"control_strings is {self.control_strings!r}\n  cure: use one of: {', '.join(CONTROL_STRING_MODES)}"
-            )
 
     def render(
         self,
@@ -133,8 +126,8 @@ class Renderer:
             generation_label: ratings of the turn that is to be generated.
 
         Raises:
-            DataError: a text with a control string (mode "refuse"), an unknown role, turns that the template cannot
-                write in this order, a label of a user turn or with an unknown attribute.
+            DataError: half a surrogate in a text, an unknown role, turns that the template cannot write in this order,
+                a label of a user turn or with an unknown attribute.
         """
         if generation_label is not None and not generation_prompt:
             raise ValueError("generation_label needs generation_prompt=True")
@@ -144,17 +137,17 @@ class Renderer:
             self._check_order(conversation, len(turns), "assistant")
             after_response = bool(turns) and turns[-1].role == "assistant"
             # One segment with what stands before it, as in training.
-            prompt = segments.pop().text + self._opening(self.template.assistant, after_response)
+            last = segments.pop()
+            prompt = last.text + self._opening(self.template.assistant, after_response)
             label = self._label(conversation, generation_label, "generation_label")
-            segments += [_Segment(TokenRole.PROMPT, prompt), _Segment(TokenRole.LABEL, label)]
-        return self._assemble(conversation, segments)
+            segments += [replace(last, text=prompt), _Segment(TokenRole.LABEL, label)]
+        return self._assemble(segments)
 
-    def reward_text_parts(self, conversation: Conversation, turn_index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of the text whose last token carries the reward of assistant turn `turn_index`, int32 each.
+    def reward_tokens(self, conversation: Conversation, turn_index: int) -> tuple[np.ndarray, int]:
+        """The text whose last token carries the reward of assistant turn `turn_index`; no label is written.
 
         Returns:
-            prompt: everything through the header of the turn, without labels; the same for every response.
-            branch: the response and its end, through the token where the reward is read.
+            Its tokens, int32 [T], and `Rendered.root` of them.
 
         Raises:
             DataError: as `render`, or the turn is not an assistant's.
@@ -164,13 +157,17 @@ class Renderer:
             raise self._error(
                 conversation, "no response to rate here", f"turns[{turn_index}]", "name an assistant turn"
             )
-        segments = self._segments(conversation, None, turn_index + 1)
         # Drop what follows the response, and read the reward where the template says.
-        last = max(index for index, segment in enumerate(segments) if segment.role == TokenRole.RESPONSE)
-        response = _Segment(TokenRole.RESPONSE, segments[last].text, self.template.reward_end, turn_index)
-        rendered = self._assemble(conversation, [*segments[:last], response])
-        start = rendered.responses[-1].start
-        return rendered.tokens[:start], rendered.tokens[start:]
+        *segments, response, _ = self._segments(conversation, None, turn_index + 1)
+        rendered = self._assemble([*segments, replace(response, end=self.template.reward_end)])
+        return rendered.tokens, rendered.root
+
+    def broken(self, conversation: Conversation) -> int:
+        """How many texts of the conversation are written with U+2060 inside, as they spell a control string."""
+        texts = [turn.content for turn in conversation.turns]
+        texts += [text for text in (self._system_text(conversation),) if text is not None]
+        stripped = [text.strip() if self.template.strip else text for text in texts]
+        return sum(self._as_text(text).replace(HIDE, "") != text for text in stripped)
 
     def _segments(
         self, conversation: Conversation, labels: Sequence[Label | None] | None, count: int
@@ -183,6 +180,7 @@ class Renderer:
         system = self._system(conversation)
         prompt = template.begin + ("" if template.system_in_user else system)
         segments: list[_Segment] = []
+        asks = False
         for index, turn in enumerate(turns):
             self._check_order(conversation, index, turn.role)
             content = self._content(conversation, turn.content, f"turns[{index}].content")
@@ -194,22 +192,27 @@ class Renderer:
                     raise self._error(conversation, "a label of a user turn", f"turns[{index}]", cure)
                 inside = system if template.system_in_user and index == 0 else ""
                 prompt += self._opening(template.user[0], after_response) + inside + content + template.user[1]
+                asks = True
                 continue
-            segments.append(_Segment(TokenRole.PROMPT, prompt + self._opening(template.assistant, after_response)))
+            prompt += self._opening(template.assistant, after_response)
+            segments.append(_Segment(TokenRole.PROMPT, prompt, asks=asks))
             line = self._label(conversation, label, f"turns[{index}].ratings")
             segments.append(_Segment(TokenRole.LABEL, line))
             response = content if line else template.unlabelled_gap + content
             segments.append(_Segment(TokenRole.RESPONSE, response, template.end, index))
-            prompt = template.after_end
-        return [*segments, _Segment(TokenRole.PROMPT, prompt)]
+            prompt, asks = template.after_end, False
+        return [*segments, _Segment(TokenRole.PROMPT, prompt, asks=asks)]
 
     def _opening(self, text: str, after_response: bool) -> str:
         """`text` that opens a turn, less what the end of the response before it has written already."""
         return text.removeprefix(self.template.end_opens) if after_response else text
 
-    def _system(self, conversation: Conversation) -> str:
+    def _system_text(self, conversation: Conversation) -> str | None:
         choices = (conversation.system, self.system_prompt, self.template.default_system)
-        text = next((choice for choice in choices if choice is not None), None)
+        return next((choice for choice in choices if choice is not None), None)
+
+    def _system(self, conversation: Conversation) -> str:
+        text = self._system_text(conversation)
         if text is None:
             return ""
         before, after = self.template.system
@@ -232,42 +235,63 @@ class Renderer:
         expected = ROLES[index % 2]
         if self.template.alternates and role != expected:
             message = f"'{role}' where the template {self.template.name} can only write '{expected}'"
-            cure = "let turns go user, assistant, user, ..., or choose another template"
+            cure = (
+                "let turns go user, assistant, user, ..., or choose chatml, llama3 or extra_id, which write any order"
+            )
             raise self._error(conversation, message, f"turns[{index}].role", cure)
 
     def _content(self, conversation: Conversation, text: str, field: str) -> str:
-        """A person's or a model's text, without control strings."""
+        """A person's or a model's text, as `_as_text` leaves it."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             message = f"not a text: a lone surrogate at character {error.start}"
             raise self._error(conversation, message, field, "repair the file's encoding") from None
-        if self.template.strip:
-            text = text.strip()
-        if self.control_strings == "escape":
-            text = escape(text, self._forbidden)
-        found = find_control_string(text, self._forbidden)
-        if found is not None:
-            raise self._error(conversation, f"the text contains the control string '{found}'", field, _ESCAPE_CURE)
-        return text
+        return self._as_text(text.strip() if self.template.strip else text)
+
+    def _as_text(self, text: str) -> str:
+        """`text` with `HIDE` or U+2060 inside whatever would become a control token or spell one."""
+        spelt = any_of(self._controls)
+        if not spelt.search(text) and not spelt.search(self.tokenizer.normalized(text)):
+            return text
+        told = self.tokenizer.told
+        text = spelt.sub(lambda found: broken(found[0], HIDE if found[0] in told else WORD_JOINER), text)
+        settled = ""
+        # What the tokenizer's normalisation makes of a text no search of it finds: the tokens decide.
+        while self._is_control(text):
+            end = bisect(range(1, len(text)), False, key=lambda n: self._is_control(text[:n])) + 1
+            head, last = text[: end - 1], text[end - 1]
+            mark = next((mark for mark in (WORD_JOINER, " ") if not self._is_control(head + mark + last)), None)
+            settled += head + (mark or "\ufffd")
+            text = text[end - 1 :] if mark else text[end:]
+        return settled + text
+
+    def _is_control(self, text: str) -> bool:
+        """Whether the tokens of a text hold a special one, or spell a control string that is none."""
+        ids = self.tokenizer.encode(text, continuation=True, controls=self.template.control_strings)
+        spelt = self._spelt and any_of(self._spelt).search(self.tokenizer.decode(ids, continuation=True))
+        return bool(spelt) or not self._special_ids.isdisjoint(ids)
 
     def _error(self, conversation: Conversation, message: str, field: str, cure: str) -> DataError:
         return DataError(message, file=conversation.file, line=conversation.line, field=field, cure=cure)
 
     @cached_property
-    def _forbidden(self) -> frozenset[str]:
+    def _controls(self) -> frozenset[str]:
         return self.template.control_strings | self.tokenizer.special_strings
 
     @cached_property
-    def _restarting(self) -> tuple[str, ...]:
-        return tuple(string for string in self._forbidden if self.tokenizer.restarts_after(string))
+    def _spelt(self) -> frozenset[str]:
+        """Control strings that are ordinary text to the tokenizer."""
+        return frozenset(missing_markers(self.tokenizer, self.template))
 
     @cached_property
-    def _special(self) -> tuple[frozenset[str], np.ndarray]:
-        """Strings of the rendered text that become special tokens, and those tokens."""
-        strings = self.tokenizer.special_strings | frozenset(self._restarting)
-        ids = [self.tokenizer.token_id(string) for string in strings]
-        return strings, np.array([index for index in ids if index is not None], np.int32)
+    def _special_ids(self) -> frozenset[int | None]:
+        unknown = self.tokenizer.encode("a\U0010fffd")  # a character that no tokenizer has: bytes, or <unk>
+        return frozenset(self.tokenizer.token_id(string) for string in self._controls - self._spelt).difference(unknown)
+
+    @cached_property
+    def _restarting(self) -> tuple[str, ...]:
+        return tuple(string for string in self._controls if self.tokenizer.restarts_after(string))
 
     def _encode(self, text: str, before: str) -> list[int]:
         fresh = not before or before.endswith(self._restarting)
@@ -286,8 +310,8 @@ class Renderer:
         shared = (index for index, pair in enumerate(zip(ids, alone, strict=False)) if pair[0] != pair[1])
         return ids, next(shared, min(len(ids), len(alone)))
 
-    def _assemble(self, conversation: Conversation, segments: Sequence[_Segment]) -> Rendered:
-        text, tokens, roles, responses = "", [], [], []
+    def _assemble(self, segments: Sequence[_Segment]) -> Rendered:
+        text, tokens, roles, responses, root = "", [], [], [], None
         for segment in segments:
             start = len(tokens)
             if segment.role == TokenRole.RESPONSE:
@@ -299,13 +323,11 @@ class Renderer:
             tokens += ids
             roles += [segment.role] * own + [TokenRole.END] * (len(ids) - own)
             text += segment.text + segment.end
-        rendered = Rendered(text, np.array(tokens, np.int32), np.array(roles, np.int8), tuple(responses))
-        self._check_special_tokens(conversation, rendered)
-        return rendered
-
-    def _check_special_tokens(self, conversation: Conversation, rendered: Rendered) -> None:
-        """The last line of defence: a tokenizer that normalises text may see a control string that we do not."""
-        strings, ids = self._special
-        if np.isin(rendered.tokens, ids).sum() != len(split_at(rendered.text, strings)) // 2:
-            message = "the tokenizer makes a control token of a text (its normalisation drops or replaces characters)"
-            raise self._error(conversation, message, "turns", "remove what looks like a control string from the texts")
+            root = len(tokens) if root is None and segment.asks else root
+        return Rendered(
+            text.replace(HIDE, ""),
+            np.array(tokens, np.int32),
+            np.array(roles, np.int8),
+            tuple(responses),
+            len(tokens) if root is None else root,
+        )

@@ -9,226 +9,270 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import pydantic
+
+from steerjax.chat.templates import Template
 from steerjax.errors import ModelError
+from steerjax.typed import read_json
 
 EMBEDDED = Path(__file__).with_name("embedded.model")  # made by scripts/train_tokenizer.py
+SPACE = "\u2581"  # SentencePiece's space
+WORD_JOINER = "\u2060"  # zero-width, breaks no line, and NFKC keeps it
+HIDE = "\udc00"  # half a surrogate, which no text contains; see `Tokenizer.encode`
 
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
-_FOLDER_FILES = ("tokenizer.json", "tokenizer.model")
-_SPACE = "\u2581"  # SentencePiece's space
-_NEWLINE = "\n"
+_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+_GIVE = "\n  cure: give 'embedded', a SentencePiece .model file, a tokenizer.json, or a downloaded model's folder"
+_AGAIN = "download it again"
+_CONVERT = (
+    "\n  cure: AutoTokenizer.from_pretrained(folder).save_pretrained(folder) of transformers makes a tokenizer.json"
+)
 
 
-class Tokenizer(Protocol):
+@lru_cache(maxsize=256)
+def any_of(strings: frozenset[str]) -> re.Pattern[str]:
+    """Matches each of `strings`, of which there is at least one; the longest first."""
+    return re.compile("(" + "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) + ")")
+
+
+def broken(string: str, mark: str = WORD_JOINER) -> str:
+    """`string` as a text may contain it: with `mark` after its first character."""
+    return string[0] + mark + string[1:] if len(string) > 1 else "\ufffd"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Tokenizer(ABC):
     """Text to token ids and back.
 
     Attributes:
         vocab_size: ids are below it.
         special_strings: strings that become a special token wherever they stand in text.
+        told: strings that `HIDE` keeps from becoming a token.
+        head: the tokens of a "\\n" put before a continuation; () where text has the same tokens first and later.
+        files: what a copy needs; the first is the one that was loaded.
+        hash: hexadecimal sha256 of what defines the ids.
         bos_id, eos_id, pad_id: None where the tokenizer has none.
-        files: what an export copies.
-        hash: hexadecimal sha256 of the file that defines the ids (not of the configuration beside it).
     """
 
     vocab_size: int
     special_strings: frozenset[str]
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
+    told: frozenset[str]
+    head: tuple[int, ...]
     files: tuple[Path, ...]
     hash: str
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
 
     def encode(self, text: str, *, continuation: bool = False, controls: frozenset[str] = frozenset()) -> list[int]:
         """Token ids of `text`; BOS and EOS are never added.
 
         Args:
-            text: special strings in it become their ids.
+            text: special strings in it become their ids, those of `told` with `HIDE` inside become ordinary text.
             continuation: the text goes on after other text, so no dummy prefix is put before it.
-            controls: control strings of the template. Those that are SentencePiece control pieces (`<s>`, `</s>`),
-                which text never becomes by itself, become their ids too, and a fresh text begins after each.
+            controls: control strings of the template. Those that text never becomes by itself (SentencePiece's `<s>`)
+                become their ids too.
 
         Raises:
             ModelError: the tokenizer joins "\\n" to what follows, so that a continuation cannot be encoded.
         """
+        hidden, fresh = HIDE in text, not continuation or not self.head
+        cuts, ids = self._cuts(hidden, controls), []
+        for index, part in enumerate(any_of(cuts).split(text) if cuts else [text]):
+            if index % 2:
+                ids.append(self.token_id(part))
+                fresh = not self.head or self.restarts_after(part)
+            elif plain := part.replace(HIDE, ""):
+                ids += self._plain(plain, hidden) if fresh else self._after_newline(plain, hidden)
+        return ids
+
+    def _after_newline(self, text: str, hidden: bool) -> list[int]:
+        ids = self._plain("\n" + text, hidden)
+        if tuple(ids[: len(self.head)]) != self.head:
+            raise ModelError(
+                f"the tokenizer joins a newline to the text after it, {text[:40]!r}, so text cannot be continued\n"
+                "  cure: use a tokenizer that adds no prefix to text, or that keeps a newline apart"
+            )
+        return ids[len(self.head) :]
 
     def decode(self, ids: Sequence[int], *, continuation: bool = False) -> str:
-        """Text of `ids`, special tokens included; `continuation` keeps the leading space that a fresh text loses."""
+        """Text of `ids`, special tokens included; `continuation` keeps the leading space that a fresh text loses.
 
+        An id that is no token's spells nothing: an embedding may have more rows than its tokenizer has tokens.
+        """
+        head = self.head if continuation else ()
+        text = self._decode([*head, *map(int, ids)])
+        return text[1:] if head else text
+
+    @abstractmethod
     def token_id(self, string: str) -> int | None:
         """The id of the token spelt `string`, None if it is no token."""
 
+    @abstractmethod
+    def spelling(self, index: int) -> str:
+        """The inverse of `token_id`."""
+
+    @abstractmethod
     def restarts_after(self, string: str) -> bool:
         """Whether text right after the special token `string` is encoded as a fresh text."""
 
+    @abstractmethod
+    def normalized(self, text: str) -> str:
+        """`text` as the tokenizer's model sees it."""
 
-@lru_cache(maxsize=256)
-def _splitter(strings: frozenset[str]) -> re.Pattern[str]:
-    return re.compile("(" + "|".join(map(re.escape, sorted(strings, key=len, reverse=True))) + ")")
+    @abstractmethod
+    def _cuts(self, hidden: bool, controls: frozenset[str]) -> frozenset[str]:
+        """The strings that `encode` replaces by their ids itself."""
+
+    @abstractmethod
+    def _plain(self, text: str, hidden: bool) -> list[int]:
+        """Token ids of a fresh text; `hidden`: special strings are ordinary text."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
 
 
-def split_at(text: str, strings: frozenset[str]) -> list[str]:
-    """`text` cut at every one of `strings`: plain text at even positions, the strings at odd ones."""
-    return _splitter(strings).split(text) if strings else [text]
+def _head(encode: Callable[[str], list[int]]) -> tuple[int, ...]:
+    newline = encode("\n")
+    return () if encode("\na")[len(newline) :] == encode("a") else tuple(newline)
 
 
-def _continuation_head(encode: Callable[[str], list[int]]) -> tuple[int, ...]:
-    """The tokens of a "\\n" put before a continuation; () where text has the same tokens first and later."""
-    newline = encode(_NEWLINE)
-    return () if encode(_NEWLINE + "a")[len(newline) :] == encode("a") else tuple(newline)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model.
 
-
-def _encode_after(encode: Callable[[str], list[int]], head: tuple[int, ...], text: str) -> list[int]:
-    """Token ids of `text` as it stands after a "\\n" whose tokens are `head`.
-
-    Raises:
-        ModelError: the tokens do not begin with `head`.
+    Attributes:
+        added: the tokens after the model's pieces, from the files beside it.
+        controls: what text never becomes: control pieces and added tokens. A fresh text begins after each, as in Meta's
+            code and in Hugging Face's with `legacy`.
+        defined: user-defined pieces, which always become one token; spaces as spaces.
     """
-    if not text:
-        return []
-    ids = encode(_NEWLINE + text)
-    if tuple(ids[: len(head)]) != head:
-        raise ModelError(
-            f"the tokenizer joins a newline to the text {text[:40]!r} that follows it, so text cannot be continued\n"
-            "  cure: use a tokenizer that adds no prefix to text, or that keeps a newline apart"
-        )
-    return ids[len(head) :]
-
-
-@dataclass(frozen=True, eq=False)
-class SentencePieceTokenizer:
-    """A SentencePiece model; `controls` are its control pieces, `head` the tokens of `_continuation_head`."""
 
     processor: Any
-    vocab_size: int
-    special_strings: frozenset[str]
+    added: Mapping[str, int]
     controls: Mapping[str, int]
-    head: tuple[int, ...]
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    files: tuple[Path, ...]
-    hash: str
-
-    def encode(self, text: str, *, continuation: bool = False, controls: frozenset[str] = frozenset()) -> list[int]:
-        ids: list[int] = []
-        for index, part in enumerate(split_at(text, frozenset(controls & self.controls.keys()))):
-            if index % 2:
-                ids.append(self.controls[part])
-            elif continuation and self.head and index == 0:
-                ids += _encode_after(self.processor.encode, self.head, part)
-            else:
-                ids += self.processor.encode(part)
-        return ids
-
-    def decode(self, ids: Sequence[int], *, continuation: bool = False) -> str:
-        spelling = {index: piece for piece, index in self.controls.items()}
-        text, pending = "", list(self.head) if continuation else []
-        for index in map(int, ids):
-            if index in spelling:
-                text, pending = text + self.processor.decode(pending) + spelling[index], []
-            else:
-                pending.append(index)
-        text += self.processor.decode(pending)
-        return text[len(_NEWLINE) :] if continuation and self.head else text
+    defined: frozenset[str]
 
     def token_id(self, string: str) -> int | None:
-        piece = string.replace(" ", _SPACE)
+        piece = string.replace(" ", SPACE)
         index = self.processor.piece_to_id(piece)
-        return index if self.processor.id_to_piece(index) == piece else None
+        return index if self.processor.id_to_piece(index) == piece else self.added.get(string)
+
+    def spelling(self, index: int) -> str:
+        added = {index: string for string, index in self.added.items()}
+        return added.get(index) or self.processor.id_to_piece(index).replace(SPACE, " ")
 
     def restarts_after(self, string: str) -> bool:
         return string in self.controls
 
+    def normalized(self, text: str) -> str:
+        return self.processor.normalize(text).replace(SPACE, " ")
 
-@dataclass(frozen=True, eq=False)
-class HuggingFaceTokenizer:
-    """A `tokenizer.json`; `head` as in `SentencePieceTokenizer`."""
+    def _cuts(self, hidden: bool, controls: frozenset[str]) -> frozenset[str]:
+        return frozenset(controls & self.controls.keys())
+
+    def _plain(self, text: str, hidden: bool) -> list[int]:
+        return self.processor.encode(text)
+
+    def _decode(self, ids: list[int]) -> str:
+        spelling = {index: string for string, index in self.controls.items()}
+        text, pending = "", []
+        for index in ids:
+            if index in spelling:
+                text, pending = text + self.processor.decode(pending) + spelling[index], []
+            elif index < self.processor.vocab_size():
+                pending.append(index)
+        return text + self.processor.decode(pending)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json`."""
 
     backend: Any
-    vocab_size: int
-    special_strings: frozenset[str]
-    head: tuple[int, ...]
-    bos_id: int | None
-    eos_id: int | None
-    pad_id: int | None
-    files: tuple[Path, ...]
-    hash: str
-
-    def _plain(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def encode(self, text: str, *, continuation: bool = False, controls: frozenset[str] = frozenset()) -> list[int]:
-        if continuation and self.head:
-            return _encode_after(self._plain, self.head, text)
-        return self._plain(text)
-
-    def decode(self, ids: Sequence[int], *, continuation: bool = False) -> str:
-        head = list(self.head) if continuation else []
-        text = self.backend.decode([*head, *map(int, ids)], skip_special_tokens=False)
-        return text[len(_NEWLINE) :] if head else text
 
     def token_id(self, string: str) -> int | None:
         return self.backend.token_to_id(string)
 
+    def spelling(self, index: int) -> str:
+        return self.backend.id_to_token(index)
+
     def restarts_after(self, string: str) -> bool:
         if not self.head or string not in self.special_strings:
             return False
-        return self._plain(string + "a")[len(self._plain(string)) :] == self._plain("a")
+        return self._plain(string + "a", False)[len(self._plain(string, False)) :] == self._plain("a", False)
+
+    def normalized(self, text: str) -> str:
+        normalizer = self.backend.normalizer
+        return normalizer.normalize_str(text) if normalizer else text
+
+    @cached_property
+    def _literal(self) -> Any:
+        """The backend, to which special tokens in a text are ordinary text."""
+        backend = type(self.backend).from_str(self.backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    def _cuts(self, hidden: bool, controls: frozenset[str]) -> frozenset[str]:
+        return self.told if hidden else frozenset()
+
+    def _plain(self, text: str, hidden: bool) -> list[int]:
+        return (self._literal if hidden else self.backend).encode(text, add_special_tokens=False).ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=False)
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
+def missing_markers(tokenizer: Tokenizer, template: Template) -> tuple[str, ...]:
+    """The template's control strings that are no token of their own, so that the model spells them in pieces."""
+    strings = template.control_strings
+    found = {s for s in strings if tokenizer.token_id(s) in tokenizer.encode(f"a{s}b", controls=strings)}
+    return tuple(sorted(strings - found))
+
+
+def load_tokenizer(source: str | PathLike) -> Tokenizer:
     """The tokenizer of "embedded" (the packaged one), a `.model` or `tokenizer.json` file, or a folder with either.
 
-    A folder's `tokenizer.json` goes before its `tokenizer.model`.
+    A folder's `tokenizer.json` goes before its `tokenizer.model`. Of the files beside, `tokenizer_config.json`,
+    `special_tokens_map.json` and, for a `.model`, `added_tokens.json` are read.
 
     Raises:
         ModelError: nothing there, no tokenizer in the folder, a broken file, or a format that is not read.
     """
     path = EMBEDDED if str(source) == "embedded" else Path(source)
     if not path.exists():
-        raise ModelError(
-            f"no tokenizer at '{path}'\n"
-            "  cure: give 'embedded', a SentencePiece .model file, a tokenizer.json, or a downloaded model's folder"
-        )
-    if path.is_dir():
-        path = _file_in(path)
-    if path.suffix in _PICKLES:
-        raise ModelError(
-            f"'{path}' may hold a pickle, which can run code; only .model and tokenizer.json files are read\n"
-            "  cure: give the SentencePiece .model file or the tokenizer.json of the model"
-        )
-    if path.suffix == ".model":
-        return _load_sentencepiece(path)
-    if path.suffix == ".json":
-        return _load_huggingface(path)
-    raise ModelError(
-        f"'{path}' is no tokenizer that is read\n  cure: give a SentencePiece .model or a tokenizer.json file"
-    )
+        raise ModelError(f"no tokenizer at '{path}'{_GIVE}")
+    path = _file_in(path) if path.is_dir() else path
+    if path.suffix not in _LOADERS:
+        raise ModelError(f"'{path}' is no tokenizer that is read (a pickle could run code){_GIVE}")
+    tokenizer = _LOADERS[path.suffix](path)
+    return replace(tokenizer, **_named_ids(path, tokenizer))
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes the tokenizer's files into `folder`, under the names by which `load_tokenizer(folder)` finds them."""
+    first, *beside = tokenizer.files
+    (folder / f"tokenizer{first.suffix}").write_bytes(first.read_bytes())
+    for file in beside:
+        (folder / file.name).write_bytes(file.read_bytes())
 
 
 def _file_in(folder: Path) -> Path:
-    candidates = [folder / name for name in _FOLDER_FILES if (folder / name).is_file()] or sorted(
-        folder.glob("*.model")
-    )
-    if not candidates:
-        raise ModelError(
-            f"the folder '{folder}' has neither tokenizer.json nor a SentencePiece .model file\n"
-            "  cure: copy the tokenizer's files of the base model into it, or name a tokenizer of its own"
-        )
-    if candidates[0].name not in _FOLDER_FILES and len(candidates) > 1:
-        names = ", ".join(candidate.name for candidate in candidates)
+    named = [folder / name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).is_file()]
+    found = named[:1] or sorted(folder.glob("*.model"))
+    if not found:
+        raise ModelError(f"the folder '{folder}' has neither tokenizer.json nor a SentencePiece .model file{_GIVE}")
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
         raise ModelError(f"the folder '{folder}' has several .model files: {names}\n  cure: name one of them")
-    return candidates[0]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return found[0]
 
 
 def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
@@ -238,68 +282,82 @@ def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
         model = path.read_bytes()
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         size = processor.vocab_size()
+        if not size:
+            raise RuntimeError("it is empty")
     except (RuntimeError, OSError) as error:
         raise ModelError(
             f"'{path}' is no SentencePiece model ({error})\n"
             "  cure: download it again; Llama 3's original tokenizer.model is tiktoken text: use its tokenizer.json"
         ) from None
-    if not size:
-        raise ModelError(f"'{path}' is an empty SentencePiece model\n  cure: download it again")
-    defined = _user_defined_pieces(model)
-
-    def known(index: int) -> int | None:
-        return index if index >= 0 else None
-
+    defined, added = _user_defined_pieces(model), _added_tokens(path, processor)
+    controls = {processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)} | added
+    own = {"bos_id": processor.bos_id(), "eos_id": processor.eos_id(), "pad_id": processor.pad_id()}
     return SentencePieceTokenizer(
         processor=processor,
-        vocab_size=size,
+        vocab_size=max([size - 1, *added.values()]) + 1,
         # One-character pieces (digits, in some models) only shape the tokens of ordinary text.
         special_strings=frozenset(piece for piece in defined if len(piece) > 1 and piece.strip()),
-        controls={processor.id_to_piece(i): i for i in range(size) if processor.is_control(i)},
-        head=_continuation_head(processor.encode),
-        bos_id=known(processor.bos_id()),
-        eos_id=known(processor.eos_id()),
-        pad_id=known(processor.pad_id()),
-        files=(path,),
-        hash=_sha256(path),
+        told=frozenset(controls),
+        head=_head(processor.encode),
+        **{key: index for key, index in own.items() if index >= 0},
+        files=_files(path, _ADDED, _MAP, _CONFIG),
+        hash=hashlib.sha256(model + (json.dumps(added, sort_keys=True).encode() if added else b"")).hexdigest(),
+        added=added,
+        controls=controls,
+        defined=defined,
     )
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    value, shift = 0, 0
-    while data[at] & 0x80:
-        value, shift, at = value | (data[at] & 0x7F) << shift, shift + 7, at + 1
-    return value | data[at] << shift, at + 1
+def _added_tokens(path: Path, processor: Any) -> dict[str, int]:
+    """Tokens that the files beside a .model put after its pieces, as Hugging Face's slow tokenizers read them.
+
+    Raises:
+        ModelError: an id that is another token's, or a way to split texts that is not ours.
+    """
+    config = _side_file(path.with_name(_CONFIG))
+    added = {token.content: index for index, token in config.added_tokens_decoder.items()}
+    if (file := path.with_name(_ADDED)).is_file():
+        added |= read_json(dict[str, int], file, ModelError, _AGAIN)
+    size, ids = processor.vocab_size(), list(added.values())
+    for string, index in added.items():
+        taken = 0 <= index < size and processor.id_to_piece(index) != string.replace(" ", SPACE)
+        if index < 0 or taken or ids.count(index) > 1:
+            raise ModelError(f"'{path.parent}': id {index} of the added token '{string}' is another's{_CONVERT}")
+    after = {string: index for string, index in added.items() if index >= size}
+    if after and config.legacy is False:
+        raise ModelError(f"'{path.parent}' adds tokens and is not \"legacy\", which is not implemented{_CONVERT}")
+    return after
 
 
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+def read_message(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """(field number, value) of a protocol buffer message; numbers of fixed size come as bytes."""
     at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while data[at] & 0x80:
+            value, shift, at = value | (data[at] & 0x7F) << shift, shift + 7, at + 1
+        at += 1
+        return value | data[at - 1] << shift
+
     while at < len(data):
-        key, at = _read_varint(data, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _read_varint(data, at)
-        else:
-            size, at = _read_varint(data, at) if kind == 2 else ({1: 8, 5: 4}[kind], at)
-            value, at = data[at : at + size], at + size
-        yield key >> 3, value
+        number, kind = divmod(varint(), 8)
+        value = varint() if kind in (0, 2) else {1: 8, 5: 4}[kind]
+        if kind:
+            value, at = data[at : at + value], at + value
+        yield number, value
 
 
-def _user_defined_pieces(model: bytes) -> set[str]:
+def _user_defined_pieces(model: bytes) -> frozenset[str]:
     """Strings that always become one piece, spaces as spaces.
 
-    Read from the file because the Python API does not tell them from normal pieces, and its protobuf module would make
-    protobuf a dependency. Source: sentencepiece_model.proto, `ModelProto.pieces` = 1 with `piece` = 1 and `type` = 3,
-    where USER_DEFINED = 4.
+    Read from the file because the Python API does not tell them from normal pieces, and sentencepiece's protobuf module
+    refuses every protobuf but the newest. Source: sentencepiece_model.proto, `ModelProto.pieces` = 1 with `piece` = 1
+    and `type` = 3, where USER_DEFINED = 4.
     """
-    pieces = set()
-    for number, value in _fields(model):
-        if number == 1 and isinstance(value, bytes):
-            piece = dict(_fields(value))
-            if piece.get(3) == 4:
-                pieces.add(piece[1].decode("utf-8").replace(_SPACE, " "))
-    return pieces
+    pieces = (dict(read_message(value)) for number, value in read_message(model) if number == 1)
+    return frozenset(piece[1].decode("utf-8").replace(SPACE, " ") for piece in pieces if piece.get(3) == 4)
 
 
 def _load_huggingface(path: Path) -> HuggingFaceTokenizer:
@@ -308,56 +366,59 @@ def _load_huggingface(path: Path) -> HuggingFaceTokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"'{path}' is no tokenizer.json ({error})\n  cure: download it again") from None
-    names = _special_names(path.parent)
-
-    def named(key: str) -> int | None:
-        if key not in names:
-            return None
-        index = backend.token_to_id(names[key])
-        if index is None:
-            raise ModelError(
-                f"{key} '{names[key]}' of '{path.parent}' is no token of '{path.name}'\n"
-                "  cure: correct tokenizer_config.json or special_tokens_map.json"
-            )
-        return index
-
-    def encode(text: str) -> list[int]:
-        return backend.encode(text, add_special_tokens=False).ids
-
+        raise ModelError(f"'{path}' is no tokenizer.json ({error})\n  cure: {_AGAIN}") from None
+    special = [token for token in backend.get_added_tokens_decoder().values() if token.special]
+    # A token that takes white space around it along cannot be cut out of a text.
+    plain = not any(token.lstrip or token.rstrip or token.single_word for token in special)
     return HuggingFaceTokenizer(
-        backend=backend,
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
-        special_strings=frozenset(t.content for t in backend.get_added_tokens_decoder().values() if t.special),
-        head=_continuation_head(encode),
-        bos_id=named("bos_token"),
-        eos_id=named("eos_token"),
-        pad_id=named("pad_token"),
-        files=tuple(file for file in (path, *_beside(path.parent)) if file.is_file()),
-        hash=_sha256(path),
+        special_strings=frozenset(token.content for token in special),
+        told=frozenset(token.content for token in special if plain and len(token.content) > 1),
+        head=_head(lambda text: backend.encode(text, add_special_tokens=False).ids),
+        files=_files(path, _MAP, _CONFIG),
+        hash=hashlib.sha256(path.read_bytes()).hexdigest(),
+        backend=backend,
     )
 
 
-def _beside(folder: Path) -> tuple[Path, Path]:
-    return folder / "special_tokens_map.json", folder / "tokenizer_config.json"
+_LOADERS = {".model": _load_sentencepiece, ".json": _load_huggingface}
+_READ = pydantic.ConfigDict(extra="ignore", strict=True)
 
 
-def _special_names(folder: Path) -> dict[str, str]:
-    """`bos_token` and the like of the two files beside a tokenizer.json; tokenizer_config.json goes first.
+@pydantic.dataclasses.dataclass(frozen=True, config=_READ)
+class _Token:
+    content: str
 
-    Raises:
-        ModelError: a file that is no JSON object.
-    """
-    names: dict[str, str] = {}
-    for file in _beside(folder):
-        if not file.is_file():
-            continue
-        try:
-            entries = json.loads(file.read_text(encoding="utf-8")).items()
-        except (ValueError, AttributeError) as error:
-            raise ModelError(f"'{file}' is no JSON object ({error})\n  cure: download it again") from None
-        for key, value in entries:
-            content = value.get("content") if isinstance(value, dict) else value
-            if key in ("bos_token", "eos_token", "pad_token") and isinstance(content, str):
-                names[key] = content
-    return names
+
+@pydantic.dataclasses.dataclass(frozen=True, config=_READ)
+class _SideFile:
+    """What is read of tokenizer_config.json and special_tokens_map.json."""
+
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
+    added_tokens_decoder: dict[int, _Token] = field(default_factory=dict)
+    legacy: bool | None = None
+
+
+def _side_file(path: Path) -> _SideFile:
+    return read_json(_SideFile, path, ModelError, _AGAIN) if path.is_file() else _SideFile()
+
+
+def _files(path: Path, *beside: str) -> tuple[Path, ...]:
+    return path, *(file for file in map(path.with_name, beside) if file.is_file())
+
+
+def _named_ids(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """`bos_id` and the like as the files beside name them; tokenizer_config.json goes first. Raises ModelError."""
+    ids = {}
+    for file in (path.with_name(_MAP), path.with_name(_CONFIG)):
+        side = _side_file(file)
+        for key, token in (("bos", side.bos_token), ("eos", side.eos_token), ("pad", side.pad_token)):
+            string = token.content if isinstance(token, _Token) else token
+            if string is None:
+                continue
+            ids[f"{key}_id"] = index = tokenizer.token_id(string)
+            if index is None:
+                raise ModelError(f"'{file}': {key}_token '{string}' is no token of '{path.name}'\n  cure: correct it")
+    return ids

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from steerjax.chat import render
-from steerjax.chat.control import find_control_string
 from steerjax.chat.templates import Template
-from steerjax.errors import ConfigError
+from steerjax.chat.tokenizer import broken
 from steerjax.schema import Schema, check_rating
 
 _SKELETON = Path(render.__file__).with_name("chat_template.jinja")
@@ -29,10 +28,10 @@ def chat_template(
     system_prompt: str | None = None,
     special_strings: frozenset[str] = frozenset(),
 ) -> str:
-    """Jinja text that writes a conversation as `Renderer.render` (kind "chat") or `reward_text_parts` ("reward") does.
+    """Jinja text that writes a conversation as `Renderer.render` (kind "chat") or `reward_tokens` ("reward") does.
 
-    Texts that contain a control string are refused, as the renderer refuses them. Jinja cannot see the look-alikes
-    that the renderer finds by NFKC normalisation; they matter only where the tokenizer itself normalises so.
+    A server takes special tokens from rendered text, so U+2060 breaks every control string in a message. Jinja does not
+    see look-alikes; they matter only where the tokenizer normalises them to control strings.
 
     Args:
         schema: the attributes that are taken, None or empty for none.
@@ -43,22 +42,14 @@ def chat_template(
 
     Raises:
         DataError: a default rating of an unknown attribute or outside its range.
-        ConfigError: a system prompt with a control string.
     """
     if kind not in _ABOUT:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(_ABOUT)}")
-    forbidden = sorted(template.control_strings | special_strings)
-    system = template.default_system if system_prompt is None else system_prompt
-    if system is not None:
-        found = find_control_string(system, forbidden)
-        if found is not None:
-            raise ConfigError(f"the system prompt contains the control string '{found}'\n  cure: remove it")
-        system = system.strip() if template.strip else system
     attributes = schema.attributes if schema is not None else ()
     settings = {
         "reward": kind == "reward",
         "begin": template.begin,
-        "default_system": system,
+        "default_system": template.default_system if system_prompt is None else system_prompt,
         "system_before": template.system[0],
         "system_after": template.system[1],
         "system_in_user": template.system_in_user,
@@ -74,8 +65,8 @@ def chat_template(
         "reward_end": template.reward_end,
         "strip": template.strip,
         "alternates": template.alternates,
-        "control_strings": forbidden,
-        "ranges": {attribute.name: [_number(attribute.low), _number(attribute.high)] for attribute in attributes},
+        "broken": {string: broken(string) for string in sorted(template.control_strings | special_strings)},
+        "ranges": {a.name: [_number(a.low), _number(a.high), a.labels[0], a.labels[-1]] for a in attributes},
         "default_ratings": _defaults(default_ratings or {}, schema),
     }
     lines = [f"{{#- steerjax chat template '{template.name}', {kind} model. {_ABOUT[kind]} -#}}"]

@@ -8,16 +8,20 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from steerjax.chat.templates import Template
-from steerjax.chat.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, _fields
+from steerjax.chat.tokenizer import (
+    SPACE,
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    missing_markers,
+    read_message,
+)
 from steerjax.errors import ModelError
 
-_SPACE = "\u2581"  # SentencePiece's space
 _KEPT = ("model_max_length", "padding_side", "truncation_side")  # of a source's tokenizer_config.json
 _ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")  # post-processors that add tokens
 _CURE = "\n  cure: convert it yourself, and train and export with that tokenizer.json"
@@ -32,17 +36,18 @@ def special_tokens(tokenizer: Tokenizer, template: Template) -> dict[str, str]:
     * `bos_token` of a SentencePiece model is named only if the template writes it, as a server takes the text of a
       named token (`<s>`, struck-through text in HTML) for the token.
     """
+    bos, eos, pad = (
+        None if index is None else tokenizer.spelling(index)
+        for index in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    )
     end = template.end.strip()
-    found = {
-        "bos_token": _spelling(tokenizer, tokenizer.bos_id),
-        "eos_token": end if _one_token(tokenizer, end) else _spelling(tokenizer, tokenizer.eos_id),
-    }
+    found = {"bos_token": bos, "eos_token": eos if end in missing_markers(tokenizer, template) else end}
     if isinstance(tokenizer, SentencePieceTokenizer) and found["bos_token"] not in template.control_strings:
         del found["bos_token"]
     others = sorted(tokenizer.special_strings, key=lambda string: tokenizer.token_id(string) or 0)
     if isinstance(tokenizer, SentencePieceTokenizer):
         others.insert(0, tokenizer.processor.id_to_piece(tokenizer.processor.unk_id()))
-    padding = [_spelling(tokenizer, tokenizer.pad_id), _spelling(tokenizer, tokenizer.eos_id), *others]
+    padding = [pad, eos, *others]
     taken = template.control_strings | {found.get("bos_token")}
     found["pad_token"] = next((string for string in padding if string is not None and string not in taken), None)
     return {key: string for key, string in found.items() if string is not None}
@@ -50,13 +55,9 @@ def special_tokens(tokenizer: Tokenizer, template: Template) -> dict[str, str]:
 
 def stop_tokens(tokenizer: Tokenizer, template: Template) -> list[int]:
     """Ids that end an answer, ascending: every control string or special token, as in `decoding.stopping`."""
-    controls = {string for string in template.control_strings if _one_token(tokenizer, string)}
+    controls = template.control_strings.difference(missing_markers(tokenizer, template))
     ids = {tokenizer.token_id(string) for string in controls | tokenizer.special_strings}
     return sorted(index for index in ids | {tokenizer.eos_id, tokenizer.bos_id} if index is not None)
-
-
-def _one_token(tokenizer: Tokenizer, string: str) -> bool:
-    return string in tokenizer.special_strings or tokenizer.restarts_after(string)
 
 
 def special_strings(tokenizer: Tokenizer, template: Template) -> frozenset[str]:
@@ -102,15 +103,6 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _spelling(tokenizer: Tokenizer, index: int | None) -> str | None:
-    if index is None:
-        return None
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return tokenizer.processor.id_to_piece(index).replace(_SPACE, " ")
-    assert isinstance(tokenizer, HuggingFaceTokenizer)
-    return tokenizer.backend.id_to_token(index)
-
-
 def _without_added_tokens(tokenizer: HuggingFaceTokenizer) -> str:
     """The source's tokenizer.json; post-processors that add BOS or EOS are left out."""
     text = tokenizer.files[0].read_text(encoding="utf-8")
@@ -123,33 +115,6 @@ def _without_added_tokens(tokenizer: HuggingFaceTokenizer) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """`kind` as in sentencepiece_model.proto."""
-
-    text: str
-    score: float
-    kind: int
-
-
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-
-
-def _pieces(model: bytes) -> tuple[list[_Piece], dict[int, Any], dict[int, Any]]:
-    """Pieces by id, and the trainer's and the normaliser's fields, of `ModelProto`."""
-    pieces, trainer, normalizer = [], {}, {}
-    for number, value in _fields(model):
-        if number == 1:
-            piece = dict(_fields(value))
-            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-            pieces.append(_Piece(piece[1].decode("utf-8"), score, piece.get(3, _NORMAL)))
-        elif number == 2:
-            trainer = dict(_fields(value))
-        elif number == 3:
-            normalizer = dict(_fields(value))
-    return pieces, trainer, normalizer
-
-
 def _convert(tokenizer: SentencePieceTokenizer, named: frozenset[str]) -> str:
     """A SentencePiece BPE model as the text of a tokenizer.json with the same ids.
 
@@ -159,38 +124,40 @@ def _convert(tokenizer: SentencePieceTokenizer, named: frozenset[str]) -> str:
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    path = tokenizer.files[0]
-    pieces, trainer, normalizer = _pieces(path.read_bytes())
-    prefix = bool(normalizer.get(3, 1))
-    defined = [piece for piece in pieces if piece.kind == _USER_DEFINED]
-    _check(path, trainer, normalizer, pieces, prefix and bool(defined))
-    normal = {piece.text: piece.score for piece in pieces if piece.kind == _NORMAL}
+    processor, added = tokenizer.processor, tokenizer.added
+    ids = range(processor.vocab_size())
+    pieces = [processor.id_to_piece(index) for index in ids]
+    defined = [piece.replace(" ", SPACE) for piece in tokenizer.defined]
+    wordless = (processor.is_unknown, processor.is_control, processor.is_unused, processor.is_byte)
+    normal = {pieces[i]: processor.get_score(i) for i in ids if not any(kind(i) for kind in wordless)}
+    normal = {piece: score for piece, score in normal.items() if piece not in defined}
+    prefix = _check(tokenizer)
     backend = Tokenizer(
         models.BPE(
-            vocab={piece.text: index for index, piece in enumerate(pieces)},
+            vocab={piece: index for index, piece in enumerate(pieces)} | added,
             merges=_merges(normal),
-            unk_token=next(piece.text for piece in pieces if piece.kind == _UNKNOWN),
+            unk_token=pieces[processor.unk_id()],
             fuse_unk=True,
-            byte_fallback=any(piece.kind == _BYTE for piece in pieces),
+            byte_fallback=any(map(processor.is_byte, ids)),
         )
     )
-    before = [normalizers.Prepend(_SPACE)] if prefix else []
-    backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
+    before = [normalizers.Prepend(SPACE)] if prefix else []
+    backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     )
-    for piece in pieces:
-        if piece.kind == _USER_DEFINED or piece.text in named:
-            special = piece.text in named or piece.text in tokenizer.special_strings
-            backend.add_tokens([AddedToken(piece.text, special=special, normalized=False)])
-    _compare(tokenizer, backend, [piece for piece in pieces if piece.kind in (_NORMAL, _USER_DEFINED)])
+    for piece in (*pieces, *added):
+        if piece in named or piece in defined:
+            special = piece in named or piece in tokenizer.special_strings
+            backend.add_tokens([AddedToken(piece, special=special, normalized=False)])
+    _compare(tokenizer, backend, [*normal, *defined])
     return backend.to_str(pretty=True)
 
 
-def _compare(tokenizer: SentencePieceTokenizer, backend: Any, pieces: list[_Piece]) -> None:
+def _compare(tokenizer: SentencePieceTokenizer, backend: Any, pieces: list[str]) -> None:
     """Every piece, in random order, 50 to a text: the ids must be equal. Raises ModelError."""
-    texts = [piece.text.replace(_SPACE, " ") for piece in pieces]
+    texts = [piece.replace(SPACE, " ") for piece in sorted(pieces)]
     random.Random(0).shuffle(texts)
     for start in range(0, len(texts), 50):
         text = "".join(texts[start : start + 50])
@@ -198,19 +165,26 @@ def _compare(tokenizer: SentencePieceTokenizer, backend: Any, pieces: list[_Piec
             raise ModelError(f"'{tokenizer.files[0]}' became a tokenizer.json with other ids for {text!r}{_CURE}")
 
 
-def _check(path: Path, trainer: dict, normalizer: dict, pieces: list[_Piece], prefix_and_defined: bool) -> None:
-    """Raises ModelError for what `_convert` does not express."""
+def _check(tokenizer: SentencePieceTokenizer) -> bool:
+    """Whether texts get a dummy prefix. Raises ModelError for what `_convert` does not express.
+
+    The numbers are those of `ModelProto` in sentencepiece_model.proto.
+    """
+    model = dict(read_message(tokenizer.files[0].read_bytes()))
+    trainer, normalizer = (dict(read_message(model.get(number, b""))) for number in (2, 3))
+    prefix = bool(normalizer.get(3, 1))
     for found, what in (
         (trainer.get(3, 1) != 2, "is not of the type BPE"),
         (normalizer.get(2), "normalises text (a rule other than 'identity')"),
         (normalizer.get(4, 1), "removes extra white space"),
         (not normalizer.get(5, 1), "does not escape white space"),
         (trainer.get(24), "writes a space as a suffix"),
-        (any(piece.kind == _UNUSED for piece in pieces), "has unused pieces"),
-        (prefix_and_defined, "has a dummy prefix and user-defined pieces"),
+        (any(map(tokenizer.processor.is_unused, range(tokenizer.processor.vocab_size()))), "has unused pieces"),
+        (prefix and tokenizer.defined, "has a dummy prefix and user-defined pieces"),
     ):
         if found:
-            raise ModelError(f"'{path}' cannot become a tokenizer.json with equal ids: it {what}{_CURE}")
+            raise ModelError(f"'{tokenizer.files[0]}' cannot become a tokenizer.json with equal ids: it {what}{_CURE}")
+    return prefix
 
 
 def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:

@@ -1,15 +1,18 @@
 import numpy as np
 import pytest
-from chat_helpers import renderer, talk
+from chat_helpers import control_strings, renderer, talk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from steerjax.chat.control import WORD_JOINER, escape, find_control_string
+from steerjax.chat.render import TokenRole
 from steerjax.chat.templates import TEMPLATES
+from steerjax.chat.tokenizer import WORD_JOINER, load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.errors import DataError
 
 EVERY = [(name, string) for name in TEMPLATES for string in sorted(TEMPLATES[name].control_strings)]
-FIELDS = {"system": "system", "prompt": "turns[0].content", "response": "turns[1].content"}
+PLACES = ("system", "prompt", "response")
 FULL_WIDTH = str.maketrans({chr(code): chr(code + 0xFEE0) for code in range(0x21, 0x7F)})
+LABELS = [None, {"quality": 3}]
 
 
 def conversation(where, text):
@@ -20,15 +23,12 @@ def conversation(where, text):
     )
 
 
-def control_tokens(tokenizer, template, tokens):
-    """How often each control string stands in the tokens, as a token and as text."""
-    strings = sorted(TEMPLATES[template].control_strings | tokenizer.special_strings)
-    ids = [tokenizer.token_id(string) for string in strings]
+def markers(tokenizer, template, tokens):
+    """How often each control string stands in the tokens: as its token, or, where it is none, as text."""
+    strings = sorted(TEMPLATES[template].control_strings | tokenizer.special_strings - {"<unk>"})
+    ids = {string: tokenizer.token_id(string) for string in strings}
     text = tokenizer.decode(tokens)
-    return {
-        string: (np.count_nonzero(tokens == -1 if index is None else tokens == index), text.count(string))
-        for string, index in zip(strings, ids, strict=True)
-    }
+    return {s: text.count(s) if ids[s] is None else np.count_nonzero(tokens == ids[s]) for s in strings}
 
 
 def variants(string):
@@ -44,34 +44,66 @@ def variants(string):
     }
 
 
-@pytest.mark.parametrize("where", FIELDS)
+@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize(("template", "string"), EVERY)
-@pytest.mark.parametrize("name", ["gpt2", "embedded", "spm"])
-def test_refused_or_escaped(tokenizers, name, template, string, where):
-    tokenizer = tokenizers[name]
-    strict = renderer(tokenizer, template)
-    lenient = renderer(tokenizer, template, control_strings="escape")
-    labels = [None, {"quality": 3}]
-    innocent = control_tokens(tokenizer, template, strict.render(conversation(where, "innocent"), labels).tokens)
-    assert sum(texts for _, texts in innocent.values()) > 0
+@pytest.mark.parametrize("name", ["gpt2", "embedded", "spm", "llama_hf", "nfkc"])
+def test_text_is_text(tokenizers, nfkc_spm, llama_hf, name, template, string, where):
+    tokenizer = {**tokenizers, "llama_hf": llama_hf, "nfkc": nfkc_spm}[name]
+    render = renderer(tokenizer, template)
+    plain = conversation(where, "innocent")
+    innocent = markers(tokenizer, template, render.render(plain, LABELS).tokens)
+    rated = markers(tokenizer, template, render.reward_tokens(plain, 1)[0])
+    assert sum(innocent.values()) > 0
     for kind, text in variants(string).items():
-        with pytest.raises(DataError) as error:
-            strict.render(conversation(where, text))
-        assert str(error.value).startswith(f"f.jsonl:3: field '{FIELDS[where]}': "), kind
-        assert f"'{string}'" in str(error.value), kind
-        assert 'control_strings="escape"' in str(error.value), kind
-        rendered = lenient.render(conversation(where, text), labels)
-        assert control_tokens(tokenizer, template, rendered.tokens) == innocent, kind
-        parts = np.concatenate(lenient.reward_text_parts(conversation(where, text), 1))
-        plain = np.concatenate(strict.reward_text_parts(conversation(where, "innocent"), 1))
-        assert control_tokens(tokenizer, template, parts) == control_tokens(tokenizer, template, plain), kind
+        talked = conversation(where, text)
+        rendered = render.render(talked, LABELS)
+        assert markers(tokenizer, template, rendered.tokens) == innocent, kind
+        assert markers(tokenizer, template, render.reward_tokens(talked, 1)[0]) == rated, kind
         assert text.strip() in rendered.text.replace(WORD_JOINER, ""), kind  # nothing else is changed
+        assert render.broken(talked) == (WORD_JOINER in rendered.text), kind
+        if name == "gpt2":  # this tokenizer can be told
+            assert WORD_JOINER not in rendered.text, kind
+            assert tokenizer.decode(rendered.tokens) == rendered.text, kind
 
 
-def test_special_tokens_of_the_tokenizer_count_in_every_template(gpt2_like):
-    for template in TEMPLATES:
-        with pytest.raises(DataError, match="eot_id"):
-            renderer(gpt2_like, template).render(talk("a <|eot_id|> b"))
+PIECES = ("<|eot_id|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<extra_id_1>", "<", "|", ">", "\n", " ", "a", "é", "<<")
+BITS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_size=8).map("".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=BITS, response=BITS, system=st.none() | BITS)
+def test_any_text_is_text(gpt2_like, llama_hf, nfkc_spm, embedded, prompt, response, system):
+    for tokenizer in (gpt2_like, llama_hf, nfkc_spm, embedded):
+        for template in TEMPLATES:
+            render = renderer(tokenizer, template)
+            quiet = render.render(talk("a", "b", system=None if system is None else "c"), LABELS)
+            rendered = render.render(talk(prompt, response, system=system), LABELS)
+            assert markers(tokenizer, template, rendered.tokens) == markers(tokenizer, template, quiet.tokens)
+            if tokenizer is gpt2_like:
+                assert tokenizer.decode(rendered.tokens) == rendered.text
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_only_the_texts_own_tokens_change(gpt2_like, template):
+    """The prompt with a control string in it has the tokens of its parts, encoded as text; all others are as before."""
+    render = renderer(gpt2_like, template)
+    other, own = render.render(talk("x y z", "Yo"), LABELS), render.render(talk("x <|eot_id|> z", "Yo"), LABELS)
+    literal = gpt2_like.encode("x <\udc00|eot_id|> z")
+    same = gpt2_like.encode("x y z")
+    assert gpt2_like.token_id("<|eot_id|>") not in literal
+    assert gpt2_like.decode(literal) == "x <|eot_id|> z"
+    assert len(own.tokens) - len(literal) == len(other.tokens) - len(same)
+    assert own.tokens[own.root :].tolist() == other.tokens[other.root :].tolist()
+    assert own.roles[own.root :].tolist() == other.roles[other.root :].tolist()
+
+
+def test_tokens_after_a_marker_are_a_fresh_texts(llama_hf):
+    """A tokenizer.json with a dummy prefix after special tokens: the same tokens, whether or not a text is hidden."""
+    render = renderer(llama_hf, "chatml")
+    plain, hidden = (render.render(talk("Hi", "the end", "Hi", text, "more")) for text in ("the", "the <|im_end|>"))
+    at = plain.responses[1].start
+    assert plain.tokens[: at + 1].tolist() == hidden.tokens[: at + 1].tolist()
+    assert plain.tokens[-8:].tolist() == hidden.tokens[-8:].tolist()
 
 
 def test_other_templates_markers_are_text_where_the_tokenizer_has_none(llama_spm):
@@ -84,43 +116,50 @@ def test_other_templates_markers_are_text_where_the_tokenizer_has_none(llama_spm
 def test_innocent_brackets_stay(embedded):
     text = "a < b > c, <extra_id_3>, <|im|>, [INST, ＜b＞, ½ ﬁ <EXTRA_ID_1>"
     for template in TEMPLATES:
-        for mode in ("refuse", "escape"):
-            assert text in renderer(embedded, template, control_strings=mode).render(talk(text)).text
+        assert text in renderer(embedded, template).render(talk(text)).text
 
 
-def test_full_width_becomes_a_control_token_unless_escaped(nfkc_spm):
-    """The danger is real: a tokenizer that normalises makes the token of the look-alike."""
-    look_alike = "x <extra_id_1> y".translate(FULL_WIDTH)
+@pytest.mark.parametrize("text", ["x <extra_id_1> y".translate(FULL_WIDTH), "x <extra\x01_id_1> y"])
+def test_what_a_normalisation_makes_a_control_token_is_broken(nfkc_spm, text):
+    """Look-alikes become ASCII, and U+0001 is dropped by nmt_nfkc: no search of the text finds that one."""
     token = nfkc_spm.token_id("<extra_id_1>")
-    assert token in nfkc_spm.encode(look_alike)
-    lenient = renderer(nfkc_spm, "extra_id", control_strings="escape")
-    tokens = lenient.render(talk(look_alike)).tokens
-    assert np.count_nonzero(tokens == token) == np.count_nonzero(lenient.render(talk("x")).tokens == token) == 1
+    assert token in nfkc_spm.encode(text)
+    render = renderer(nfkc_spm, "extra_id")
+    tokens = render.render(talk(text)).tokens
+    assert np.count_nonzero(tokens == token) == np.count_nonzero(render.render(talk("x")).tokens == token) == 1
+    assert render.broken(talk(text)) == 1
+    assert render.broken(talk("x")) == 0
 
 
-def test_a_normalisation_that_drops_characters_is_caught(nfkc_spm):
-    """U+0001 is dropped by nmt_nfkc: no search of the text finds this one, the tokens do."""
-    text = "x <extra\x01_id_1> y"
-    assert nfkc_spm.token_id("<extra_id_1>") in nfkc_spm.encode(text)
-    for mode in ("refuse", "escape"):
-        with pytest.raises(DataError, match="normalisation"):
-            renderer(nfkc_spm, "extra_id", control_strings=mode).render(talk(text, file="f", line=1))
+def changed(tokenizer, folder, change):
+    """`tokenizer` with its added tokens changed."""
+    import json
+
+    content = json.loads(tokenizer.files[0].read_text())
+    for token in content["added_tokens"]:
+        token |= change
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return load_tokenizer(folder)
 
 
-def test_escape_is_the_word_joiner_after_the_first_character():
-    strings = {"<s>", "[INST]"}
-    assert escape("a<s>b[INST]", strings) == "a<\u2060s>b[\u2060INST]"
-    assert escape("nothing < here", strings) == "nothing < here"
-    assert escape("＜s＞", strings) == "＜\u2060s＞"
-    assert escape(escape("<<s>s>", strings), strings) == escape("<<s>s>", strings) == "<<\u2060s>s>"
+@pytest.mark.parametrize("change", [{"special": False}, {"rstrip": True}, {"lstrip": True}, {"normalized": True}])
+def test_tokenizers_that_cannot_be_told(gpt2_like, tmp_path, change):
+    tokenizer = changed(gpt2_like, tmp_path, change)
+    render = renderer(tokenizer, "chatml")
+    marked, plain = (render.render(talk(text, "Yo"), LABELS) for text in ("a <|im_end|> b", "a"))
+    assert markers(tokenizer, "chatml", marked.tokens) == markers(tokenizer, "chatml", plain.tokens)
+    assert render.broken(talk("a <|im_end|> b")) == ("normalized" not in change)
+    assert "a <" in marked.text
 
 
-def test_a_single_character_cannot_be_escaped():
-    assert escape("a☃b", {"☃"}) == "a☃b"
-    assert find_control_string("a☃b", {"☃"}) == "☃"
+def test_half_a_surrogate_never_hides_anything(gpt2_like):
+    """What the renderer uses inside is no text that a user can give."""
+    with pytest.raises(Exception, match="surrogate"):
+        renderer(gpt2_like, "chatml").render(talk("<\udc00|im_end|>"))
 
 
-def test_the_first_control_string_is_named():
-    assert find_control_string("x [INST] <s>", {"<s>", "[INST]"}) == "[INST]"
-    assert find_control_string("x", {"<s>"}) is None
-    assert find_control_string("", frozenset()) is None
+def test_many_of_them_take_no_time(nfkc_spm, gpt2_like):
+    for tokenizer in (nfkc_spm, gpt2_like):
+        for string in control_strings("extra_id", "chatml"):
+            rendered = renderer(tokenizer, "extra_id").render(talk(string * 3000))
+            assert set(rendered.roles) == {TokenRole.PROMPT}

@@ -8,7 +8,7 @@ from steerjax.chat.render import Renderer, TokenRole
 from steerjax.chat.templates import STEERLM_SYSTEM_PROMPT, TEMPLATES, get_template
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.errors import ConfigError, DataError, ModelError
+from steerjax.errors import DataError, ModelError
 from steerjax.schema import HELPSTEER
 
 SFT = talk("Hi", "Yo", "More", "OK", system="SYS")
@@ -139,13 +139,15 @@ def test_reward_parts(tokenizers, name, template):
     render = renderer(tokenizer, template)
     whole = render.render(SFT)
     for span in whole.responses:
-        prompt, branch = render.reward_text_parts(SFT, span.turn)
+        tokens, root = render.reward_tokens(SFT, span.turn)
+        prompt, branch = tokens[: span.start], tokens[span.start :]
+        assert root == whole.root == whole.responses[0].start
         assert prompt.tolist() == whole.tokens[: span.start].tolist()
         assert branch[: span.end - span.start].tolist() == whole.tokens[span.start : span.end].tolist()
         if template != "extra_id":
             assert branch.tolist() == whole.tokens[span.start : span.stop].tolist()
         assert decode(tokenizer, branch).lstrip(" ") == SFT.turns[span.turn].content + REWARD_END[template]
-        assert (prompt.dtype, branch.dtype) == (np.int32, np.int32)
+        assert tokens.dtype == np.int32
 
 
 def test_golden_reward_text(embedded, llama_spm):
@@ -154,23 +156,24 @@ def test_golden_reward_text(embedded, llama_spm):
         (Turn("user", "Hi"), Turn("assistant", "Yo", {"quality": 4.0}), Turn("user", "More"), Turn("assistant", "OK"))
     )
     for tokenizer in (embedded, llama_spm):
-        parts = renderer(tokenizer, "extra_id").reward_text_parts(rated, 3)
+        tokens, _ = renderer(tokenizer, "extra_id").reward_tokens(rated, 3)
         text = (
             f"<extra_id_0>System\n{STEERLM_SYSTEM_PROMPT}\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nYo\n"
             "<extra_id_1>User\nMore\n<extra_id_1>Assistant\nOK\n<extra_id_2>"
         )
-        assert tokenizer.decode(np.concatenate(parts)) == text
-        assert np.concatenate(parts).tolist() == tokenizer.encode(text)
-    assert parts[1][-1] == llama_spm.encode("<extra_id_2>")[-1]
+        assert tokenizer.decode(tokens) == text
+        assert tokens.tolist() == tokenizer.encode(text)
+    assert tokens[-1] == llama_spm.encode("<extra_id_2>")[-1]
 
 
 @pytest.mark.parametrize(("name", "template"), ALL)
 def test_a_prompt_does_not_depend_on_the_response(tokenizers, name, template):
     render = renderer(tokenizers[name], template)
-    prompts = {
-        tuple(render.reward_text_parts(talk("Say it.", response), 1)[0].tolist())
+    rated = [
+        render.reward_tokens(talk("Say it.", response), 1)
         for response in ("OK", " OK", "\nOK", "\n\n", "", "<", ">x", ".", "1", "\u0301", "s", "😀")
-    }
+    ]
+    prompts = {tuple(tokens[:root].tolist()) for tokens, root in rated}
     asked = render.render(talk("Say it."), generation_prompt=True)
     assert prompts == {tuple(asked.tokens.tolist())}
     assert set(asked.roles) == {TokenRole.PROMPT}
@@ -206,7 +209,7 @@ def one_go(tokenizer, template, rendered):
 def test_segments_equal_tokenising_in_one_go(tokenizers, sample_rows, name, template):
     """Real rows, as two turns each; only responses of extra_id that begin with whitespace may differ."""
     tokenizer, label = tokenizers[name], {"helpfulness": 3, "verbosity": 2}
-    render = renderer(tokenizer, template, control_strings="escape")
+    render = renderer(tokenizer, template)
     compared = 0
     for row in sample_rows[::3]:
         conversation = talk(row["prompt"], row["response"], row["prompt"], row["response"])
@@ -253,7 +256,7 @@ def test_a_prefix_after_every_special_token(llama_hf, sample_rows, template):
 
 
 def test_smollm2_chatml_equals_one_go(smollm2, sample_rows):
-    render = renderer(smollm2, "chatml", control_strings="escape")
+    render = renderer(smollm2, "chatml")
     for row in sample_rows:
         rendered = render.render(talk(row["prompt"], row["response"], system="Be kind."), [None, {"helpfulness": 4}])
         assert rendered.tokens.tolist() == smollm2.encode(rendered.text)
@@ -265,7 +268,7 @@ def test_llama_sentencepiece_token_for_token(llama_spm, train_tokenizer, texts, 
         render = renderer(tokenizer, "extra_id")
         for row in sample_rows:
             conversation = talk(row["prompt"], row["response"])
-            tokens = np.concatenate(render.reward_text_parts(conversation, 1)).tolist()
+            tokens = render.reward_tokens(conversation, 1)[0].tolist()
             text = render.render(conversation).text.removesuffix("<extra_id_1>") + "<extra_id_2>"
             assert tokens == tokenizer.processor.encode(text)
 
@@ -278,7 +281,7 @@ def test_chatml_is_smollm2s_template(sample_rows):
     if not folder:
         pytest.skip("STEERJAX_SMOLLM2 names no folder (shared/tools/get_smollm2.py makes one)")
     oracle = transformers.AutoTokenizer.from_pretrained(folder)
-    render = renderer(load_tokenizer(folder), "chatml", control_strings="escape")
+    render = renderer(load_tokenizer(folder), "chatml")
     for row in sample_rows[::4]:
         user, assistant = row["prompt"].strip(), row["response"].strip()
         messages = [
@@ -317,9 +320,9 @@ PLACE = {"file": "rows.jsonl", "line": 7}
             lambda r: r.render(talk("a", **PLACE), generation_prompt=True, generation_label={"charm": 1}),
             "generation_label.charm.*unknown attribute",
         ),
-        (lambda r: r.reward_text_parts(talk("a", "b", **PLACE), 0), r"turns\[0\].*no response"),
-        (lambda r: r.reward_text_parts(talk("a", "b", **PLACE), 2), r"turns\[2\].*no response"),
-        (lambda r: r.reward_text_parts(talk("a", "b", **PLACE), -1), r"turns\[-1\].*no response"),
+        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), 0), r"turns\[0\].*no response"),
+        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), 2), r"turns\[2\].*no response"),
+        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), -1), r"turns\[-1\].*no response"),
         (lambda r: r.render(talk("a\ud800", **PLACE)), r"turns\[0\].content.*lone surrogate at character 1"),
     ],
 )
@@ -341,8 +344,6 @@ def test_llama2_wants_turns_to_alternate(embedded):
 
 
 def test_wrong_settings(embedded):
-    with pytest.raises(ConfigError, match="refuse, escape"):
-        renderer(embedded, "chatml", control_strings="drop")
     with pytest.raises(ModelError, match=r"zephyr.*\n.*extra_id, chatml, llama3, llama2"):
         get_template("zephyr")
     with pytest.raises(ValueError, match="generation_prompt"):

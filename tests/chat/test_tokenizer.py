@@ -183,7 +183,10 @@ def test_a_truncated_model_is_refused(tmp_path):
         load_tokenizer(path)
 
 
-@pytest.mark.parametrize(("content", "message"), [('{"eos_token": "<no>"}', "<no>"), ("[1", "no JSON object")])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"eos_token": "<no>"}', "<no>"), ("[1", "cannot be read"), ('{"eos_token": 3}', "eos_token")],
+)
 def test_wrong_files_beside(gpt2_like, tmp_path, content, message):
     folder = folder_with(tmp_path, gpt2_like)
     (folder / "tokenizer_config.json").write_text(content)
