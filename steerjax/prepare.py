@@ -143,7 +143,8 @@ def _complete_file(path: Path) -> Iterator[IO[str]]:
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror or error}; cure: name another file") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def _written(rows: Iterator[Conversation], statistics: Statistics, file: IO[str]) -> Iterator[Conversation]:

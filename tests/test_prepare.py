@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from steerjax.data.loading import load_conversations, split_by_prompt
-from steerjax.data.preferences import read_preferences
 from steerjax.prepare import main
 from steerjax.schema import HELPSTEER, STEERLM, format_label
 
@@ -39,9 +38,6 @@ ROWS = {  # SOURCE -> one row
     "sharegpt": {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]},
     "messages": {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
     "alpaca": {"instruction": "p", "input": "", "output": "r"},
-    "helpsteer2-preference": {"prompt": "p", "response_1": "r", "response_2": "t", "preference_strength": 1},
-    "helpsteer3": {"context": "p", "response1": "r", "response2": "t", "overall_preference": -2},
-    "hh": {"chosen": "\n\nHuman: p\n\nAssistant: r", "rejected": "\n\nHuman: p\n\nAssistant: t"},
 }
 
 
@@ -75,16 +71,12 @@ def test_every_source(tmp_path, source, capsys):
     output = tmp_path / "out/rows.jsonl"
     prepare(source, write(tmp_path / "in.jsonl", ROWS[source]), output=output, statistics=tmp_path / "s.json")
     (row,) = lines(output)
-    assert row["turns"][0] == {"role": "user", "content": "p"}
+    assert row["turns"][0] == {"role": "user", "content": "p"} | ({"id": "m"} if source == "oasst" else {})
     rated = {"helpsteer": {"helpfulness": 4, "verbosity": 2}, "helpsteer2": {"helpfulness": 3.5, "verbosity": 2},
              "oasst": {"quality": 2}, "reference": {"humor": 1}, "regression": {"quality": 1}}  # fmt: skip
-    if "preference" in row:
-        ((_, pair),) = read_preferences(str(output))
-        assert (row["responses"], pair.to_json()) == (["r", "t"], row)
-    else:
-        assert row["turns"][1].get("ratings") == rated.get(source)
-        (again,), _ = load_conversations([str(output)], STEERLM)
-        assert again.to_json() == row
+    assert row["turns"][1].get("ratings") == rated.get(source)
+    (again,) = load_conversations([str(output)], STEERLM).conversations
+    assert again.to_json() == row
     statistics = json.loads((tmp_path / "s.json").read_text())
     assert (statistics["rows"], statistics["skipped"], statistics["dropped"]) == (1, 0, {})
     assert "1 rows in" in capsys.readouterr().out
@@ -102,14 +94,34 @@ def test_text_is_written_as_it_is(tmp_path):
 
 def test_embedded_sample_and_its_statistics(tmp_path, capsys):
     output = tmp_path / "out.jsonl"
-    prepare("helpsteer", "embedded:helpsteer", output=output, on_duplicate="keep", statistics=tmp_path / "s.json")
-    expected, _ = load_conversations(["embedded:helpsteer"], HELPSTEER, on_duplicate="keep")
+    prepare("helpsteer", "embedded:helpsteer", output=output, statistics=tmp_path / "s.json")
+    expected = load_conversations(["embedded:helpsteer"], HELPSTEER).conversations
     assert lines(output) == [conversation.to_json() for conversation in expected]
     statistics = json.loads((tmp_path / "s.json").read_text())
     counts = [statistics[name] for name in ("rows", "turns", "assistant_turns", "rated_turns")]
     assert counts == [429, 858, 429, 429]
     assert statistics["reference"] == "helpfulness"
-    assert "helpfulness    429    2.9161    0.9019              1.0000\n" in capsys.readouterr().out
+    assert statistics["duplicates"] == 24
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["helpfulness", "429", "2.9161", "0.9019", "1.0000"] in printed
+
+
+def test_own_attributes_and_one_prompt(tmp_path):
+    rows = [{"prompt": "Write.", "response": f"essay {n}", "clarity": n % 5 + 1, "depth": 10} for n in range(20)]
+    path, train, validation = write(tmp_path / "in.jsonl", *rows), tmp_path / "t.jsonl", tmp_path / "v.jsonl"
+    hold_out = ["--validation-output", str(validation), "--validation-fraction", "0.25"]
+    own = ["--attribute", "clarity", "1", "5", "--attribute", "depth", "1", "10"]
+    main(["helpsteer", "--input", path, "--output", str(train), *hold_out, *own])
+    assert (len(lines(train)), len(lines(validation))) == (15, 5)
+    assert lines(train)[0]["turns"][1]["ratings"].keys() == {"clarity", "depth"}
+
+
+def test_own_attributes_that_are_none(tmp_path, capsys):
+    path = write(tmp_path / "in.jsonl", HELPSTEER_ROW)
+    for low in ("one", "9"):
+        with pytest.raises(SystemExit):
+            main(["helpsteer", "--input", path, "--output", "x.jsonl", "--attribute", "clarity", low, "5"])
+        assert "cure: " in capsys.readouterr().err
 
 
 @needs_shared
@@ -131,20 +143,18 @@ def test_reference_golden_files(tmp_path):
 
 
 @needs_shared
-def test_real_alpaca_and_hh(tmp_path):
-    prepare("alpaca", SHARED / "chat/alpaca_400.json", output=tmp_path / "a.jsonl", on_duplicate="keep")
+def test_real_alpaca(tmp_path):
+    prepare("alpaca", SHARED / "chat/alpaca_400.json", output=tmp_path / "a.jsonl")
     rows = json.loads((SHARED / "chat/alpaca_400.json").read_text(encoding="utf-8"))
     expected = [(f"{row['instruction']}\n{row['input']}".removesuffix("\n"), row["output"]) for row in rows]
     assert [tuple(turn["content"] for turn in row["turns"]) for row in lines(tmp_path / "a.jsonl")] == expected
-    prepare("hh", SHARED / "chat/hh_helpful_200.jsonl", output=tmp_path / "h.jsonl")
-    assert [row["preference"] for row in lines(tmp_path / "h.jsonl")] == [-1] * 200
 
 
 def test_hold_out_is_the_split_of_training(tmp_path, capsys):
     train, validation = tmp_path / "train.jsonl", tmp_path / "validation.jsonl.gz"
     prepare("helpsteer", "embedded:helpsteer", output=train, validation_output=validation, validation_fraction=0.1,
-            seed=3, on_duplicate="keep")  # fmt: skip
-    rows, _ = load_conversations(["embedded:helpsteer"], HELPSTEER, on_duplicate="keep")
+            seed=3)  # fmt: skip
+    rows = load_conversations(["embedded:helpsteer"], HELPSTEER).conversations
     expected = [[conversation.to_json() for conversation in part] for part in split_by_prompt(rows, 0.1, 3)]
     held_out = [json.loads(line) for line in gzip.decompress(validation.read_bytes()).decode().splitlines()]
     assert [lines(train), held_out] == expected
@@ -161,7 +171,7 @@ def test_hold_out_keeps_a_tree_on_one_side(tmp_path):
         tree["prompt"]["replies"][1]["text"] = f"other {n}"
     parts = tmp_path / "t.jsonl", tmp_path / "v.jsonl"
     prepare("oasst", write(tmp_path / "in.jsonl", *trees), output=parts[0], validation_output=parts[1],
-            validation_fraction=0.25, threads="all")  # fmt: skip
+            validation_fraction=0.25)  # fmt: skip
     train, validation = ({row["turns"][0]["content"] for row in lines(part)} for part in parts)
     assert (len(train), len(validation), train & validation) == (15, 5, set())
 
@@ -172,8 +182,9 @@ def test_bad_rows_and_duplicates(tmp_path, capsys):
     output = tmp_path / "out.jsonl"
     message = refusal(capsys, "helpsteer", path, output=output)
     assert message.startswith(f"error: {path}:2: field 'helpfulness': rating 9 is outside 0..4")
-    message = refusal(capsys, "helpsteer", path, output=output, on_bad_row="skip")
-    assert f"{path}:3: the same row as {path}:1" in message
+    message = refusal(capsys, "helpsteer", path, output=output, on_bad_row="skip", on_duplicate="error")
+    assert f"{path}:3: " in message
+    assert f"{path}:1" in message
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
 
     prepare("helpsteer", path, output=output, on_bad_row="skip", on_duplicate="skip")
@@ -185,15 +196,15 @@ def test_bad_rows_and_duplicates(tmp_path, capsys):
     assert not listing.exists()  # of the run before
 
 
-def test_dropped_rows_are_counted_and_explained(tmp_path, capsys):
-    rows = [ROWS["helpsteer2-preference"] | {"preference_strength": value, "split": "train"} for value in (0, -100)]
-    path, output = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
-    prepare("helpsteer2-preference", path, output=output, split="train")
-    assert [row["preference"] for row in lines(output)] == [0]
-    assert "dropped       pairs without a valid response: 1" in capsys.readouterr().out
-    message = refusal(capsys, "helpsteer2-preference", path, output=tmp_path / "none.jsonl", split="val")
-    assert f"{path}: no row is left: 2 rows of another split than val" in message
-    assert "--split" in message
+def test_dropped_messages_are_counted_and_explained(tmp_path, capsys):
+    alone = {"message_id": "x", "role": "prompter", "text": "alone", "lang": "en", "replies": []}
+    path, output = write(tmp_path / "in.jsonl", TREE, alone), tmp_path / "out.jsonl"
+    prepare("oasst", path, output=output)
+    assert len(lines(output)) == 1
+    assert "threads of one message: 1" in capsys.readouterr().out
+    message = refusal(capsys, "oasst", path, output=tmp_path / "none.jsonl", lang="de")
+    assert f"{path}: no thread is left: 2 messages not in 'de'" in message
+    assert "--lang" in message
 
 
 @pytest.mark.parametrize("source", ROWS)
@@ -208,14 +219,12 @@ def test_a_refusal_names_file_and_line(tmp_path, source, capsys):
 @pytest.mark.parametrize(
     ("source", "options", "fragment"),
     [
-        ("helpsteer", {"threads": "all"}, "--threads belongs to oasst"),
-        ("helpsteer", {"keep_deleted": True}, "--keep-deleted belongs to oasst"),
-        ("hh", {"split": "train"}, "--split belongs to helpsteer2-preference"),
-        ("hh", {"schema": "oasst"}, "hh has no ratings"),
+        ("helpsteer", {"lang": "en"}, "--lang"),
+        ("helpsteer", {"keep_deleted": True}, "--keep-deleted"),
         ("oasst", {"schema": "helpsteer"}, "use the schema oasst or steerlm"),
         ("helpsteer", {"validation_fraction": 0.1}, "need each other"),
         ("helpsteer", {"validation_fraction": 1.5, "validation_output": "v.jsonl"}, "not between 0 and 1"),
-        ("helpsteer", {"validation_fraction": 0.5, "validation_output": "v.jsonl"}, "no prompt is left for training"),
+        ("helpsteer", {"validation_fraction": 0.5, "validation_output": "v.jsonl"}, "left for training"),
         ("helpsteer", {"statistics": "out.jsonl"}, "written over"),
         ("helpsteer", {"statistics": "in.jsonl"}, "written over"),
     ],
@@ -228,13 +237,13 @@ def test_options_that_do_not_fit(tmp_path, monkeypatch, capsys, source, options,
 
 
 def test_an_input_or_output_that_cannot_be(tmp_path, capsys):
-    assert "no such file" in refusal(capsys, "hh", tmp_path / "none.jsonl", output=tmp_path / "out.jsonl")
-    path = write(tmp_path / "in.jsonl", ROWS["hh"])
-    assert "cannot write" in refusal(capsys, "hh", path, output=tmp_path / "in.jsonl/out.jsonl")
-    assert "cannot write" in refusal(capsys, "hh", path, output=tmp_path)
+    assert "no such file" in refusal(capsys, "alpaca", tmp_path / "none.jsonl", output=tmp_path / "out.jsonl")
+    path = write(tmp_path / "in.jsonl", ROWS["alpaca"])
+    assert "cannot write" in refusal(capsys, "alpaca", path, output=tmp_path / "in.jsonl/out.jsonl")
+    assert "cannot write" in refusal(capsys, "alpaca", path, output=tmp_path)
     with pytest.raises(SystemExit):
         main(["webgpt", "--input", path, "--output", "x.jsonl"])
-    assert "helpsteer2-preference" in capsys.readouterr().err
+    assert "helpsteer2" in capsys.readouterr().err
 
 
 KILLED = """
@@ -254,7 +263,7 @@ main()
 
 def test_killed_half_way(tmp_path, repository):
     output = tmp_path / "out.jsonl"
-    arguments = ["helpsteer", "--input", "embedded:helpsteer", "--output", str(output), "--on-duplicate", "keep"]
+    arguments = ["helpsteer", "--input", "embedded:helpsteer", "--output", str(output)]
     environment = os.environ | {"PYTHONPATH": str(repository)}
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL

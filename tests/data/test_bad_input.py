@@ -1,15 +1,16 @@
 """Every kind of bad input: what is said, the place, the field, and a cure."""
 
-import builtins
 import gzip
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
-from steerjax.data.loading import load_conversations
+from steerjax.data.loading import load_conversations, write_skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
-from steerjax.schema import HELPSTEER
+from steerjax.schema import HELPSTEER, STEERLM
 
 GOOD = {"prompt": "good prompt", "response": "fine", "helpfulness": 3}
 SYSTEM, USER, ASSISTANT = "<extra_id_0>System\ns\n", "<extra_id_1>User\nu\n", "<extra_id_1>Assistant\na\n"
@@ -73,11 +74,6 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "list of ratings empty": (helpsteer(helpfulness=[]), "helpfulness", "empty list"),
     "list of ratings out of range": (helpsteer(helpfulness=[3, 5]), "helpfulness", "rating 5 is outside 0..4"),
     "rating beyond floats": (helpsteer(helpfulness=10**400), "", "too large"),
-    "empty turn within a prompt": (
-        helpsteer(prompt="a\n<extra_id_1>Assistant\n \n<extra_id_1>User\nb"),
-        "prompt",
-        "empty",
-    ),
     # Regression
     "text without end": (regression(TEXT.removesuffix("<extra_id_2>")), "text", "does not end with"),
     "text without system": (regression(TEXT.removeprefix(SYSTEM)), "text", "does not begin with <extra_id_0>System"),
@@ -85,7 +81,11 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "text ends with the user": (regression(f"{SYSTEM}{USER}<extra_id_2>"), "text", "last turn is not the assistant's"),
     "text with unknown role": (regression(TEXT.replace("User", "Human")), "text", "unknown role 'Human'"),
     "text with an empty turn": (regression(TEXT.replace("\na\n", "\n\n")), "text", "empty"),
-    "text begins with the assistant": (regression(f"{SYSTEM}{ASSISTANT}<extra_id_2>"), "text", "expected user, got"),
+    "text with one side twice": (
+        regression(f"{SYSTEM}{USER}{USER}{ASSISTANT}<extra_id_2>"),
+        "text",
+        "expected assistant, got",
+    ),
     "label missing": ({"text": TEXT}, "label", "missing"),
     "label not a list": (regression(label=3), "label", "expected a list of 9 numbers"),
     "label too short": (regression(label=tuple(LABEL[4:])), "label", "expected a list of 9 numbers"),
@@ -104,7 +104,7 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "label a number": (
         reference(("User", None), ("Assistant", 3)),
         "conversations[1].label",
-        "expected text or null, got int",
+        "expected text, got int",
     ),
     "label unreadable": (
         reference(("User", None), ("Assistant", "helpfulness=3")),
@@ -114,7 +114,7 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "label of unknown name": (
         reference(("User", None), ("Assistant", "quality:3")),
         "conversations[1].label.quality",
-        "unknown attribute 'quality'",
+        "no such attribute",
     ),
     "label beyond range": (
         reference(("User", None), ("Assistant", "helpfulness:-1")),
@@ -123,7 +123,6 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     ),
     "mask on the assistant": (reference(("User", None), mask="Assistant"), "mask", "masks the assistant"),
     "mask not text": (reference(("User", None), mask=1), "mask", "expected text, got int"),
-    "type unknown": (reference(("User", None), type="TEXT"), "type", "unknown type 'TEXT'"),
     "second label": (
         {"conversations": [{"from": "User", "value": "v", "gt_label": "x"}]},
         "conversations[0].gt_label",
@@ -134,9 +133,12 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "turn not an object": (conversation("hi"), "turns[0]", "expected an object, got str"),
     "role missing": (conversation({"content": "c"}), "turns[0].role", "missing"),
     "role unknown": (conversation(turn("user"), turn("bot")), "turns[1].role", "unknown role 'bot'"),
-    "role capital": (conversation(turn("User")), "turns[0].role", "unknown role 'User'"),
     "system as a turn": (conversation(turn("system"), turn("user")), "turns[0].role", "unknown role 'system'"),
-    "assistant first": (conversation(turn("assistant")), "turns[0].role", "expected user, got assistant"),
+    "assistant twice": (
+        conversation(turn("assistant"), turn("assistant")),
+        "turns[1].role",
+        "expected user, got assistant",
+    ),
     "content missing": (conversation({"role": "user"}), "turns[0].content", "missing"),
     "content empty": (conversation(turn("user"), turn("assistant", content="")), "turns[1].content", "empty"),
     "unknown key in a turn": (conversation(turn("user", rating=1)), "turns[0].rating", "unknown key"),
@@ -161,7 +163,8 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
         "not finite",
     ),
     "user rated": (conversation(turn("user", ratings={"coherence": 4})), "turns[0].role", "a user turn is rated"),
-    "id not text": (conversation(turn("user"), id=7), "id", "expected text, got int"),
+    "id not text": (conversation(turn("user"), id=[7]), "id", "expected text, got list"),
+    "id of a turn not text": (conversation(turn("user", id={"a": 1})), "turns[0].id", "expected text, got dict"),
     # Chat formats of others
     "messages empty": (messages(), "messages", "expected a list of turns"),
     "tool role": (messages(("user", "u"), ("tool", "t")), "messages[1].role", "unknown role 'tool'"),
@@ -189,8 +192,17 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "system only": (messages(("system", "s")), "messages", "no turn beside the system text"),
     "system in the middle": (messages(("user", "u"), ("system", "s")), "messages[1].role", "in the middle"),
     "two system texts": (messages(("system", "s"), ("user", "u")) | {"system": "t"}, "messages[0].role", "two system"),
-    "messages begin with the assistant": (messages(("assistant", "a")), "messages[0].role", "expected user, got"),
-    "ShareGPT begins with gpt": (sharegpt(("gpt", "a")), "conversations[0].from", "expected user, got assistant"),
+    "rating of messages beyond range": (
+        messages(("assistant", "a")) | {"helpfulness": 7},
+        "helpfulness",
+        "outside 0..4",
+    ),
+    "rated messages without an answer": (messages(("user", "u")) | {"helpfulness": 3}, "messages", "no assistant turn"),
+    "messages rated twice": (
+        {"messages": [{"role": "assistant", "content": "a", "ratings": {"coherence": 1}}], "coherence": 2},
+        "messages",
+        "a rated assistant turn",
+    ),
     "ShareGPT human twice": (
         sharegpt(("human", "a"), ("human", "b")),
         "conversations[1].from",
@@ -219,16 +231,17 @@ BAD_FILES = {  # name -> (file name, bytes, line, field, part of the message); a
     "nested too deep": ("f.jsonl", b"[" * 100_000 + b"\n", 1, "", "nested too deep"),
     "integer too long": ("f.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}\n", 1, "", "broken JSON: Exceeds the limit"),
     "Latin-1 JSONL": ("f.jsonl", b'{"prompt": "caf\xe9"}\n', 1, "", "not UTF-8: byte 0xe9"),
-    "UTF-16 JSONL": ("f.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), 1, "", "not UTF-8: byte 0xff"),
+    "UTF-16 JSONL": ("f.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), 1, "", "UTF-16"),
+    "UTF-16 CSV cut short": ("f.csv", "prompt\na".encode("utf-16")[:-1], 2, "", "broken UTF-16"),
     "Latin-1 JSON": ("f.json", b'[\n{"prompt": "caf\xe9"}]', 2, "", "not UTF-8: byte 0xe9"),
     "broken JSON list": ("f.json", b'[\n{},\n{"a" 1}]', 3, "", "broken JSON"),
     "JSON of one object": ("f.json", b'{"prompt": "a"}', 1, "", "expected a list of objects"),
     "JSON of lines": ("f.json", b"{}\n{}\n", 2, "", "broken JSON: Extra data"),
-    "JSON key twice": ("f.json", b'[{"prompt": "a", "prompt": "b"}]', 1, "prompt", "stands twice"),
+    "JSON key twice": ("f.json", b'[{"prompt": "a", "prompt": "b"}]', 0, "prompt", "stands twice"),
     "JSON row no object": ("f.json", b"[3]", 1, "", "expected an object, got int"),
     "CSV without header": ("f.csv", b"What?,That.,3\n", 1, "prompt", "header lacks"),
     "CSV empty": ("f.csv", b"", 1, "prompt", "header lacks"),
-    "CSV without response": ("f.csv", b"prompt,answer\na,b\n", 1, "response", "header lacks"),
+    "CSV without response": ("f.csv", b"prompt,answer,verbosity\na,b,1\n", 2, "response", "missing"),
     "CSV column twice": ("f.csv", b"prompt,response,prompt\na,b,c\n", 1, "prompt", "column twice"),
     "CSV cell too many": ("f.csv", b"prompt,response,verbosity\na,b,1,2\n", 2, "", "4 cells under a header of 3"),
     "CSV cell too few": ("f.csv", b"prompt,response,verbosity\na,b\n", 2, "", "2 cells under a header of 3"),
@@ -239,13 +252,14 @@ BAD_FILES = {  # name -> (file name, bytes, line, field, part of the message); a
     "CSV response empty": ("f.csv", b'prompt,response,verbosity\n"x\ny",,1\n', 2, "response", "missing"),
     "Latin-1 CSV": ("f.csv", b"prompt,response,verbosity\na,caf\xe9,1\n", 2, "", "not UTF-8: byte 0xe9"),
     "Latin-1 CSV header": ("f.csv", b"prompt,response,\xe9\n", 1, "", "not UTF-8: byte 0xe9"),
-    "no gzip": ("f.jsonl.gz", b"{}\n", 0, "", "cannot read: Not a gzipped file"),
+    "no gzip": ("f.jsonl.gz", b"<html>\n", 1, "", "broken JSON"),
     "gzip cut short": ("f.jsonl.gz", gzip.compress(b"{}" * 9999, mtime=0)[:-20], 0, "", "cannot read"),
-    "no Parquet": ("f.parquet", b"PAR0" * 9, 0, "", "broken Parquet"),
+    "no Parquet": ("f.parquet", b"PAR0" * 9, 0, "", "broken table"),
     "empty file": ("f.jsonl", b"", 0, "", "no row"),
     "blank lines only": ("f.jsonl", b"\n \n", 0, "", "no row"),
     "empty list": ("f.json", b"[]", 0, "", "no row"),
-    "unknown type": ("f.tsv", b"prompt\tresponse\n", 0, "", "unknown file type '.tsv'"),
+    "Parquet cut short": ("f.parquet", b"PAR1" * 9, 0, "", "broken table"),
+    "unknown type": ("f.xlsx", b"PK", 0, "", "unknown file type '.xlsx'"),
     "no extension": ("rows", b"{}", 0, "", "unknown file type ''"),
 }
 
@@ -272,10 +286,13 @@ def test_bad_row(tmp_path, row, field, fragment):
     assert_says(error, path, 3, field, fragment)
     assert "on_bad_row='skip'" in error.cure
 
-    (kept,), (skipped,) = load_conversations([str(path)], HELPSTEER, on_bad_row="skip")
+    loaded = load_conversations([str(path)], HELPSTEER, on_bad_row="skip")
+    (kept,), (skipped,) = loaded.conversations, loaded.skipped
     assert (kept.line, skipped.file, skipped.line) == (1, str(path), 3)
     assert fragment in skipped.reason
     assert field in skipped.reason
+    write_skipped(tmp_path / "skipped.jsonl", loaded.skipped)
+    assert json.loads((tmp_path / "skipped.jsonl").read_text(encoding="utf-8"))["line"] == 3
 
 
 @pytest.mark.parametrize(("name", "content", "line", "field", "fragment"), BAD_FILES.values(), ids=BAD_FILES)
@@ -308,7 +325,7 @@ def test_missing_sample():
 
 
 def test_hub_failure(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def load_dataset(name, *, split):
         raise ValueError(f"Unknown split {split}")
@@ -317,24 +334,72 @@ def test_hub_failure(monkeypatch):
     assert_says(refusal("hub:a/b:dev"), "hub:a/b:dev", 0, "", "cannot load from the hub: Unknown split dev")
 
 
-@pytest.mark.parametrize(("source", "package"), [("f.parquet", "pyarrow"), ("hub:nvidia/HelpSteer", "datasets")])
-def test_missing_package_names_what_to_install(tmp_path, monkeypatch, source, package):
-    if source.endswith("parquet"):
-        source = str(tmp_path / source)
-        (tmp_path / "f.parquet").write_bytes(b"PAR1")
-    real_import = builtins.__import__
-
-    def no_package(name, *args, **kwargs):
-        if name.partition(".")[0] == package:
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", no_package)
-    error = refusal(source)
-    assert_says(error, source, 0, "", f"need the package '{package}'")
-    assert error.cure == "pip install 'steerjax[datasets]'"
-
-
 def test_a_missing_file_is_refused_before_the_first_row(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         iter_rows(str(tmp_path / "none.jsonl"))
+
+
+# Files that failed once: name -> (schema, rows, or part of the message and of the cure of a refusal).
+CASES = {
+    "excel_utf16.csv": (HELPSTEER, 16),
+    "passthrough_nan.jsonl": (HELPSTEER, 16),
+    "passthrough_date.parquet": (HELPSTEER, 16),
+    "sft_predicted_only.jsonl": (HELPSTEER, 16),
+    "reference_nine_attributes.jsonl": (STEERLM, 16),
+    "reference_nine_attributes.jsonl ": (HELPSTEER, ":1: field 'conversations[1].label.quality'", "steerlm"),
+    "prompt_int_id.jsonl": (HELPSTEER, ":1: field 'response': missing", "add 'response'"),
+    "annotate_no_usable.jsonl": (HELPSTEER, ":1: field 'response': missing", "add 'response'"),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), CASES.items(), ids=CASES)
+def test_cases(name, expected):
+    path = Path(__file__).parent / "cases" / name.strip()
+    schema, *expected = expected
+    if len(expected) == 1:
+        conversations = load_conversations([str(path)], schema).conversations
+        assert [len(conversations)] == expected
+        assert all(len(conversation.turns) == 2 for conversation in conversations)
+        return
+    with pytest.raises(DataError) as caught:
+        load_conversations([str(path)], schema)
+    assert expected[0] in str(caught.value)
+    assert expected[1] in caught.value.cure
+    with pytest.raises(DataError, match="no usable row"):
+        load_conversations([str(path)], schema, on_bad_row="skip")
+
+
+def test_a_csv_cell_of_184_000_characters(tmp_path):
+    path = tmp_path / "long.csv"
+    rows = [f"Question {i}?,Answer {i}.,3,3,4,1,1\n" for i in range(6)]
+    table = "".join(f"text {i},reply {i},0,0,0,0,0\n" for i in range(6000))
+    rows.insert(3, f'"Clean this table:\n{table}",Done.,4,4,4,2,2\n')
+    header = "prompt,response,helpfulness,correctness,coherence,complexity,verbosity\n"
+    path.write_text(header + "".join(rows), encoding="utf-8")
+    loaded = load_conversations([str(path)], HELPSTEER, on_bad_row="skip")
+    assert (len(loaded.conversations), loaded.skipped) == (7, [])
+    assert loaded.conversations[3].turns[0].content == f"Clean this table:\n{table}"
+    assert [conversation.line for conversation in loaded.conversations] == [2, 3, 4, 5, 6007, 6008, 6009]
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("utf-16", "UTF-16"), ("windows-1252", "WINDOWS-1252")])
+def test_the_cure_of_a_wrong_encoding_cures(tmp_path, encoding, name):
+    path, new = tmp_path / "rows.jsonl", tmp_path / "new.jsonl"
+    path.write_bytes(json.dumps(GOOD | {"prompt": "café"}, ensure_ascii=False).encode(encoding))
+    command = f"iconv -f {name} -t UTF-8 FILE > NEW"
+    assert command in refusal(path).cure
+    subprocess.run(command.replace("FILE", str(path)).replace("NEW", str(new)), shell=True, check=True)
+    assert load_conversations([str(new)], HELPSTEER).conversations[0].turns[0].content == "café"
+
+
+@pytest.mark.parametrize("value", [b"x", float("nan")], ids=["bytes", "NaN"])
+def test_what_json_cannot_carry_is_refused_only_where_it_is_used(tmp_path, value):
+    import pyarrow.parquet
+
+    path = tmp_path / "rows.parquet"
+    for field, usable in {"note": True, "prompt": False, "helpfulness": False, "id": False}.items():
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GOOD | {field: value}]), path)
+        if usable:
+            assert len(load_conversations([str(path)], HELPSTEER).conversations) == 1
+        else:
+            assert_says(refusal(path), path, 1, field, "")

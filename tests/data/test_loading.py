@@ -9,11 +9,11 @@ import pytest
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import (
     Skipped,
-    check_disjoint,
     file_hashes,
     kfold_by_prompt,
     load_conversations,
     prompt_key,
+    shared_prompts,
     split_by_prompt,
     write_skipped,
 )
@@ -43,35 +43,37 @@ def prompts_of(conversations):
 
 
 def test_the_sample_loads_with_its_repeated_rows():
-    conversations, skipped = load_conversations(["embedded:helpsteer"], HELPSTEER, on_duplicate="keep")
-    assert (len(conversations), len({prompt_key(c) for c in conversations}), skipped) == (429, 120, [])
-    unique, repeated = load_conversations(["embedded:helpsteer"], HELPSTEER, on_duplicate="skip")
-    assert (len(unique), len(repeated)) == (405, 24)
+    loaded = load_conversations(["embedded:helpsteer"], HELPSTEER)
+    assert (len(loaded.conversations), loaded.skipped, loaded.duplicates) == (429, [], 24)
+    assert len({prompt_key(conversation) for conversation in loaded.conversations}) == 120
+    unique = load_conversations(["embedded:helpsteer"], HELPSTEER, on_duplicate="skip")
+    assert (len(unique.conversations), len(unique.skipped), unique.duplicates) == (405, 24, 24)
 
 
-def test_a_duplicate_is_refused_with_both_lines(tmp_path):
+def test_a_duplicate_is_refused_with_both_lines_where_asked(tmp_path):
     first = write_rows(tmp_path / "a.jsonl", row("q"), row())
     second = write_rows(tmp_path / "b.jsonl", row(helpfulness=3.0))
-    with pytest.raises(DataError, match="the same row as") as caught:
-        load_conversations([first, second], HELPSTEER)
+    with pytest.raises(DataError) as caught:
+        load_conversations([first, second], HELPSTEER, on_duplicate="error")
     assert (caught.value.file, caught.value.line) == (second, 1)
     assert f"{first}:2" in caught.value.message
     assert "'keep'" in caught.value.cure
     assert "'skip'" in caught.value.cure
 
 
-def test_duplicates_are_skipped_or_kept_as_asked(tmp_path):
+def test_duplicates_are_kept_or_skipped_as_asked_and_counted(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", row(), row("q"), row())
-    conversations, skipped = load_conversations([path], HELPSTEER, on_duplicate="skip")
-    assert [c.line for c in conversations] == [1, 2]
-    assert skipped == [Skipped(path, 3, f"duplicate of {path}:1")]
-    assert len(load_conversations([path], HELPSTEER, on_duplicate="keep")[0]) == 3
+    skipping = load_conversations([path], HELPSTEER, on_duplicate="skip")
+    assert [c.line for c in skipping.conversations] == [1, 2]
+    assert (skipping.skipped, skipping.duplicates) == ([Skipped(path, 3, f"duplicate of {path}:1")], 1)
+    keeping = load_conversations([path], HELPSTEER)
+    assert (len(keeping.conversations), keeping.skipped, keeping.duplicates) == (3, [], 1)
 
 
 def test_a_source_of_duplicates_alone_is_not_empty(tmp_path):
     path, copy = write_rows(tmp_path / "a.jsonl", row()), write_rows(tmp_path / "b.jsonl", row())
-    conversations, skipped = load_conversations([path, copy], HELPSTEER, on_duplicate="skip")
-    assert (len(conversations), len(skipped)) == (1, 1)
+    loaded = load_conversations([path, copy], HELPSTEER, on_duplicate="skip")
+    assert (len(loaded.conversations), len(loaded.skipped)) == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +83,15 @@ def test_a_source_of_duplicates_alone_is_not_empty(tmp_path):
 )
 def test_rater_noise_and_other_texts_are_no_duplicates(tmp_path, other):
     path = write_rows(tmp_path / "a.jsonl", row(), other)
-    assert len(load_conversations([path], HELPSTEER)[0]) == 2
+    loaded = load_conversations([path], HELPSTEER)
+    assert (len(loaded.conversations), loaded.duplicates) == (2, 0)
 
 
 def test_skipped_rows_are_listed_with_reasons(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", row(response=""), row(), row("q", helpfulness=9))
-    conversations, skipped = load_conversations([path], HELPSTEER, on_bad_row="skip")
-    assert [c.line for c in conversations] == [2]
-    write_skipped(tmp_path / "skipped.jsonl", skipped)
+    loaded = load_conversations([path], HELPSTEER, on_bad_row="skip")
+    assert [c.line for c in loaded.conversations] == [2]
+    write_skipped(tmp_path / "skipped.jsonl", loaded.skipped)
     lines = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == [
         {"file": path, "line": 1, "reason": "field 'response': empty"},
@@ -105,20 +108,27 @@ def test_the_first_bad_row_stops_the_run_and_names_the_way_on(tmp_path):
 
 def test_a_source_without_a_usable_row_is_refused(tmp_path):
     good, bad = write_rows(tmp_path / "a.jsonl", row()), write_rows(tmp_path / "b.jsonl", row(response=""), {})
-    with pytest.raises(DataError, match="no usable row: 2 skipped, the first at line 1: field 'response'") as caught:
+    with pytest.raises(DataError, match="no usable row: 2 skipped, the first at line 1") as caught:
         load_conversations([good, bad], HELPSTEER, on_bad_row="skip")
     assert caught.value.file == bad
     with pytest.raises(DataError, match="no source"):
         load_conversations([], HELPSTEER)
 
 
-@pytest.mark.parametrize("option", [{"on_bad_row": "ignore"}, {"on_duplicate": "drop"}, {"format": "chat"}])
-def test_unknown_options_are_refused(option):
-    with pytest.raises(ConfigError, match="use one of"):
-        load_conversations(["embedded:helpsteer2"], HELPSTEER, **option)
+def test_half_a_character_in_a_reason_can_be_listed(tmp_path):
+    write_skipped(tmp_path / "skipped.jsonl", [Skipped("f", 1, "unknown key 'ä\ud83d'")])
+    (line,) = (tmp_path / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "ä" in line
+    assert json.loads(line)["reason"] == "unknown key 'ä\ud83d'"
 
 
-def test_prompt_key_sees_the_first_turn_only():
+def test_prompt_key_is_of_the_first_user_turn():
+    opened = [Conversation((Turn("assistant", "Hello!"), Turn("user", text))) for text in ("a", "b")]
+    assert prompt_key(opened[0]) != prompt_key(opened[1])
+    assert prompt_key(opened[0]) == prompt_key(Conversation((Turn("user", "A "),)))
+
+
+def test_prompt_key_sees_no_other_turn():
     def key(*contents, system=None):
         turns = (Turn(("user", "assistant")[i % 2], content) for i, content in enumerate(contents))
         return prompt_key(Conversation(tuple(turns), system=system))
@@ -159,10 +169,23 @@ def test_split_refuses_fractions_outside_the_open_interval(fraction):
 
 
 def test_split_refuses_an_empty_side():
-    with pytest.raises(DataError, match="no prompt is left for training: there are 1"):
-        split_by_prompt(made_up(prompts=1), 0.5, seed=0)
-    with pytest.raises(DataError, match="no prompt is left for validation: there are 3"):
+    with pytest.raises(DataError, match="left for training"):
+        split_by_prompt(made_up(prompts=1, responses=1), 0.5, seed=0)
+    with pytest.raises(DataError, match="left for validation: there are 3"):
         kfold_by_prompt(made_up(prompts=3), folds=4, fold=3, seed=0)
+
+
+def test_data_of_one_prompt_is_split_by_row():
+    essays = [Conversation((Turn("user", "Write."), Turn("assistant", f"essay {i}")), line=i) for i in range(40)]
+    train, validation = split_by_prompt(essays + essays[:10], 0.25, seed=0)
+    assert len({c.line for c in validation}) == 10
+    assert {c.line for c in train}.isdisjoint(c.line for c in validation)  # equal rows are on one side
+    assert shared_prompts(train, validation) == 1
+    chosen = {c.line for c in split_by_prompt(essays[::-1], 0.25, seed=0)[1]}
+    assert chosen == {c.line for c in validation}
+    folds = [kfold_by_prompt(essays, 5, fold, seed=1)[1] for fold in range(5)]
+    assert [len(fold) for fold in folds] == [8] * 5
+    assert sorted(c.line for fold in folds for c in fold) == list(range(40))
 
 
 def test_folds_cover_every_prompt_once():
@@ -171,7 +194,7 @@ def test_folds_cover_every_prompt_once():
     assert sorted(len(prompts_of(validation)) for _, validation in parts) == [2, 3, 3, 3]
     assert sorted(c.line for _, validation in parts for c in validation) == [c.line for c in conversations]
     for train, validation in parts:
-        check_disjoint(train, validation)
+        assert shared_prompts(train, validation) == 0
         assert len(train) + len(validation) == len(conversations)
 
 
@@ -181,17 +204,15 @@ def test_folds_out_of_range(folds, fold):
         kfold_by_prompt(made_up(), folds, fold, seed=0)
 
 
-def test_a_prompt_on_both_sides_is_refused_with_both_places():
-    train = [Conversation((Turn("user", "Why?"), Turn("assistant", "a")), file="train.jsonl", line=4)]
-    validation = [Conversation((Turn("user", "why? "), Turn("assistant", "b")), file="valid.jsonl", line=9)]
-    with pytest.raises(DataError, match=r"train\.jsonl:4") as caught:
-        check_disjoint(train, validation)
-    assert (caught.value.file, caught.value.line) == ("valid.jsonl", 9)
-    check_disjoint(train, made_up(2))
+def test_prompts_on_both_sides_are_counted():
+    train = [Conversation((Turn("user", text), Turn("assistant", "a"))) for text in ("Why?", "Why?", "How?", "Who?")]
+    validation = [Conversation((Turn("user", text), Turn("assistant", "b"))) for text in ("why? ", "who?", "When?")]
+    assert shared_prompts(train, validation) == 2
+    assert shared_prompts(train, made_up(2)) == 0
 
 
 def test_file_hashes(tmp_path, monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     dataset = datasets.Dataset.from_list([row()])
     monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: dataset)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from steerjax.data.formats import conversation_from_row
 from steerjax.data.oasst import read_threads
+from steerjax.data.statistics import Statistics
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, OASST, STEERLM, Attribute, Schema
 
@@ -53,30 +55,25 @@ def short(threads):
     return [" ".join(c[5:] + (f":{r['quality']:g}" if r else "") for _, c, r in thread) for thread in threads]
 
 
-def test_all_threads_repeat_the_ratings_of_shared_turns(tmp_path):
-    threads, dropped = read(write(tmp_path / "t.jsonl", {"prompt": tree()}), threads="all")
-    assert short(threads) == ["p a:2 q b:4", "p a:2 q c", "p a:2 d", "p e:1"]
-    assert dropped == {}
-
-
-def test_once_rates_a_turn_in_its_first_thread_and_ends_there(tmp_path):
+def test_every_thread_with_all_its_ratings_and_ids(tmp_path):
     path = write(tmp_path / "t.jsonl.gz", {"prompt": tree()})
     threads, dropped = read(path)
-    assert short(threads) == ["p a:2 q b:4", "p e:1"]
-    assert dropped == {"threads without a rating that is not in an earlier one": 2}
+    assert short(threads) == ["p a:2 q b:4", "p a:2 q c", "p a:2 d", "p e:1"]
+    assert dropped == {}
     got = [conversation for _, conversation in read_threads(path, OASST)]
-    assert [conversation.id for conversation in got] == ["b", "e"]
-    assert [(conversation.file, conversation.line) for conversation in got] == [(path, 1)] * 2
+    assert [conversation.id for conversation in got] == ["b", "c", "d", "e"]
+    assert [(conversation.file, conversation.line) for conversation in got] == [(path, 1)] * 4
+    assert ["".join(turn.id for turn in conversation.turns) for conversation in got] == ["paqb", "paqc", "pad", "pe"]
 
 
-def test_once_cuts_after_the_last_new_rating(tmp_path):
-    first = message("b", "assistant", labels=quality(1))
-    second = message("c", "assistant", message("r", "prompter", message("f", "assistant")), labels=quality(0))
-    root = message(
-        "p", "prompter", message("a", "assistant", message("q", "prompter", first, second), labels=quality(0.5))
-    )
-    threads, _ = read(write(tmp_path / "t.jsonl", root))
-    assert short(threads) == ["p a:2 q b:4", "p a q c:0"]
+def test_shared_turns_count_once_in_statistics(tmp_path):
+    path = write(tmp_path / "t.jsonl", {"prompt": tree()})
+    statistics = Statistics(OASST)
+    for _, conversation in read_threads(path, OASST):
+        statistics.add(conversation_from_row(conversation.to_json(), OASST))  # ids travel in the format
+    got = statistics.to_json()
+    assert (got["rows"], got["turns"], got["assistant_turns"], got["rated_turns"]) == (4, 7, 4, 3)
+    assert got["values"]["quality"]["mean"] == (2 + 4 + 1) / 3
 
 
 @pytest.mark.parametrize(
@@ -90,7 +87,7 @@ def test_labels_are_scaled_and_rounded_half_to_even(tmp_path, value, rating):
 
 def test_labels_follow_the_range_of_the_schema(tmp_path):
     root = message("p", "prompter", message("a", "assistant", labels=quality(0.5)))
-    threads, _ = read(write(tmp_path / "t.jsonl", root), Schema((Attribute("quality", "", 1, 9),)))
+    threads, _ = read(write(tmp_path / "t.jsonl", root), Schema((Attribute("quality", 1, 9),)))
     assert threads[0][1][2] == {"quality": 5}
 
 
@@ -109,19 +106,16 @@ def test_deleted_messages_and_other_languages_take_their_replies_along(tmp_path)
     gone = message("g", "assistant", message("h", "prompter", lang="en"), lang="en", deleted=True)
     root = message("p", "prompter", message("a", "assistant", german, lang="en", labels=quality(1)), gone, lang="en")
     path = write(tmp_path / "t.jsonl", root, message("x", "prompter", lang="en"))
-    every = {"threads": "all"}
-    assert short(read(path, **every)[0]) == ["p a:4 q b:4"]
-    assert read(path, **every)[1] == {
-        "deleted messages": 1,
-        "replies to such messages": 1,
-        "threads of one message": 1,
-    }
-    assert short(read(path, keep_deleted=True, **every)[0]) == ["p a:4 q b:4", "p g h"]
-    threads, dropped = read(path, lang="en", **every)
+    assert short(read(path)[0]) == ["p a:4 q b:4"]
+    assert read(path)[1] == {"deleted messages": 1, "replies to such messages": 1, "threads of one message": 1}
+    assert short(read(path, keep_deleted=True)[0]) == ["p a:4 q b:4", "p g h"]
+    threads, dropped = read(path, lang="en")
     assert short(threads) == ["p a:4"]
     assert dropped["messages not in 'en'"] == 1
     assert dropped["replies to such messages"] == 2
-    assert read(path, lang="de", **every)[0] == []
+    with pytest.raises(DataError, match="no thread is left") as caught:
+        read(path, lang="de")
+    assert "--lang" in caught.value.cure
 
 
 def flat(root, parent=None):
@@ -135,20 +129,19 @@ def hub_labels(row):
     return {**row, "labels": values if labels else None}
 
 
-@pytest.mark.parametrize("threads", ["once", "all"])
-def test_every_layout_gives_the_same_threads(tmp_path, threads):
-    expected, _ = read(write(tmp_path / "t.jsonl", {"message_tree_id": "p", "prompt": tree()}), threads=threads)
+def test_every_layout_gives_the_same_threads(tmp_path):
+    expected, _ = read(write(tmp_path / "t.jsonl", {"message_tree_id": "p", "prompt": tree()}))
     rows = flat(tree())
     for name, content in {
         "roots": [tree()],
         "messages": rows,
         "hub": [hub_labels(row) for row in rows],
     }.items():
-        assert read(write(tmp_path / f"{name}.jsonl", *content), threads=threads)[0] == expected
+        assert read(write(tmp_path / f"{name}.jsonl", *content))[0] == expected
 
 
 def test_a_reply_may_stand_before_its_parent(tmp_path):
-    backwards, _ = read(write(tmp_path / "t.jsonl", *flat(tree())[::-1]), threads="all")
+    backwards, _ = read(write(tmp_path / "t.jsonl", *flat(tree())[::-1]))
     assert short(backwards) == ["p e:1", "p a:2 d", "p a:2 q c", "p a:2 q b:4"]
 
 
@@ -159,7 +152,7 @@ def broken(**fields):
 BAD = {  # name -> (row, field, part of the message)
     "role": (broken(role="system"), "message a.role", "unknown role 'system'"),
     "role twice": (broken(role="prompter"), "message a.role", "must alternate"),
-    "assistant first": (message("p", "assistant", message("a", "prompter")), "message p.role", "must alternate"),
+    "id missing": (broken(message_id=None), "message_id", "missing"),
     "text missing": (broken(text=None), "message a.text", "missing"),
     "text blank": (broken(text=" "), "message a.text", "empty"),
     "label beyond range": (broken(labels=quality(1.5)), "message a.labels.quality", "rating 1.5 is outside 0..1"),
@@ -176,7 +169,7 @@ BAD = {  # name -> (row, field, part of the message)
 def test_a_bad_tree_is_one_error_with_its_place(tmp_path, row, field, fragment):
     path = write(tmp_path / "t.jsonl", {"prompt": tree()}, row)
     *threads, error = read(path)[0]
-    assert short(threads) == ["p a:2 q b:4", "p e:1"]
+    assert short(threads) == ["p a:2 q b:4", "p a:2 q c", "p a:2 d", "p e:1"]
     assert (error.file, error.line, error.field) == (path, 2, field)
     assert fragment in error.message
     assert error.cure
@@ -222,28 +215,12 @@ def test_sample_equals_the_recursion(tmp_path):
     expected = [thread for root in roots for thread in recursion(root)]
     assert len(expected) == 626
 
-    threads, dropped = read(path, threads="all")
+    threads, dropped = read(path)
     assert threads == [[tuple(entry[:3]) for entry in thread] for thread in expected]
     assert (sum(map(len, threads)), dropped) == (2198, {})
-
-    seen, once, without = set(), [], 0
-    for thread in expected:
-        new = [entry[2] is not None and entry[3] not in seen for entry in thread]
-        seen |= {entry[3] for entry in thread}
-        if any(new):
-            end = len(new) - new[::-1].index(True)
-            once.append([(r, t, rated if n else None) for (r, t, rated, _), n in zip(thread[:end], new, strict=False)])
-        else:
-            without += 1
-    threads, dropped = read(path)
-    assert threads == once
-    assert dropped == {"threads without a rating that is not in an earlier one": without}
-
-    rated_messages = {entry[3] for thread in expected for entry in thread if entry[2]}
-    assert sum(turn[2] is not None for thread in threads for turn in thread) == len(rated_messages) > 400
 
 
 @needs_sample
 def test_the_two_exports_of_the_sample_agree():
-    first, second = (read(str(SHARED / f"{name}_en_100.jsonl"), threads="all")[0] for name in ("trees", "messages"))
+    first, second = (read(str(SHARED / f"{name}_en_100.jsonl"))[0] for name in ("trees", "messages"))
     assert first == second

@@ -1,21 +1,23 @@
 """Good rows of every format and file type, read to the letter."""
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import os
 import re
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.formats import prompt_turns
-from steerjax.data.preferences import preference_from_row
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations
 from steerjax.errors import ConfigError, DataError
-from steerjax.schema import HELPSTEER, OASST, STEERLM, format_label
+from steerjax.schema import HELPSTEER, OASST, STEERLM, format_label, make_schema
 
 SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[3] / "shared"))
 DOCUMENTATION = Path(__file__).parents[2] / "docs/formats.md"
@@ -102,26 +104,86 @@ def test_blank_lines_count_and_crlf_is_no_content(tmp_path):
     ]
 
 
-def test_a_broken_row_does_not_end_the_file(tmp_path):
-    jsonl, table = tmp_path / "rows.jsonl", tmp_path / "rows.csv"
-    jsonl.write_bytes(b'{"prompt": \n{"a": "\xff"}\n[1]\n{"a": 1, "a": 2}\n' + as_jsonl(ROWS))
-    table.write_bytes(b'prompt,response\n"a"b,c\nd,e,f\ng,\xff\nh,i\n')
-    for path, kinds in [(jsonl, "eeeerr"), (table, "eeer")]:
-        rows = list(iter_rows(str(path)))
-        assert "".join("e" if isinstance(row, DataError) else "r" for _, row in rows) == kinds
-        assert all(row.line == line for line, row in rows if isinstance(row, DataError))
+def test_a_broken_row_of_jsonl_does_not_end_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": \n{"a": "\xff"}\n[1]\n{"a": 1, "a": 2}\n' + as_jsonl(ROWS))
+    rows = list(iter_rows(str(path)))
+    assert "".join("e" if isinstance(row, DataError) else "r" for _, row in rows) == "eeeerr"
+    assert all(row.line == line for line, row in rows if isinstance(row, DataError))
+
+
+@pytest.mark.parametrize("broken", ['"a,b,1\n', '"a"b,c,1\n', "a\nb,c,1\n", "a,b,1,2\n"])
+def test_after_a_broken_record_of_csv_nothing_is_read(tmp_path, broken):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,response,verbosity\ngood,good,1\n" + broken + 'c,d,2\n"e",f,3\n', encoding="utf-8")
+    read = []
+    with pytest.raises(DataError) as caught:
+        read.extend(iter_rows(str(path)))
+    assert [row["prompt"] for _, row in read] in ([], ["good"])
+    assert caught.value.file == str(path)
+    assert caught.value.line >= 3
+    assert caught.value.cure
 
 
 def test_csv_parses_numbers_only_in_columns_that_are_no_text(tmp_path):
     path = tmp_path / "rows.csv"
-    path.write_bytes(b"prompt,response,system,helpfulness,verbosity,note\r\n1+1?,2,,3,,4a\r\n")
-    assert list(iter_rows(str(path))) == [
-        (2, {"prompt": "1+1?", "response": "2", "system": None, "helpfulness": 3.0, "verbosity": None, "note": "4a"})
+    path.write_bytes(b"id,prompt,response,system,helpfulness,verbosity,note\r\n7,1+1?,2,,3,,4a\r\n")
+    texts = {"id": "7", "prompt": "1+1?", "response": "2", "system": None}
+    assert list(iter_rows(str(path))) == [(2, texts | {"helpfulness": 3.0, "verbosity": None, "note": "4a"})]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("separator", [",", "\t", ";"])
+def test_csv_as_spreadsheets_write_it(tmp_path, separator, encoding):
+    path = tmp_path / "rows.csv"
+    text = separator.join(["prompt", "response", "verbosity"]) + "\r\n" + separator.join(["Größe?", '"a\nb"', "3"])
+    path.write_bytes((codecs.BOM_UTF16_BE if encoding == "utf-16-be" else b"") + text.encode(encoding))
+    assert [dict(row) for _, row in iter_rows(str(path))] == [
+        {"prompt": "Größe?", "response": "a\nb", "verbosity": 3.0}
     ]
 
 
+def test_csv_leaves_the_module_as_it_was(tmp_path):
+    path, limit = tmp_path / "rows.csv", csv.field_size_limit()
+    path.write_text("prompt,response\n" + "x" * 2 * limit + ",r\n", encoding="utf-8")
+    assert len(list(iter_rows(str(path)))) == 1
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+def test_bytes_tell_gzip_and_not_the_name(tmp_path, name, compressed):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(as_jsonl(ROWS)) if compressed else as_jsonl(ROWS))
+    assert [conversation.turns for conversation in converted(path)] == TURNS
+
+
+def test_values_that_json_has_no_form_for(tmp_path):
+    row = {"day": date(2026, 1, 2), "at": datetime(2026, 1, 2, 3, 4), "list": [Decimal("2.5")], "raw": b"x"}
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(as_parquet([row]))
+    assert list(iter_rows(str(path))) == [
+        (1, {"day": "2026-01-02", "at": "2026-01-02 03:04:00", "list": [2.5], "raw": b"x"})
+    ]
+
+
+def test_arrow_as_datasets_stores_it(tmp_path, monkeypatch):
+    import datasets
+    import pyarrow
+
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_list(ROWS).save_to_disk("stored")
+    (path,) = Path("stored").glob("*.arrow")
+    assert [conversation.turns for conversation in converted(path)] == TURNS
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile("file.arrow", "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert [conversation.turns for conversation in converted("file.arrow")] == TURNS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.arrow", "stored"]
+
+
 def test_hub_rows(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     asked = []
 
@@ -169,7 +231,7 @@ def test_helpsteer_row_may_be_unrated():
             "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc\n<extra_id_1>Assistant\nd\n<extra_id_1>User\ne",
             ["a", "b", "c", "d", "e"],
         ),
-        # What follows is no thread: it stays text, and the renderer refuses the control string.
+        # What follows is no thread: it stays text.
         ("a\n<extra_id_1>Assistant\nb", ["a\n<extra_id_1>Assistant\nb"]),
         ("a\n<extra_id_1>User\nb", ["a\n<extra_id_1>User\nb"]),
         ("a\n<extra_id_1>User\nb\n<extra_id_1>Assistant\nc", ["a\n<extra_id_1>User\nb\n<extra_id_1>Assistant\nc"]),
@@ -178,10 +240,101 @@ def test_helpsteer_row_may_be_unrated():
     ],
 )
 def test_helpsteer2_prompt_is_split_into_turns(prompt, contents):
-    turns = conversation_from_row({"prompt": prompt, "response": "r", "verbosity": 3}, HELPSTEER).turns
+    row = {"prompt": prompt, "response": "r", "verbosity": 3}
+    turns = conversation_from_row(row, HELPSTEER, "helpsteer2").turns
     assert [turn.content for turn in turns] == [*contents, "r"]
     assert [turn.role for turn in turns] == [("user", "assistant")[index % 2] for index in range(len(turns))]
     assert [turn.ratings for turn in turns] == [None] * len(contents) + [{"verbosity": 3.0}]
+
+
+def test_markers_in_other_formats_are_text():
+    prompt = "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc"
+    row = {"prompt": prompt, "response": "r", "verbosity": 3}
+    assert conversation_from_row(row, HELPSTEER).turns[0] == Turn("user", prompt)
+    entries = [{"from": "User", "value": prompt}, {"from": "Assistant", "value": "r", "label": "verbosity:3"}]
+    turns = conversation_from_row({"conversations": entries}, HELPSTEER).turns
+    assert [turn.content for turn in turns] == ["a", "b", "c", "r"]
+    turns = conversation_from_row({"conversations": entries}, HELPSTEER, "sharegpt").turns
+    assert [turn.content for turn in turns] == [prompt, "r"]
+
+
+def test_the_helpsteer2_sample_is_read_as_helpsteer2(monkeypatch):
+    row = {"prompt": "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc", "response": "r", "verbosity": 3}
+    monkeypatch.setattr("steerjax.data.readers.iter_rows", lambda source: iter([(1, row)]))
+    assert len(converted("embedded:helpsteer2")[0].turns) == 4
+    assert len(converted("hub:nvidia/HelpSteer2:validation")[0].turns) == 4
+    assert len(converted("hub:nvidia/HelpSteer")[0].turns) == 2
+
+
+OWN = make_schema("helpsteer", [("clarity", 1, 5), ("depth", 1, 10)])
+
+
+def test_own_attributes_are_columns():
+    row = {"prompt": "p", "response": "r", "clarity": 5, "depth": None, "helpfulness": "n/a"}
+    assert conversation_from_row(row, OWN).turns[1].ratings == {"clarity": 5.0}
+    del row["clarity"], row["depth"]
+    with pytest.raises(DataError, match="no attribute") as caught:
+        conversation_from_row(row, OWN)
+    assert "data.attributes" in caught.value.cure
+
+
+def test_ratings_beside_messages_belong_to_the_last_assistant_turn():
+    messages = [{"role": role, "content": role} for role in ("assistant", "user", "assistant", "user")]
+    row = {"messages": messages, "clarity": 2, "depth": [7, 8], "annotator": "x"}
+    got = conversation_from_row(row, OWN).turns
+    assert [turn.ratings for turn in got] == [None, None, {"clarity": 2.0, "depth": 7.5}, None]
+    assert conversation_from_row({"messages": messages, "clarity": None}, OWN).turns[2].ratings is None
+    with pytest.raises(DataError, match="assistant turn"):
+        conversation_from_row(row | {"messages": messages[1:2]}, OWN)
+    with pytest.raises(DataError, match=r"outside 1\.\.5"):
+        conversation_from_row(row | {"clarity": 0}, OWN)
+
+
+@pytest.mark.parametrize("key", ["messages", "turns"])
+def test_the_assistant_may_open(key):
+    row = {key: [{"role": role, "content": role} for role in ("assistant", "user", "assistant")]}
+    assert [turn.role for turn in conversation_from_row(row, OWN).turns] == ["assistant", "user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "response": "r", "verbosity": 1},
+        {"turns": [{"role": "user", "content": "c"}]},
+        {"messages": [{"role": "user", "content": "c"}]},
+        {"conversations": [{"from": "human", "value": "c"}]},
+        {"conversations": [{"from": "User", "value": "c"}]},
+        {"instruction": "i", "output": "o"},
+    ],
+    ids=lambda row: next(iter(row)),
+)
+def test_every_reader_takes_ids_that_are_numbers(row):
+    assert conversation_from_row({"id": 7, **row}, HELPSTEER).id == "7"
+    assert conversation_from_row({"id": 0, **row}, HELPSTEER).id == "0"
+    assert conversation_from_row({"id": "x", **row}, HELPSTEER).id == "x"
+    with pytest.raises(DataError, match="'id'"):
+        conversation_from_row({"id": [7], **row}, HELPSTEER)
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "high", "count"),
+    [
+        ("asap/asap3_train", ("overall", "content", "prompt_adherence", "language", "narrativity"), 3, 1035),
+        ("llm_rubric/dialogues", tuple(f"Q{i}" for i in range(9)), 4, 223),
+    ],
+)
+def test_real_ratings_of_other_attributes(name, names, high, count):
+    path = SHARED / f"data/{name}.jsonl"
+    if not path.exists():
+        pytest.skip("needs STEERJAX_SHARED")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    got = converted(path, make_schema("helpsteer", [(name, 0 if high == 3 else 1, high) for name in names]))
+    assert len(got) == count
+    for conversation, row in zip(got, rows, strict=True):
+        rated = {name: row[name] for name in names if row[name] is not None}
+        assert [turn.ratings for turn in conversation.turns][-1] == rated
+        texts = [m["content"] for m in row.get("messages", ())] or [row["prompt"], row["response"]]
+        assert [turn.content for turn in conversation.turns] == texts
 
 
 def test_helpsteer2_disagreements_are_averaged():
@@ -301,7 +454,7 @@ def test_reference_golden_file(path):
 def test_conversation_round_trip():
     conversation = Conversation(
         (
-            Turn("user", "Hi"),
+            Turn("user", "Hi", id="m0"),
             Turn("assistant", "Yo", {"quality": 4.0}, {"quality": 4.25, "humor": -0.5}),  # a prediction may overshoot
             Turn("user", "More"),
         ),
@@ -334,15 +487,12 @@ def test_conversations_in_parquet(tmp_path):
 @pytest.mark.parametrize("example", re.findall(r"```json\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.S))
 def test_documented_example(example):
     row = json.loads(example)
-    if "responses" in row:
-        assert preference_from_row(row).responses == ("7", "8")
-        return
     if row.keys() == {"prompt"}:  # to answer
         assert prompt_turns(row) == (Turn("user", "Name a prime."),)
         return
     answer = conversation_from_row(row, HELPSTEER).turns[-1]
     rated = {"helpfulness": 4.0, "verbosity": 2.0}
-    unrated = {"messages", "instruction", "generation"} & row.keys() or "gpt" in example
+    unrated = {"instruction", "generation"} & row.keys() or "gpt" in example
     assert answer == Turn("assistant", "7", None if unrated else rated, answer.predicted_ratings)
 
 
@@ -363,5 +513,5 @@ def test_forced_format_settles_an_ambiguous_row():
 
 
 def test_unknown_format_names_the_known_ones():
-    with pytest.raises(ConfigError, match=re.escape("auto, helpsteer, regression, reference, conversation")):
+    with pytest.raises(ConfigError, match="auto, helpsteer, helpsteer2, regression"):
         conversation_from_row({}, HELPSTEER, "helpster")

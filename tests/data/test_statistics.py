@@ -6,9 +6,8 @@ import statistics
 import pytest
 
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.preferences import Preference
-from steerjax.data.statistics import ConversationStatistics, PreferenceStatistics, format_statistics
-from steerjax.schema import OASST, STEERLM
+from steerjax.data.statistics import Statistics, format_statistics
+from steerjax.schema import OASST, STEERLM, make_schema
 
 
 def collected(collector, rows):
@@ -30,7 +29,7 @@ def test_ratings():
         conversation({"helpfulness": 0.0}, None, {"verbosity": 2.0}),
         conversation({"helpfulness": 3.0, "verbosity": 0.0}),
     ]
-    got = collected(ConversationStatistics(STEERLM), rows)
+    got = collected(Statistics(STEERLM), rows)
     counts = {name: got[name] for name in ("rows", "turns", "assistant_turns", "rated_turns", "reference")}
     assert counts == {"rows": 3, "turns": 12, "assistant_turns": 6, "rated_turns": 5, "reference": "helpfulness"}
     assert list(got["values"]) == ["quality", "helpfulness", "verbosity", "characters"]
@@ -47,36 +46,40 @@ def test_ratings():
 
 
 def test_without_helpfulness_quality_is_the_reference():
-    got = collected(ConversationStatistics(OASST), [conversation({"quality": 1.0, "humor": 2.0}, {"quality": 3.0})])
+    got = collected(Statistics(OASST), [conversation({"quality": 1.0, "humor": 2.0}, {"quality": 3.0})])
     assert got["reference"] == "quality"
     assert got["values"]["humor"]["pearson"] is None
     assert "r with quality" in format_statistics(got)
 
 
 def test_unrated():
-    got = collected(ConversationStatistics(OASST), [conversation(None)])
+    got = collected(Statistics(OASST), [conversation(None)])
     assert (got["rated_turns"], got["reference"], list(got["values"])) == (0, None, ["characters"])
     assert not any(isinstance(v, float) and math.isnan(v) for v in got["values"]["characters"].values())
     assert "r with" not in format_statistics(got)
 
 
-def test_preferences():
-    rows = [Preference((Turn("user", "p"),), ("a", "bbb"), strength) for strength in (-3, 0, 0, 2)]
-    got = collected(PreferenceStatistics(), rows)
-    assert (got["rows"], got["prompt_turns"]) == (4, 4)
-    assert got["preferences"] == {"-3": 1, "-2": 0, "-1": 0, "0": 2, "1": 0, "2": 1, "3": 0}
-    assert got["values"]["characters"] == {"count": 8, "mean": 2.0, "std": 1.0, "pearson": None}
+def test_own_attributes():
+    schema = make_schema("helpsteer", [("depth", 1, 5), ("clarity", 1, 10)])
+    rows = [conversation({"clarity": 9.0}), conversation({"clarity": 1.0}, {"depth": 2.0})]
+    got = collected(Statistics(schema), rows)
+    assert (got["reference"], list(got["values"])) == ("depth", ["depth", "clarity", "characters"])
+    assert got["values"]["clarity"]["mean"] == 5
 
 
 def test_table_is_aligned():
-    text = format_statistics(collected(ConversationStatistics(STEERLM), [conversation({"helpfulness": 4.0})]))
-    assert text == (
-        "rows             1\n"
-        "turns            2\n"
-        "assistant turns  1\n"
-        "rated turns      1\n"
-        "\n"
-        "             count    mean     std  r with helpfulness\n"
-        "helpfulness      1  4.0000  0.0000                   -\n"
-        "characters       1  1.0000  0.0000                   -"
-    )
+    text = format_statistics(collected(Statistics(STEERLM), [conversation({"helpfulness": 4.0})]))
+    counts, table = text.split("\n\n")
+    assert counts.splitlines() == [
+        "rows             1",
+        "turns            2",
+        "assistant turns  1",
+        "rated turns      1",
+    ]
+    header, *rows = table.splitlines()
+    assert header.split(maxsplit=3) == ["count", "mean", "std", "r with helpfulness"]
+    assert [row.split() for row in rows] == [
+        ["helpfulness", "1", "4.0000", "0.0000", "-"],
+        ["characters", "1", "1.0000", "0.0000", "-"],
+    ]
+    assert {len(line) for line in table.splitlines()} == {len(header)}
