@@ -43,7 +43,8 @@ def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str
         reward=reward,
         attributes=attributes,
         defaults=None if reward else description.default_ratings,
-        recipe=_recipe(provenance),
+        base=base and ("none" if base == "random" else f"`{_public(base)}`"),
+        provenance=provenance,
         data={_public(source): digest for source, digest in data.items()},
         metrics=list(dict.fromkeys(name for found in (evaluation or {}).values() for name in found)),
         evaluation=evaluation,
@@ -66,23 +67,3 @@ def _public(source: str) -> str:
 
 def _dataset(source: str) -> str | None:
     return source.split(":")[1] if source.startswith("hub:") else _EMBEDDED.get(source)
-
-
-def _recipe(provenance: Mapping) -> list[str]:
-    """A line each of what the provenance says; that of somebody else's model says little."""
-    base, config = provenance.get("base_model"), provenance.get("config")
-    lines = [] if base is None else [f"base model: {'none' if base == 'random' else f'`{_public(base)}`'}"]
-    if config:
-        optimizer, batch, train = config["optimizer"], config["batch"], config["train"]
-        lines += [
-            f"AdamW, learning rate {optimizer['learning_rate']:g} ({optimizer['schedule']}, "
-            f"{optimizer['warmup_steps']} warm-up steps), weight decay {optimizer['weight_decay']:g}"
-            + (f", first {optimizer['frozen_layers']} layers frozen" if optimizer["frozen_layers"] else ""),
-            f"batch: {batch['rows']} packed rows of {batch['row_length']} tokens",
-            f"length: {train['steps']} steps" if train["steps"] else f"length: {train['epochs']:g} epochs",
-        ]
-    if "step" in provenance:
-        lines.append(f"checkpoint of step {provenance['step']}")
-    if "steerjax" in provenance:
-        lines.append(f"steerjax {provenance['steerjax']}; the whole configuration is in `steerjax.json`")
-    return lines

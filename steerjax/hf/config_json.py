@@ -17,26 +17,25 @@ from pydantic import Field
 
 from steerjax.errors import ConfigError, ModelError
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER
-from steerjax.models.config import LlamaConfig
+from steerjax.models.config import LlamaConfig, Positive
 from steerjax.typed import STRICT, read_json, typed
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 Count = Annotated[int, Field(ge=1, le=10_000)]  # of what is made one by one
-Size = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 # A family's keys, with the defaults of transformers' config class; null is what follows from the others.
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class _Llama:
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
+    vocab_size: Positive
+    hidden_size: Positive
+    intermediate_size: Positive
     num_hidden_layers: Count
     num_attention_heads: Count
     num_key_value_heads: Count | None = None
-    head_dim: Size | None = None
-    max_position_embeddings: Size = 2048
+    head_dim: Positive | None = None
+    max_position_embeddings: Positive = 2048
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -47,8 +46,8 @@ class _Llama:
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class _Mistral(_Llama):
     num_key_value_heads: Count | None = 8
-    max_position_embeddings: Size = 131072
-    sliding_window: Size | None = 4096
+    max_position_embeddings: Positive = 131072
+    sliding_window: Positive | None = 4096
 
 
 # model_type -> the keys, and what is required besides `_REQUIRED`.
@@ -86,13 +85,11 @@ _ROPES = {
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-_READ_ELSEWHERE = {
-    "architectures", "model_type", "torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters",
-    "sliding_window", "id2label", "label2id", "num_labels", "problem_type",
-    "bos_token_id", "eos_token_id", "pad_token_id",
-}  # fmt: skip
-# Known not to change what the network computes.
-_HARMLESS = {
+# Read elsewhere, or known not to change what the network computes.
+_KNOWN = {
+    "model_type", "architectures", "torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters",
+    "sliding_window", "id2label", "label2id", "num_labels", "problem_type", "bos_token_id", "eos_token_id",
+    "pad_token_id",
     # who wrote the file, and how it is loaded or cached
     "_name_or_path", "_commit_hash", "name_or_path", "transformers_version", "use_cache", "cache_implementation",
     "tokenizer_class", "max_sequence_length", "transformers.js_config", "unsloth_fixed", "unsloth_version",
@@ -220,7 +217,7 @@ def _check_keys(raw: Mapping, own: list[str], required: Mapping[str, tuple], whe
     for key, value in raw.items():
         if key in required and value not in required[key]:
             raise _not_implemented(where, key, value, f"a model with {required[key][0]!r}")
-        if key not in {*own, *required, *_READ_ELSEWHERE, *_HARMLESS}:
+        if key not in {*own, *required, *_KNOWN}:
             raise ModelError(
                 f"{where}: unknown key {key!r} ({reprlib.repr(value)}), which may mean another computation; "
                 "cure: remove it from the file if it does not change what the model computes"
@@ -230,9 +227,8 @@ def _check_keys(raw: Mapping, own: list[str], required: Mapping[str, tuple], whe
 def _check_window(window: int | None, longest: int, where: str) -> None:
     if window is not None and window < longest:
         raise ModelError(
-            f"{where}: sliding_window {window} is less than max_position_embeddings {longest} (absent, it is 4096); "
-            "sliding window attention is not implemented; "
-            "cure: a model without one (Mistral 7B v0.2 and later), or max_position_embeddings no longer than it"
+            f"{where}: sliding_window {window} (4096 where absent) is less than max_position_embeddings {longest}, and "
+            "not implemented; cure: a model without one (Mistral 7B v0.2 and later), or shorter max_position_embeddings"
         )
 
 

@@ -30,9 +30,8 @@ from steerjax.hf.weights import FolderWeights
 _NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # What a folder keeps when only its weights are written anew.
 _SIDE_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-    "steerjax.json", "README.md", "LICENSE", "NOTICE",
+    "*token*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json",
+    "steerjax.json", "README.md", "LICENSE*", "NOTICE*",
 )  # fmt: skip
 
 
@@ -81,10 +80,9 @@ def checkpoint_tensors(description: Description, reader: ParameterReader) -> lis
             )
 
     def read(tensor: Tensor) -> np.ndarray:
-        if tensor.layer is None:
-            return tensor.to_hf(reader.read(tensor.path, whole(tensor.our_shape)))
-        index = (slice(tensor.layer, tensor.layer + 1), *whole(tensor.our_shape))
-        return tensor.to_hf(reader.read(tensor.path, index)[0])
+        layer = () if tensor.layer is None else (slice(tensor.layer, tensor.layer + 1),)
+        array = reader.read(tensor.path, (*layer, *whole(tensor.our_shape)))
+        return tensor.to_hf(array.reshape(tensor.our_shape))
 
     return [Stored(t.name, t.shape, "float32", lambda t=t: read(t)) for t in known]
 
@@ -165,9 +163,8 @@ def convert_folder(source: Path, output: Path, *, dtype: str = "auto", max_shard
         write_weights(folder, stored, dtype, max_shard_size)
         main = config.dtype if dtype == "auto" else dtype
         _write_json(folder / "config.json", write_config(dataclasses.replace(config, dtype=main)))
-        for name in _SIDE_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        for file in (file for pattern in _SIDE_FILES for file in source.glob(pattern)):
+            shutil.copyfile(file, folder / file.name)
 
 
 @contextlib.contextmanager

@@ -72,17 +72,16 @@ class FolderWeights:
         self.dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
         listed = _listed(folder)
-        for file in sorted({folder / name for name in listed.values()}) if listed else [folder / _SINGLE]:
-            self._read_header(file)
-        for name, file in listed.items():
-            if self._files.get(name) != folder / file:
-                raise ModelError(f"'{folder / _INDEX}' says that {name} is in '{file}', where it is not{_AGAIN}")
+        for file in sorted(set(listed.values())) or [_SINGLE]:
+            self._read_header(folder / file, listed)
+        if lacking := listed.keys() - self.shapes.keys():
+            raise ModelError(f"'{folder / _INDEX}' lists {_some(sorted(lacking))}, which no file holds{_AGAIN}")
 
-    def _read_header(self, file: Path) -> None:
+    def _read_header(self, file: Path, listed: Mapping[str, str]) -> None:
         with _opened(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (a reader, no dict)
-                if name in self._files:
-                    raise ModelError(f"{name} is both in '{self._files[name]}' and in '{file}'{_AGAIN}")
+                if listed.get(name, file.name) != file.name:
+                    raise ModelError(f"'{file}' holds {name}, which {_INDEX} lists elsewhere{_AGAIN}")
                 view = opened.get_slice(name)
                 if view.get_dtype() not in _DTYPES:
                     raise ModelError(
@@ -116,7 +115,12 @@ class FolderWeights:
         # Old files hold RoPE's frequencies, which follow from the config.
         extra = [n for n in self.shapes.keys() - {t.name for t in known} if not n.endswith("rotary_emb.inv_freq")]
         if "lm_head.weight" in extra and config.model.tie_word_embeddings:
-            self._check_stray_head(f"{prefix}embed_tokens.weight")
+            # A tied model may store its head a second time, but only the same numbers.
+            if self.read("lm_head.weight").tobytes() != self.read(f"{prefix}embed_tokens.weight").tobytes():
+                raise ModelError(
+                    f"'{self._files['lm_head.weight']}': lm_head.weight is not the embedding, and config.json says "
+                    "tie_word_embeddings\n  cure: set it to false if the head was trained, else remove the tensor"
+                )
             extra.remove("lm_head.weight")
         if extra:
             raise ModelError(
@@ -124,17 +128,6 @@ class FolderWeights:
                 "  cure: the config.json that belongs to the weights; adapters must be merged first"
             )
         return known
-
-    def _check_stray_head(self, embedding: str) -> None:
-        """A tied model may store its head a second time, but only the same numbers."""
-        head, (V, D), rows = "lm_head.weight", self.shapes[embedding], 8192  # at a time
-        same = (self.shapes[head], self.dtypes[head]) == (self.shapes[embedding], self.dtypes[embedding])
-        parts = [(slice(start, min(start + rows, V)), slice(0, D)) for start in range(0, V, rows)]
-        if not same or any(self.read(head, part).tobytes() != self.read(embedding, part).tobytes() for part in parts):
-            raise ModelError(
-                f"'{self._files[head]}': {head} is not the embedding, and config.json says "
-                "tie_word_embeddings\n  cure: set it to false if the head was trained, else remove the tensor"
-            )
 
 
 def load_parameters(folder: Path, config: HuggingFaceConfig, abstract: Mapping, layers: int | None = None) -> dict:
@@ -176,10 +169,9 @@ def load_tree(abstract: Mapping, reader: Callable[[str, object], Callable[[Index
     import jax
 
     def plan(path, leaf):
-        return leaf, reader(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        return reader(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
 
-    plans = jax.tree_util.tree_map_with_path(plan, abstract)
-    return jax.tree.map(lambda pair: _load(*pair), plans, is_leaf=lambda x: isinstance(x, tuple))
+    return jax.tree.map(_load, abstract, jax.tree_util.tree_map_with_path(plan, abstract))
 
 
 def _load(leaf, read: Callable[[Index], np.ndarray]):

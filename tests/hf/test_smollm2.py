@@ -32,7 +32,7 @@ def test_logits_equal_transformers(folder):
     from transformers import AutoModelForCausalLM
 
     opened = open_bundle(folder, MeshConfig(data=2, fsdp=4), template="chatml")
-    rows, _ = load_conversations(("embedded:helpsteer",), HELPSTEER)
+    rows = load_conversations(("embedded:helpsteer",), HELPSTEER).conversations
     rows = rows[:: len(rows) // CONVERSATIONS]
     renderer = opened.renderer(HELPSTEER)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

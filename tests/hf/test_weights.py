@@ -207,6 +207,14 @@ def index_lies(folder, tensors):
     index.write_text(json.dumps(listed))
 
 
+def index_lists_more(folder, tensors):
+    write_folder(folder, TINY, tensors, shards=2)
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    listed["weight_map"]["model.more.weight"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(listed))
+
+
 def broken_index(folder, tensors):
     write_folder(folder, TINY, tensors, shards=2)
     (folder / "model.safetensors.index.json").write_text("{")
@@ -248,11 +256,12 @@ BROKEN = {
     not_safetensors: r"model.safetensors' is truncated or no safetensors",
     missing_file: r"index.json' names 'model-00002-of-00002.safetensors'",
     index_outside_the_folder: r"names '../a.safetensors' \(for a\)",
-    index_lies: r"model.* is in 'model-0000.-of-00002.safetensors', where it is not",
+    index_lies: r"model-0000.-of-00002.safetensors' holds model.*, which .*index.json lists elsewhere",
+    index_lists_more: r"index.json' lists model.more.weight, which no file holds",
     broken_index: r"index.json' cannot be read",
     index_of_numbers: r"index.json.weight_map.a is 1",
     index_without_map: r"index.json.weight_map is missing",
-    twice: r"is both in '.*model-00001-of-00002.safetensors' and in '.*model-00002",
+    twice: r"model-00002-of-00002.safetensors' holds model.*, which .*index.json lists elsewhere",
     pickle_only: r"only pytorch_model.bin, which may be pickles",
     no_weights: r"has neither model.safetensors nor model.safetensors.index.json",
 }
