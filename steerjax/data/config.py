@@ -13,7 +13,9 @@ from steerjax.typed import STRICT
 
 def _separated(value: Any) -> Any:
     """`a.jsonl,b.jsonl`, as command lines have it, as a tuple."""
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
 
 
 Sources = Annotated[tuple[str, ...], BeforeValidator(_separated)]
