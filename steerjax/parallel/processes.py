@@ -5,9 +5,7 @@ gives a sign of life every `BEAT` seconds and waits for news; process 0's looks 
 service has a watch of its own, but it aborts with a stack trace that does not say who failed or why. It does so at once
 when process 0 dies, so each process also holds a connection to process 0 whose end it sees as soon.
 
-Environment:
-    STEERJAX_COORDINATOR, STEERJAX_PROCESSES, STEERJAX_PROCESS: host:port of process 0, how many, and which this is.
-        Cloud TPU, GKE with TPUs, Slurm (srun) and Open MPI need none of them.
+Environment (and that of cluster.py):
     STEERJAX_START_SECONDS: how long to wait for all processes to start (300).
     STEERJAX_WAIT_SECONDS: longest wait at a barrier, and longest time in which no process gets on (3600).
     STEERJAX_CPU_DEVICES: virtual devices of a process on a CPU.
@@ -31,13 +29,14 @@ from collections.abc import Iterator, Mapping
 import jax
 
 from steerjax.errors import ConfigError, SteerjaxError, TrainingError
+from steerjax.parallel.cluster import find_cluster, whole_number
 
 BEAT = 2.0  # seconds between signs of life
 LOST = 30.0  # seconds of silence after which a process is gone: long, as a thread may have to wait for Python's lock
+MISSES = 5  # looks at the store that may fail one after the other
 GRACE = 10.0  # seconds in which the others hear from process 0 why it ends
 FIRST_GONE = "process 0 is gone (the connection to it broke): killed, out of memory, or its machine is down"
 NEWS, DONE = "steerjax/news", "done"
-PLAIN = ("STEERJAX_COORDINATOR", "STEERJAX_PROCESSES", "STEERJAX_PROCESS")
 # What a collective says when the process at its other end is gone.
 PEER_LOST = re.compile(r"gloo|nccl|peer|socket|connection|unavailable|aborted|deadline", re.IGNORECASE)
 
@@ -60,7 +59,7 @@ class Processes:
         self._leaving = False
         self._moved = time.monotonic()
         self._places: dict[int, str] = {}
-        self._seen = dict.fromkeys(range(count), ("", self._moved))  # the last sign of life, and when it was new
+        self._seen = dict.fromkeys(range(count), ("", self._moved))  # last sign of life, and when it was new
         self._watch = threading.Thread(target=self._watch_others, name="steerjax-watch", daemon=True)
         if count > 1:
             self._watch.start()
@@ -121,13 +120,14 @@ class Processes:
         if not self._watch.is_alive():
             return
         sys.stdout.flush()
-        text = _words(error)
-        _say(f"error: process {self.index} of {self.count}: {text}")
-        if not isinstance(error, SteerjaxError):
-            if PEER_LOST.search(str(error)):
+        ours, text = isinstance(error, SteerjaxError), str(error)
+        shown = text if ours else "".join(traceback.format_exception(error)).strip()
+        _say(f"error: process {self.index} of {self.count}: {shown}")
+        if not ours:
+            if PEER_LOST.search(text):
                 _say("it may be that another process is gone; looking for it ...")
                 time.sleep(LOST + 3 * BEAT)  # the watch ends this process as soon as it knows who
-            text = "\n".join(f"{type(error).__name__}: {error}".splitlines()[:3])
+            text = "\n".join(f"{type(error).__name__}: {text}".splitlines()[:3])
         self._leaving = True  # so that the watch does not say it again
         self._tell(f"process {self.index} of {self.count} failed: {text}")
         self._leave()
@@ -142,12 +142,18 @@ class Processes:
             self._client.key_value_set(NEWS, news)
 
     def _watch_others(self) -> None:
-        try:
-            while (news := self._beat()) is None:
-                if self.index == 0 and (found := self._find_lost()):
+        news, missed = None, 0
+        while news is None:
+            try:
+                news = self._beat()
+                if news is None and self.index == 0 and (found := self._find_lost()):
                     self._tell(found)
-        except jax.errors.JaxRuntimeError:
-            news = FIRST_GONE
+                missed = 0
+            except jax.errors.JaxRuntimeError:
+                missed += 1
+                if missed == MISSES or self._leaving:
+                    news = FIRST_GONE
+                time.sleep(BEAT)
         if news != DONE and not self._leaving:
             _say(f"error: process {self.index} of {self.count} ends, because {news}")
             self._leave()
@@ -230,13 +236,6 @@ def _flat(facts: Mapping) -> dict[str, str]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): repr(leaf) for path, leaf in leaves}
 
 
-def _words(error: BaseException) -> str:
-    """An error as a user should see it: ours is a message, any other needs its traceback."""
-    if isinstance(error, SteerjaxError):
-        return str(error)
-    return "".join(traceback.format_exception(error)).strip()
-
-
 def _say(text: str) -> None:
     """Past Python's buffers, whose locks a thread that is stuck may hold."""
     os.write(2, (text + "\n").encode())
@@ -266,7 +265,7 @@ def connect(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
         ConfigError: an environment that makes no sense.
     """
     if environment.get("STEERJAX_CPU_DEVICES"):
-        jax.config.update("jax_num_cpu_devices", _number(environment, "STEERJAX_CPU_DEVICES", 1))
+        jax.config.update("jax_num_cpu_devices", whole_number(environment, "STEERJAX_CPU_DEVICES", 1))
     arguments = find_cluster(environment)
     if arguments is None:
         yield ALONE
@@ -287,76 +286,12 @@ def _stop(*_) -> None:
     raise TrainingError("stopped by SIGTERM before it had anything to save")
 
 
-def find_cluster(environment: Mapping[str, str]) -> dict | None:
-    """Arguments of jax.distributed.initialize, {} where jax finds out for itself; None for a single process.
-
-    Raises:
-        ConfigError: names the variable.
-    """
-    given = [name for name in PLAIN if environment.get(name)]
-    if given:
-        missing = [name for name in PLAIN if name not in given]
-        if missing:
-            raise ConfigError(f"{given[0]} is set and {', '.join(missing)} not; cure: set all three, or none")
-        count, index = _number(environment, "STEERJAX_PROCESSES", 1), _number(environment, "STEERJAX_PROCESS", 0)
-        address = environment["STEERJAX_COORDINATOR"]
-        if not re.fullmatch(r".+:\d+", address):
-            raise ConfigError(f"STEERJAX_COORDINATOR is {address!r}; cure: host:port of process 0, e.g. node1:9876")
-        if index >= count:
-            raise ConfigError(f"STEERJAX_PROCESS is {index} of {count} processes; cure: 0 to {count - 1}")
-        plain = {"coordinator_address": address, "num_processes": count, "process_id": index}
-        return plain | {"cluster_detection_method": "deactivate"} if count > 1 else None
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
-        return {"local_device_ids": _slurm_devices(environment)}
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
-        if "OMPI_MCA_orte_hnp_uri" not in environment:  # Open MPI 5
-            raise ConfigError("this Open MPI does not say where process 0 is; cure: set STEERJAX_COORDINATOR, "
-                              "STEERJAX_PROCESSES and STEERJAX_PROCESS (launch/README.md)")  # fmt: skip
-        return {}
-    return {} if _on_tpu_pod(environment) else None
-
-
-def _slurm_devices(environment: Mapping[str, str]) -> list[int] | None:
-    """Which of the visible GPUs a task takes; [] is all. (jax always takes one, so one task a node left the rest idle.)
-
-    With `srun --gpus-per-task` a task sees its own GPUs only, else all of the node's, which its tasks share out.
-    """
-    local, node = int(environment["SLURM_LOCALID"]), int(environment.get("SLURM_NODEID", "0"))
-    per_node = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):  # such as 8(x2),4
-        tasks, _, nodes = part.partition("(x")
-        per_node += [int(tasks)] * int(nodes.rstrip(")") or 1)
-    tasks = per_node[node]
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if tasks == 1 or "SLURM_GPUS_PER_TASK" in environment or not visible:
-        return []
-    gpus = len(visible.split(","))
-    if gpus == 1:
-        return []
-    if gpus % tasks:
-        raise ConfigError(f"{tasks} Slurm tasks on a node cannot share its {gpus} GPUs; cure: one task a node or a GPU")
-    return list(range(local * gpus // tasks, (local + 1) * gpus // tasks))
-
-
-def _on_tpu_pod(environment: Mapping[str, str]) -> bool:
-    if environment.get("JAX_PLATFORMS", "tpu").split(",")[0] != "tpu":
-        return False
-    from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm  # jax's own test: libtpu and TPU chips are here
-
-    return running_in_cloud_tpu_vm and not environment.get("TPU_SKIP_MDS_QUERY")
-
-
-def _number(environment: Mapping[str, str], name: str, least: int) -> int:
-    text = environment[name]
-    if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"{name} is {text!r}; cure: a whole number, {least} or more")
-    return int(text)
-
-
 def _start(arguments: dict, environment: Mapping[str, str]) -> Processes:
     """Starts jax.distributed; the process ends with a message where it cannot."""
-    seconds = _number({"STEERJAX_START_SECONDS": "300"} | dict(environment), "STEERJAX_START_SECONDS", 1)
-    wait = _number({"STEERJAX_WAIT_SECONDS": "3600"} | dict(environment), "STEERJAX_WAIT_SECONDS", 1)
+    seconds, wait = (
+        whole_number({name: default} | dict(environment), name, 1)
+        for name, default in (("STEERJAX_START_SECONDS", "300"), ("STEERJAX_WAIT_SECONDS", "3600"))
+    )
     # The preemption service would take SIGTERM for itself; training/loop.py agrees on it with the step.
     jax.config.update("jax_enable_preemption_service", False)
     # When the wait is over jax aborts without saying what for, so ours ends first.

@@ -16,10 +16,11 @@ import pytest
 
 from steerjax.bundle.reader import CheckpointReader
 from steerjax.config import resolve
-from steerjax.errors import ConfigError, TrainingError
-from steerjax.parallel.processes import ALONE, connect, find_cluster
+from steerjax.errors import TrainingError
+from steerjax.parallel import processes
+from steerjax.parallel.processes import ALONE, Processes, connect
+from steerjax.report.records import read_metrics
 from steerjax.training import loop
-from steerjax.training.metrics import read_metrics
 
 slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
 STEPS = 8
@@ -285,27 +286,7 @@ def test_a_start_that_is_not_answered_says_so(tmp_path):
         assert "process 0 of 2 waited 2 s, and not all 2 processes have come" in group.output(0)
 
 
-PLAIN = {"STEERJAX_COORDINATOR": "node1:99", "STEERJAX_PROCESSES": "2", "STEERJAX_PROCESS": "1"}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"STEERJAX_PROCESS": ""}, "STEERJAX_COORDINATOR is set and STEERJAX_PROCESS not"),
-        ({"STEERJAX_PROCESS": "2"}, "STEERJAX_PROCESS is 2 of 2 processes; cure: 0 to 1"),
-        ({"STEERJAX_PROCESS": "-1"}, "STEERJAX_PROCESS is '-1'; cure: a whole number"),
-        ({"STEERJAX_PROCESSES": "two"}, "STEERJAX_PROCESSES is 'two'; cure: a whole number, 1 or more"),
-        ({"STEERJAX_COORDINATOR": "node1"}, "STEERJAX_COORDINATOR is 'node1'; cure: host:port"),
-    ],
-)
-def test_an_environment_that_makes_no_sense_is_refused(change, message):
-    with pytest.raises(ConfigError, match=message):
-        find_cluster(PLAIN | change)
-
-
 def test_one_process_starts_nothing():
-    assert find_cluster({}) is None
-    assert find_cluster(PLAIN | {"STEERJAX_PROCESSES": "1", "STEERJAX_PROCESS": "0"}) is None
     with connect({}) as processes:
         assert processes is ALONE
         processes.barrier("nobody else")
@@ -314,31 +295,33 @@ def test_one_process_starts_nothing():
         raise TrainingError("as it was")
 
 
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
-         "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}  # fmt: skip
-EIGHT = "0,1,2,3,4,5,6,7"
+class FailingStore:
+    """Looks at it fail as often as `failures` says, then there is news."""
+
+    def __init__(self, failures: int):
+        self.failures = failures
+
+    def key_value_set(self, *_, **__):
+        pass
+
+    def key_value_dir_get(self, _):
+        return []
+
+    def blocking_key_value_get(self, *_):
+        self.failures -= 1
+        if self.failures >= 0:
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: failed to connect")
+        return processes.DONE
 
 
-@pytest.mark.parametrize(
-    ("change", "devices"),
-    [
-        ({"CUDA_VISIBLE_DEVICES": EIGHT}, []),  # one task a node: all of its GPUs
-        ({"SLURM_NTASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3",
-          "CUDA_VISIBLE_DEVICES": EIGHT}, [3]),  # one task a GPU, all see all
-        ({"SLURM_NTASKS": "16", "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_LOCALID": "3",
-          "CUDA_VISIBLE_DEVICES": "3"}, []),  # one task a GPU, bound to it
-        ({"SLURM_NTASKS": "6", "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_LOCALID": "1",
-          "CUDA_VISIBLE_DEVICES": EIGHT}, [4, 5, 6, 7]),  # two tasks on this node
-    ],
-)  # fmt: skip
-def test_slurm_tasks_share_out_a_nodes_gpus(change, devices):
-    assert find_cluster(SLURM | change) == {"local_device_ids": devices}
-
-
-def test_other_launchers():
-    assert find_cluster(SLURM | {"SLURM_NTASKS": "1"}) is None
-    assert find_cluster({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:3"}) == {}
-    with pytest.raises(ConfigError, match="Open MPI does not say where process 0 is"):
-        find_cluster({"OMPI_COMM_WORLD_SIZE": "4"})
-    with pytest.raises(ConfigError, match="3 Slurm tasks on a node cannot share its 8 GPUs"):
-        find_cluster(SLURM | {"SLURM_STEP_TASKS_PER_NODE": "3(x2)", "CUDA_VISIBLE_DEVICES": EIGHT})
+@pytest.mark.parametrize(("failures", "left"), [(4, 0), (5, 1)])
+def test_a_failed_look_at_the_store_ends_nothing(monkeypatch, failures, left):
+    """Only several in a row do."""
+    monkeypatch.setattr(processes, "BEAT", 0.0)
+    leaving, said = [], []
+    monkeypatch.setattr(processes, "_say", said.append)
+    one = Processes(index=1)
+    one.count, one._client, one._leave = 2, FailingStore(failures), lambda: leaving.append(1)
+    one._watch_others()
+    assert len(leaving) == left
+    assert len(said) == left

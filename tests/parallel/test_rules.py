@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from steerjax.config import MeshConfig
 from steerjax.errors import ConfigError
 from steerjax.parallel import rules
-from steerjax.parallel.mesh import make_mesh, mesh_shape
+from steerjax.parallel.mesh import MeshConfig, make_mesh, mesh_shape, parse_mesh
 
 pytestmark = pytest.mark.short
 
@@ -30,6 +29,19 @@ def test_mesh_shapes():
     assert mesh_shape(MeshConfig(data=1, tensor=-1), 8) == (1, 1, 8, 1)
     with pytest.raises(ConfigError, match="wants 4 devices and there are 8"):
         mesh_shape(MeshConfig(data=2, fsdp=2), 8)
+
+
+def test_mesh_of_a_command_line():
+    assert parse_mesh("fsdp=2,tensor=4") == MeshConfig(fsdp=2, tensor=4)
+    assert parse_mesh("") == MeshConfig()
+    for text, key in (
+        ("fsdp", "--mesh fsdp"),
+        ("rows=2", "rows"),
+        ("fsdp=0", "--mesh.fsdp"),
+        ("fsdp=-1", "at most one"),
+    ):
+        with pytest.raises(ConfigError, match=f"(?s){key}.*cure:|cure:.*{key}"):
+            parse_mesh(text)
 
 
 def test_constrain_is_nothing_without_a_mesh_and_a_sharding_with_one():

@@ -14,8 +14,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from steerjax.config import MeshConfig, resolve
-from steerjax.parallel.mesh import make_mesh
+from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.processes import Processes, connect
 
 
@@ -30,6 +29,7 @@ def train(processes: Processes, recipe: str, workdir: str, *meshes: str) -> None
 
     With FAIL_AT=PROCESS:STEP in the environment, that process fails there.
     """
+    from steerjax.config import resolve
     from steerjax.data.batch import BatchPlan
     from steerjax.training import loop
 
