@@ -31,6 +31,8 @@ from steerjax.models.attention import Cache
 from steerjax.models.llama import CausalLM
 from steerjax.parallel.rules import RULES, constrain, mesh_ways
 
+_WINDOW = 4  # batches whose requests are sorted by length
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -94,9 +96,8 @@ class Engine:
 
     Args:
         model, params: the chat model; its parameters on `mesh`.
-        mesh: None for one device.
         tokenizer, template: what the model was trained with.
-        sampling: see there.
+        mesh: None for one device.
         batch_size: rows that are decoded together, about: whole requests, as many as the mesh can share evenly.
         interval: steps between two looks of the host.
 
@@ -105,56 +106,57 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: CausalLM,
-        params: dict,
-        tokenizer: Tokenizer,
-        template: Template,
-        sampling: Sampling,
-        mesh: Mesh | None = None,
-        batch_size: int = 8,
-        interval: int = 64,
-    ):
+        self, model: CausalLM, params: dict, tokenizer: Tokenizer, template: Template, sampling: Sampling,
+        mesh: Mesh | None = None, batch_size: int = 8, interval: int = 64,
+    ):  # fmt: skip
         # One layer a step of the scan: unrolled, XLA copies the weights out of their stack (twice as slow on a CPU).
-        self.model = model.clone(compute=replace(model.compute, unroll=1, remat="none"))
+        model = model.clone(compute=replace(model.compute, unroll=1, remat="none"))
         self.params, self.mesh, self.batch_size, self.interval = params, mesh, batch_size, interval
-        self.tokenizer, self.sampling = tokenizer, sampling
-        self.stops = Stops(tokenizer, template)
+        self.sampling, self.stops = sampling, Stops(tokenizer, template)
         self._ways = mesh_ways(mesh, RULES["batch"]) if mesh else 1
-        self._start = jax.jit(functools.partial(start, self.model, sampling, self.stops))
-        advancing = functools.partial(advance, self.model, sampling, self.stops)
-        self._advance = jax.jit(advancing, donate_argnums=1)
+        self._start = jax.jit(functools.partial(start, model, sampling, self.stops))
+        self._advance = jax.jit(functools.partial(advance, model, sampling, self.stops), donate_argnums=1)
 
-    def requests_per_batch(self, rows_per_request: int) -> int:
-        """How many requests `generate` decodes together."""
-        wanted = max(1, self.batch_size // rows_per_request)
-        return -(-wanted // self._ways) * self._ways
+    def run(self, requests: Sequence[Request], done: int = 0) -> Iterator[tuple[int, list[list[Answer]]]]:
+        """(index, answers [setting][sample]) of the requests from `done` on; all have as many settings and samples.
+
+        Batches are cut from all requests, whatever is done, so that an interrupted job computes the batches of an
+        uninterrupted one.
+        """
+        rows = len(requests[0].prompts) * requests[0].samples if requests else 1
+        size = self._batch(rows)
+        for begin in range(0, len(requests), _WINDOW * size):
+            window = range(begin, min(begin + _WINDOW * size, len(requests)))
+            order = sorted(window, key=lambda i: len(requests[i].prompts[0]))
+            for batch in (order[at : at + size] for at in range(0, len(order), size)):
+                if max(batch) >= done:
+                    *_, drawn = self._steps([requests[i] for i in batch], size, self.interval)
+                    each = (self._answer(tokens, ended) for tokens, ended in drawn)
+                    for i in batch:
+                        yield i, [[next(each) for _ in range(requests[i].samples)] for _ in requests[i].prompts]
 
     def generate(self, requests: Sequence[Request]) -> list[list[list[Answer]]]:
-        """Answers [request][setting][sample]; all requests have as many settings and samples."""
-        answers: list[list[list[Answer]]] = []
-        size = self.requests_per_batch(len(requests[0].prompts) * requests[0].samples) if requests else 1
-        for begin in range(0, len(requests), size):
-            batch = requests[begin : begin + size]
-            rows = [self._answer(tokens, done) for tokens, done in last(self._run(batch, size, self.interval))]
-            each = iter(rows)
-            answers += [[[next(each) for _ in range(r.samples)] for _ in r.prompts] for r in batch]
-        return answers
+        """Answers [request][setting][sample]."""
+        return [answers for _, answers in sorted(self.run(requests), key=lambda item: item[0])]
 
-    def stream(self, prompt: np.ndarray) -> Iterator[str | Answer]:
+    def stream(self, request: Request) -> Iterator[str | Answer]:
         """The pieces of one answer as they are drawn, then the whole `Answer`."""
         shown = ""
-        for rows in self._run([Request((prompt,))], self.requests_per_batch(1), 1):
-            tokens, done = rows[0]
-            ready = self.stops.settled(self.stops.find(tokens)) if not done else shown
+        for rows in self._steps([request], self._batch(1), 1):
+            tokens, ended = rows[0]
+            ready = shown if ended else self.stops.settled(self.stops.find(tokens))
             if ready.startswith(shown):
                 yield ready[len(shown) :]
                 shown = ready
-        answer = self._answer(tokens, done)
+        answer = self._answer(tokens, ended)
         yield answer.text[len(shown) :]
         yield answer
 
-    def _run(self, requests: Sequence[Request], size: int, interval: int) -> Iterator[list[tuple[np.ndarray, bool]]]:
+    def _batch(self, rows: int) -> int:
+        """Requests of so many rows that are decoded together."""
+        return -(-max(1, self.batch_size // rows) // self._ways) * self._ways
+
+    def _steps(self, requests: Sequence[Request], size: int, interval: int) -> Iterator[list[tuple[np.ndarray, bool]]]:
         """(tokens, ended) of each row, after every `interval` steps."""
         inputs = arrange(requests, size)
         with jax.set_mesh(self.mesh) if self.mesh else nullcontext():
@@ -166,17 +168,10 @@ class Engine:
                     return
                 state = self._advance(self.params, state, min(int(count) + interval, self.sampling.max_new_tokens))
 
-    def _answer(self, tokens: np.ndarray, done: bool) -> Answer:
+    def _answer(self, tokens: np.ndarray, ended: bool) -> Answer:
         ending = self.stops.find(tokens)
-        finish = "stop" if done or ending.stopped else "length"
+        finish = "stop" if ended or ending.stopped else "length"
         return Answer(ending.text, finish, len(tokens), tuple(tokens.tolist()))
-
-
-def last(items: Iterator):
-    """The last of an iterator's items."""
-    for item in items:  # noqa: B007
-        pass
-    return item
 
 
 def arrange(requests: Sequence[Request], size: int) -> Inputs:

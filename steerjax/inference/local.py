@@ -13,8 +13,6 @@ from steerjax.inference.engine import Engine, Request
 from steerjax.inference.steering import Setting, label_of
 from steerjax.schema import Schema
 
-_WINDOW = 4  # batches whose rows are sorted by length
-
 
 class Local:
     """An engine with the renderer of its model.
@@ -59,19 +57,9 @@ class Local:
         return Request(tuple(prompts), samples)
 
     def run(self, requests: Sequence[Request], done: int) -> Iterator[tuple[int, list[list[Answer]]]]:
-        """(index, answers [setting][sample]) of the requests from `done` on.
-
-        Batches are cut from all requests, whatever is done, so that an interrupted job computes the batches of an
-        uninterrupted one.
-        """
-        size = self._engine.requests_per_batch(len(requests[0].prompts) * requests[0].samples) if requests else 1
-        for begin in range(0, len(requests), _WINDOW * size):
-            window = range(begin, min(begin + _WINDOW * size, len(requests)))
-            order = sorted(window, key=lambda i: len(requests[i].prompts[0]))
-            for batch in (order[at : at + size] for at in range(0, len(order), size)):
-                if max(batch) >= done:
-                    yield from zip(batch, self._engine.generate([requests[i] for i in batch]), strict=True)
+        """See `Engine.run`."""
+        return self._engine.run(requests, done)
 
     def stream(self, request: Request) -> Iterator[str | Answer]:
         """See `Engine.stream`."""
-        return self._engine.stream(request.prompts[0])
+        return self._engine.stream(request)

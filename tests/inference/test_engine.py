@@ -147,7 +147,7 @@ def test_stream_is_the_text_in_pieces():
     model, params = tiny()
     decoder = Engine(model, params, TOKENIZER, CHATML, Sampling(1.0, seed=2, max_new_tokens=20))
     (prompt,) = prompts(1)
-    *pieces, answer = decoder.stream(prompt)
+    *pieces, answer = decoder.stream(Request((prompt,)))
     assert answer == decoder.generate([Request((prompt,))])[0][0][0]
     assert "".join(pieces) == answer.text
     assert sum(map(bool, pieces)) > 3
