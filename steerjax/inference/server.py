@@ -14,7 +14,6 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -32,7 +31,7 @@ _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may pass
 _CURE = "name an OpenAI-compatible server, http://HOST:PORT"
 
 
-# What we read of a server's replies: pydantic models, which ignore other keys.
+# What we read of a server's replies; pydantic ignores other keys.
 
 
 class _Text(BaseModel):
@@ -63,18 +62,8 @@ class _Models(BaseModel):
     data: list[_Served]
 
 
-@dataclass(frozen=True)
-class ServerRequest:
-    """A conversation in one or several settings, as messages; `ratings` has an entry for each message."""
-
-    messages: tuple[dict[str, Any], ...]
-    ratings: tuple[dict[str, int] | None, ...]
-    settings: tuple[Setting, ...]
-    samples: int = 1
-
-
 class Server:
-    """Answers over HTTP.
+    """Answers over HTTP. A request is a list of the bodies that are sent, one for each setting.
 
     Args:
         url: `http://host:8000` or `.../v1`. A key in OPENAI_API_KEY is sent as a bearer token.
@@ -96,31 +85,49 @@ class Server:
         import httpx
 
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.sampling, self.template, self.workers, self.attempts = sampling, template, workers, attempts
+        self._sampling, self._template, self._workers, self._attempts = sampling, template, workers, attempts
         self._client = httpx.Client(timeout=timeout, limits=httpx.Limits(max_connections=workers))
         self.model = model or self._only_model()
 
     def prepare(
         self, conversation: Conversation, settings: Sequence[Setting], samples: int, schema: Schema
-    ) -> ServerRequest:
-        """The conversation as messages."""
+    ) -> list[dict[str, Any]]:
+        """The conversation as a body for each setting."""
         messages: list[dict] = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
-        given = []
-        for turn in conversation.turns:
-            ratings = turn.ratings or turn.predicted_ratings or {}
-            given.append({name: round_rating(rating, schema[name]) for name, rating in ratings.items()} or None)
+        ratings = [
+            {name: round_rating(r, schema[name]) for name, r in (turn.ratings or turn.predicted_ratings or {}).items()}
+            or None
+            for turn in conversation.turns
+        ]
         if conversation.system is not None:
             messages.insert(0, {"role": "system", "content": conversation.system})
-            given.insert(0, None)
-        return ServerRequest(tuple(messages), tuple(given), tuple(settings), samples)
+            ratings.insert(0, None)
+        s = self._sampling
+        body: dict[str, Any] = {
+            "model": self.model, "messages": messages, "n": samples,
+            "max_tokens": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p,
+        }  # fmt: skip
+        if self._template:
+            body["stop"] = sorted(self._template.control_strings)
+        if s.top_k:
+            body["top_k"] = s.top_k
+        earlier = {"message_attributes": ratings} if any(ratings) else {}
+        bodies = []
+        for setting in settings:
+            asked = ({"attributes": dict(setting)} if setting else {}) | earlier
+            # As with our own decoder: one seed, and still other draws for other prompts and settings.
+            text = json.dumps([s.seed, messages, ratings, sorted(setting.items())])
+            seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
+            bodies.append(body | {"seed": seed} | ({"chat_template_kwargs": asked} if asked else {}))
+        return bodies
 
-    def run(self, requests: Sequence[ServerRequest], done: int) -> Iterator[tuple[int, list[list[Answer]]]]:
+    def run(self, requests: Sequence[list[dict]], done: int) -> Iterator[tuple[int, list[list[Answer]]]]:
         """(index, answers [setting][sample]) of the requests from `done` on, as they come.
 
         Raises:
             ModelError: the server cannot be reached, refuses a request, or answers with something else.
         """
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self._workers) as pool:
             waiting = {pool.submit(self._answers, requests[i]): i for i in range(done, len(requests))}
             try:
                 for future in as_completed(waiting):
@@ -128,15 +135,14 @@ class Server:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def stream(self, request: ServerRequest) -> Iterator[str | Answer]:
+    def stream(self, request: list[dict]) -> Iterator[str | Answer]:
         """The pieces of one answer as they come, then the whole `Answer`.
 
         Raises:
             ModelError: as `run`.
         """
-        body = self._body(request, request.settings[0]) | {"stream": True, "stream_options": {"include_usage": True}}
         text, shown, finish, tokens = "", "", None, None
-        for event in self._events(body):
+        for event in self._events(request[0] | {"stream": True, "stream_options": {"include_usage": True}}):
             tokens = event.usage.completion_tokens if event.usage else tokens
             for choice in event.choices:
                 written = choice.delta or choice.message
@@ -151,8 +157,8 @@ class Server:
         yield text[len(shown) :]
         yield Answer(text, finish, tokens)
 
-    def _answers(self, request: ServerRequest) -> list[list[Answer]]:
-        return [self._ask(self._body(request, setting)) for setting in request.settings]
+    def _answers(self, request: list[dict]) -> list[list[Answer]]:
+        return [self._ask(body) for body in request]
 
     def _ask(self, body: dict[str, Any]) -> list[Answer]:
         reply = self._parsed(_Completion, self._send("POST", "/chat/completions", body).content)
@@ -162,34 +168,14 @@ class Server:
         if any(choice.message is None or choice.finish_reason is None for choice in choices):
             raise self._error("an answer without message or finish_reason")
         tokens = reply.usage.completion_tokens if reply.usage and len(choices) == 1 else None
-        return [Answer(self._response(c.message.content or "", c.finish_reason), c.finish_reason, tokens)
-                for c in choices]  # fmt: skip
-
-    def _body(self, request: ServerRequest, setting: Setting) -> dict[str, Any]:
-        s = self.sampling
-        body: dict[str, Any] = {
-            "model": self.model, "messages": list(request.messages), "n": request.samples,
-            "max_tokens": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p,
-        }  # fmt: skip
-        if self.template:
-            body["stop"] = sorted(self.template.control_strings)
-        if s.top_k:
-            body["top_k"] = s.top_k
-        asked: dict[str, Any] = {"attributes": dict(setting)} if setting else {}
-        if any(request.ratings):
-            asked["message_attributes"] = list(request.ratings)
-        if asked:
-            body["chat_template_kwargs"] = asked
-        # As with our own decoder: one seed, and still other draws for other prompts and settings.
-        text = json.dumps([s.seed, request.messages, request.ratings, sorted(setting.items())])
-        body["seed"] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
-        return body
+        each = [(choice.message.content or "", choice.finish_reason) for choice in choices]
+        return [Answer(self._response(text, finish), finish, tokens) for text, finish in each]
 
     def _response(self, text: str, finish: str) -> str:
         """What the server wrote, as `stopping.Stops` leaves it."""
-        if self.template is None or self.template.strip:
+        if self._template is None or self._template.strip:
             return text.strip()
-        end = self.template.end  # may begin with white space, which is no end yet to a server
+        end = self._template.end  # may begin with white space, which is no end yet to a server
         return text.removesuffix(end[: len(end) - len(end.lstrip())]) if finish == "stop" else text
 
     def _only_model(self) -> str:
@@ -231,7 +217,7 @@ class Server:
         if not (key.isascii() and key.isprintable()):
             raise ConfigError("OPENAI_API_KEY holds characters that a header cannot carry\n  cure: set it again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, self._attempts + 1):
             try:
                 request = self._client.build_request(method, self.url + path, json=body, headers=headers)
                 response = self._client.send(request, stream=stream)
@@ -245,9 +231,9 @@ class Server:
                 raise self._error(str(error), _CURE) from None
             except httpx.TransportError as error:  # refused, reset, timed out
                 problem = str(error) or type(error).__name__
-            if attempt < self.attempts:
+            if attempt < self._attempts:
                 time.sleep(min(30, 0.5 * 2**attempt) * random.uniform(0.5, 1))
-        raise self._error(f"{problem}, after {self.attempts} attempts", "check that the server is up")
+        raise self._error(f"{problem}, after {self._attempts} attempts", "check that the server is up")
 
     def _error(self, problem: str, cure: str = "see the server's log") -> ModelError:
         return ModelError(f"{self.url}: {problem}\n  cure: {cure}")

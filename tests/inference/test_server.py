@@ -106,12 +106,12 @@ def test_what_is_sent_and_what_comes_back(fake):
             "message_attributes": [None, None, {"verbosity": 2}, None],
         },
     }  # fmt: skip
-    again = client(fake, sampling)._body(request, settings[1])
-    assert again["seed"] == client(fake, sampling)._body(request, settings[1])["seed"]
-    assert "top_k" not in client(fake)._body(request, {})
-    assert client(fake)._body(request, {})["chat_template_kwargs"].keys() == {"message_attributes"}
-    unrated = backend.prepare(Conversation((Turn("user", "q"),)), [{}], 1, HELPSTEER)
-    assert "chat_template_kwargs" not in client(fake)._body(unrated, {})
+    assert request == client(fake, sampling).prepare(CONVERSATION, settings, 2, HELPSTEER)  # seeds and all
+    (plain,) = client(fake).prepare(CONVERSATION, [{}], 2, HELPSTEER)
+    assert "top_k" not in plain
+    assert plain["chat_template_kwargs"].keys() == {"message_attributes"}
+    (unrated,) = backend.prepare(Conversation((Turn("user", "q"),)), [{}], 1, HELPSTEER)
+    assert "chat_template_kwargs" not in unrated
 
 
 def test_many_requests_and_a_resumed_job(fake):
