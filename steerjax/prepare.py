@@ -10,19 +10,18 @@ import argparse
 import gzip
 import io
 import json
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
 from steerjax.data.conversation import Conversation
-from steerjax.data.loading import Skipped, held_out_prompts, split_keys, usable_rows, write_skipped
+from steerjax.data.loading import Skipped, split_by_prompt, usable_rows, write_skipped
 from steerjax.data.oasst import read_threads
 from steerjax.data.readers import read_conversations, source_path
 from steerjax.data.statistics import Statistics, format_statistics
-from steerjax.errors import ConfigError, DataError, reported_errors
+from steerjax.errors import ConfigError, reported_errors
 from steerjax.schema import SCHEMAS, Schema, make_schema
 
 SOURCES = {  # a format of rows, or oasst -> its schema
@@ -76,13 +75,13 @@ def _prepare(options: argparse.Namespace) -> None:
     rows = usable_rows(
         options.input, read, skipped, duplicates, on_bad_row=options.on_bad_row, on_duplicate=options.on_duplicate
     )
+    paths, parts = [options.output], [rows]
+    if options.validation_output:
+        paths.append(options.validation_output)
+        parts = split_by_prompt(list(rows), options.validation_fraction, options.seed)
     with ExitStack() as stack:
-        output = stack.enter_context(_complete_file(options.output))
-        if options.validation_output:
-            validation = stack.enter_context(_complete_file(options.validation_output))
-            counts = _write_split(rows, statistics, output, validation, options)
-        else:
-            counts = [sum(1 for _ in _written(rows, statistics, output))]
+        files = [stack.enter_context(_complete_file(path)) for path in paths]
+        counts = [_write(*part, statistics) for part in zip(parts, files, strict=True)]
         result = {
             **statistics.to_json(), "dropped": dict(+dropped), "duplicates": len(duplicates), "skipped": len(skipped)
         }  # fmt: skip
@@ -94,7 +93,7 @@ def _prepare(options: argparse.Namespace) -> None:
         if skipped:
             write_skipped(listing, skipped)
     print(format_statistics(result), end="\n\n")
-    for path, count in zip((options.output, options.validation_output), counts, strict=False):
+    for path, count in zip(paths, counts, strict=True):
         print(f"{count} rows in {path}")
     if skipped:
         print(f"{len(skipped)} rows skipped, listed in {listing}")
@@ -147,25 +146,12 @@ def _complete_file(path: Path) -> Iterator[IO[str]]:
             partial.unlink()
 
 
-def _written(rows: Iterator[Conversation], statistics: Statistics, file: IO[str]) -> Iterator[Conversation]:
-    for row in rows:
+def _write(rows: Iterable[Conversation], file: IO[str], statistics: Statistics) -> int:
+    count = 0
+    for count, row in enumerate(rows, start=1):  # noqa: B007
         statistics.add(row)
         file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
-        yield row
-
-
-def _write_split(rows: Iterator, statistics: Statistics, output: IO[str], validation: IO[str], options) -> list[int]:
-    """Which prompts are held out is known after the last row, so the lines wait in a temporary file."""
-    with tempfile.TemporaryFile("w+", encoding="utf-8", newline="\n") as lines:
-        keys = split_keys(_written(rows, statistics, lines))
-        held_out = held_out_prompts(keys, options.validation_fraction, options.seed)
-        if held_out >= set(keys):
-            raise DataError(f"nothing is left for training: there are {len(held_out)} prompts", cure="add data")
-        lines.seek(0)
-        for key, line in zip(keys, lines, strict=True):
-            (validation if key in held_out else output).write(line)
-    held_out_rows = sum(key in held_out for key in keys)
-    return [len(keys) - held_out_rows, held_out_rows]
+    return count
 
 
 if __name__ == "__main__":

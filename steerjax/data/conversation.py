@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from steerjax.data.checks import inside
@@ -86,23 +86,16 @@ def checked_ratings(ratings: object, schema: Schema, field: str) -> dict[str, fl
         return {name: check_rating(value, schema[name]) for name, value in given.items()}
 
 
-def check_names(names: Iterable[str], schema: Schema) -> None:
+def check_names(names: Collection[str], schema: Schema) -> None:
     """Refuses names outside the schema; the cure names the preset that has them.
 
     Raises:
         DataError: names the first.
     """
-    names = list(names)
-    for name in names:
-        if name not in schema.names:
-            cure = f"{schema_with(names) or 'add it to data.attributes'}; or remove the rating"
-            raise DataError("the schema has no such attribute", field=str(name), cure=cure)
-
-
-def schema_with(names: Iterable[str]) -> str:
-    """What to set for a preset that has all these names; "" where none has."""
-    having = [title for title, schema in SCHEMAS.items() if set(names) <= set(schema.names)]
-    return f"set the schema to {' or '.join(having)} (data.schema, --schema)" if having else ""
+    if unknown := [name for name in names if name not in schema.names]:
+        having = [title for title, preset in SCHEMAS.items() if set(names) <= set(preset.names)]
+        cure = f"take the schema {' or '.join(having)} (data.schema)" if having else "add it to data.attributes"
+        raise DataError("the schema has no such attribute", field=unknown[0], cure=f"{cure}; or remove the rating")
 
 
 def checked_turns(turns: tuple[Turn, ...], field: str) -> tuple[Turn, ...]:

@@ -19,7 +19,6 @@ from steerjax.data.conversation import (
     check_names,
     checked_ratings,
     checked_turns,
-    schema_with,
 )
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import STEERLM, Attribute, Schema, check_rating, parse_label
@@ -83,9 +82,7 @@ def _from_helpsteer2(row: Row, schema: Schema) -> Conversation:
 def _answered(row: Row, schema: Schema, prompt: tuple[Turn, ...]) -> Conversation:
     response, rated = text_of(row, "response"), _columns(row, schema)
     if rated is None:
-        numbers = [name for name, value in row.items() if isinstance(value, int | float) and name != "id"]
-        cure = (numbers and schema_with(numbers)) or "name the columns that are rated in data.attributes"
-        cure += "; or add a column for each attribute, null where there is no rating"
+        cure = "name the columns that are rated in data.attributes, or take the preset that has them (data.schema)"
         message = f"no attribute of the schema is there: {', '.join(schema.names)}"
         raise DataError(message, field=schema.names[0], cure=cure)
     return Conversation((*prompt, Turn("assistant", response, rated or None)), system_of(row))

@@ -119,7 +119,11 @@ def usable_rows(
                     continue
             yield row
         if not usable:
-            raise _without_rows(source, skipped[before:])
+            message, bad = "no row in it", skipped[before:]
+            if bad:
+                message = f"no usable row: {len(bad)} skipped, the first at line {bad[0].line}: {bad[0].reason}"
+            cure = "repair the rows, name another format, or check that this is the file you meant"
+            raise DataError(message, file=source, cure=cure)
 
 
 def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:
@@ -159,18 +163,6 @@ def prompt_key(conversation: Conversation) -> str:
     return _digest([" ".join(prompt.content.casefold().split())])
 
 
-def split_keys(conversations: Iterable[Conversation]) -> list[str]:
-    """Of each conversation what a split keeps together: its prompt, or, where all have one prompt, its content.
-
-    So equal rows of one prompt (a thousand essays on one task) are on one side all the same.
-    """
-    prompts, contents = [], []
-    for conversation in conversations:
-        prompts.append(prompt_key(conversation))
-        contents.append(_digest(conversation.content()))
-    return prompts if len(set(prompts)) > 1 else contents
-
-
 def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed: int) -> Split:
     """(train, validation), where validation has `round(fraction * prompts)` prompts, at least one.
 
@@ -180,20 +172,11 @@ def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed
     Raises:
         ConfigError: fraction outside (0, 1). DataError: a part would be empty.
     """
-    keys = split_keys(conversations)
-    return _parts(conversations, keys, held_out_prompts(keys, fraction, seed))
-
-
-def held_out_prompts(keys: Iterable[str], fraction: float, seed: int) -> frozenset[str]:
-    """The keys (`split_keys`) that `split_by_prompt` puts into validation.
-
-    Raises:
-        ConfigError: fraction outside (0, 1).
-    """
     if not 0 < fraction < 1:
         raise ConfigError(f"validation fraction {fraction} is not between 0 and 1; cure: e.g. 0.1, or do not split")
-    ordered = _ordered_keys(keys, seed)
-    return frozenset(ordered[: max(1, round(fraction * len(ordered)))])
+    keys = _split_keys(conversations)
+    ordered = _ordered(keys, seed)
+    return _parts(conversations, keys, ordered[: max(1, round(fraction * len(ordered)))])
 
 
 def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int, seed: int) -> Split:
@@ -206,8 +189,8 @@ def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int
     """
     if folds < 2 or not 0 <= fold < folds:
         raise ConfigError(f"fold {fold} of {folds}; cure: at least 2 folds, and a fold from 0 to folds - 1")
-    keys = split_keys(conversations)
-    return _parts(conversations, keys, frozenset(_ordered_keys(keys, seed)[fold::folds]))
+    keys = _split_keys(conversations)
+    return _parts(conversations, keys, _ordered(keys, seed)[fold::folds])
 
 
 def shared_prompts(train: Iterable[Conversation], validation: Iterable[Conversation]) -> int:
@@ -215,31 +198,27 @@ def shared_prompts(train: Iterable[Conversation], validation: Iterable[Conversat
     return len({prompt_key(c) for c in train} & {prompt_key(c) for c in validation})
 
 
-def _ordered_keys(keys: Iterable[str], seed: int) -> list[str]:
+def _split_keys(conversations: Sequence[Conversation]) -> list[str]:
+    """Of each conversation what a split keeps together: its prompt, or, where all have one prompt (a thousand essays
+    on one task), its content, so that equal rows are on one side all the same."""
+    prompts = [prompt_key(conversation) for conversation in conversations]
+    return prompts if len(set(prompts)) > 1 else [_digest(conversation.content()) for conversation in conversations]
+
+
+def _ordered(keys: Iterable[str], seed: int) -> list[str]:
     """The keys, each once, shuffled by a hash keyed with the seed."""
     return sorted(set(keys), key=lambda key: _digest([seed, key]))
 
 
-def _parts(conversations: Sequence[Conversation], keys: Sequence[str], held_out: frozenset[str]) -> Split:
-    train, validation = [], []
+def _parts(conversations: Sequence[Conversation], keys: Sequence[str], held_out: Iterable[str]) -> Split:
+    train, validation, held_out = [], [], set(held_out)
     for conversation, key in zip(conversations, keys, strict=True):
         (validation if key in held_out else train).append(conversation)
     if not train or not validation:
-        part = "validation" if train else "training"
-        raise DataError(f"nothing is left for {part}: there are {len(set(keys))} prompts", cure=_MORE)
+        message = f"nothing is left for {'validation' if train else 'training'}: there are {len(set(keys))} prompts"
+        raise DataError(message, cure="add data, change the split, or name validation files")
     return train, validation
-
-
-_MORE = "add data, change the split, or name validation files of their own"
 
 
 def _digest(value: list) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
-
-
-def _without_rows(source: str, skipped: Sequence[Skipped]) -> DataError:
-    if not skipped:
-        return DataError("no row in it", file=source, cure="check that this is the file you meant")
-    first = skipped[0]
-    message = f"no usable row: {len(skipped)} skipped, the first at line {first.line}: {first.reason}"
-    return DataError(message, file=source, cure="repair the rows or name another format")

@@ -45,35 +45,29 @@ def read_threads(
     """
     if not set(schema.names) & set(OASST.names):
         raise ConfigError(f"the schema has none of {', '.join(OASST.names)}; cure: use the schema oasst or steerlm")
-    total, found = Counter[str](), False
+    dropped, found = Counter() if dropped is None else dropped, False
+    before = dropped.copy()
+
+    def kept(message: Row) -> bool:
+        deleted = not keep_deleted and message.get("deleted")
+        if not deleted and (not lang or message.get("lang") == lang):
+            return True
+        dropped["deleted messages" if deleted else f"messages not in '{lang}'"] += 1
+        dropped["replies to such messages"] += sum(1 for _ in _all(message)) - 1
+        return False
+
     for line, tree in _trees(source):
-        counts: Counter[str] = Counter()
-
-        def kept(message: Row, counts: Counter[str] = counts) -> bool:
-            deleted = not keep_deleted and message.get("deleted")
-            if not deleted and (not lang or message.get("lang") == lang):
-                return True
-            counts["deleted messages" if deleted else f"messages not in '{lang}'"] += 1
-            counts["replies to such messages"] += sum(1 for _ in _all(message)) - 1
-            return False
-
         try:
             if isinstance(tree, DataError):
                 raise tree
-            conversations = list(_conversations(tree, schema, kept, counts))
+            threads = [replace(t, file=source, line=line) for t in _threads(tree, schema, kept, dropped)]
         except DataError as error:
-            found = True
-            yield line, error.at(source, line)
-            continue
-        total += counts
-        found = found or bool(conversations)
-        for conversation in conversations:
-            yield line, replace(conversation, file=source, line=line)
-    if total and not found:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in total.items())
+            threads = [error.at(source, line)]
+        found = found or bool(threads)
+        yield from ((line, thread) for thread in threads)
+    if not found and dropped > before:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in (dropped - before).items())
         raise DataError(f"no thread is left: {reasons}", file=source, cure="look at --lang and --keep-deleted")
-    if dropped is not None:
-        dropped.update(total)
 
 
 def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
@@ -131,16 +125,14 @@ def _replies(message: Row) -> list[Row]:
     return replies
 
 
-def _conversations(
-    root: Row, schema: Schema, kept: Callable[[Row], bool], counts: Counter[str]
-) -> Iterator[Conversation]:
+def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], dropped: Counter[str]) -> Iterator[Conversation]:
     """The paths from the root to each leaf, depth first, replies in their order."""
     below: list[tuple[Row, tuple[Turn, ...]]] = [(root, ())] if kept(root) else []
     while below:
         message, before = below.pop()
         replies = [reply for reply in _replies(message) if kept(reply)]
         if not replies and not before:
-            counts["threads of one message"] += 1
+            dropped["threads of one message"] += 1
             continue
         turns = (*before, _turn(message, schema))
         checked_turns(turns[-2:], f"message {turns[-1].id}.role")
