@@ -26,7 +26,7 @@ from steerjax.hf.weights import load_parameters
 from steerjax.models.llama import CausalLM
 from steerjax.models.reward import RewardModel
 from steerjax.parallel.mesh import MeshConfig, make_mesh
-from steerjax.schema import HELPSTEER
+from steerjax.schema import HELPSTEER, Attribute, Schema
 from tests.hf_folders import (
     CLASSIFIER,
     TINY,
@@ -203,6 +203,25 @@ def test_attributes_of_a_plain_chat_model(tmp_path, capsys):
             main(arguments)
         assert message in capsys.readouterr().err
     assert leftovers(tmp_path) == ["again", "out", "source"]
+
+
+@pytest.mark.parametrize("kind", ["chat", "reward"])
+def test_attributes_of_the_users_own(kind, tmp_path):
+    """Their names and ranges travel from a checkpoint to config.json, steerjax.json, template and card."""
+    schema = Schema((Attribute("wit", 1, 5, "how funny"), Attribute("depth", 1, 10)))
+    labels = {"id2label": {"0": "wit", "1": "depth"}, "label2id": {"wit": 0, "depth": 1}}
+    raw = TINY | (CLASSIFIER | labels if kind == "reward" else {})
+    source = write_folder(tmp_path / "source", raw, random_tensors(raw))
+    ratings = {"depth": 10.0} if kind == "chat" else None
+    imported(source, tmp_path / "run", attributes=schema.to_json(), default_ratings=ratings)
+    export(str(tmp_path / "run"), tmp_path / "out", **OPTIONS)
+    about = describe(tmp_path / "out")
+    assert (about.schema, about.kind, about.default_ratings) == (schema, kind, ratings)
+    assert read_config(tmp_path / "out").labels == (schema.names if kind == "reward" else ())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 0 | wit | 1 to 5 | how funny |" in card
+    assert "| 1 | depth | 1 to 10 |" in card
+    assert '"wit": [1, 5' in (tmp_path / "out" / "chat_template.jinja").read_text()
 
 
 def test_a_reward_model_takes_no_default_ratings(tmp_path):
