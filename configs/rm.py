@@ -10,8 +10,6 @@ from steerjax.config import default_config
 
 def get_config():
     config = default_config()
-    # HelpSteer has responses that stand twice under a prompt: two samples of one model, rated apart.
-    config.data.on_duplicate = "keep"
     config.data.validation_fraction = 0.25
 
     config.model.hidden_size = 256
@@ -26,7 +24,7 @@ def get_config():
     config.batch.row_length = 2560  # tokens; the longest row of the sample has 2128
 
     # From so few rows helpfulness, correctness and coherence are mostly noise to this model; at full weight it fits it.
-    config.objective.attribute_weights = {"helpfulness": 0.5, "correctness": 0.5, "coherence": 0.5}
+    config.regression.attribute_weights = {"helpfulness": 0.5, "correctness": 0.5, "coherence": 0.5}
 
     config.optimizer.frozen = ("embedding",)
     config.optimizer.learning_rate = 3e-3

@@ -25,7 +25,6 @@ def get_config():
     config.data.train = ("data/oasst_train.jsonl", "data/helpsteer_train.jsonl")
     config.data.validation = ("data/oasst_validation.jsonl", "data/helpsteer_validation.jsonl")
     config.data.schema = "steerlm"
-    config.data.on_duplicate = "keep"
 
     config.model.vocab_size = 32000
     config.model.hidden_size = 5120

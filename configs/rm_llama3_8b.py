@@ -17,7 +17,6 @@ def get_config():
     config = default_config()
     config.data.train = ("data/helpsteer2_train.jsonl",)  # python -m steerjax.prepare helpsteer2
     config.data.validation = ("data/helpsteer2_validation.jsonl",)
-    config.data.on_duplicate = "keep"
 
     config.model.vocab_size = 128256
     config.model.hidden_size = 4096

@@ -9,8 +9,7 @@ from steerjax.config import default_config
 
 def get_config():
     config = default_config()
-    config.task = "sft"
-    config.data.on_duplicate = "keep"
+    config.objectives = ("sft",)
     config.data.validation_fraction = 0.25
 
     config.model.hidden_size = 256

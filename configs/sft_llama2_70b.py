@@ -15,13 +15,11 @@ from steerjax.config import default_config
 
 def get_config():
     config = default_config()
-    config.task = "sft"
+    config.objectives = ("sft",)
     config.data.train = ("oasst_annotated.jsonl",)
     config.data.validation_fraction = 0.05
     config.data.schema = "steerlm"
     config.data.on_bad_row = "skip"
-    config.data.on_duplicate = "keep"
-    config.data.control_strings = "escape"
 
     config.chat.template = "extra_id"
     config.model.source = "meta-llama/Llama-2-70b-hf"

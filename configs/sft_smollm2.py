@@ -10,9 +10,7 @@ from steerjax.config import default_config
 
 def get_config():
     config = default_config()
-    config.task = "sft"
-    config.data.on_duplicate = "keep"
-    config.data.control_strings = "escape"  # some texts name tokens of this tokenizer, as <filename>
+    config.objectives = ("sft",)
 
     config.chat.template = "chatml"
     config.model.source = "HuggingFaceTB/SmolLM2-135M-Instruct"

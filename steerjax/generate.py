@@ -28,6 +28,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from steerjax.command import add_model_options, add_row_options
 from steerjax.errors import ConfigError, reported_errors
 
 
@@ -54,14 +55,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quality", metavar="NAME", help="what is best there; default quality, helpfulness or the first attribute")
     add("--replace-answer", action="store_true",
         help="rows may end with an answer, which is dropped; each prompt is answered once")  # fmt: skip
-    add("--format", default="auto", metavar="NAME", help="of the rows (docs/formats.md); default: told from their keys")
-    add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in OUTPUT.skipped.jsonl")
-    add("--template", help="of a Hugging Face folder that does not name it: extra_id, chatml, llama3 or llama2")
     add("--schema", help="of a model that does not name it: helpsteer, oasst or steerlm")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
-    add("--mesh", default="", metavar="AXIS=N,...", help="e.g. tensor=4; default all devices on data")
     add("--server", metavar="URL", help="e.g. http://localhost:8000; --model then only says what its model knows")
     add("--server-model", metavar="NAME", help="default: the one model that it serves")
+    add_row_options(parser)
+    add_model_options(parser)
     return parser.parse_args(arguments)
 
 

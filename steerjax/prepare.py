@@ -148,7 +148,8 @@ def _complete_file(path: Path) -> Iterator[IO[str]]:
 
 def _write(rows: Iterable[Conversation], file: IO[str], statistics: Statistics) -> int:
     count = 0
-    for count, row in enumerate(rows, start=1):  # noqa: B007
+    for row in rows:
+        count += 1
         statistics.add(row)
         file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
     return count

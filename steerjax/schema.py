@@ -94,6 +94,11 @@ def make_schema(preset: str, attributes: Sequence[Sequence]) -> Schema:
     if not attributes:
         return SCHEMAS[preset]
     fields = ("name", "low", "high", "meaning")
+    for entry in attributes:
+        if not 3 <= len(entry) <= 4:
+            raise ConfigError(
+                f"config.data.attributes: {entry!r}; cure: (name, low, high) or (name, low, high, meaning)"
+            )
     entries = [dict(zip(fields, entry, strict=False)) for entry in attributes]
     return schema_from_json(entries, "config.data.attributes", ConfigError)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from steerjax.bundle.provenance import Provenance, read_provenance
 from steerjax.errors import CheckpointError
-from steerjax.hf.keys import Index, layer_group
-from steerjax.hf.weights import frozen_layers, load_tree
-
-_STACKS = ("llama/frozen_layers/", "llama/layers/")
+from steerjax.hf.keys import Index
+from steerjax.hf.weights import load_tree
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -33,21 +33,14 @@ class CheckpointReader:
 
     def __init__(self, directory: Path):
         self.directory = directory.resolve()  # tensorstore takes no ".."
-        if not is_checkpoint(self.directory):
-            raise CheckpointError(f"'{directory}' is no checkpoint of steerjax; cure: give WORKDIR/checkpoints/STEP")
+        self.provenance: Provenance = read_provenance(self.directory)
         try:
-            self.provenance: dict = json.loads((self.directory / "provenance" / "metadata").read_text())
             leaves = json.loads((self.directory / "params" / "_METADATA").read_text())["tree_metadata"].values()
             names = [[part["key"] for part in leaf["key_metadata"]] for leaf in leaves]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"'{directory}' is broken ({error!r}); cure: another step of the run") from error
         self._stores = {"/".join(name): self._open(".".join(name)) for name in names}
         self.shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
-
-    @property
-    def frozen_layers(self) -> int:
-        """How many first layers are a group of their own."""
-        return self.shapes.get("llama/frozen_layers/attention_norm/scale", (0,))[0]
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """The part of a parameter at `index`."""
@@ -74,45 +67,24 @@ def load_checkpoint(reader: CheckpointReader, abstract: Mapping) -> dict:
     """The parameters of a checkpoint, each process reading only what its devices hold.
 
     Args:
-        abstract: ShapeDtypeStructs with shardings. Groups that are not wanted may be left out, and another number of
-            first layers may be frozen than in the checkpoint.
+        abstract: ShapeDtypeStructs with shardings. Groups that are not wanted may be left out, and of the layers
+            only the first be wanted.
 
     Raises:
         CheckpointError: a parameter that the checkpoint lacks or has in another shape.
     """
-    frozen = frozen_layers(abstract)
 
     def parameter(path: str, leaf) -> Callable[[Index], np.ndarray]:
-        stack = next((prefix for prefix in _STACKS if path.startswith(prefix)), None)
-        if stack is None:
-            _check_shape(reader, path, leaf.shape)
-            return lambda index: reader.read(path, index).astype(leaf.dtype, copy=False)
-        name = path.removeprefix(stack)
-        numbers = range(frozen, frozen + leaf.shape[0]) if stack == "llama/layers/" else range(leaf.shape[0])
-        places = [layer_group(number, reader.frozen_layers) for number in numbers]
-        for group, layer in places:
-            _check_shape(reader, f"llama/{group}/{name}", leaf.shape, layer)
-        held = sum(reader.shapes.get(prefix + name, (0,))[0] for prefix in _STACKS)
-        if stack == "llama/layers/" and numbers.stop != held:
-            raise CheckpointError(f"'{reader.directory}' has {held} layers, and {numbers.stop} are expected")
-
-        def read(index: Index) -> np.ndarray:
-            out = np.empty(tuple(part.stop - part.start for part in index), leaf.dtype)
-            for place, (group, layer) in enumerate(places[index[0]]):
-                out[place] = reader.read(f"llama/{group}/{name}", (slice(layer, layer + 1), *index[1:]))[0]
-            return out
-
-        return read
+        found, stacked = reader.shapes.get(path), path.startswith("llama/layers/")
+        if found is None or found[stacked:] != leaf.shape[stacked:] or found[0] < leaf.shape[0]:
+            raise CheckpointError(
+                f"'{reader.directory}': parameter {path} has shape {found}, and {leaf.shape} is expected; "
+                "cure: another step of the run"
+            )
+        return functools.partial(_read, reader, path, leaf.dtype)
 
     return load_tree(abstract, parameter)
 
 
-def _check_shape(reader: CheckpointReader, path: str, wanted: tuple[int, ...], layer: int | None = None) -> None:
-    """Of a layer in its stack, or of a whole array."""
-    found = reader.shapes.get(path)
-    fits = found == wanted if layer is None else found and found[1:] == wanted[1:] and layer < found[0]
-    if not fits:
-        raise CheckpointError(
-            f"'{reader.directory}': parameter {path} has shape {found}, and {wanted} is expected; "
-            "cure: another step of the run"
-        )
+def _read(reader: CheckpointReader, path: str, dtype, index: Index) -> np.ndarray:
+    return reader.read(path, index).astype(dtype, copy=False)

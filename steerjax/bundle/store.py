@@ -77,10 +77,6 @@ class CheckpointStore:
             ) from error
         return found["params"], found["training"]
 
-    def provenance(self, step: int) -> dict:
-        """Attribute schema, template, data hashes and config that the checkpoint at a step carries."""
-        return self._manager.restore(step, args=ocp.args.Composite(provenance=ocp.args.JsonRestore()))["provenance"]
-
     def wait(self) -> None:
         """Blocks until everything is on disk; raises what went wrong in the background."""
         self._manager.wait_until_finished()
@@ -97,5 +93,5 @@ class CheckpointStore:
 
 def _chunks(path, _) -> ocp.SaveArgs:
     """Each layer of a stack in chunks of its own, so that an export can read one without the others."""
-    stacked = any(getattr(part, "key", None) in ("layers", "frozen_layers") for part in path)
+    stacked = any(getattr(part, "key", None) == "layers" for part in path)
     return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())

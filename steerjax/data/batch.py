@@ -29,13 +29,18 @@ class BatchConfig:
     """
 
     rows: Annotated[int, Field(ge=1)] = 8
-    row_length: Annotated[int, Field(ge=1)] = 2048
+    row_length: Annotated[int, Field(ge=1)] = 2560
     micro_batches: Annotated[int, Field(ge=1)] = 1
     evaluation_rows: Annotated[int, Field(ge=0)] = 0
 
     def __post_init__(self):
         if self.rows % self.micro_batches:
             raise ValueError(f"rows {self.rows} in {self.micro_batches} micro_batches; cure: a divisor of rows")
+
+    @property
+    def evaluated(self) -> int:
+        """Rows a step of evaluation."""
+        return self.evaluation_rows or self.rows // self.micro_batches
 
 
 class Batch(NamedTuple):
@@ -62,14 +67,13 @@ class RowBuilder:
 
     Attributes:
         arrays: of each objective: a row's layout -> its arrays.
-        states: (tree, node) -> float32 [size, D], where the frozen layers' outputs are kept.
+        states: (tree, node) -> float32 [size, D], where the frozen layers' outputs are kept; `width` is its D.
     """
 
     trees: Sequence[Tree]
     row_length: int
     arrays: Mapping[str, Callable[[Layout], Mapping[str, np.ndarray]]]
     states: Callable[[int, int], np.ndarray] | None = None
-    width: int = 0  # D of the states
 
     def layout(self, row: Row) -> Layout:
         return lay_out(self.trees, row, self.row_length, tuple(self.arrays))
@@ -79,7 +83,7 @@ class RowBuilder:
         layout = self.layout(row)
         states = None
         if self.states is not None:
-            states = np.zeros((self.row_length, self.width), np.float32)
+            states = np.zeros((self.row_length, self.states.width), np.float32)
             for tree, node, place in layout.nodes:
                 piece = self.states(tree, node)
                 states[place : place + len(piece)] = piece

@@ -24,7 +24,8 @@ from steerjax.errors import ConfigError, DataError
 from steerjax.schema import STEERLM, Attribute, Schema, check_rating, parse_label
 
 _MISSING_LABEL = -100  # the regression format's "not rated"
-_SYSTEM_START, _TURN_START, _TEXT_END = "<extra_id_0>System\n", "\n<extra_id_1>", "\n<extra_id_2>"
+_TURN_START = "\n<extra_id_1>"
+_RENDERED = re.compile(r"<extra_id_0>System\n(.*?)(\n<extra_id_1>.*)\n<extra_id_2>", re.DOTALL)
 _PROMPT_MARKER = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 _SPEAKERS = {  # ShareGPT's, casefolded
     **dict.fromkeys(("human", "user"), "user"),
@@ -66,9 +67,15 @@ _TELLING_KEYS = {
 def _detect_format(row: Row) -> str:
     found = [name for name, keys in _TELLING_KEYS.items() if keys & row.keys()]
     if len(found) == 1:
-        return "sharegpt" if found == ["reference"] and _is_sharegpt(row) else found[0]
+        return "sharegpt" if found == ["reference"] and not _is_reference(row) else found[0]
     what = f"the row could be any of: {', '.join(found)}" if found else f"unknown format with keys {list(row)}"
     raise DataError(what, cure=f"set format to one of: {', '.join(FORMATS)} (docs/formats.md)")
+
+
+def _is_reference(row: Row) -> bool:
+    """Whether `conversations` is NeMo-Aligner's, which names the user's side or labels a turn, and not ShareGPT's."""
+    entries = row["conversations"]
+    return "mask" in row or not isinstance(entries, list) or any("label" in entry for entry in entries)
 
 
 def _from_helpsteer(row: Row, schema: Schema) -> Conversation:
@@ -126,27 +133,22 @@ def _from_regression(row: Row, schema: Schema) -> Conversation:
         message = f"expected a list of {len(STEERLM)} numbers"
         raise DataError(message, field="label", cure=f"order: {', '.join(STEERLM.names)}; -100 where not rated")
     rated = {name: value for name, value in zip(STEERLM.names, label, strict=True) if value != _MISSING_LABEL}
-    turns = (*turns[:-1], replace(turns[-1], ratings=checked_ratings(rated, schema, "label") or None))
-    return Conversation(checked_turns(turns, "text"), system)
+    turns[-1] = replace(turns[-1], ratings=checked_ratings(rated, schema, "label") or None)
+    return Conversation(checked_turns(tuple(turns), "text"), system)
 
 
-def _parse_text(text: str) -> tuple[str, tuple[Turn, ...]]:
+def _parse_text(text: str) -> tuple[str, list[Turn]]:
     """The reference's rendered text as (system, turns), the last one the assistant's."""
-    cure = "write <extra_id_0>System\\n..\\n<extra_id_1>User\\n..\\n<extra_id_1>Assistant\\n..\\n<extra_id_2>"
-    if not text.startswith(_SYSTEM_START):
-        raise DataError("does not begin with <extra_id_0>System", field="text", cure=cure)
-    if not text.endswith(_TEXT_END):
-        raise DataError("does not end with a line break and <extra_id_2>", field="text", cure=cure)
-    system, *pieces = text[len(_SYSTEM_START) : -len(_TEXT_END)].split(_TURN_START)
-    turns = []
-    for piece in pieces:
-        name, _, content = piece.partition("\n")
-        if name not in ("User", "Assistant"):
-            raise DataError(f"unknown role '{name}' after <extra_id_1>", field="text", cure=cure)
-        turns.append(Turn(name.lower(), text_of({"text": content}, "text")))
-    if not turns or turns[-1].role != "assistant":
-        raise DataError("the last turn is not the assistant's", field="text", cure=cure)
-    return system, tuple(turns)
+    rendered = _RENDERED.fullmatch(text)
+    pieces = [piece.partition("\n") for piece in rendered[2].split(_TURN_START)[1:]] if rendered else []
+    speakers = [speaker for speaker, _, _ in pieces]
+    if speakers[-1:] != ["Assistant"] or set(speakers) - {"User", "Assistant"}:
+        what = (
+            "does not go from <extra_id_0>System to <extra_id_2>, with turns of User and Assistant, the last one's last"
+        )
+        cure = "write <extra_id_0>System\\n..\\n<extra_id_1>User\\n..\\n<extra_id_1>Assistant\\n..\\n<extra_id_2>"
+        raise DataError(what, field="text", cure=cure)
+    return rendered[1], [Turn(name.lower(), text_of({"text": content}, "text")) for name, _, content in pieces]
 
 
 def _from_reference(row: Row, schema: Schema) -> Conversation:
@@ -184,15 +186,6 @@ def _from_messages(row: Row, schema: Schema) -> Conversation:
 
 def _from_sharegpt(row: Row, schema: Schema) -> Conversation:
     return _dialogue(row, schema, "conversations", "from", "value", _SPEAKERS)
-
-
-def _is_sharegpt(row: Row) -> bool:
-    """Whether `conversations` has ShareGPT's speakers: a name that the reference would have to list in `mask`."""
-    entries = row["conversations"]
-    if row.get("mask") is not None or not isinstance(entries, list):
-        return False
-    speakers = {str(entry.get("from")).casefold() for entry in entries if isinstance(entry, Mapping)}
-    return bool(speakers & (_SPEAKERS.keys() - {"user", "assistant"}))
 
 
 def _dialogue(

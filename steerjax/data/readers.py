@@ -156,10 +156,8 @@ def _parse(text: str, cure: str) -> Any:
     except json.JSONDecodeError as error:
         message = f"broken JSON: {error.msg}, column {error.colno}"
         raise DataError(message, line=error.lineno, cure=cure) from None
-    except ValueError as error:  # an integer of thousands of digits
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
         raise DataError(f"broken JSON: {error}", cure=cure) from None
-    except RecursionError:
-        raise DataError("nested too deep", cure=cure) from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Row:

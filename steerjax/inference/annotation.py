@@ -90,18 +90,16 @@ class Read:
 
     Attributes:
         size: number of its rows.
-        first: index of the first row among the output's.
-        rows: what passes through of those that can be used.
-        conversations: the same rows.
-        unusable: the others.
+        first: index of the first usable row among the output's.
+        rows: what passes through of each usable row, and the conversation.
+        bad: the other rows.
         ready: for the model; None where the rows are written already.
     """
 
     size: int
     first: int
-    rows: list[dict]
-    conversations: list[Conversation]
-    unusable: list[Skipped]
+    rows: list[tuple[dict, Conversation]]
+    bad: list[DataError]
     ready: Chunk | None
 
 
@@ -121,8 +119,7 @@ def run(source: Source, scorer: Scorer, part: range, output: Path, settings: Map
             print(f"{output} is finished")
         else:
             bar = tqdm(total=len(part), unit="row", mininterval=0.1 if sys.stderr.isatty() else 10)
-            listing = SkippedList(skipped_path(output), fresh=not file.done)
-            usable = 0
+            listing, usable = SkippedList(skipped_path(output), fresh=not file.done), 0
             for chunk in ahead(chunks(source, scorer, part, size, file.done)):
                 usable += len(chunk.rows)
                 if chunk.ready is None:
@@ -149,25 +146,18 @@ def chunks(source: Source, scorer: Scorer, part: range, size: int, done: int) ->
     from steerjax.inference.scorer import assistant_turns
 
     left, first = islice(source.rows(), part.start, part.stop), 0
-    while items := list(islice(left, size)):
-        bad = [row for _, row in items if isinstance(row, DataError)]
+    while items := [row for _, row in islice(left, size)]:
+        bad = [row for row in items if isinstance(row, DataError)]
         if bad and not source.skip:
             raise _stopping(bad[0])
-        usable = [row for _, row in items if not isinstance(row, DataError)]
-        rows, conversations = [row for row, _ in usable], [conversation for _, conversation in usable]
+        rows = [row for row in items if not isinstance(row, DataError)]
         ready = None
         if not rows or first + len(rows) > done:
+            conversations = [conversation for _, conversation in rows]
             turns = [assistant_turns(conversation) for conversation in conversations]
             wanted = [each[-1:] for each in turns] if source.last_turn_only else turns
             ready = scorer.prepare(conversations, wanted, skip=source.skip)
-        yield Read(
-            len(items),
-            first,
-            rows,
-            conversations,
-            [Skipped(error.file, error.line, _reason(error)) for error in bad],
-            ready,
-        )
+        yield Read(len(items), first, rows, bad, ready)
         first += len(rows)
 
 
@@ -179,22 +169,19 @@ def annotated(chunk: Read, scorer: Scorer) -> tuple[list[dict], list[Skipped]]:
     """
     from steerjax.inference.scorer import predicted_keys
 
-    predicted = scorer.score(chunk.ready)
-    rows = [
-        row | {"turns": [dict(turn) for turn in row["turns"]], "id": conversation.id}
-        for row, conversation in zip(chunk.rows, chunk.conversations, strict=True)
-    ]
-    left_out = [(refused.conversation, refused.turn) for refused in chunk.ready.refused]
-    for place, turn in (*chunk.ready.examples, *left_out):
+    predicted, refused = scorer.score(chunk.ready), chunk.ready.refused
+    rows = [row | {"turns": [dict(turn) for turn in row["turns"]], "id": c.id} for row, c in chunk.rows]
+    for place, turn in (*chunk.ready.examples, *((r.conversation, r.turn) for r in refused)):
         for key in ("predicted_ratings", "predicted_label"):
             rows[place]["turns"][turn].pop(key, None)
     for (place, turn), values in zip(chunk.ready.examples, predicted, strict=True):
         try:
             rows[place]["turns"][turn] |= predicted_keys(values, scorer.schema)
         except DataError as error:
-            raise error.at(chunk.conversations[place].file, chunk.conversations[place].line) from None
-    places = [(chunk.conversations[refused.conversation], refused.reason) for refused in chunk.ready.refused]
-    skipped = chunk.unusable + [Skipped(c.file, c.line, reason) for c, reason in places]
+            raise error.at(chunk.rows[place][1].file, chunk.rows[place][1].line) from None
+    places = [(chunk.rows[r.conversation][1], r.reason) for r in refused]
+    skipped = [Skipped(error.file, error.line, _reason(error)) for error in chunk.bad]
+    skipped += [Skipped(conversation.file, conversation.line, reason) for conversation, reason in places]
     return rows, sorted(skipped, key=lambda entry: entry.line)
 
 

@@ -63,17 +63,15 @@ def carried(value: Any, key: str = "") -> Any:
 
 
 class ResumableOutput:
-    """One JSON object a line, one for each input row, in the input's order.
+    """One JSON object a line, one for each input row, in the input's order. A context manager, for one process.
 
     The lines stand in `OUTPUT.partial`, and `OUTPUT.settings.json` says what they were made with. `finish` gives the
     file its name, so a file called OUTPUT is whole. After a kill at any moment the next run finds the lines that were
-    written, less a last one that is not whole; run again after `finish`, there is nothing to do.
-
-    Use as a context manager, in one process (each of several processes has an output of its own).
+    written, less a last one that is not whole.
 
     Attributes:
-        done: rows that are written; the next row to compute is input row `done` (from 0).
-        finished: OUTPUT is there already, made with these settings.
+        done: rows that are written; the next is input row `done` (from 0).
+        finished: OUTPUT is there already, made with these settings; nothing is left to do.
 
     Args:
         path: OUTPUT; a plain `.jsonl`.
@@ -100,11 +98,7 @@ class ResumableOutput:
             else:
                 self._open()
         except OSError as error:
-            self.close()
             raise DataError(f"cannot write: {error}", file=str(path), cure="name a place that is writable") from None
-        except DataError:
-            self.close()
-            raise
 
     def put(self, index: int, row: Mapping[str, Any]) -> None:
         """The output of input row `index`. It is on disk once all rows before it are; any order of calls will do.
@@ -131,15 +125,12 @@ class ResumableOutput:
             sync_folder(self.path.parent)
             self.finished = True
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
     def __enter__(self) -> ResumableOutput:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
+        if self._file is not None:
+            self._file.close()
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from steerjax.bundle import Bundle
-from steerjax.chat.render import Renderer
 from steerjax.data.conversation import Conversation
 from steerjax.errors import DataError, ModelError
 from steerjax.inference.answers import Answer, Sampling
@@ -30,7 +29,7 @@ class Local:
         if about.kind != "chat":
             raise ModelError(f"'{about.path}' is a {about.kind} model, which writes no text\n  cure: give a chat model")
         self.model = str(about.path)
-        self._renderer = Renderer(about.tokenizer, about.template, schema, about.system_prompt)
+        self._renderer = bundle.renderer(schema)
         self._engine = Engine(
             bundle.module, bundle.params, about.tokenizer, about.template, sampling, bundle.mesh, batch_size=batch_size
         )

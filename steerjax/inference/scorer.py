@@ -13,24 +13,22 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from steerjax.bundle.opening import OpenModel
-from steerjax.chat.render import Renderer
-from steerjax.data.batch import evaluation_steps
+from steerjax.bundle import Bundle
+from steerjax.data.batch import Batch, Feeder, RowBuilder, evaluation_steps
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped
-from steerjax.data.packing import PromptGroup, Row, Segment, pack_segments, share_prompts, split_group
+from steerjax.data.packing import Row, fill, parts_of
+from steerjax.data.trees import Example, Tree, grow
 from steerjax.errors import ConfigError, DataError, ModelError
-from steerjax.hf.config import read_config
-from steerjax.hf.description import ModelDescription
-from steerjax.parallel.rules import mesh_ways
+from steerjax.hf.config_json import read_config
+from steerjax.hf.description import Description
+from steerjax.parallel.rules import mesh_ways, partition_spec
 from steerjax.schema import SCHEMAS, STEERLM, Schema, format_label
-from steerjax.training.input import row_examples
-from steerjax.training.reward import make_feeder, reward_inputs
 
 _SHORTEST_ROW = 1024  # tokens; shorter conversations share a row of this length
 _LONGEST_ROW = 4096  # tokens, unless the user says otherwise
 _CHUNK = 1024  # conversations that `predict` packs together
-_TOKENS_PER_RESPONSE = 16  # of a row; more responses than that go into another row
+_NOTHING = np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)  # is learnt
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,13 @@ class Chunk:
 
     Attributes:
         examples: (conversation, turn) of each.
-        groups: their tokens, what they share written once.
+        trees: their tokens, what they share written once.
         rows: row length -> packed rows.
         refused: turns that are no example.
     """
 
     examples: tuple[tuple[int, int], ...]
-    groups: tuple[PromptGroup, ...]
+    trees: tuple[Tree, ...]
     rows: Mapping[int, Sequence[Row]]
     refused: tuple[Refused, ...]
 
@@ -76,12 +74,14 @@ class Counts:
     shapes: frozenset[tuple[int, int]] = frozenset()
 
     def __str__(self) -> str:
-        fill = self.tokens / max(1, self.places)
+        filled = self.tokens / max(1, self.places)
         shapes = ", ".join(f"{rows} x {length}" for rows, length in sorted(self.shapes))
-        return f"{self.turns} turns, {self.tokens:,} tokens, rows {fill:.1%} filled, compiled for {shapes or 'nothing'}"
+        return (
+            f"{self.turns} turns, {self.tokens:,} tokens, rows {filled:.1%} filled, compiled for {shapes or 'nothing'}"
+        )
 
 
-def model_schema(description: ModelDescription) -> Schema:
+def model_schema(description: Description) -> Schema:
     """The attributes that a reward model predicts, in the order of its outputs.
 
     Raises:
@@ -93,16 +93,15 @@ def model_schema(description: ModelDescription) -> Schema:
         return description.schema
     known = {attribute.name: attribute for schema in SCHEMAS.values() for attribute in schema.attributes}
     labels = read_config(description.path).labels
-    unknown = [label for label in labels if label not in known]
-    if unknown:
+    if unknown := [label for label in labels if label not in known]:
         raise ModelError(
-            f"'{description.path}': its outputs are {', '.join(labels)}, and {unknown[0]} is no attribute\n"
-            f"  cure: name them in config.json's id2label, from {', '.join(known)}"
+            f"'{description.path}': its outputs are {', '.join(labels)}, and the range of {unknown[0]} is not known\n"
+            f"  cure: a steerjax.json with the attributes, or in config.json's id2label names from {', '.join(known)}"
         )
     return Schema(tuple(known[label] for label in labels))
 
 
-def rated_schema(description: ModelDescription) -> Schema:
+def rated_schema(description: Description) -> Schema:
     """The attributes of `model_schema` that had a rating in the model's training data; all, if it does not say."""
     schema = model_schema(description)
     rated = description.provenance.get("rated_attributes")
@@ -125,26 +124,20 @@ def row_lengths(longest: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def responses_per_row(row_length: int) -> int:
-    """Most responses in a row."""
-    return max(1, row_length // _TOKENS_PER_RESPONSE)
+def bucketed_rows(trees: Sequence[Tree], lengths: Sequence[int]) -> dict[int, list[Row]]:
+    """Packs the trees into rows of a few lengths, each part into the shortest that holds it.
 
-
-def bucketed_rows(groups: Sequence[PromptGroup], lengths: Sequence[int]) -> dict[int, list[Row]]:
-    """Packs the groups into rows of a few lengths, each segment into the shortest that holds it.
-
-    What is left of a long row is filled with short segments.
+    What is left of a long row is filled with short parts.
 
     Args:
-        lengths: ascending; the last holds every branch with its prompt.
+        lengths: ascending; the last holds every example.
     """
-    most = responses_per_row(lengths[0])
-    segments: list[Segment] = [s for i, g in enumerate(groups) for s in split_group(i, g, lengths[-1], most)]
+    parts = [part for number, tree in enumerate(trees) for part in parts_of(number, tree, lengths[-1], None)]
     rows: dict[int, list[Row]] = {}
     for shorter, length in reversed(list(zip((0, *lengths), lengths, strict=False))):
-        packed = pack_segments(segments, length, responses_per_row(length))
-        needed = [row for row in packed if row[0].length > shorter]  # the longest segment stands first
-        segments = [segment for row in packed if row[0].length <= shorter for segment in row]
+        packed = fill(parts, length)
+        needed = [row for row in packed if row[0].length > shorter]  # the longest part stands first
+        parts = [part for row in packed if row[0].length <= shorter for part in row]
         if needed:
             rows[length] = needed
     return rows
@@ -161,21 +154,19 @@ class Scorer:
         counts: see `Counts`.
 
     Args:
-        opened: a reward model.
+        bundle: a reward model.
         row_length: 0 takes the model's longest context, at most 4096.
         rows: 0 takes 8 for each part of the mesh that rows are cut into, on a CPU 1.
-        control_strings: see `Renderer`.
 
     Raises:
         ModelError: no reward model. ConfigError: rows that the mesh does not divide, a bad row length.
     """
 
-    def __init__(self, opened: OpenModel, *, row_length: int = 0, rows: int = 0, control_strings: str = "refuse"):
-        self.description = about = opened.description
-        model = opened.model
+    def __init__(self, bundle: Bundle, *, row_length: int = 0, rows: int = 0):
+        self.description = about = bundle.description
         self.schema = rated_schema(about)
         self.row_length = row_length or min(about.model.max_position_embeddings, _LONGEST_ROW)
-        ways = mesh_ways(opened.mesh, ("data", "fsdp"))
+        ways = mesh_ways(bundle.mesh, ("data", "fsdp"))
         self.rows = rows or ways * (1 if jax.default_backend() == "cpu" else 8)
         if self.rows < 1 or self.rows % ways or self.row_length < 1:
             raise ConfigError(
@@ -184,15 +175,15 @@ class Scorer:
             )
         self.counts = Counts()
         self._lengths = row_lengths(self.row_length)
-        self._renderer = Renderer(
-            about.tokenizer, about.template, self.schema, about.system_prompt, control_strings
-        )  # fmt: skip
+        self._renderer = bundle.renderer(self.schema)
         self._outputs = [model_schema(about).names.index(name) for name in self.schema.names]
-        self._params, self._mesh = opened.params, opened.mesh
-        self._score = jax.jit(
-            lambda params, batch: model.apply({"params": params}, reward_inputs(jax.tree.map(lambda x: x[0], batch))),
-            out_shardings=NamedSharding(opened.mesh, PartitionSpec()),
-        )
+        self._bundle = bundle
+
+        def score(params, batch: Batch):
+            inputs = (x[0] for x in (batch.tokens, batch.positions, batch.until))
+            return bundle.module.apply({"params": params}, *inputs)
+
+        self._score = jax.jit(score, out_shardings=NamedSharding(bundle.mesh, PartitionSpec()))
 
     def prepare(
         self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]], *, skip: bool = False
@@ -201,49 +192,47 @@ class Scorer:
 
         Args:
             turns: of each conversation, the assistant turns to rate.
-            skip: refuse a turn with a control string, rather than raise. A turn that is too long is always refused.
+            skip: refuse a turn that cannot be rendered, rather than raise. One that is too long is always refused.
 
         Raises:
             DataError: a turn that cannot be rendered; names file and line.
         """
-        examples, prompts, responses, refused = [], [], [], []
+        places, examples, refused = [], [], []
         for place, (conversation, wanted) in enumerate(zip(conversations, turns, strict=True)):
             for turn in wanted:
                 try:
-                    prompt, response = self._renderer.reward_text_parts(conversation, turn)
+                    tokens, root = self._renderer.reward_tokens(conversation, turn)
                 except DataError as error:
                     if not skip:
                         raise
                     refused.append(Refused(place, turn, f"field '{error.field}': {error.message}"))
                     continue
-                tokens = len(prompt) + len(response)
-                if tokens > self.row_length:
-                    reason = f"turns[{turn}]: {tokens} tokens up to its end, and a row has {self.row_length}"
+                if len(tokens) > self.row_length:
+                    reason = f"turns[{turn}]: {len(tokens)} tokens up to its end, and a row has {self.row_length}"
                     refused.append(Refused(place, turn, reason))
                     continue
-                examples.append((place, turn))
-                prompts.append(prompt)
-                responses.append(response)
-        none = np.zeros((len(examples), 0), np.float32)
-        groups = share_prompts(prompts, responses, none, none > 0, self.row_length)
-        return Chunk(tuple(examples), groups, bucketed_rows(groups, self._lengths), tuple(refused))
+                examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))
+                places.append((place, turn))
+        trees = grow(examples)
+        return Chunk(tuple(places), trees, bucketed_rows(trees, self._lengths), tuple(refused))
 
     def score(self, chunk: Chunk) -> np.ndarray:
         """Predicted ratings, float32 [E, A], attributes in the order of `schema`."""
         predicted = np.zeros((len(chunk.examples), len(self.schema)), np.float32)
-        running = []
-        with jax.set_mesh(self._mesh):
+        mesh, running = self._bundle.mesh, []
+        with jax.set_mesh(mesh):
             for length, rows in chunk.rows.items():
-                feed = make_feeder(chunk.groups, length, responses_per_row(length), 1, self._mesh)
+                build = RowBuilder(chunk.trees, length, {})
+                feed = Feeder(build, lambda axes: NamedSharding(mesh, partition_spec(axes)))
                 for step in evaluation_steps(rows, self.rows):
-                    running.append((step, self._score(self._params, feed(step))))  # not waited for
+                    running.append((build, step, self._score(self._bundle.params, feed(step))))  # not waited for
                     self.counts.places += length * self.rows
-                self.counts.tokens += sum(segment.length for row in rows for segment in row)
+                self.counts.tokens += sum(part.length for row in rows for part in row)
                 self.counts.shapes |= {(self.rows, length)}
-        for step, outputs in running:
+        for build, step, outputs in running:
             for row, output in zip(step, np.asarray(outputs), strict=True):
-                examples = row_examples(chunk.groups, row)
-                predicted[examples] = output[: len(examples), self._outputs]
+                for example, place in build.layout(row).ends:
+                    predicted[example.number] = output[place, self._outputs]
         self.counts.turns += len(chunk.examples)
         return predicted
 
@@ -261,7 +250,7 @@ def predict(
     Args:
         turns: of each conversation.
         skipped: turns that could not be rated are added to it.
-        skip: also those with a control string.
+        skip: also those that cannot be rendered.
 
     Raises:
         DataError: names the row.

@@ -193,6 +193,10 @@ class Llama(nn.Module):
             stack = jax.tree.map(lambda p: p[first:last], stack)
         return jax.lax.scan(layer, x, (stack, cache), unroll=max(1, min(self.compute.unroll, last - first)))
 
+    def initialize(self) -> None:
+        """For `init`: every parameter, and no computation."""
+        self.final_norm(jnp.zeros((1, self.config.hidden_size)))
+
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         return look_up(self.embedding.astype(self.compute.dtype), tokens)
 
@@ -260,6 +264,10 @@ class CausalLM(nn.Module):
         if not c.tie_word_embeddings:
             init = logical(nn.initializers.normal(c.initializer_range), "embed", "vocab")
             self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
+
+    def initialize(self) -> None:
+        """See `Llama.initialize`."""
+        self.llama.initialize()
 
     def hidden(self, *arguments, **options) -> Float[Array, "B T D"]:
         """See `Llama.hidden`."""

@@ -36,6 +36,10 @@ class RewardModel(nn.Module):
             bias = logical(nn.initializers.zeros, "attributes")
             self.reward_bias = self.param("reward_bias", bias, (self.num_attributes,), jnp.float32)
 
+    def initialize(self) -> None:
+        """See `Llama.initialize`."""
+        self.llama.initialize()
+
     def hidden(self, *arguments, **options) -> Float[Array, "B T D"]:
         """See `Llama.hidden`."""
         return self.llama.hidden(*arguments, **options)

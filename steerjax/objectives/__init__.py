@@ -1,1 +1,27 @@
-"""Losses as pure functions that return (sum, count) in float32."""
+"""What a model learns, one file an objective. A new one is a file like `regression.py` and a line in `OBJECTIVES`."""
+
+from __future__ import annotations
+
+import importlib
+
+from steerjax.errors import ConfigError
+from steerjax.objectives.objective import Evaluation, Objective, Setting
+
+__all__ = ["OBJECTIVES", "Evaluation", "Objective", "Setting", "find_objective"]
+
+OBJECTIVES: dict[str, str] = {  # name, also of its config group -> module:class
+    "regression": "steerjax.objectives.regression:Regression",
+    "sft": "steerjax.objectives.sft:SFT",
+}
+
+
+def find_objective(name: str) -> type[Objective]:
+    """The class of an objective.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in OBJECTIVES:
+        raise ConfigError(f"config.objectives: there is no '{name}'; cure: one of {', '.join(OBJECTIVES)}")
+    module, _, cls = OBJECTIVES[name].partition(":")
+    return getattr(importlib.import_module(module), cls)

@@ -1,89 +1,165 @@
-"""Cross-entropy over a vocabulary, its logits held for one chunk of tokens at a time.
+"""Attribute-conditioned SFT: a label line of ratings before each response; the response and its end are learnt.
 
-Source of the objective: SteerLM, arXiv 2310.05344, section 3.
+Source: SteerLM, arXiv 2310.05344, step 3; NeMo `gpt_sft_chat_dataset.py`.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Literal
 
-import jax
-import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int
+import numpy as np
+import pydantic.dataclasses
+from pydantic import Field
 
-from steerjax.parallel.rules import constrain
+from steerjax.chat.render import TokenRole
+from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.packing import Layout
+from steerjax.data.trees import Example
+from steerjax.errors import ConfigError, DataError
+from steerjax.objectives.cross_entropy import chunked_cross_entropy
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, Setting
+from steerjax.schema import Schema, check_rating
+from steerjax.typed import STRICT
 
 
-def chunked_cross_entropy(
-    states: Float[Array, "B T D"],
-    head: Callable[[Float[Array, "B C D"]], Float[Array, "B C V"]],
-    targets: Int[Array, "B T"],
-    weights: Float[Array, "B T"],
-    chunk: int,
-) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """Weighted sums in float32: of the negative log likelihoods, of the weights, of the weights of likeliest targets.
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class SFTConfig:
+    """Attribute-conditioned SFT.
 
-    The first over the second is the loss, after micro-batches and devices are added up; the third over the second is
-    the accuracy. The gradient of a chunk is taken in the forward pass, while its logits are there, so they are
-    computed once.
-
-    Args:
-        head: hidden states -> logits; the parameters that it closes over get their gradient.
-        targets: the token after each token; any id where the weight is 0.
-        weights: of the targets, constants; 0 where nothing is trained.
-        chunk: C, the most tokens of a row in a chunk.
+    Attributes:
+        weight: of the objective among others.
+        ratings: which ratings the label lines carry; `human_then_predicted` takes for each attribute the human one
+            where there is one; `none` is plain SFT.
+        missing: a response without ratings is trained without a label line (omit), is context only (leave_out), or
+            stops the run (error).
+        threads: a turn that several threads of a tree share is trained once, or once a thread (all, as the reference).
+        default_ratings: what an exported model is asked for where a request names nothing; by name.
     """
-    chunks = -(-states.shape[1] // chunk)
 
-    def cut(x: Array) -> Array:
-        """[B, T, ...] -> [chunks, B, C, ...]. Tokens of a chunk lie `chunks` apart: each `context` device has some."""
-        B, T, *rest = x.shape
-        x = jnp.pad(x, ((0, 0), (0, -T % chunks), *((0, 0) for _ in rest)))
-        return jnp.moveaxis(x.reshape(B, -1, chunks, *rest), 2, 0)
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    ratings: Literal["human", "predicted", "human_then_predicted", "none"] = "human"
+    missing: Literal["omit", "leave_out", "error"] = "omit"
+    threads: Literal["once", "all"] = "once"
+    default_ratings: Mapping[str, float] = field(default_factory=dict)
 
-    parts = cut(states), cut(targets), cut(jax.lax.stop_gradient(weights).astype(jnp.float32))
-    pure_head, parameters = jax.closure_convert(head, parts[0][0])
-    return _sums(pure_head, parameters, *parts)
-
-
-def _chunk_sums(head, parameters, states, targets, weights):
-    logits = constrain(head(states, *parameters).astype(jnp.float32), "batch", "length", "vocab")
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    right = of_target == logits.max(-1)  # cheaper than argmax; optax has computed both
-    return (weights * losses).sum(), (weights.sum(), (weights * right).sum())
+    def check(self, schema: Schema) -> None:
+        """Raises ConfigError: a default rating of an unknown attribute, or outside its range."""
+        for name, rating in self.default_ratings.items():
+            try:
+                check_rating(rating, schema[name])
+            except DataError as error:
+                raise ConfigError(f"config.sft.default_ratings: {error}") from None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sums(head, parameters, states, targets, weights):
-    def add(sums, part):
-        return jax.tree.map(jnp.add, sums, _chunk_sums(head, parameters, *part)), None
+class SFT(Objective):
+    """A conversation through its last trained token is an example; what follows that has no part in the loss."""
 
-    (total, (count, right)), _ = jax.lax.scan(add, _zeros(), (states, targets, weights))
-    return total, count, right
+    name, kind, Config = "sft", "chat", SFTConfig
 
+    def __init__(self, config: SFTConfig, setting: Setting):
+        super().__init__(config, setting)
+        counts = {"conversations": 0, "responses": 0, "labelled": 0, "shared": 0, "tokens": 0, "untrained": 0}
+        self.counts = {TRAIN: dict(counts), VALIDATION: dict(counts)}
+        self._seen: dict[str, set[str]] = {TRAIN: set(), VALIDATION: set()}  # ids of turns that are trained
 
-def _sums_and_gradients(head, parameters, states, targets, weights):
-    differentiate = jax.value_and_grad(_chunk_sums, argnums=(1, 2), has_aux=True)
+    def examples(self, conversation: Conversation, split: str) -> list[Example]:
+        counts, seen = self.counts[split], self._seen[split]
+        labels = [self._label(turn) for turn in conversation.turns]
+        answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
+        unlabelled = {i for i in answers if not labels[i]} if self.config.ratings != "none" else set()
+        if unlabelled and self.config.missing == "error":
+            message = f"no rating (config.sft.ratings is '{self.config.ratings}')"
+            cure = "rate it, or choose config.sft.missing 'omit' or 'leave_out'"
+            raise DataError(message, field=f"turns[{min(unlabelled)}]", cure=cure)
+        rendered = self.setting.renderer.render(conversation, labels)
+        trained = np.isin(rendered.roles, (TokenRole.RESPONSE, TokenRole.END))
+        trained[:1] = False  # nothing predicts it
+        left_out = unlabelled if self.config.missing == "leave_out" else set()
+        once = self.config.threads == "once"
+        shared = {i for i in answers if once and conversation.turns[i].id and conversation.turns[i].id in seen}
+        for span in rendered.responses:
+            if span.turn in left_out | shared:
+                trained[span.start : span.stop] = False
+        here = [i for i in answers if i not in left_out | shared]
+        counts["responses"] += len(here)
+        counts["labelled"] += sum(bool(labels[i]) for i in here)
+        counts["shared"] += len(shared)
+        if not trained.any():
+            counts["untrained"] += 1
+            return []
+        seen.update(conversation.turns[i].id for i in here)
+        places = np.flatnonzero(trained).astype(np.int32)
+        tokens = rendered.tokens[: places[-1] + 1]
+        number = counts["conversations"]
+        counts["conversations"] += 1
+        counts["tokens"] += len(places)
+        ones = np.ones(len(places), np.float32)
+        return [Example(self.name, number, tokens, min(rendered.root, len(tokens)), places - 1, tokens[places], ones)]
 
-    def add(carry, part):
-        sums, (of_parameters, of_states) = differentiate(head, parameters, *part)
-        return jax.tree.map(jnp.add, carry, (sums, of_parameters)), of_states
+    def _label(self, turn: Turn) -> Mapping[str, float] | None:
+        human, predicted = turn.ratings or {}, turn.predicted_ratings or {}
+        choices = {"human": human, "predicted": predicted, "human_then_predicted": {**predicted, **human}, "none": {}}
+        return choices[self.config.ratings] or None
 
-    start = _zeros(), jax.tree.map(jnp.zeros_like, parameters)
-    ((total, (count, right)), of_parameters), of_states = jax.lax.scan(add, start, (states, targets, weights))
-    return (total, count, right), (of_parameters, of_states)
+    def check_data(self) -> None:
+        for split, counts in self.counts.items():
+            if not counts["conversations"]:
+                cure = "conversations with an assistant turn, or config.sft.missing 'omit'"
+                raise DataError(f"nothing to train for {split}: no response is left", cure=cure)
+            if self.config.ratings != "none" and not counts["labelled"]:
+                cure = "annotate them first, choose another config.sft.ratings, or 'none' for plain SFT"
+                raise DataError(f"no response for {split} has {self.config.ratings} ratings: no label", cure=cure)
 
+    def arrays(self, layout: Layout) -> dict[str, np.ndarray]:
+        """targets: int32 [T], the next token; weights: float32 [T], 0 where it is not trained."""
+        return {"targets": np.maximum(layout.targets[self.name], 0), "weights": layout.weights[self.name]}
 
-def _scaled_gradients(head, gradients, cotangents):
-    scaled = jax.tree.map(lambda x: (cotangents[0] * x).astype(x.dtype), gradients)
-    return *scaled, None, None
+    def count(self, arrays):
+        return arrays["weights"].sum()
 
+    def loss(self, model, hidden, batch, arrays):
+        chunk = self.setting.loss_chunk
+        total, count, right = chunked_cross_entropy(hidden, model.head, arrays["targets"], arrays["weights"], chunk)
+        return total, {"accuracy": (right, count)}
 
-_sums.defvjp(_sums_and_gradients, _scaled_gradients)
+    def outputs(self, model, hidden, batch, arrays):
+        """Sums of loss, of tokens and of right tokens."""
+        total, sums = self.loss(model, hidden, batch, arrays)
+        return total, *reversed(sums["accuracy"])
 
+    def evaluate(self, steps) -> Evaluation:
+        total, count, right = np.sum([[float(x) for x in outputs] for _, outputs in steps], axis=0)
+        return Evaluation(total / count, {"accuracy": right / count, "tokens": count})
 
-def _zeros():
-    return jnp.zeros(()), (jnp.zeros(()), jnp.zeros(()))
+    def facts(self) -> dict:
+        return {"default_ratings": dict(self.config.default_ratings) or None}
+
+    def summary(self) -> dict[str, str]:
+        said = {}
+        for split, counts in self.counts.items():
+            words = [f"{counts['conversations']} conversations, {counts['tokens']:,} trained tokens"]
+            words += [
+                f"{counts['labelled'] / max(1, counts['responses']):.0%} of {counts['responses']} responses labelled"
+            ]
+            words += [f"{counts['shared']} turns of several threads trained once"] if counts["shared"] else []
+            words += [f"{counts['untrained']} conversations with nothing to train"] if counts["untrained"] else []
+            said[f"sft, {split}"] = "; ".join(words)
+        return said
+
+    def report(self, evaluation: Evaluation, folder: Path | None, records, summary, config_text: str) -> str:
+        values = {"loss (nats a token)": evaluation.loss, "perplexity": float(np.exp(evaluation.loss)),
+                  "accuracy of the next token": evaluation.values["accuracy"]}  # fmt: skip
+        table = "\n".join(f"{name:>28}  {value:.4f}" for name, value in values.items())
+        text = f"validation, {int(evaluation.values['tokens']):,} response tokens\n{table}"
+        if folder is not None:
+            from steerjax.report.plots import plot_losses
+
+            folder.mkdir(parents=True, exist_ok=True)
+            plot_losses(records, folder / "loss.png")
+            facts = "\n".join(f"{name:>28}  {value}" for name, value in summary.items())
+            page = f"# SFT\n\n```\n{facts}\n\n{text}\n```\n\n![loss](loss.png)\n\n```json\n{config_text}```\n"
+            (folder / "report.md").write_text(page, encoding="utf-8")
+        return text

@@ -26,11 +26,8 @@ def find_cluster(environment: Mapping[str, str]) -> dict | None:
         given = next(name for name in PLAIN if name not in missing)
         raise ConfigError(f"{given} is set and {', '.join(missing)} not; cure: set all three, or none")
     if not missing:
-        count, index = (
-            whole_number(environment, "STEERJAX_PROCESSES", 1),
-            whole_number(environment, "STEERJAX_PROCESS", 0),
-        )
-        address = environment["STEERJAX_COORDINATOR"]
+        address, index = environment["STEERJAX_COORDINATOR"], whole_number(environment, "STEERJAX_PROCESS", 0)
+        count = whole_number(environment, "STEERJAX_PROCESSES", 1)
         if not re.fullmatch(r".+:\d+", address):
             raise ConfigError(f"STEERJAX_COORDINATOR is {address!r}; cure: host:port of process 0, e.g. node1:9876")
         if index >= count:

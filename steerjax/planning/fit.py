@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from steerjax.config import Experiment
 from steerjax.planning.compile import Compiled
+from steerjax.training.config import Experiment
 
 # Part of a device's memory that a plan leaves free: the next batch, the evaluation's program, fragments.
 RESERVE = 0.05
@@ -37,20 +37,18 @@ def fits(compiled: Compiled, hbm_bytes: float) -> bool:
 def find_cure(
     experiment: Experiment, compile: Callable[[Experiment], Compiled], hbm_bytes: float, *, search: bool = True
 ) -> Iterator[Attempt]:
-    """Compiles the experiment, and while it does not fit, variants of it, each going on from the one before.
+    """Compiles the experiment, and while it does not fit and `search` is set, variants, each going on from the last.
 
     Args:
         experiment: with all axes of its mesh given.
-        search: false compiles the experiment and no variant.
 
     Yields:
         All that is tried, in order; the last is the cure if it fits.
     """
     for flags, variant in itertools.chain([((), experiment)], _variants(experiment) if search else ()):
         compiled = compile(variant)
-        good = fits(compiled, hbm_bytes)
-        yield Attempt(flags, variant, compiled, good)
-        if good:
+        yield (attempt := Attempt(flags, variant, compiled, fits(compiled, hbm_bytes)))
+        if attempt.good:
             return
 
 

@@ -62,7 +62,13 @@ def collectives(text: str, devices: int) -> list[Collective]:
     Args:
         devices: of the program; a collective without groups is among all.
     """
-    bodies = _computations(text)
+    bodies: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if match := _COMPUTATION.match(line):
+            lines = bodies[match[2]] = []
+        else:
+            lines.append(line)
     parsed = {name: _parse(lines, bodies, devices) for name, lines in bodies.items()}
     entry = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
     found: list[Collective] = []
@@ -87,16 +93,6 @@ def shapes(text: str) -> Iterator[tuple[int, ...]]:
     """Dimensions of every array that the text names, on one device."""
     for match in set(_SHAPE.findall(text)):
         yield tuple(int(size) for size in match[1].split(",") if size)
-
-
-def _computations(text: str) -> dict[str, list[str]]:
-    bodies, lines = {}, []
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            lines = bodies[match[2]] = []
-        else:
-            lines.append(line)
-    return bodies
 
 
 def _parse(lines: list[str], bodies: dict[str, list[str]], devices: int) -> _Computation:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steerjax.config import Experiment
 from steerjax.planning.compile import Compiled
 from steerjax.planning.topology import Topology
+from steerjax.training.config import Experiment
 
 # What tuned training reaches of a chip's data sheet: MaxText's published Llama runs lie between 45% and 65% of the
 # peak FLOP/s with recomputation left out of the count; a ring collective comes near four fifths of the links.
@@ -35,25 +35,25 @@ class Roofline:
 
 def roofline(experiment: Experiment, topology: Topology, compiled: Compiled) -> Roofline:
     """Of a step whose rows are full. Over several nodes of GPUs all collectives are taken to cross the network."""
-    chip, devices = topology.chip, _devices(experiment)
+    chip, devices = topology.chip, topology.devices
     flops = compiled.flops * (1 + RECOMPUTED[experiment.compute.remat]) / devices
     bandwidth = chip.network_bandwidth if topology.on_gpu and topology.shape[0] > 1 else chip.link_bandwidth
     received = sum(c.received for c in compiled.collectives)
     return Roofline(
         compute=flops / (COMPUTE_PART * chip.peak_flops),
-        memory=memory_bytes(experiment, compiled) / (MEMORY_PART * chip.hbm_bandwidth),
+        memory=_memory_bytes(experiment, compiled, devices) / (MEMORY_PART * chip.hbm_bandwidth),
         links=received / (LINK_PART * bandwidth),
     )
 
 
-def memory_bytes(experiment: Experiment, compiled: Compiled) -> float:
+def _memory_bytes(e: Experiment, compiled: Compiled, devices: int) -> float:
     """Bytes that a device reads from and writes to its memory in a step, roughly.
 
     The optimizer (32 a parameter: state, gradient, update), the layers' parameters in bfloat16 (a pass reads them, and
     a gather has written them before), the inputs and outputs of matrix products, and scores where the attention is not
     one kernel (12 a head and allowed pair: float32 and bfloat16, each written and read).
     """
-    e, m, devices = experiment, experiment.model, _devices(experiment)
+    m = e.model
     passes = 4 if e.compute.remat == "full" else 3
     tokens = compiled.tokens * e.mesh.tensor / devices  # on one device, all micro-batches
     parameters = m.num_layers * m.block_parameters / e.mesh.tensor
@@ -65,8 +65,3 @@ def memory_bytes(experiment: Experiment, compiled: Compiled) -> float:
         heads = m.num_heads / e.mesh.tensor
         scores = 12 * tokens * m.num_layers * heads * e.batch.row_length / 2 * (passes + (e.compute.remat != "full"))
     return 32 * compiled.parameters / devices + 4 * parameters * passes * e.batch.micro_batches + activations + scores
-
-
-def _devices(experiment: Experiment) -> int:
-    mesh = experiment.mesh
-    return mesh.data * mesh.fsdp * mesh.tensor * mesh.context

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from steerjax.config import Experiment
 from steerjax.models.flops import GIB
 from steerjax.planning.compile import Compiled
 from steerjax.planning.fit import RESERVE, Attempt
 from steerjax.planning.hlo import KINDS, Collective
 from steerjax.planning.roofline import COMPUTE_PART, LINK_PART, MEMORY_PART, roofline
 from steerjax.planning.topology import Topology
+from steerjax.training.config import Experiment
 
 
 def attempt_text(attempt: Attempt, topology: Topology) -> str:
@@ -23,7 +22,7 @@ def attempt_text(attempt: Attempt, topology: Topology) -> str:
         "step": f"{e.batch.rows} rows of {e.batch.row_length} tokens in {e.batch.micro_batches} micro-batches; "
         f"remat {e.compute.remat}, {c.attention} attention",
         "parameters": f"{c.parameters:,}",
-        "model FLOPs": f"{c.flops / 1e15:.3f} PFLOP a step of full rows, one segment each",
+        "model FLOPs": f"{c.flops / 1e15:.3f} PFLOP a step of full rows, one text each",
         "compile time": f"{c.seconds:.0f} s here",
         **_memory_facts(attempt, topology),
     }
@@ -48,19 +47,15 @@ def _memory_facts(attempt: Attempt, topology: Topology) -> dict[str, str]:
     return {"memory": f"{verdict}: {room}", "of which": f"{parts} GiB"}
 
 
-def _collective_facts(found: Iterable[Collective]) -> dict[str, str]:
-    by_kind = defaultdict(list)
-    for c in found:
-        by_kind[c.kind].append(c)
+def _collective_facts(found: Sequence[Collective]) -> dict[str, str]:
     facts = {}
     for kind in KINDS:
-        if group := by_kind.get(kind):
-            times = sum(c.times for c in group)
+        if group := [c for c in found if c.kind == kind]:
             least = "" if all(c.exact for c in group) else "at least "
             largest = max(group, key=lambda c: c.bytes)
             facts[kind] = (
-                f"{least}{times} a step, {sum(c.received for c in group) / GIB:.2f} GiB received a device; "
-                f"largest {largest.bytes / 2**20:.1f} MiB {list(largest.shape)}"
+                f"{least}{sum(c.times for c in group)} a step, {sum(c.received for c in group) / GIB:.2f} GiB received "
+                f"a device; largest {largest.bytes / 2**20:.1f} MiB {list(largest.shape)}"
             )
     return facts or {"collectives": "none"}
 

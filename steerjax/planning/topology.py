@@ -19,27 +19,14 @@ _EXAMPLES = "v5e:4x4 (16 chips), v5p:4x4x8 (128 chips, sold as v5p-256), v6e:4x4
 _H100_CONFIG = """
 gpu_device_info {
   cuda_compute_capability { major: 9 minor: 0 }
-  core_count: 132
-  fpus_per_core: 128
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  threads_per_warp: 32
-  threads_per_block_limit: 1024
-  threads_per_core_limit: 2048
-  registers_per_block_limit: 65536
-  registers_per_core_limit: 65536
-  shared_memory_per_block: 49152
-  shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 84929347584 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
 }
-platform_name: "CUDA"
-runtime_version { major: 13 }
-dnn_version_info { major: 9 minor: 12 }
+platform_name: "CUDA" runtime_version { major: 13 } dnn_version_info { major: 9 minor: 12 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
@@ -95,13 +82,9 @@ def prepare_environment(topology: Topology) -> None:
     may be loaded beside a program that holds the TPU; the CUDA plugin does not ask for a driver.
     """
     if topology.on_gpu:
-        os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        os.environ["JAX_PLATFORMS"] = ""
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": ""}
         return
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
     for name, value in {"ACCELERATOR_TYPE": "v5e-16", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}.items():
         os.environ.setdefault(f"TPU_{name}", value)  # else libtpu complains that it cannot find them out
 
@@ -112,20 +95,18 @@ def topology_devices(topology: Topology) -> list:
     Raises:
         ConfigError: the compiler is not installed, or knows no such machine.
     """
-    if topology.on_gpu:
-        return _described(topology, "cuda", "h100", target_config=_H100_CONFIG,
-                          topology=f"1x{topology.shape[0]}x{topology.shape[1]}")  # fmt: skip
-    if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"--topology {topology.name}: the TPU compiler is not installed; cure: pip install libtpu")
-    return _described(topology, "tpu", topology.name)
-
-
-def _described(machine: Topology, platform: str, name: str, **options) -> list:
     from jax.errors import JaxRuntimeError
     from jax.experimental import topologies
 
+    machine = {"platform": "tpu", "topology_name": topology.name}
+    if topology.on_gpu:
+        nodes, gpus = topology.shape
+        machine = {"platform": "cuda", "topology_name": "h100", "target_config": _H100_CONFIG,
+                   "topology": f"1x{nodes}x{gpus}"}  # fmt: skip
+    elif importlib.util.find_spec("libtpu") is None:
+        raise ConfigError(f"--topology {topology.name}: the TPU compiler is not installed; cure: pip install libtpu")
     try:
-        return list(topologies.get_topology_desc(platform=platform, topology_name=name, **options).devices)
+        return list(topologies.get_topology_desc(**machine).devices)
     except (JaxRuntimeError, NotImplementedError, RuntimeError, KeyError) as error:
-        cure = "pip install 'jax[cuda13]>=0.12' (Python 3.12 or newer)" if machine.on_gpu else f"e.g. {_EXAMPLES}"
-        raise ConfigError(f"--topology {machine.name}: {str(error).splitlines()[0]}; cure: {cure}") from error
+        cure = "pip install 'jax[cuda13]>=0.12' (Python 3.12 or newer)" if topology.on_gpu else f"e.g. {_EXAMPLES}"
+        raise ConfigError(f"--topology {topology.name}: {str(error).splitlines()[0]}; cure: {cure}") from error

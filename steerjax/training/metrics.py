@@ -6,24 +6,33 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+
+from steerjax.report.records import read_metrics
 
 
 class MetricsWriter:
     """Writes records of one step; only process 0 has one that writes.
 
     `metrics.jsonl` has a JSON object a line with `step` and `split`; a value that is not finite is null.
+
+    Attributes:
+        evaluated: the step that the run goes on from has a record of its evaluation.
     """
 
     def __init__(self, workdir: Path, resume_step: int, *, active: bool):
-        self._active = active
+        self._active, self._path = active, workdir / "metrics.jsonl"
+        kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step]
+        self.evaluated = any(r["step"] == resume_step and r["split"] == "validation" for r in kept)
         if not active:
             return
         from tensorboardX import SummaryWriter
 
-        self._path = workdir / "metrics.jsonl"
-        kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step]
+        if resume_step == 0 and self._path.exists():  # of a run that left no checkpoint
+            self._path.rename(self._path.with_name(f"metrics.{time.time_ns()}.jsonl"))
+            kept = []
         # The steps after the checkpoint are done again; their first records go, so that none stands twice.
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -45,14 +54,6 @@ class MetricsWriter:
         if self._active:
             self._file.close()
             self._tensorboard.close()
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a killed process left half written is dropped."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline is not a whole line
-    return [json.loads(line) for line in lines]
 
 
 class Progress:

@@ -1,15 +1,17 @@
-"""AdamW without its learning rate, which `train_step` takes from the schedule at the state's step."""
+"""AdamW without its learning rate, and which parameters it trains."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from steerjax.config import OptimizerConfig
 from steerjax.errors import ConfigError
+from steerjax.training.config import OptimizerConfig
+
+_LAYERS = "llama/layers/"
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -23,33 +25,46 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def decayed(parameters):
-    """True for matrices. Norms and biases are told by name: a scan stacks them, so rank says nothing."""
+    """True for matrices. Norms and biases are told by name: layers are stacked, so rank says nothing."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) not in ("scale", "bias", "reward_bias"), parameters
     )
 
 
-def partition(parameters, frozen: Sequence[str]):
-    """(trained, frozen) parameters: two trees of the same shape, each with None where the other has a leaf.
+def partition(parameters, config: OptimizerConfig):
+    """(trained, frozen) parameters: two trees of the same shape, with None where the other has the whole leaf.
 
-    Args:
-        frozen: regular expressions over names like `llama/embedding`.
+    With `frozen_layers` each stack of layers is cut: the first layers are in `frozen`, the others in `trained`.
 
     Raises:
-        ConfigError: an expression that is found in no name.
+        ConfigError: one of `config.frozen` is found in no name.
     """
+    patterns = config.frozen + (("llama/embedding",) if config.frozen_layers else ())
     names = jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), parameters
     )
-    for pattern in frozen:
+    for pattern in patterns:
         if not any(re.search(pattern, name) for name in jax.tree.leaves(names)):
             known = ", ".join(jax.tree.leaves(names))
             raise ConfigError(f"config.optimizer.frozen: no parameter matches {pattern!r}; cure: one of {known}")
-    held = jax.tree.map(lambda name: any(re.search(pattern, name) for pattern in frozen), names)
-    trained = jax.tree.map(lambda p, h: None if h else p, parameters, held)
-    return trained, jax.tree.map(lambda p, h: p if h else None, parameters, held)
+
+    def frozen(name: str, leaf) -> int:
+        """How much of a leaf's first dimension is frozen."""
+        if any(re.search(pattern, name) for pattern in patterns):
+            return leaf.shape[0]
+        return config.frozen_layers if name.startswith(_LAYERS) else 0
+
+    sizes = jax.tree.map(frozen, names, parameters)
+    trained = jax.tree.map(lambda p, n: None if n == p.shape[0] else p[n:] if n else p, parameters, sizes)
+    return trained, jax.tree.map(lambda p, n: p if n == p.shape[0] else p[:n] if n else None, parameters, sizes)
 
 
-def combine(trained, frozen):
+def join(trained, frozen):
     """The inverse of `partition`."""
-    return jax.tree.map(lambda t, f: f if t is None else t, trained, frozen, is_leaf=lambda x: x is None)
+
+    def whole(trained, frozen):
+        if trained is None or frozen is None:
+            return frozen if trained is None else trained
+        return jnp.concatenate([frozen, trained])  # XLA takes the parts where a model only uses the parts
+
+    return jax.tree.map(whole, trained, frozen, is_leaf=lambda x: x is None)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from steerjax.config import OptimizerConfig
 from steerjax.errors import ConfigError
+from steerjax.training.config import OptimizerConfig
 
 Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 

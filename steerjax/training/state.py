@@ -2,90 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen as nn
-from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from steerjax.parallel.rules import parameter_shardings
-from steerjax.training.optimizer import partition
+from steerjax.training.config import OptimizerConfig
+from steerjax.training.optimizer import join, partition
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that training changes.
+    """Everything that training changes, and the parameters that it does not.
 
     Attributes:
         step: steps done, also those whose update was left out.
-        params: plain nested dict, float32.
-        optimizer: optax state.
+        params, frozen: the two parts of `optimizer.partition`, float32.
+        optimizer: optax state of `params`.
         bad_steps: steps whose gradients were not finite, in the whole run.
         bad_in_row: such steps since the last good one.
     """
 
     step: jax.Array
     params: dict
+    frozen: dict
     optimizer: optax.OptState
     bad_steps: jax.Array
     bad_in_row: jax.Array
 
+    def whole(self) -> dict:
+        """The parameters as checkpoints hold them."""
+        return jax.jit(join)(self.params, self.frozen)
 
-def training_part(state: TrainState) -> dict:
-    """All of a state but the parameters, as checkpoints hold it."""
-    return {
-        "step": state.step,
-        "optimizer": state.optimizer,
-        "bad_steps": state.bad_steps,
-        "bad_in_row": state.bad_in_row,
-    }
+    def rest(self) -> dict:
+        """All but the parameters, as checkpoints hold it."""
+        return {name: getattr(self, name) for name in ("step", "optimizer", "bad_steps", "bad_in_row")}
 
 
-def abstract_parameters(model: nn.Module, inputs: Sequence, mesh: Mesh) -> dict:
-    """Shapes, dtypes and shardings of a model's parameters; nothing is allocated.
+def abstract_state(whole: dict, optimizer: optax.GradientTransformation, config: OptimizerConfig, mesh: Mesh):
+    """Shapes, dtypes and shardings of the state. Optimizer moments lie as their parameters.
 
     Args:
-        inputs: arguments of the model; their length does not matter.
+        whole: abstract parameters.
     """
-    boxed = jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
-    return jax.tree.map(_sharded, meta.unbox(boxed), parameter_shardings(boxed, mesh))
+    params, frozen = _with_shardings(jax.eval_shape(lambda p: partition(p, config), whole), whole)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    moments = jax.eval_shape(optimizer.init, params)
+    shardings = optax.tree.map_params(
+        optimizer, lambda _, p: p.sharding, moments, params, transform_non_params=lambda _: replicated
+    )
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(counter, params, frozen, jax.tree.map(_sharded, moments, shardings), counter, counter)
+
+
+def _with_shardings(parts, whole):
+    """The shardings of whole leaves on the parts that they were cut into (never across devices)."""
+
+    def one(part, leaf):
+        return None if part is None else _sharded(part, leaf.sharding)
+
+    return tuple(jax.tree.map(one, part, whole, is_leaf=lambda x: x is None) for part in parts)
 
 
 def _sharded(array, sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def abstract_state(
-    model: nn.Module,
-    inputs: Sequence,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    frozen_names: Sequence[str] = (),
-) -> TrainState:
-    """Shapes, dtypes and shardings of the state. Optimizer moments lie as their parameters."""
-    params = abstract_parameters(model, inputs, mesh)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    trained = partition(params, frozen_names)[0]
-    optimizer_state = jax.eval_shape(optimizer.init, trained)
-    optimizer_shardings = optax.tree.map_params(
-        optimizer,
-        lambda _, p: p.sharding,
-        optimizer_state,
-        trained,
-        transform_non_params=lambda _: replicated,
-    )
-    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(
-        step=counter,
-        params=params,
-        optimizer=jax.tree.map(_sharded, optimizer_state, optimizer_shardings),
-        bad_steps=counter,
-        bad_in_row=counter,
-    )
 
 
 def shardings_of(abstract):
@@ -93,23 +74,22 @@ def shardings_of(abstract):
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
-def init_parameters(model: nn.Module, inputs: Sequence, abstract: dict, seed: int) -> dict:
-    """Random parameters, every leaf made in its own shards; `abstract` may be a part of the model's tree."""
-
-    def init(key):
-        params = meta.unbox(model.init(key, *inputs)["params"])
-        return {name: params[name] for name in abstract}
-
-    return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))
-
-
-def fresh_state(
-    params: dict, optimizer: optax.GradientTransformation, abstract: TrainState, frozen_names: Sequence[str] = ()
+def make_state(
+    whole: dict,
+    abstract: TrainState,
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
+    rest: dict | None = None,
 ) -> TrainState:
-    """The state before the first step."""
-    init = jax.jit(
-        lambda params: optimizer.init(partition(params, frozen_names)[0]),
-        out_shardings=shardings_of(abstract.optimizer),
-    )
-    counters = [jax.device_put(np.zeros((), np.int32), abstract.step.sharding) for _ in range(3)]
-    return TrainState(counters[0], params, init(params), *counters[1:])
+    """The state before the first step, or with `rest` the one that a checkpoint holds.
+
+    Args:
+        whole: parameters; given away, as nothing but the state should hold them.
+    """
+    cut = jax.jit(lambda p: partition(p, config), out_shardings=shardings_of((abstract.params, abstract.frozen)))
+    params, frozen = cut(whole) if config.frozen_layers else partition(whole, config)
+    if rest is None:
+        counters = [jax.device_put(np.zeros((), np.int32), abstract.step.sharding) for _ in range(3)]
+        moments = jax.jit(optimizer.init, out_shardings=shardings_of(abstract.optimizer))(params)
+        rest = dict(zip(("step", "bad_steps", "bad_in_row"), counters, strict=True)) | {"optimizer": moments}
+    return TrainState(params=params, frozen=frozen, **rest)

@@ -7,57 +7,90 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import optax
+from flax import linen as nn
 
-from steerjax.training.optimizer import combine, partition
+from steerjax.data.batch import Batch
+from steerjax.objectives import Objective
+from steerjax.training.optimizer import join
 from steerjax.training.schedules import Schedule
 from steerjax.training.state import TrainState
 
+TINY = 1e-8  # a batch without a single target moves nothing
 
-def accumulate(loss, trained, frozen, batch):
-    """Gradient of the loss sum and all sums, added up over the micro-batches (the batch's leading dimension).
 
-    Args:
-        loss: (params, batch) -> (sum, (count, {name: (sum, count)})), all float32.
-        batch: NamedTuple of arrays [M, B/M, ...].
+def forward(module: nn.Module, params: dict, batch: Batch, frozen_layers: int) -> tuple[nn.Module, jax.Array]:
+    """The module bound to its parameters, and the hidden states [B T D] of a batch of rows [B, T]."""
+    model = module.bind({"params": params})
+    states = model.hidden(batch.tokens, batch.positions, batch.until, frozen=frozen_layers, states=batch.states)
+    return model, states
+
+
+def counts_of(objectives: Sequence[Objective], batch: Batch) -> dict[str, jax.Array]:
+    """What each objective's sum is divided by, from the batch alone."""
+    return {o.name: jnp.maximum(o.count(batch.targets[o.name]), TINY) for o in objectives}
+
+
+def make_loss(module: nn.Module, objectives: Sequence[Objective], frozen_layers: int = 0):
+    """(params, batch [B, T], counts) -> (loss, {metric: (sum, count)}), all float32.
+
+    The loss is the sum over objectives of weight * sum / count. With the counts of a whole step, losses and gradients
+    of its micro-batches add up to the step's: only one gradient is held, whatever the number of objectives.
     """
-    gradient = jax.value_and_grad(lambda trained, batch: loss(combine(trained, frozen), batch), has_aux=True)
 
-    def one(batch):
-        (total, sums), gradients = gradient(trained, batch)
-        return gradients, total, sums
+    def loss(params: dict, batch: Batch, counts):
+        model, hidden = forward(module, params, batch, frozen_layers)
+        total, sums = jnp.zeros(()), {}
+        for o in objectives:
+            value, metrics = o.loss(model, hidden, batch, batch.targets[o.name])
+            total += o.config.weight * value / counts[o.name]
+            sums[f"{o.name}/loss"] = value, o.count(batch.targets[o.name])
+            sums |= metrics
+        return total, sums
 
+    return loss
+
+
+def over_micro_batches(function, batch: Batch):
+    """The sum of a function's results over the micro-batches, the batch's leading dimension."""
     first = jax.tree.map(lambda x: x[0], batch)
-    if batch[0].shape[0] == 1:
-        return one(first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(one, first))
-    sums, _ = jax.lax.scan(lambda carry, part: (jax.tree.map(jnp.add, carry, one(part)), None), zeros, batch)
-    return sums
+    if batch.tokens.shape[0] == 1:
+        return function(first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    add = lambda carry, part: (jax.tree.map(jnp.add, carry, function(part)), None)  # noqa: E731
+    return jax.lax.scan(add, zeros, batch)[0]
 
 
 def make_train_step(
-    loss, optimizer: optax.GradientTransformation, schedule: Schedule, frozen_names: Sequence[str] = ()
+    module: nn.Module,
+    objectives: Sequence[Objective],
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    frozen_layers: int = 0,
 ):
-    """(state, batch [M, B/M, ...]) -> (state, metrics). `loss` is as in `accumulate`.
+    """(state, batch [M, B/M, ...]) -> (state, metrics).
 
-    Sums are divided once, after micro-batches and devices: the result does not depend on how the batch is cut. A step
-    whose gradients are not finite changes only the counters.
+    A step whose gradients are not finite changes only the counters.
     """
+    loss = make_loss(module, objectives, frozen_layers)
 
-    def train_step(state: TrainState, batch):
-        trained, frozen = partition(state.params, frozen_names)
-        gradients, total, (count, sums) = accumulate(loss, trained, frozen, batch)
-        count = jnp.maximum(count, 1e-8)  # a batch without a single rating moves nothing
-        gradients = jax.tree.map(lambda g: g / count, gradients)
+    def train_step(state: TrainState, batch: Batch):
+        counts = counts_of(objectives, batch)
+
+        def of_trained(trained, part):
+            return loss(join(trained, state.frozen), part, counts)
+
+        gradient = jax.value_and_grad(of_trained, has_aux=True)
+        (total, sums), gradients = over_micro_batches(lambda part: gradient(state.params, part), batch)
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(norm)
         learning_rate = schedule(state.step)
-        updates, moments = optimizer.update(gradients, state.optimizer, trained)
-        params = combine(jax.tree.map(lambda p, u: p - learning_rate * u, trained, updates), frozen)
+        updates, moments = optimizer.update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        state = TrainState(
+        state = state.replace(
             step=state.step + 1,
             params=keep(params, state.params),
             optimizer=keep(moments, state.optimizer),
@@ -65,12 +98,12 @@ def make_train_step(
             bad_in_row=jnp.where(good, 0, state.bad_in_row + 1),
         )
         metrics = {
-            "loss": total / count,
+            "loss": total,
             "learning_rate": learning_rate,
             "grad_norm": norm,
             "bad_steps": state.bad_steps,
             "bad_in_row": state.bad_in_row,
         }
-        return state, metrics | {name: total / jnp.maximum(n, 1) for name, (total, n) in sums.items()}
+        return state, metrics | {name: value / jnp.maximum(n, TINY) for name, (value, n) in sums.items()}
 
     return train_step

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 from steerjax import __version__
-from steerjax.chat.tokenizer import Tokenizer
-from steerjax.config import Experiment, to_dict, to_json
+from steerjax.bundle.provenance import Provenance, TokenizerSource, read_provenance
+from steerjax.chat.render import Renderer
+from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer
 from steerjax.data.loading import file_hashes
 from steerjax.errors import CheckpointError
+from steerjax.hf.description import Description
+from steerjax.objectives import Objective
 from steerjax.schema import Schema
+from steerjax.training.config import Experiment
 
 # What a second start may change: the machine, how long and how loudly it trains. All else would not be a resume.
 RESUME_MAY_CHANGE = ("mesh", "compute", "train")
 
 
-def claim_workdir(workdir: Path, experiment: Experiment, *, write: bool) -> None:
-    """Writes config.json, or checks that the workdir's run is the same experiment.
+def claim_workdir(workdir: Path, experiment: Experiment) -> None:
+    """Writes config.json, after a check that the workdir's run is the same experiment.
 
     Raises:
         CheckpointError: names the first key that differs.
@@ -28,9 +32,8 @@ def claim_workdir(workdir: Path, experiment: Experiment, *, write: bool) -> None
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _check_same(json.loads(path.read_text()), json.loads(to_json(experiment)), workdir)
-        if write:
-            path.write_text(to_json(experiment))
+            _check_same(json.loads(path.read_text()), json.loads(experiment.to_json()), workdir)
+        path.write_text(experiment.to_json())
     except OSError as error:
         raise CheckpointError(f"--workdir {workdir}: {error.strerror}; cure: a folder that can be written") from error
     except json.JSONDecodeError as error:
@@ -45,6 +48,8 @@ def _check_same(old: dict, new: dict, workdir: Path) -> None:
         elif old != new:
             yield path, old, new
 
+    if "task" in old:
+        raise CheckpointError(f"{workdir} holds a run of the first edition of steerjax; cure: another --workdir")
     for group in old.keys() | new.keys():
         if group in RESUME_MAY_CHANGE:
             continue
@@ -58,26 +63,66 @@ def _check_same(old: dict, new: dict, workdir: Path) -> None:
 
 
 def make_provenance(
-    experiment: Experiment, schema: Schema, tokenizer: Tokenizer, kind: str, default_ratings: Mapping | None
-) -> dict:
-    """What a checkpoint says about itself (design, decision 13)."""
-    data = experiment.data
-    return {
-        "steerjax": __version__,
-        "kind": kind,
-        "attributes": schema.to_json(),
-        "default_ratings": default_ratings,
-        "template": experiment.chat.template,
-        "tokenizer": {"source": experiment.chat.tokenizer, "sha256": tokenizer.hash},
-        "base_model": experiment.model.source,
-        "data": file_hashes((*data.train, *data.validation)),
-        "config": to_dict(experiment),
-    }
+    experiment: Experiment,
+    schema: Schema,
+    renderer: Renderer,
+    objectives: Sequence[Objective],
+    source: Description | None,
+    predicted: tuple[str, ...],
+) -> Provenance:
+    """What the run's checkpoints say (design, decision 13).
+
+    Args:
+        predicted: names that the source's reward head predicts; where they are the schema's, that head goes on, and
+            what it had learned counts.
+    """
+    e = experiment
+    facts = {key: value for objective in objectives for key, value in objective.facts().items()}
+    if "rated_attributes" in facts:
+        rated = set(facts["rated_attributes"])
+        if predicted == schema.names:
+            rated |= set(source.provenance.get("rated_attributes") or predicted)
+        facts["rated_attributes"] = tuple(name for name in schema.names if name in rated)
+    return Provenance(
+        steerjax=__version__,
+        kind=objectives[0].kind,
+        objectives=e.objectives,
+        attributes=schema.attributes,
+        model=e.model.architecture(),
+        template=e.chat.template,
+        system_prompt=renderer.system_prompt,
+        readout=e.head.readout,
+        tokenizer=TokenizerSource(e.chat.tokenizer, renderer.tokenizer.hash),
+        base_model=e.model.source,
+        data=file_hashes((*e.data.train, *e.data.validation)),
+        config=e.to_dict(),
+        **facts,
+    )
 
 
-def copy_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
+def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Provenance:
+    """The provenance of what a resumed run saves: `now`, with the changes that were accepted.
+
+    Raises:
+        CheckpointError: data or tokenizer are not those of the checkpoint, and the user has not accepted that.
+    """
+    before = read_provenance(checkpoint)
+    changed = [source for source in now.data if before.data.get(source) != now.data[source]]
+    if before.tokenizer.sha256 != now.tokenizer.sha256:
+        changed.append(f"tokenizer {now.tokenizer.source}")
+    if changed and not accept:
+        raise CheckpointError(
+            f"{checkpoint} was trained on other content of {', '.join(changed)}\n"
+            "  cure: put the old files back, use another --workdir, or accept it (it is recorded) with "
+            "--config.train.accept_changes=True"
+        )
+    accepted = before.accepted + tuple(f"before step {checkpoint.name} done: {name}" for name in changed)
+    return dataclasses.replace(now, accepted=accepted)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
     """Puts the tokenizer's files beside the checkpoints, so that a run can be moved and opened anywhere."""
     folder = workdir / "tokenizer"
-    folder.mkdir(exist_ok=True)
-    for file in tokenizer.files:
-        shutil.copyfile(file, folder / file.name)
+    if not folder.exists():
+        folder.mkdir()
+        copy_tokenizer(tokenizer, folder)

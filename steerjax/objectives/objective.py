@@ -1,0 +1,126 @@
+"""What all objectives have in common: the questions that input, step and report ask of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from steerjax.chat.render import Renderer
+from steerjax.data.batch import Batch
+from steerjax.data.conversation import Conversation
+from steerjax.data.packing import Layout
+from steerjax.data.trees import Example
+from steerjax.schema import Schema
+
+TRAIN, VALIDATION = "train", "validation"
+Sums = Mapping[str, tuple[jax.Array, jax.Array]]  # metric -> (sum, count), float32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an objective is given beside its config group.
+
+    Attributes:
+        schema: the attributes.
+        renderer: how a conversation becomes tokens.
+        loss_chunk: tokens of a row whose logits are held at a time.
+    """
+
+    schema: Schema
+    renderer: Renderer
+    loss_chunk: int = 256
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation on the validation split found.
+
+    Attributes:
+        loss: the objective's.
+        values: what goes into metrics.jsonl, by name.
+        detail: what the objective's report needs.
+    """
+
+    loss: float
+    values: Mapping[str, float | None]
+    detail: Any = None
+
+
+class Objective:
+    """One thing that a model learns. Subclasses say what is rendered, what is learnt where, loss, metrics and report.
+
+    B rows of T tokens. `model` is a bound module, `hidden` its hidden states [B T D], `batch` what they come from, and
+    `arrays` this objective's own, from `arrays`.
+
+    Attributes:
+        name: of the objective and of its config group.
+        kind: of the model, "reward" (a head that reads ratings) or "chat" (a language model).
+        Config: the config group, a pydantic dataclass with a field `weight` and `check(schema)`.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    Config: ClassVar[type]
+
+    def __init__(self, config, setting: Setting):
+        self.config, self.setting = config, setting
+
+    def examples(self, conversation: Conversation, split: str) -> list[Example]:
+        """What of a conversation is learnt, in tokens; [] where there is nothing.
+
+        Args:
+            split: TRAIN or VALIDATION; the objective keeps what it needs of the data, split by split.
+
+        Raises:
+            DataError: the conversation cannot be used.
+        """
+        raise NotImplementedError
+
+    def check_data(self) -> None:
+        """Called when all conversations are read. Raises DataError where training on them would be wrong."""
+
+    def arrays(self, layout: Layout) -> dict[str, np.ndarray]:
+        """What the objective adds to a row; arrays whose first dimension is T are cut as tokens are."""
+        raise NotImplementedError
+
+    def count(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """What the loss's sum is divided by; of any number of rows, from the batch alone."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, hidden: jax.Array, batch: Batch, arrays) -> tuple[jax.Array, Sums]:
+        """The sum over the rows, and sums and counts of metrics, all float32."""
+        raise NotImplementedError
+
+    def outputs(self, model: nn.Module, hidden: jax.Array, batch: Batch, arrays):
+        """What an evaluation needs of a batch; traced."""
+        raise NotImplementedError
+
+    def evaluate(self, steps: Sequence[tuple[list[Layout], Any]]) -> Evaluation:
+        """From each step's rows, as they were laid out, and its `outputs` (of padding rows too)."""
+        raise NotImplementedError
+
+    def first_sums(self, model: nn.Module, hidden: jax.Array, batch: Batch, arrays):
+        """For a new head: what `first_parameters` needs of the first step, added up over its rows; None for nothing."""
+        return None
+
+    def first_parameters(self, params: Mapping, sums) -> dict:
+        """A new head's parameters before the first step, by their top-level names."""
+        return {}
+
+    def facts(self) -> dict:
+        """What a checkpoint says of the objective (provenance)."""
+        return {}
+
+    def summary(self) -> dict[str, str]:
+        """Facts of the data, for the summary."""
+        return {}
+
+    def report(self, evaluation: Evaluation, folder: Path | None, records, summary, config_text: str) -> str:
+        """Writes the report into the folder, if there is one; returns what is printed."""
+        raise NotImplementedError

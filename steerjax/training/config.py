@@ -1,0 +1,126 @@
+"""The config groups of training, and the whole experiment."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import pydantic.dataclasses
+from pydantic import Field
+
+from steerjax.chat.config import ChatConfig
+from steerjax.data.batch import BatchConfig
+from steerjax.data.config import DataConfig
+from steerjax.models.config import ComputeConfig, HeadConfig, ModelConfig
+from steerjax.parallel.mesh import MeshConfig
+from steerjax.typed import STRICT
+
+Count = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class OptimizerConfig:
+    """AdamW and the learning rate.
+
+    Attributes:
+        schedule: `constant` after the warm-up, or the reference's `cosine` from learning_rate to min_learning_rate.
+        constant_steps: `cosine` only: steps at min_learning_rate at the end.
+        clip_norm: greatest global norm of the gradients; 0 does not clip.
+        weight_decay: of matrices; norms and biases are left alone.
+        first_moment_dtype: of Adam's mean of gradients; bfloat16 saves 2 bytes a trained parameter. The mean of squares
+            stays float32.
+        max_bad_steps: so many steps in a row with gradients that are not finite end the run.
+        frozen: regular expressions over parameter names (`llama/embedding`, `llama/layers/mlp/up/kernel`, ...); what
+            one is found in is not trained and has no gradient and no optimizer state.
+        frozen_layers: so many of the first layers, and the embedding, are not trained either, and nothing is
+            propagated back through them.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
+    min_learning_rate: NotNegative = 0.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: Count = 10
+    constant_steps: Count = 0
+    weight_decay: NotNegative = 0.1
+    beta1: Beta = 0.9
+    beta2: Beta = 0.98
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    clip_norm: NotNegative = 1.0
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    max_bad_steps: Annotated[int, Field(ge=1)] = 5
+    frozen: tuple[str, ...] = ()
+    frozen_layers: Count = 0
+
+    def __post_init__(self):
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError("min_learning_rate is more than learning_rate; cure: at most learning_rate")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """The loop.
+
+    Attributes:
+        epochs: over the training rows; `steps`, where it is not 0, counts instead.
+        seed: of the parameters and of the order of the rows.
+        log_every, evaluate_every, checkpoint_every: in steps; 0 is only at the end. A checkpoint is evaluated first.
+        keep_last: newest checkpoints that are kept; the best by validation loss is kept beside them.
+        plots: draw the report's plots (needs matplotlib).
+        accept_changes: go on although data or tokenizer are not those that the run began with; it is recorded.
+    """
+
+    epochs: NotNegative = 1.0
+    steps: Count = 0
+    seed: int = 0
+    log_every: Count = 1
+    evaluate_every: Count = 0
+    checkpoint_every: Count = 0
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    plots: bool = True
+    accept_changes: bool = False
+
+    def __post_init__(self):
+        if not self.steps and not self.epochs:
+            raise ValueError("nothing to train; cure: epochs or steps above 0")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A whole run. `steerjax train --config FILE`.
+
+    Attributes:
+        objectives: what is learnt, by name; their losses are added up.
+        objective: the config group of each of them, by name.
+    """
+
+    objectives: tuple[str, ...]
+    objective: Mapping[str, Any]
+    data: DataConfig
+    chat: ChatConfig
+    model: ModelConfig
+    head: HeadConfig
+    compute: ComputeConfig
+    mesh: MeshConfig
+    batch: BatchConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+
+    def to_dict(self) -> dict:
+        """Nested plain data as a recipe writes it: objectives' groups stand beside the others."""
+        values = dataclasses.asdict(self)
+        return values | values.pop("objective")
+
+    def to_json(self) -> str:
+        """The resolved experiment as `config.json` has it."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+
+GROUPS: dict[str, type] = {
+    "data": DataConfig, "chat": ChatConfig, "model": ModelConfig, "head": HeadConfig, "compute": ComputeConfig,
+    "mesh": MeshConfig, "batch": BatchConfig, "optimizer": OptimizerConfig, "train": TrainConfig,
+}  # fmt: skip

@@ -1,0 +1,108 @@
+"""A run's model and its compiled steps, from shapes alone: what `train` runs and `plan` compiles for other machines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from steerjax.bundle.build import abstract_parameters, build_module, resolve_compute
+from steerjax.data.batch import Batch, Feeder
+from steerjax.data.packing import Row
+from steerjax.models.flops import training_flops
+from steerjax.objectives import Objective, Setting, find_objective
+from steerjax.schema import Schema
+from steerjax.training.config import Experiment
+from steerjax.training.optimizer import make_optimizer
+from steerjax.training.schedules import make_schedule
+from steerjax.training.state import abstract_state, shardings_of
+from steerjax.training.step import forward, make_train_step, over_micro_batches
+
+
+def make_objectives(experiment: Experiment, schema: Schema, renderer) -> list[Objective]:
+    """The experiment's objectives, in order."""
+    setting = Setting(schema, renderer, experiment.compute.loss_chunk)
+    return [find_objective(name)(config, setting) for name, config in experiment.objective.items()]
+
+
+class Program:
+    """What stays the same while a run goes on.
+
+    Attributes:
+        module: of the model. `attention` is the back end, and why it is that one.
+        whole: abstract parameters as checkpoints hold them.
+        abstract: the abstract train state.
+        train_step: (state, batch [M, B/M, ...]) -> (state, metrics), jitted.
+        evaluation_step: (trained, frozen, batch [1, B, ...]) -> outputs of each objective, jitted.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        schema: Schema,
+        objectives: Sequence[Objective],
+        mesh: Mesh,
+        feed: Feeder,
+        steps: int,
+    ):
+        e, self.objectives, self.mesh = experiment, list(objectives), mesh
+        compute, self.attention = resolve_compute(e.compute, e.model, e.batch.row_length, mesh)
+        self.kind = objectives[0].kind
+        self.module = build_module(self.kind, e.model.architecture(), compute, len(schema), e.head)
+        self.optimizer = make_optimizer(e.optimizer)
+        self.whole = abstract_parameters(self.module, mesh)
+        self.abstract = abstract_state(self.whole, self.optimizer, e.optimizer, mesh)
+        self._frozen, self._model = e.optimizer.frozen_layers, e.model
+        self._cached = e.compute.cache_frozen
+        self._outputs = e.model.vocab_size if self.kind == "chat" else len(schema)
+        states, replicated = shardings_of(self.abstract), NamedSharding(mesh, PartitionSpec())
+        schedule = make_schedule(e.optimizer, steps)
+        self.train_step = jax.jit(
+            make_train_step(self.module, objectives, self.optimizer, schedule, self._frozen),
+            in_shardings=(states, feed.shardings),
+            out_shardings=(states, replicated),
+            donate_argnums=0,
+        )
+        self.evaluation_step = jax.jit(
+            self._evaluate, in_shardings=(states.params, states.frozen, feed.shardings), out_shardings=replicated
+        )
+
+    def _evaluate(self, trained: dict, frozen: dict, batch: Batch) -> dict[str, Any]:
+        from steerjax.training.optimizer import join
+
+        batch = jax.tree.map(lambda x: x[0], batch)
+        model, hidden = forward(self.module, join(trained, frozen), batch, self._frozen)
+        return {o.name: o.outputs(model, hidden, batch, batch.targets[o.name]) for o in self.objectives}
+
+    def with_new_heads(self, params: dict, batch: Batch) -> dict:
+        """The parameters with the first values of new heads, from all rows of the first step at once."""
+
+        def sums(part: Batch) -> Mapping[str, Any]:
+            model, hidden = forward(self.module, params, part, self._frozen)
+            found = {o.name: o.first_sums(model, hidden, part, part.targets[o.name]) for o in self.objectives}
+            return {name: value for name, value in found.items() if value is not None}
+
+        found = jax.jit(lambda batch: over_micro_batches(sums, batch))(batch)
+        for o in self.objectives:
+            if o.name in found:
+                new = o.first_parameters(params, found[o.name])
+                params = params | {k: jax.device_put(v, self.whole[k].sharding) for k, v in new.items()}
+        return params
+
+    def step_facts(self, rows: Sequence[Row], trees) -> dict[str, float]:
+        """Of a step's rows: examples, tokens, the tokens that they stand for, and model FLOPs."""
+        parts = [part for row in rows for part in row]
+        examples, tokens = sum(len(part.examples) for part in parts), sum(part.length for part in parts)
+        return {
+            "examples": examples,
+            "tokens": tokens,
+            "unshared_tokens": sum(len(trees[p.tree].examples[e].tokens) for p in parts for e in p.examples),
+            "flops": self.flops(tokens, sum(part.pairs for part in parts), examples),
+        }
+
+    def flops(self, tokens: int, pairs: int, examples: int) -> float:
+        """Model FLOPs of a step; a chat model's head is read at every token, a reward head once an example."""
+        head = self._outputs * (1.0 if self.kind == "chat" else examples / max(tokens, 1))
+        return training_flops(self._model, tokens, pairs, head, self._frozen, self._cached)

@@ -1,0 +1,356 @@
+"""The run, top to bottom: input, model, state, loop, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from steerjax.bundle.store import CheckpointStore
+from steerjax.chat.config import make_renderer
+from steerjax.chat.tokenizer import missing_markers
+from steerjax.data.batch import Feeder, evaluation_steps
+from steerjax.data.loading import write_skipped
+from steerjax.data.packing import Row, packing_statistics
+from steerjax.errors import CheckpointError, TrainingError
+from steerjax.models.flops import peak_flops
+from steerjax.objectives import Evaluation
+from steerjax.parallel.mesh import make_mesh
+from steerjax.parallel.processes import ALONE, Processes
+from steerjax.report.plots import require_matplotlib
+from steerjax.report.records import read_metrics
+from steerjax.training.cache import FrozenStates, make_frozen_states
+from steerjax.training.config import Experiment
+from steerjax.training.input import Input, check_batch, load_splits, make_feeder, make_input
+from steerjax.training.metrics import MetricsWriter, Progress
+from steerjax.training.program import Program, make_objectives
+from steerjax.training.source import initial_parameters, predicted_by, with_source, with_vocabulary
+from steerjax.training.state import TrainState, make_state
+from steerjax.training.workdir import check_same_inputs, claim_workdir, keep_tokenizer, make_provenance
+
+
+def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -> dict[str, Evaluation]:
+    """Trains, or goes on where the workdir's newest checkpoint is, evaluates and reports.
+
+    Returns:
+        Of each objective the evaluation of the last parameters on the validation split.
+
+    Raises:
+        SteerjaxError: bad config or data, a workdir of another experiment, gradients that stay non-finite, processes
+            that differ or do not come.
+    """
+    main = processes.index == 0
+    if main and experiment.train.plots:
+        require_matplotlib()
+
+    # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
+    schema = experiment.data.make_schema()
+    e, source = with_source(experiment)
+    renderer = make_renderer(e.chat, schema)
+    e = with_vocabulary(e, renderer.tokenizer)
+    mesh = make_mesh(e.mesh)
+    check_batch(e.batch, mesh)
+    objectives = make_objectives(e, schema, renderer)
+    limit, skip = e.model.max_position_embeddings, e.data.on_bad_row == "skip"
+    data = make_input(load_splits(e.data, schema), objectives, e.batch, limit, skip, e.train.seed, renderer)
+    caches = [FrozenStates(e.model.hidden_size) if e.compute.cache_frozen else None for _ in range(2)]
+    splits = (data.plan.trees, e.batch.micro_batches), (data.validation, 1)
+    feeds = [
+        make_feeder(trees, objectives, e.batch.row_length, mesh, parts, cache)
+        for (trees, parts), cache in zip(splits, caches, strict=True)
+    ]
+
+    # ---- Model: the module and its steps, from shapes alone
+    steps = e.train.steps or data.plan.steps(e.train.epochs)
+    program = Program(e, schema, objectives, mesh, feeds[0], steps)
+    run = Run(e, data, program, *feeds, steps)
+    provenance = make_provenance(e, schema, renderer, objectives, source, predicted_by(source))
+    processes.agree("start", {"jax": jax.__version__, **dataclasses.asdict(provenance)})
+    if main:
+        claim_workdir(workdir, e)
+        if data.skipped:
+            write_skipped(workdir / "skipped.jsonl", data.skipped)
+    processes.barrier("the workdir is there")
+    if not (workdir / "config.json").exists():
+        raise CheckpointError(
+            f"--workdir {workdir}: process {processes.index} does not find there what process 0 wrote; "
+            "cure: a folder that all machines share"
+        )
+
+    with jax.set_mesh(mesh), CheckpointStore(workdir / "checkpoints", e.train.keep_last) as store:
+        # ---- State: (1) resume, or start from (2) a source's parameters or (3) random ones
+        step = store.latest_step()
+        processes.agree("start from a checkpoint", {f"newest step in {workdir}": step})
+        rest, new_head = None, False
+        if step is None:
+            step = 0
+            whole, new_head = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
+        else:
+            provenance = check_same_inputs(workdir / "checkpoints" / str(step), provenance, e.train.accept_changes)
+            whole, rest = store.restore(step, program.whole, program.abstract.rest())
+        if main:
+            keep_tokenizer(renderer.tokenizer, workdir)
+        if e.compute.cache_frozen:
+            run.fill_caches(whole, caches, objectives)
+        if new_head:
+            whole = program.with_new_heads(whole, feeds[0](data.plan.step_rows(0)))
+        state = make_state(whole, program.abstract, program.optimizer, e.optimizer, rest)
+        del whole
+        summary = run.summary(source, new_head, renderer)
+        if main:
+            print(summary_text(summary), flush=True)
+            if rest is not None:
+                print(f"resumed at step {step} of {steps} from {workdir / 'checkpoints'}", flush=True)
+
+        # ---- Loop
+        writer = MetricsWriter(workdir, step, active=main)
+        progress = Progress(step, steps, active=main)
+        try:
+            evaluation = loop(run, state, step, store, dataclasses.asdict(provenance), writer, progress, processes)
+        finally:
+            progress.close()
+            writer.close()
+
+        # ---- Report
+        store.wait()
+        if main:
+            report(run, evaluation, summary, workdir, store.best_step())
+    return evaluation
+
+
+class Run:
+    """The pieces that the loop works with."""
+
+    def __init__(self, e: Experiment, data: Input, program: Program, feed: Feeder, feed_validation: Feeder, steps: int):
+        self.experiment, self.data, self.program, self.steps = e, data, program, steps
+        self.feed, self.feed_validation = feed, feed_validation
+
+    def fill_caches(self, whole: dict, caches: list[FrozenStates], objectives) -> None:
+        """Runs the frozen layers over both splits."""
+        e, mesh = self.experiment, self.program.mesh
+        states = make_frozen_states(self.program.module, e.optimizer.frozen_layers, mesh)
+        training_rows = self.data.plan.epoch(0)
+        for cache, trees, rows in (
+            (caches[0], self.data.plan.trees, training_rows),
+            (caches[1], self.data.validation, self.data.validation_rows),
+        ):
+            cache.fill(
+                states, whole, make_feeder(trees, objectives, e.batch.row_length, mesh, 1), rows, e.batch.evaluated
+            )
+
+    def evaluate(self, state: TrainState, processes: Processes = ALONE) -> dict[str, Evaluation]:
+        """Every objective on the validation split."""
+        collected: list[tuple[list, dict]] = []
+        for rows in evaluation_steps(self.data.validation_rows, self.experiment.batch.evaluated):
+            processes.at("evaluation")
+            outputs = self.program.evaluation_step(state.params, state.frozen, self.feed_validation(rows))
+            collected.append(([self.feed_validation.build.layout(row) for row in rows], jax.device_get(outputs)))
+        return {
+            o.name: o.evaluate([(layouts, outputs[o.name]) for layouts, outputs in collected])
+            for o in self.program.objectives
+        }
+
+    def validation_loss(self, evaluation: dict[str, Evaluation]) -> float:
+        """The objectives' losses, each with its weight."""
+        return sum(o.config.weight * evaluation[o.name].loss for o in self.program.objectives)
+
+    def summary(self, source, new_head: bool, renderer) -> dict[str, str]:
+        """What a user wants to know before the first step."""
+        e, plan, program = self.experiment, self.data.plan, self.program
+        packed = packing_statistics(plan.trees, plan.epoch(0), e.batch.row_length)
+        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+        total, trained = count(program.whole), count(program.abstract.params)
+        device = program.mesh.devices.flat[0]
+        said = {
+            "parameters": f"{total:,}" + (f", {total - trained:,} of them frozen" if total > trained else ""),
+            "initial parameters": e.model.source,
+        }
+        if program.kind == "reward":
+            theirs = predicted_by(source)
+            said["reward head"] = "new" if new_head or not theirs else "the source's"
+            if new_head and theirs:
+                said["reward head"] += f"; the source's predicts {', '.join(theirs)}"
+        said |= self.data.said
+        for o in program.objectives:
+            said |= o.summary()
+        if missing := missing_markers(renderer.tokenizer, renderer.template):
+            said["markers"] = f"{', '.join(missing)}: plain text to this tokenizer"
+        flops = program.step_facts(plan.step_rows(0), plan.trees)["flops"]
+        return said | {
+            "skipped": f"{len(self.data.skipped)} rows",
+            "packed rows": f"{packed.rows} of {packed.row_length} tokens, {packed.fill:.1%} filled; "
+            f"{packed.examples} examples in {len(plan.trees)} trees, {packed.tokens:,} tokens an epoch",
+            "sharing": f"{packed.saving:.2f} times as many tokens without it",
+            "steps": f"{self.steps} of {e.batch.rows} rows, "
+            f"about {packed.examples / packed.rows * e.batch.rows:.1f} examples",
+            "mesh": ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+            + f"; {program.mesh.size} {device.device_kind} device(s), {jax.process_count()} process(es)",
+            "computation": f"{program.module.compute.dtype.name}, {flops / 1e12:.3f} TFLOP a step (model FLOPs)",
+            "attention": "{}: {}".format(*program.attention),
+        }
+
+
+def loop(
+    run: Run,
+    state: TrainState,
+    step: int,
+    store: CheckpointStore,
+    provenance: dict,
+    writer: MetricsWriter,
+    progress: Progress,
+    processes: Processes = ALONE,
+) -> dict[str, Evaluation]:
+    """Trains from `step` to the end; the evaluation of the last parameters.
+
+    Step k is dispatched before the metrics of step k-1 are read, so that the device never waits for the host.
+    """
+    e, program = run.experiment, run.program
+    pending = evaluation = None
+    clock = time.perf_counter()
+
+    def read(pending) -> bool:
+        """Waits for a step's metrics, writes them, and stops the run if gradients stay non-finite.
+
+        Returns:
+            Whether a process was asked to stop before that step.
+        """
+        nonlocal clock
+        done, rows, metrics, stop = pending
+        metrics = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        record = step_record(run, rows, metrics, seconds)
+        if done % max(1, e.train.log_every) == 0 or done == run.steps:
+            writer.write(done, "train", record)
+        progress.step(done, record["loss"], record["examples_per_second"])
+        if metrics["bad_in_row"] >= e.optimizer.max_bad_steps:
+            raise TrainingError(
+                f"step {done}: gradients were not finite {metrics['bad_in_row']} steps in a row; "
+                f"the last good checkpoint is at step {store.latest_step()}\n"
+                "  cure: a lower config.optimizer.learning_rate, or float32 (config.compute.dtype)"
+            )
+        return bool(stop)
+
+    def evaluate(write: bool = True) -> dict[str, Evaluation]:
+        found = run.evaluate(state, processes)
+        values = {key: value for one in found.values() for key, value in one.values.items()}
+        if len(found) > 1:
+            values |= {f"{name}/loss": one.loss for name, one in found.items()}
+        loss = run.validation_loss(found)
+        if not write:
+            return found
+        writer.write(step, "validation", {"loss": loss, **values})
+        progress.say(f"step {step}: validation loss {loss:.4f}")
+        return found
+
+    def is_due(every: int) -> bool:
+        return every > 0 and step > 0 and step % every == 0
+
+    # A run that was asked to stop saves before it evaluates; what it owed is done here.
+    owed = (is_due(e.train.checkpoint_every) or is_due(e.train.evaluate_every)) and not writer.evaluated
+    if owed or step == run.steps:
+        evaluation = evaluate(write=not writer.evaluated)
+    any_process = make_any(program.mesh)
+    with stop_on_sigterm() as asked:
+        while step < run.steps:
+            rows = run.data.plan.step_rows(step)
+            state, metrics = program.train_step(state, run.feed(rows))
+            step += 1
+            processes.at(f"step {step}")
+            before, pending = pending, (step, rows, metrics, any_process(asked.is_set()))
+            stop = before is not None and read(before)
+
+            checkpoint = step == run.steps or is_due(e.train.checkpoint_every)
+            if stop or checkpoint or is_due(e.train.evaluate_every):
+                stop = read(pending) or stop
+                pending = None
+                stop = stop and step < run.steps
+                if not stop:
+                    evaluation = evaluate()
+                if stop or checkpoint:
+                    processes.barrier(f"save step {step}")
+                    loss = None if stop else run.validation_loss(evaluation)
+                    store.save(state.whole(), state.rest(), step, provenance, loss)
+                clock = time.perf_counter()
+            if stop:
+                store.wait()
+                processes.finish()
+                raise TrainingError(
+                    f"stopped by SIGTERM; step {step} is saved\n  cure: the same command goes on from there"
+                )
+    return evaluation
+
+
+def step_record(run: Run, rows: list[Row], metrics: dict, seconds: float) -> dict[str, float]:
+    """A training line of metrics.jsonl."""
+    facts = run.program.step_facts(rows, run.data.plan.trees)
+    flops_per_device = facts["flops"] / seconds / run.program.mesh.size
+    record = {
+        "loss": float(metrics["loss"]),
+        "learning_rate": float(metrics["learning_rate"]),
+        "grad_norm": float(metrics["grad_norm"]),
+        "bad_steps": int(metrics["bad_steps"]),
+        "examples_per_second": facts["examples"] / seconds,
+        "tokens_per_second": facts["tokens"] / seconds,
+        "unshared_tokens_per_second": facts["unshared_tokens"] / seconds,
+        "model_tflops_per_second_per_device": flops_per_device / 1e12,
+    }
+    peak = peak_flops(run.program.mesh.devices.flat[0].device_kind)
+    if peak is not None:
+        record["model_flops_utilization"] = flops_per_device / peak
+    several = len(run.program.objectives) > 1
+    own = {k: float(v) for k, v in metrics.items() if k not in (*record, "bad_in_row")}
+    return record | {k: v for k, v in own.items() if several or not k.endswith("/loss")}
+
+
+def make_any(mesh: Mesh) -> Callable[[bool], jax.Array]:
+    """A function: true on this process -> true on any process, as an array that is not waited for.
+
+    A flag that goes through the mesh behind each step needs no protocol to be seen by all at the same step, and no
+    step waits for it.
+    """
+    every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    any_of = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return lambda flag: any_of(jax.make_array_from_callback((mesh.size,), every, lambda _: np.full(1, flag)))
+
+
+class stop_on_sigterm:
+    """An event that SIGTERM sets while the block runs (a preempted machine sends one some 30 seconds ahead)."""
+
+    def __enter__(self) -> threading.Event:
+        event = threading.Event()
+        self._before = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+        return event
+
+    def __exit__(self, *_) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+
+def summary_text(summary: dict[str, str]) -> str:
+    """The summary as lines, names aligned."""
+    width = max(map(len, summary))
+    return "\n".join(f"{name:>{width}}  {value}" for name, value in summary.items())
+
+
+def report(run: Run, evaluation: dict[str, Evaluation], summary, workdir: Path, best_step: int | None) -> None:
+    """Prints the result and writes report/, a folder in it for each objective where there are several."""
+    e, objectives = run.experiment, run.program.objectives
+    records = read_metrics(workdir / "metrics.jsonl")
+    for o in objectives:
+        folder = workdir / "report" / o.name if len(objectives) > 1 else workdir / "report"
+        print("\n" + o.report(evaluation[o.name], folder if e.train.plots else None, records, summary, e.to_json()))
+        if e.train.plots:
+            print(f"report with plots: {folder / 'report.md'}")
+    if best_step is not None and best_step != run.steps:
+        print(f"The validation loss was lowest at step {best_step}; that checkpoint is kept too.")
