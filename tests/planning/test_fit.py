@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from steerjax.config import BatchConfig, ComputeConfig, Experiment, MeshConfig
+from steerjax.config import Experiment, default_config, resolve
 from steerjax.planning.compile import Compiled, Memory
 from steerjax.planning.fit import RESERVE, find_cure, fits
 
@@ -22,9 +22,15 @@ def needs(e: Experiment) -> Compiled:
     return compiled(100 / e.mesh.fsdp + activations)
 
 
-EXPERIMENT = Experiment(
-    mesh=MeshConfig(data=2, fsdp=2), compute=ComputeConfig(remat="none"), batch=BatchConfig(rows=16, row_length=64)
-)
+def experiment() -> Experiment:
+    config = default_config()
+    config.mesh.update(data=2, fsdp=2)
+    config.batch.update(rows=16, row_length=64)
+    config.compute.remat = "none"
+    return resolve(config.to_dict())
+
+
+EXPERIMENT = experiment()
 
 
 def search(hbm: float, e: Experiment = EXPERIMENT):
@@ -62,6 +68,8 @@ def test_it_gives_up_where_a_micro_batch_cannot_be_cut_further():
     attempts = search(10)
     assert not attempts[-1].good
     assert attempts[-1].experiment.batch.micro_batches == 4  # one row a device
-    whole = replace(EXPERIMENT, mesh=MeshConfig(data=1, fsdp=16), compute=ComputeConfig(remat="full"))
+    whole = replace(
+        EXPERIMENT, mesh=replace(EXPERIMENT.mesh, data=1, fsdp=16), compute=replace(EXPERIMENT.compute, remat="full")
+    )
     assert len(search(10, whole)) == 1
     assert len(list(find_cure(EXPERIMENT, needs, 10, search=False))) == 1

@@ -4,9 +4,8 @@ import importlib.util
 
 import pytest
 
-from steerjax.config import MeshConfig
 from steerjax.errors import ConfigError
-from steerjax.parallel.mesh import make_mesh
+from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.planning import topology as topologies
 from steerjax.planning.topology import parse_topology, topology_devices
 
