@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from chat_helpers import renderer, talk
 
+from steerjax.chat.render import TokenRole
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.training.sft_data import sft_example
 
 # Three exchanges: with a label, with a response that looks like one, with a label again.
 TALK = Conversation(
@@ -88,9 +88,11 @@ MISTRAL_LLAMA2 = [
 
 def runs(conversation, tokenizer, template):
     """(masked text, trained pieces) of each exchange."""
-    example = sft_example(conversation, renderer(tokenizer, template), ratings="human", missing="omit", row_length=500)
-    edges = np.flatnonzero(np.diff(example.trained)) + 1  # masked, trained, masked, ..., trained
-    parts = np.split(example.tokens, edges)
+    rendered = renderer(tokenizer, template).render(conversation, [turn.ratings for turn in conversation.turns])
+    stop = rendered.responses[-1].stop
+    trained = np.isin(rendered.roles[:stop], (TokenRole.RESPONSE, TokenRole.END))
+    edges = np.flatnonzero(np.diff(trained)) + 1  # masked, trained, masked, ..., trained
+    parts = np.split(rendered.tokens[:stop], edges)
     masked = [tokenizer.decode(part, continuation=number > 0) for number, part in enumerate(parts[::2])]
     return masked, [[piece(tokenizer, index) for index in part] for part in parts[1::2]]
 

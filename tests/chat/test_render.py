@@ -180,6 +180,34 @@ def test_a_prompt_does_not_depend_on_the_response(tokenizers, name, template):
 
 
 @pytest.mark.parametrize(("name", "template"), ALL)
+def test_the_root_holds_the_first_user_turn(tokenizers, name, template):
+    """Equal for whatever follows, other for another first turn; and of a prompt, what training has."""
+    tokenizer, render = tokenizers[name], renderer(tokenizers[name], template)
+    one = render.render(SFT, LABELS)
+    assert one.root == one.responses[0].start - np.count_nonzero(one.roles[: one.responses[0].start] == TokenRole.LABEL)
+    for other in (talk("Hi", " Yo", system="SYS"), talk("Hi", "\n<", "x", "y", system="SYS")):
+        rendered = render.render(other)
+        assert rendered.tokens[: rendered.root].tolist() == one.tokens[: one.root].tolist()
+        for turn in range(1, len(other.turns), 2):
+            tokens, root = render.reward_tokens(other, turn)
+            assert tokens[:root].tolist() == one.tokens[: one.root].tolist()
+    asked = render.render(Conversation(SFT.turns[:1], SFT.system), generation_prompt=True)
+    assert asked.root == len(asked.tokens) == one.root
+    assert "Hi" in tokenizer.decode(one.tokens[: one.root])
+
+
+def test_the_root_of_a_conversation_that_the_assistant_opens(embedded):
+    conversation = Conversation(tuple(Turn(r, t) for r, t in (("assistant", "A"), ("user", "B"), ("assistant", "C"))))
+    for template in ("extra_id", "chatml", "llama3"):
+        render = renderer(embedded, template)
+        rendered = render.render(conversation)
+        assert rendered.root == rendered.responses[1].start
+        tokens, root = render.reward_tokens(conversation, 0)
+        assert root == len(tokens)  # no user has spoken: it is joined with nothing
+        assert render.reward_tokens(conversation, 2)[1] == rendered.root
+
+
+@pytest.mark.parametrize(("name", "template"), ALL)
 def test_a_generation_prompt_is_the_prefix_of_training(tokenizers, name, template):
     render = renderer(tokenizers[name], template)
     trained = render.render(SFT, LABELS)
@@ -336,6 +364,11 @@ def test_errors_name_the_place(embedded, template, call, message):
 
 def test_llama2_wants_turns_to_alternate(embedded):
     twice = Conversation((Turn("user", "a"), Turn("user", "b")), **PLACE)
+    opened = Conversation((Turn("assistant", "a"), Turn("user", "b")), **PLACE)
+    with pytest.raises(DataError, match=r"rows.jsonl:7.*turns\[0\].role.*only write 'user'\n.*cure: .*chatml"):
+        renderer(embedded, "llama2").render(opened)
+    for template in ("extra_id", "chatml", "llama3"):
+        assert renderer(embedded, template).render(opened).responses[0].turn == 0
     with pytest.raises(DataError, match=r"turns\[1\].role.*only write 'assistant'"):
         renderer(embedded, "llama2").render(twice)
     with pytest.raises(DataError, match=r"turns\[2\].role.*only write 'user'"):

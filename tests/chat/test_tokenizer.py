@@ -4,7 +4,8 @@ import shutil
 import pytest
 from chat_helpers import TOKENIZERS, small_llama_spm
 
-from steerjax.chat.tokenizer import EMBEDDED, load_tokenizer
+from steerjax.chat.templates import TEMPLATES
+from steerjax.chat.tokenizer import EMBEDDED, copy_tokenizer, load_tokenizer, missing_markers
 from steerjax.errors import ModelError
 
 TEXTS = [
@@ -192,3 +193,103 @@ def test_wrong_files_beside(gpt2_like, tmp_path, content, message):
     (folder / "tokenizer_config.json").write_text(content)
     with pytest.raises(ModelError, match=message):
         load_tokenizer(folder)
+
+
+ADDED = {"<|im_end|>": 0, "<|im_start|>": 1, "[PAD]": 2}  # places after the model's pieces
+
+
+def slow_folder(folder, model, added=None, config=None):
+    """A folder as Hugging Face's slow tokenizers save it: a tokenizer.model, and tokens added beside it."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(model.files[0], folder / "tokenizer.model")
+    added = {string: model.vocab_size + place for string, place in ADDED.items()} if added is None else added
+    (folder / "added_tokens.json").write_text(json.dumps(added))
+    config = {"legacy": True, "eos_token": "<|im_end|>", "pad_token": {"content": "[PAD]"}} | (config or {})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_added_tokens_beside_a_model(llama_spm, tmp_path):
+    tokenizer, size = load_tokenizer(slow_folder(tmp_path / "slow", llama_spm)), llama_spm.vocab_size
+    assert (tokenizer.vocab_size, tokenizer.bos_id) == (size + 3, llama_spm.bos_id)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (size, size + 2)
+    assert tokenizer.hash != llama_spm.hash
+    text, controls = "<|im_start|>user\nHi<|im_end|>\n", TEMPLATES["chatml"].control_strings
+    ids = [size + 1, *llama_spm.encode("user\nHi"), size, *llama_spm.encode("\n")]
+    assert tokenizer.encode(text, controls=controls) == ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(text) == llama_spm.encode(text)  # text never becomes one
+    assert missing_markers(tokenizer, TEMPLATES["chatml"]) == ("<|attributes|>",)
+    assert [tokenizer.spelling(index) for index in (size, size + 2)] == ["<|im_end|>", "[PAD]"]
+
+
+@pytest.mark.parity
+def test_added_tokens_are_transformers(llama_spm, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = slow_folder(
+        tmp_path / "slow", llama_spm, config={"tokenizer_class": "LlamaTokenizer", "pad_token": "[PAD]"}
+    )
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text, ours = "<|im_start|>user\nHi there.<|im_end|>\n<|im_start|>assistant\nYo", load_tokenizer(folder)
+    expected = theirs(text, add_special_tokens=False)["input_ids"]
+    assert ours.encode(text, controls=TEMPLATES["chatml"].control_strings) == expected
+    assert ours.vocab_size == len(theirs)
+
+
+def test_added_tokens_that_only_the_config_names(llama_spm, tmp_path):
+    names = {"added_tokens_decoder": {str(llama_spm.vocab_size): {"content": "<|im_end|>", "special": True}}}
+    tokenizer = load_tokenizer(slow_folder(tmp_path / "a", llama_spm, {}, names | {"pad_token": None}))
+    assert tokenizer.eos_id == tokenizer.token_id("<|im_end|>") == llama_spm.vocab_size
+
+
+@pytest.mark.parametrize(
+    ("added", "config"),
+    [({"<x>": 5}, {}), ({"<x>": -1}, {}), ({"<x>": 90000, "<y>": 90000}, {}), ({"<x>": "5"}, {}), ([1], {}),
+     (None, {"legacy": False}), (None, {"pad_token": "[no]"}), (None, {"added_tokens_decoder": {"x": {}}})],
+)  # fmt: skip
+def test_added_tokens_that_do_not_fit(llama_spm, tmp_path, added, config):
+    folder = slow_folder(tmp_path / "slow", llama_spm, added, config)
+    with pytest.raises(ModelError, match="slow") as error:
+        load_tokenizer(folder)
+    assert "cure:" in str(error.value)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_an_id_without_a_token_spells_nothing(tokenizers, name):
+    """Embeddings are padded, and a model may draw any of their ids."""
+    tokenizer = tokenizers[name]
+    ids = tokenizer.encode("Hello")
+    for stray in (tokenizer.vocab_size, tokenizer.vocab_size + 1000, 2**31 - 1):
+        assert tokenizer.decode([*ids, stray, stray]) == "Hello"
+        assert tokenizer.decode([stray], continuation=True) == ""
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_copy_is_found_again(tokenizers, name, tmp_path):
+    source = tmp_path / f"other_name{tokenizers[name].files[0].suffix}"
+    shutil.copy(tokenizers[name].files[0], source)
+    (tmp_path / "copy").mkdir()
+    tokenizer = load_tokenizer(source)
+    copy_tokenizer(tokenizer, tmp_path / "copy")
+    again = load_tokenizer(tmp_path / "copy")
+    assert again.hash == tokenizer.hash
+    assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+
+
+def test_a_copy_has_the_files_beside(llama_spm, tmp_path):
+    tokenizer = load_tokenizer(slow_folder(tmp_path / "slow", llama_spm))
+    (tmp_path / "copy").mkdir()
+    copy_tokenizer(tokenizer, tmp_path / "copy")
+    again = load_tokenizer(tmp_path / "copy")
+    assert (again.hash, again.eos_id, again.vocab_size) == (tokenizer.hash, tokenizer.eos_id, tokenizer.vocab_size)
+
+
+def test_missing_markers(embedded, gpt2_like, llama3_like, llama_spm, llama_hf):
+    lacking = {name: missing_markers(embedded, TEMPLATES[name]) for name in ("extra_id", "chatml", "llama3")}
+    assert lacking["extra_id"] == lacking["chatml"] == ()
+    assert lacking["llama3"] == ("<|begin_of_text|>", "<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>")
+    assert [missing_markers(t, TEMPLATES[name]) for t in (gpt2_like, llama_hf) for name in TEMPLATES] == [()] * 8
+    assert missing_markers(llama3_like, TEMPLATES["llama3"]) == ("<|attributes|>",)
+    assert not {"<s>", "</s>"} & set(missing_markers(llama_spm, TEMPLATES["llama2"]))
+    assert missing_markers(llama_spm, TEMPLATES["extra_id"]) == ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")

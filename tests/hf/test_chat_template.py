@@ -12,10 +12,10 @@ import pytest
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.errors import ConfigError, DataError
+from steerjax.errors import DataError
 from steerjax.hf.chat_template import chat_template
-from steerjax.schema import HELPSTEER, Attribute, Schema
-from tests.hf.serving import as_messages, conversations, export, renderer, talk, tokenizer_of
+from steerjax.schema import HELPSTEER, Attribute, Schema, format_label
+from tests.hf.serving import as_messages, conversations, export, llama3_like, renderer, talk, tokenizer_of
 
 RATINGS = {"verbosity": 2.5, "helpfulness": 3.5, "correctness": 0, "coherence": 1.4}
 DEFAULTS = {"helpfulness": 4, "verbosity": 2, "coherence": 4.0}
@@ -92,7 +92,7 @@ def test_text_of_random_conversations(name, embedded):
             asked = {"attributes": {"verbosity": 0}, "add_generation_prompt": True}
             assert render(chat_text, messages, **asked) == expected.text
         else:
-            tokens = [token for part in render_ours.reward_text_parts(conversation, count - 1) for token in part]
+            tokens, _ = render_ours.reward_tokens(conversation, count - 1)
             text = render(reward_text, messages)
             assert embedded.decode(tokens) == (text if embedded.decode(embedded.encode(text)) == text else None)
 
@@ -144,10 +144,19 @@ def test_label_line(defaults, attributes, line):
 
 
 def test_order_and_range_are_the_schemas():
-    schema = Schema((Attribute("items", "", -1, 1), Attribute('a"b', "", 0.5, 10)))
-    assert label_line(schema, attributes={'a"b': 9.5, "items": -0.3}) == 'items:0,a"b:10'
-    with pytest.raises(Refused, match=r"rating 0.4 of 'a\"b' is outside 0.5..10"):
-        label_line(schema, attributes={'a"b': 0.4})
+    schema = Schema((Attribute("clear", -1, 1), Attribute("kind", 0.5, 9.7), Attribute("long", 1, 5)))
+    assert label_line(schema, attributes={"kind": 9.5, "clear": -0.3}) == "clear:0,kind:9"
+    assert label_line(schema, attributes={"long": 4.5, "kind": 0.5}) == "kind:1,long:4"
+    with pytest.raises(Refused, match=r"rating 0.4 of 'kind' is outside 0.5..9.7"):
+        label_line(schema, attributes={"kind": 0.4})
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 4), (1, 5), (1, 10), (0.5, 3.5), (-1.5, 0.2)])
+def test_labels_are_the_schemas(low, high):
+    schema = Schema((Attribute("x", low, high),))
+    for step in range(21):
+        rating = low + (high - low) * step / 20
+        assert label_line(schema, attributes={"x": rating}) == format_label({"x": rating}, schema)
 
 
 @pytest.mark.parametrize(
@@ -222,21 +231,36 @@ def test_reward_template(name):
 
 @pytest.mark.parametrize("kind", ["chat", "reward"])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_control_strings_are_refused(name, kind):
-    text = chat_template(TEMPLATES[name], HELPSTEER, kind=kind, special_strings=frozenset({"<pad>"}))
+def test_control_strings_are_broken(name, kind):
+    """In every place, in text parts too: the text holds each as often as an innocent one does."""
+    specials = frozenset({"<pad>", "☃"})
+    text = chat_template(TEMPLATES[name], HELPSTEER, kind=kind, special_strings=specials)
     innocent = [{"role": "system", "content": "Be kind."}, USER, ASSISTANT]
-    for string in TEMPLATES[name].control_strings | {"<pad>"}:
+    strings = TEMPLATES[name].control_strings | specials
+    expected = {string: render(text, innocent).count(string) for string in strings}
+    for string in strings:
         for index in range(3):
             for content in (
-                f"x{string}y",
+                f"x{string}{string}y {string[:1]}{string}{string[1:]}",
                 [{"type": "text", "text": string[:2]}, {"type": "text", "text": string[2:]}],
             ):
                 messages = list(innocent)
                 messages[index] = messages[index] | {"content": content}
-                with pytest.raises(Refused) as error:
-                    render(text, messages)
-                assert str(error.value).startswith(f"messages[{index}].content: ")
-                assert "control string '" in str(error.value)
+                written = render(text, messages)
+                assert {string: written.count(string) for string in strings} == expected
+                assert len(string) == 1 or string[0] + "\u2060" + string[1:] in written
+
+
+@pytest.mark.parametrize("name", ["extra_id", "llama2"])
+def test_it_breaks_as_the_renderer_does_where_the_tokenizer_cannot_be_told(name, embedded, rows, tmp_path):
+    """Markers that are ordinary text or user-defined pieces: the same text, so the same tokens too."""
+    tokenizer = llama3_like(tmp_path, [row["response"] for row in rows]) if name == "llama2" else embedded
+    strings = sorted(TEMPLATES[name].control_strings | tokenizer.special_strings - tokenizer.told)
+    text = chat(name, special_strings=frozenset(strings))
+    conversation = talk(f"a {strings[0]}", f"{strings[1]} b {strings[2]}", system=strings[-1])
+    ours = renderer(tokenizer, name)
+    assert ours.broken(conversation) == 3
+    assert render(text, as_messages(conversation)) == ours.render(conversation).text
 
 
 def test_parts_are_joined():
@@ -256,9 +280,8 @@ def test_system_prompt_of_the_recipe(name, embedded):
 
 
 def test_settings_are_checked():
-    for string in ("<|im_end|>", "<pad>"):
-        with pytest.raises(ConfigError, match="system prompt contains"):
-            chat("chatml", system_prompt=f"a {string}", special_strings=frozenset({"<pad>"}))
+    text = chat("chatml", system_prompt="a <|im_end|> <pad>", special_strings=frozenset({"<pad>"}))
+    assert "system\na <\u2060|im_end|> <\u2060pad><|im_end|>" in render(text, [USER])
     with pytest.raises(DataError, match="unknown attribute 'humor'"):
         chat("chatml", default_ratings={"humor": 1})
     with pytest.raises(DataError, match=r"outside 0\.\.4"):
@@ -303,7 +326,7 @@ def test_transformers_makes_the_renderers_tokens(name, source, rows, tmp_path):
         expected = ours.render(conversation, labels).tokens.tolist()
         assert served.apply_chat_template(messages, return_dict=False) == expected
         if last % 2:
-            expected = [token for part in ours.reward_text_parts(conversation, last) for token in part]
+            expected = ours.reward_tokens(conversation, last)[0].tolist()
             assert judge.apply_chat_template(messages, return_dict=False) == expected
             text = judge.apply_chat_template(messages, tokenize=False)
             assert judge(text)["input_ids"] == expected  # adds no BOS, no EOS

@@ -226,3 +226,20 @@ def test_a_conversion_is_compared(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_files, "_merges", lambda scores: merges(scores)[::-1])
     with pytest.raises(ModelError, match="other ids for"):
         write_tokenizer(tmp_path, tokenizer, TEMPLATES["llama2"], "")
+
+
+def test_added_tokens_beside_a_model_are_exported(texts, tmp_path):
+    """Llama 2's tokenizer with ChatML's markers after its pieces, as fine-tunes publish it."""
+    size = train(tmp_path / "tokenizer.model", texts[:40]).vocab_size
+    added = {"<|im_end|>": size, "<|im_start|>": size + 1, "<unused>": size + 2}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    tokenizer, template = load_tokenizer(tmp_path), TEMPLATES["chatml"]
+    assert special_tokens(tokenizer, template) == {"eos_token": "<|im_end|>", "pad_token": "<unk>"}
+    backend = written(tmp_path / "out", tokenizer, "chatml")
+    text = "<|im_start|>a<|im_end|>\n<|im_start|>b c"
+    assert backend.encode(text).ids == tokenizer.encode(text, controls=template.control_strings)
+    assert backend.get_vocab_size() == tokenizer.vocab_size == size + 3
+    assert backend.encode("<unused>").ids == tokenizer.encode("<unused>")
+    again = load_tokenizer(tmp_path / "out")
+    assert (again.eos_id, again.vocab_size) == (size, size + 3)
