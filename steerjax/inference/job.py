@@ -97,7 +97,10 @@ class ResumableOutput:
                     self.finished, self.done = True, sum(1 for _ in file)
             else:
                 self._open()
-        except OSError as error:
+        except (OSError, DataError) as error:
+            self.__exit__()  # a notebook keeps the error, and the error this object, and this object the lock
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"cannot write: {error}", file=str(path), cure="name a place that is writable") from None
 
     def put(self, index: int, row: Mapping[str, Any]) -> None:
