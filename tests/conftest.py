@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("STEERJAX_TEST_PLATFORM", "cpu")
 
 import jax
 import pytest
