@@ -22,19 +22,19 @@ def inside(prefix: str) -> Iterator[None]:
         raise DataError("a rating is too large", field=prefix.rstrip("."), cure="write numbers of the range") from None
 
 
-def present(row: Row, key: str, at: str = "") -> Any:
-    """The value of a key; `at` is what stands before the key in messages. Null is missing."""
+def present(row: Row, key: str) -> Any:
+    """The value of a key; null is missing."""
     if row.get(key) is None:
-        raise DataError("missing", field=at + key, cure=f"add '{key}', or remove the row")
+        raise DataError("missing", field=key, cure=f"add '{key}', or remove the row")
     return row[key]
 
 
-def text_of(row: Row, key: str, at: str = "") -> str:
+def text_of(row: Row, key: str) -> str:
     """The text of a key: there, a string, not blank."""
-    value = present(row, key, at)
-    check_text(value, at + key)
+    value = present(row, key)
+    check_text(value, key)
     if not value.strip():
-        raise DataError("empty", field=at + key, cure="fill it in, or remove the row")
+        raise DataError("empty", field=key, cure="fill it in, or remove the row")
     return value
 
 
@@ -46,12 +46,12 @@ def system_of(row: Row) -> str | None:
     return system
 
 
-def name_of(row: Row, at: str = "") -> str:
+def name_of(row: Row) -> str:
     """The row's or turn's `id`, "" where there is none; dumps number theirs."""
     name = row.get("id")
     if isinstance(name, int) and not isinstance(name, bool):
         return str(name)
-    return text_of(row, "id", at) if name else ""
+    return text_of(row, "id") if name else ""
 
 
 def check_text(value: object, field: str) -> None:

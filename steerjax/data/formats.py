@@ -75,7 +75,8 @@ def _detect_format(row: Row) -> str:
 def _is_reference(row: Row) -> bool:
     """Whether `conversations` is NeMo-Aligner's, which names the user's side or labels a turn, and not ShareGPT's."""
     entries = row["conversations"]
-    return "mask" in row or not isinstance(entries, list) or any("label" in entry for entry in entries)
+    labelled = isinstance(entries, list) and any(isinstance(e, Mapping) and "label" in e for e in entries)
+    return labelled or "mask" in row
 
 
 def _from_helpsteer(row: Row, schema: Schema) -> Conversation:
@@ -200,26 +201,25 @@ def _dialogue(
     """
     system, turns = system_of(row), []
     for index, entry in enumerate(entries_of(row, key)):
-        at = f"{key}[{index}]."
-        _check_keys(entry, known, at)
-        speaker = text_of(entry, role_key, at)
-        role = roles.get(speaker.casefold())
-        if role is None:
-            cure = f"use one of: {', '.join(roles)}; a system text may stand in the row, under 'system'"
-            raise DataError(f"unknown role '{speaker}'", field=at + role_key, cure=cure)
-        text = _joined_parts(entry, content_key, at)
-        if role == "system":
-            check_text(text, at + content_key)
+        with inside(f"{key}[{index}]."):
+            _check_keys(entry, known)
+            speaker, text = text_of(entry, role_key), _joined_parts(entry, content_key)
+            role = roles.get(speaker.casefold())
+            if role is None:
+                cure = f"use one of: {', '.join(roles)}; a system text may stand in the row, under 'system'"
+                raise DataError(f"unknown role '{speaker}'", field=role_key, cure=cure)
+            if role != "system":
+                text = text_of({content_key: text}, content_key)
+                ratings = _label(entry.get("label"), schema)
+                ratings = ratings or checked_ratings(entry.get("ratings"), schema, "ratings")
+                predicted = checked_ratings(entry.get("predicted_ratings"), _finite(schema), "predicted_ratings")
+                turns.append(Turn(role, text, ratings, predicted, name_of(entry) if "id" in known else ""))
+                continue
+            check_text(text, content_key)
             if index or system not in (None, text):
                 what = "a system text in the middle" if index else "the row has two system texts"
-                raise DataError(what, field=at + role_key, cure="put one system text first, or remove the row")
+                raise DataError(what, field=role_key, cure="put one system text first, or remove the row")
             system = text
-            continue
-        text = text_of({content_key: text}, content_key, at)
-        ratings = _label(entry.get("label"), schema, f"{at}label")
-        ratings = ratings or checked_ratings(entry.get("ratings"), schema, f"{at}ratings")
-        predicted = checked_ratings(entry.get("predicted_ratings"), _finite(schema), f"{at}predicted_ratings")
-        turns.append(Turn(role, text, ratings, predicted, name_of(entry, at) if "id" in known else ""))
     if not turns:
         raise DataError("no turn beside the system text", field=key, cure="remove the row")
     return Conversation(checked_turns(tuple(turns), f"{key}[{{}}].{role_key}"), system)
@@ -231,36 +231,36 @@ def _finite(schema: Schema) -> Schema:
     return Schema(tuple(replace(a, low=-1e30, high=1e30) for a in schema.attributes))
 
 
-def _label(label: object, schema: Schema, field: str) -> Mapping[str, float] | None:
+def _label(label: object, schema: Schema) -> Mapping[str, float] | None:
     """The reference's `helpfulness:4,correctness:3`."""
     if label is None:
         return None
-    check_text(label, field)
-    with inside(f"{field}."):
+    check_text(label, "label")
+    with inside("label."):
         check_names([entry.partition(":")[0].strip() for entry in label.split(",") if ":" in entry], schema)
         return parse_label(label, schema) or None
 
 
-def _check_keys(entry: Row, known: tuple[str, ...], at: str) -> None:
+def _check_keys(entry: Row, known: tuple[str, ...]) -> None:
     """Refuses keys that are not known; where any is, those that change what the turn means."""
     for key, value in entry.items():
         if known and key not in known:
-            raise DataError("unknown key", field=at + key, cure=f"use: {', '.join(known)}; or remove it")
+            raise DataError("unknown key", field=key, cure=f"use: {', '.join(known)}; or remove it")
         if (key in _TOOLS and value) or (key == "weight" and value not in (None, 1)):
             cure = "tool use and masks of single turns are not implemented; remove it, or the row"
-            raise DataError("cannot be left out of account", field=at + key, cure=cure)
+            raise DataError("cannot be left out of account", field=key, cure=cure)
 
 
-def _joined_parts(entry: Row, key: str, at: str) -> object:
+def _joined_parts(entry: Row, key: str) -> object:
     """A content that is a list of `{"type": "text", "text": ...}` as one text."""
-    content = present(entry, key, at)
+    content = present(entry, key)
     if not isinstance(content, list):
         return content
     for index, part in enumerate(content):
-        where = f"{at}{key}[{index}]"
         if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise DataError("a part that is no text", field=where, cure="images and audio are not read; remove the row")
-        check_text(part.get("text"), f"{where}.text")
+            cure = "images and audio are not read; remove the row"
+            raise DataError("a part that is no text", field=f"{key}[{index}]", cure=cure)
+        check_text(part.get("text"), f"{key}[{index}].text")
     return "".join(part["text"] for part in content)
 
 

@@ -49,16 +49,10 @@ def load_conversations(
     on_bad_row: str = "error",
     on_duplicate: str = "keep",
 ) -> Loaded:
-    """All conversations of the sources.
+    """All conversations of the sources; the options are `DataConfig`'s.
 
     A duplicate has the same system, roles, contents and ratings as an earlier row. The same response with other
     ratings is rater noise, and no duplicate.
-
-    Args:
-        sources: files, `embedded:NAME` or `hub:ID[:SPLIT]` (`readers.iter_rows`).
-        format: "auto" or a key of `formats.FORMATS`.
-        on_bad_row: "error" stops at the first bad row, "skip" lists them all.
-        on_duplicate: "keep", "skip" (listed, too) or "error".
 
     Raises:
         DataError: a bad row, a duplicate, a source without a usable row. ConfigError: an unknown format.

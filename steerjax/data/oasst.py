@@ -143,23 +143,24 @@ def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], dropped: Co
 
 def _turn(message: Row, schema: Schema) -> Turn:
     name = text_of(message, "message_id")
-    at = f"message {name}."
-    speaker = text_of(message, "role", at)
-    if speaker not in _ROLES:
-        raise DataError(f"unknown role '{speaker}'", field=f"{at}role", cure=f"use {' or '.join(_ROLES)}")
-    role = _ROLES[speaker]
-    content = text_of(message, "text", at)
-    ratings = _ratings(message.get("labels"), schema, f"{at}labels") if role == "assistant" else None
-    return Turn(role, content, ratings or None, id=name)
+    with inside(f"message {name}."):
+        speaker = text_of(message, "role")
+        if speaker not in _ROLES:
+            raise DataError(f"unknown role '{speaker}'", field="role", cure=f"use {' or '.join(_ROLES)}")
+        content, ratings = text_of(message, "text"), None
+        if _ROLES[speaker] == "assistant":
+            with inside("labels."):
+                ratings = _ratings(message.get("labels"), schema) or None
+        return Turn(_ROLES[speaker], content, ratings, id=name)
 
 
-def _ratings(labels: object, schema: Schema, field: str) -> dict[str, float]:
+def _ratings(labels: object, schema: Schema) -> dict[str, float]:
     """`{"quality": {"value": 0.75, ...}}`, or the hub's `{"name": [...], "value": [...]}`, scaled and rounded."""
     cure = 'write {"quality": {"value": 0.75}}'
     if labels is None:
         return {}
     if not isinstance(labels, Mapping):
-        raise DataError(f"expected an object, got {type(labels).__name__}", field=field, cure=cure)
+        raise DataError(f"expected an object, got {type(labels).__name__}", cure=cure)
     names, values = labels.get("name"), labels.get("value")
     if isinstance(names, list) and isinstance(values, list) and len(names) == len(values):
         labels = {name: {"value": value} for name, value in zip(names, values, strict=True)}
@@ -169,8 +170,7 @@ def _ratings(labels: object, schema: Schema, field: str) -> dict[str, float]:
         if label is None:
             continue
         if not isinstance(label, Mapping):
-            raise DataError("expected an object with 'value'", field=f"{field}.{attribute.name}", cure=cure)
-        with inside(f"{field}."):
-            value = check_rating(label.get("value"), Attribute(attribute.name, *_LABEL_RANGE))
+            raise DataError("expected an object with 'value'", field=attribute.name, cure=cure)
+        value = check_rating(label.get("value"), Attribute(attribute.name, *_LABEL_RANGE))
         ratings[attribute.name] = float(round(attribute.low + value * (attribute.high - attribute.low)))
     return ratings
