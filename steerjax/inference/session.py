@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,18 +36,16 @@ BOOTSTRAP_TOP_K = 50  # the paper's, section 3.4
 
 @dataclass(frozen=True)
 class Task:
-    """A row to answer.
+    """A row to answer: a conversation that ends with a user turn, and the row's other keys.
 
     Attributes:
-        conversation: ends with a user turn.
-        rest: the row's other keys.
         settings: one answer for each, and each sample.
         request: what the backend made of it.
     """
 
     conversation: Conversation
-    rest: Mapping[str, Any]
-    settings: tuple[Setting, ...]
+    rest: dict[str, Any]
+    settings: list[Setting]
     request: Any
 
     def content(self) -> list:
@@ -141,9 +139,9 @@ class Session:
         name = conversation.id or f"{source}:{line}"
         system = o.system if conversation.system is None else conversation.system
         conversation = replace(conversation, system=system, id=name, file=source, line=line)
-        settings = tuple(self.settings)
+        settings = self.settings
         if self.combinations:
-            settings = (chosen(self.combinations, self.sampling.seed, name),)
+            settings = [chosen(self.combinations, self.sampling.seed, name)]
         rest = {key: row[key] for key in row.keys() - {"system", "turns", "id"}} if "turns" in row else {}
         request = self.backend.prepare(conversation, settings, o.samples, self.schema)
         return Task(conversation, carried(rest), settings, request)
@@ -199,7 +197,7 @@ class Session:
         return Local(bundle, self.schema, self.sampling, batch_size=o.batch_size)
 
 
-def _each(settings: tuple[Setting, ...], answers: list[list[Answer]]) -> Iterator[tuple[Setting, int, Answer]]:
+def _each(settings: Sequence[Setting], answers: list[list[Answer]]) -> Iterator[tuple[Setting, int, Answer]]:
     """(setting, number of the sample, answer)."""
     for setting, samples in zip(settings, answers, strict=True):
         for number, answer in enumerate(samples):
@@ -216,9 +214,8 @@ def sampling_of(options: argparse.Namespace) -> Sampling:
     top_k = o.top_k if o.top_k is not None else BOOTSTRAP_TOP_K if o.combinations else 0
     drawing = o.samples > 1 or top_k or o.top_p < 1
     temperature = o.temperature if o.temperature is not None else 1.0 if drawing else 0.0
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": o.top_p, "seed": o.seed,
-             "max_new_tokens": o.max_new_tokens}  # fmt: skip
-    return typed(Sampling, asked, "options", ConfigError)
+    asked = {name: getattr(o, name) for name in ("top_p", "seed", "max_new_tokens")}
+    return typed(Sampling, asked | {"temperature": temperature, "top_k": top_k}, "options", ConfigError)
 
 
 def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "auto") -> Conversation:
@@ -251,7 +248,7 @@ def summary(output: Path) -> str:
     made = [json.loads(line) for line in output.read_bytes().splitlines()]
     words = [len(row["turns"][-1]["content"].split()) for row in made]
     cut = sum(row["generation"]["finish"] == "length" for row in made)
-    empty = words.count(0)
-    text = f"{output}: {len(made)} answers of {sum(words) / max(1, len(made)):.1f} words on average"
-    text += f"; {cut} cut at --max-new-tokens" if cut else ""
-    return text + (f"; {empty} empty (later commands refuse or skip such a row)" if empty else "")
+    return (
+        f"{output}: {len(made)} answers of {sum(words) / len(made):.1f} words on average; {cut} cut at "
+        f"--max-new-tokens, {words.count(0)} empty (later commands refuse or skip such a row)"
+    )
