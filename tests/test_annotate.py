@@ -1,22 +1,27 @@
 """The command: any format in, the same rows with predictions out, whatever happens on the way."""
 
 import contextlib
+import datetime
 import io
 import json
+import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import pyarrow.parquet
 import pytest
 
 from steerjax.annotate import main, parse_part
 from steerjax.data.readers import read_conversations
-from steerjax.errors import ConfigError
+from steerjax.errors import ConfigError, DataError
 from steerjax.inference import annotation
-from steerjax.inference.scorer import STEERLM
+from steerjax.inference.scorer import Scorer
+from steerjax.schema import STEERLM
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
 
 LABELS = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -42,6 +47,12 @@ def refusal(*words) -> str:
         annotate(*words)
     assert caught.value.code == 2
     return said.getvalue()
+
+
+def ascii_rows(path, rows):
+    """With half surrogates as JSON's escapes."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def predictions(path) -> list:
@@ -122,25 +133,73 @@ def test_long_conversations_are_listed_and_written(model, tmp_path, capsys):
 
 
 def test_bad_rows_stop_the_job_or_are_listed(model, tmp_path):
-    good = {"prompt": "p", "response": "r"}
+    good = {"prompt": "p", "response": "r", "id": 7}
     control = {"prompt": "p <extra_id_1>", "response": "r"}
-    source = write_rows(tmp_path / "in.jsonl", [good, {"prompt": "p"}, control, good])
-    assert f"{source}:2: field 'response': missing" in refusal(model, source, tmp_path / "a.jsonl")
-    only = write_rows(tmp_path / "control.jsonl", [good, control])
-    assert f"{only}:2: field 'turns[0].content'" in refusal(model, only, tmp_path / "b.jsonl")
-
+    half = {"prompt": "p", "response": "half \ud83d"}
+    source = ascii_rows(tmp_path / "in.jsonl", [good, {"prompt": "p"}, control, half, good])
+    assert re.search(f"(?s){source}:2: .*'response'.*--on-bad-row", refusal(model, source, tmp_path / "a.jsonl"))
     annotate(model, source, tmp_path / "out.jsonl", "--on-bad-row", "skip", "--chunk-rows", 1)
-    assert [bool(p) for p in predictions(tmp_path / "out.jsonl")[1::2]] == [True, False, True]
-    assert [entry["line"] for entry in read_rows(tmp_path / ("out.jsonl" + LISTED))] == [2, 3]
-    annotate(model, only, tmp_path / "escaped.jsonl", "--control-strings", "escape")
-    rows = read_rows(tmp_path / "escaped.jsonl")
+    rows = read_rows(tmp_path / "out.jsonl")
+    assert [row["id"] for row in rows] == ["7", f"{source}:3", "7"]
     assert rows[1]["turns"][0]["content"] == control["prompt"]
     assert rows[1]["turns"][1]["predicted_ratings"] != rows[0]["turns"][1]["predicted_ratings"]
+    assert [entry["line"] for entry in read_rows(tmp_path / ("out.jsonl" + LISTED))] == [2, 4]
+
+
+def test_what_passes_through(model, tmp_path):
+    """What JSON can carry is kept; what it cannot names the row and the key, and can be skipped."""
+    turns = [{"role": "user", "content": "p", "id": "m1"}, {"role": "assistant", "content": "r", "id": "m2"}]
+    rows = [{"turns": turns, "score": math.nan, "half": "\ud83d", "n": 10**30}, {"turns": turns, "score": -math.inf}]
+    source = ascii_rows(tmp_path / "in.jsonl", rows)
+    assert re.search(f"(?s){source}:2: .*'score'.*cure", refusal(model, source, tmp_path / "out.jsonl"))
+    annotate(model, source, tmp_path / "out.jsonl", "--on-bad-row", "skip")
+    (row,) = read_rows(tmp_path / "out.jsonl")
+    assert (row["score"], row["half"], row["n"]) == (None, "\ud83d", 10**30)
+    assert [turn["id"] for turn in row["turns"]] == ["m1", "m2"]
+    table = {"turns": [turns], "when": [datetime.datetime(2024, 1, 2)], "raw": [b"\xff"]}
+    pyarrow.parquet.write_table(pyarrow.table({key: table[key] for key in ("turns", "when")}), tmp_path / "a.parquet")
+    annotate(model, tmp_path / "a.parquet", tmp_path / "dates.jsonl")
+    assert read_rows(tmp_path / "dates.jsonl")[0]["when"].startswith("2024-01-02")
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "b.parquet")
+    assert re.search(r"(?s)b\.parquet:1: .*'raw'.*cure", refusal(model, tmp_path / "b.parquet", tmp_path / "b.jsonl"))
+
+
+def test_a_bad_row_is_found_before_the_model_is_loaded(model, tmp_path, monkeypatch):
+    good = {"prompt": "p", "response": "r"}
+    source = write_rows(tmp_path / "in.jsonl", [*[good] * 300, {"prompt": "p"}])
+    with monkeypatch.context() as patch:
+        patch.setattr("steerjax.annotate.open_scorer", lambda *_: pytest.fail("loaded"))
+        assert f"{source}:301: " in refusal(model, source, tmp_path / "out.jsonl")
+        bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "response_0": "r"}] * 2)
+        said = refusal(model, bad, tmp_path / "out.jsonl", "--on-bad-row", "skip")
+        assert f"{bad}:1" in said
+        assert "no usable row" in said
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_job_that_was_stopped_goes_on_with_skip(model, tmp_path, monkeypatch):
+    """The cure of an error in the middle of a job is one that can be resumed."""
+    rows = [row.to_json() for row in some_conversations(9, longest=8)]
+    source, output = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    prepare, seen = Scorer.prepare, []
+
+    def stopping(scorer, conversations, turns, *, skip):
+        seen.append(conversations[0].line)
+        if conversations[0].line == 7 and not skip:
+            raise DataError("cannot be rendered", file=conversations[0].file, line=7)
+        return prepare(scorer, conversations, turns, skip=skip)
+
+    monkeypatch.setattr(Scorer, "prepare", stopping)
+    assert f"{source}:7: " in refusal(model, source, output, "--chunk-rows", 3)
+    seen.clear()
+    annotate(model, source, output, "--chunk-rows", 3, "--on-bad-row", "skip")
+    assert seen == [7]
+    assert len(read_rows(output)) == 9
 
 
 def test_nothing_to_do(model, tmp_path):
     empty = write_rows(tmp_path / "in.jsonl", [])
-    assert f"{empty}: no row in it" in refusal(model, empty, tmp_path / "out.jsonl")
+    assert str(empty) in refusal(model, empty, tmp_path / "out.jsonl")
     assert "no such file" in refusal(model, tmp_path / "missing.jsonl", tmp_path / "out.jsonl")
     assert "--chunk-rows -1" in refusal(model, empty, tmp_path / "out.jsonl", "--chunk-rows", -1)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
@@ -156,7 +215,7 @@ def test_predictions_that_are_no_numbers_stop_the_job(tmp_path):
     tensors["score.weight"][2, 0] = np.nan
     save_file(tensors, broken / "model.safetensors")
     source = write_rows(tmp_path / "in.jsonl", [{"prompt": "p", "response": "r"}])
-    assert f"{source}:1: field 'coherence': the model predicts nan" in refusal(broken, source, tmp_path / "out.jsonl")
+    assert re.search(f"{source}:1: .*coherence.*nan", refusal(broken, source, tmp_path / "out.jsonl"))
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])
@@ -197,7 +256,7 @@ def test_part_numbers():
 # Imports once, then forks a process for each list of arguments; says its id, and in the end its status.
 SERVER = """
 import json, os, sys
-import jax, steerjax.bundle.opening, steerjax.inference.scorer
+import jax, steerjax.bundle, steerjax.inference.scorer
 from steerjax.annotate import main
 for line in sys.stdin:
     child = os.fork()
