@@ -154,9 +154,8 @@ class Renderer:
         """
         turns = conversation.turns
         if not 0 <= turn_index < len(turns) or turns[turn_index].role != "assistant":
-            raise self._error(
-                conversation, "no response to rate here", f"turns[{turn_index}]", "name an assistant turn"
-            )
+            place, cure = f"turns[{turn_index}]", "name an assistant turn"
+            raise self._error(conversation, "no response to rate here", place, cure)
         # Drop what follows the response, and read the reward where the template says.
         *segments, response, _ = self._segments(conversation, None, turn_index + 1)
         rendered = self._assemble([*segments, replace(response, end=self.template.reward_end)])
@@ -164,10 +163,8 @@ class Renderer:
 
     def broken(self, conversation: Conversation) -> int:
         """How many texts of the conversation are written with U+2060 inside, as they spell a control string."""
-        texts = [turn.content for turn in conversation.turns]
-        texts += [text for text in (self._system_text(conversation),) if text is not None]
-        stripped = [text.strip() if self.template.strip else text for text in texts]
-        return sum(self._as_text(text).replace(HIDE, "") != text for text in stripped)
+        texts = [self._system_text(conversation) or "", *(turn.content for turn in conversation.turns)]
+        return sum(self._as_text(text).replace(HIDE, "") != text for text in texts)
 
     def _segments(
         self, conversation: Conversation, labels: Sequence[Label | None] | None, count: int
@@ -235,9 +232,7 @@ class Renderer:
         expected = ROLES[index % 2]
         if self.template.alternates and role != expected:
             message = f"'{role}' where the template {self.template.name} can only write '{expected}'"
-            cure = (
-                "let turns go user, assistant, user, ..., or choose chatml, llama3 or extra_id, which write any order"
-            )
+            cure = "let turns go user, assistant, user, ..., or choose chatml, llama3 or extra_id"
             raise self._error(conversation, message, f"turns[{index}].role", cure)
 
     def _content(self, conversation: Conversation, text: str, field: str) -> str:
@@ -324,10 +319,5 @@ class Renderer:
             roles += [segment.role] * own + [TokenRole.END] * (len(ids) - own)
             text += segment.text + segment.end
             root = len(tokens) if root is None and segment.asks else root
-        return Rendered(
-            text.replace(HIDE, ""),
-            np.array(tokens, np.int32),
-            np.array(roles, np.int8),
-            tuple(responses),
-            len(tokens) if root is None else root,
-        )
+        text, ids, kinds = text.replace(HIDE, ""), np.array(tokens, np.int32), np.array(roles, np.int8)
+        return Rendered(text, ids, kinds, tuple(responses), len(tokens) if root is None else root)

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
+from pydantic import BeforeValidator
 
 from steerjax.chat.templates import Template
 from steerjax.errors import ModelError
@@ -129,7 +130,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _cuts(self, hidden: bool, controls: frozenset[str]) -> frozenset[str]:
-        """The strings that `encode` replaces by their ids itself."""
+        """The strings that `encode` cuts out of the text and replaces by their ids."""
 
     @abstractmethod
     def _plain(self, text: str, hidden: bool) -> list[int]:
@@ -283,7 +284,7 @@ def _load_sentencepiece(path: Path) -> SentencePieceTokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         size = processor.vocab_size()
         if not size:
-            raise RuntimeError("it is empty")
+            raise RuntimeError("empty")
     except (RuntimeError, OSError) as error:
         raise ModelError(
             f"'{path}' is no SentencePiece model ({error})\n"
@@ -315,7 +316,7 @@ def _added_tokens(path: Path, processor: Any) -> dict[str, int]:
         ModelError: an id that is another token's, or a way to split texts that is not ours.
     """
     config = _side_file(path.with_name(_CONFIG))
-    added = {token.content: index for index, token in config.added_tokens_decoder.items()}
+    added = {string: index for index, string in config.added_tokens_decoder.items()}
     if (file := path.with_name(_ADDED)).is_file():
         added |= read_json(dict[str, int], file, ModelError, _AGAIN)
     size, ids = processor.vocab_size(), list(added.values())
@@ -382,22 +383,19 @@ def _load_huggingface(path: Path) -> HuggingFaceTokenizer:
 
 
 _LOADERS = {".model": _load_sentencepiece, ".json": _load_huggingface}
-_READ = pydantic.ConfigDict(extra="ignore", strict=True)
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=_READ)
-class _Token:
-    content: str
+_Spelling = Annotated[str, BeforeValidator(lambda token: token.get("content") if isinstance(token, dict) else token)]
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=_READ)
+@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="ignore", strict=True))
 class _SideFile:
     """What is read of tokenizer_config.json and special_tokens_map.json."""
 
-    bos_token: str | _Token | None = None
-    eos_token: str | _Token | None = None
-    pad_token: str | _Token | None = None
-    added_tokens_decoder: dict[int, _Token] = field(default_factory=dict)
+    bos_token: _Spelling | None = None
+    eos_token: _Spelling | None = None
+    pad_token: _Spelling | None = None
+    added_tokens_decoder: dict[int, _Spelling] = field(default_factory=dict)
     legacy: bool | None = None
 
 
@@ -414,11 +412,8 @@ def _named_ids(path: Path, tokenizer: Tokenizer) -> dict[str, int]:
     ids = {}
     for file in (path.with_name(_MAP), path.with_name(_CONFIG)):
         side = _side_file(file)
-        for key, token in (("bos", side.bos_token), ("eos", side.eos_token), ("pad", side.pad_token)):
-            string = token.content if isinstance(token, _Token) else token
-            if string is None:
-                continue
-            ids[f"{key}_id"] = index = tokenizer.token_id(string)
-            if index is None:
+        for key, string in (("bos", side.bos_token), ("eos", side.eos_token), ("pad", side.pad_token)):
+            if string is not None and (index := tokenizer.token_id(string)) is None:
                 raise ModelError(f"'{file}': {key}_token '{string}' is no token of '{path.name}'\n  cure: correct it")
+            ids |= {f"{key}_id": index} if string is not None else {}
     return ids
