@@ -12,14 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from steerjax.data.checks import Row, check_text, entries_of, inside, name_of, present, system_of, text_of
-from steerjax.data.conversation import (
-    ROLES,
-    Conversation,
-    Turn,
-    check_names,
-    checked_ratings,
-    checked_turns,
-)
+from steerjax.data.conversation import ROLES, Conversation, Turn, check_names, checked_ratings, checked_turns
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import STEERLM, Attribute, Schema, check_rating, parse_label
 
@@ -144,9 +137,7 @@ def _parse_text(text: str) -> tuple[str, list[Turn]]:
     pieces = [piece.partition("\n") for piece in rendered[2].split(_TURN_START)[1:]] if rendered else []
     speakers = [speaker for speaker, _, _ in pieces]
     if speakers[-1:] != ["Assistant"] or set(speakers) - {"User", "Assistant"}:
-        what = (
-            "does not go from <extra_id_0>System to <extra_id_2>, with turns of User and Assistant, the last one's last"
-        )
+        what = "is no text of the reference, from <extra_id_0>System to <extra_id_2>, that ends with the Assistant"
         cure = "write <extra_id_0>System\\n..\\n<extra_id_1>User\\n..\\n<extra_id_1>Assistant\\n..\\n<extra_id_2>"
         raise DataError(what, field="text", cure=cure)
     return rendered[1], [Turn(name.lower(), text_of({"text": content}, "text")) for name, _, content in pieces]
@@ -177,10 +168,8 @@ def _from_messages(row: Row, schema: Schema) -> Conversation:
     turns = list(conversation.turns)
     last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
     if last is None or turns[last].ratings:
-        what = (
-            "the row has ratings beside its messages, and " + ("no" if last is None else "a rated") + " assistant turn"
-        )
-        raise DataError(what, field="messages", cure="rate the assistant's last turn once")
+        what = "no assistant turn is there that is rated" if last is None else "the last assistant turn is rated twice"
+        raise DataError(what, field="messages", cure="rate the last assistant turn, beside the messages or in it")
     turns[last] = replace(turns[last], ratings=rated)
     return replace(conversation, turns=tuple(turns))
 

@@ -99,9 +99,8 @@ def usable_rows(
                 skipped.append(Skipped(source, line, reason))
                 continue
             usable += 1
-            here = f"{source}:{line}"
-            first = first_of.setdefault(_digest(row.content()), here)
-            if first != here:
+            digest = _digest(row.content())
+            if first := first_of.get(digest):
                 duplicate = Skipped(source, line, f"duplicate of {first}")
                 if on_duplicate == "error":
                     cure = "remove it; or set on_duplicate='keep' (sampled and rated twice) or 'skip'"
@@ -111,6 +110,8 @@ def usable_rows(
                 if on_duplicate == "skip":
                     skipped.append(duplicate)
                     continue
+            else:
+                first_of[digest] = f"{source}:{line}"
             yield row
         if not usable:
             message, bad = "no row in it", skipped[before:]

@@ -75,11 +75,11 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "list of ratings out of range": (helpsteer(helpfulness=[3, 5]), "helpfulness", "rating 5 is outside 0..4"),
     "rating beyond floats": (helpsteer(helpfulness=10**400), "", "too large"),
     # Regression
-    "text without end": (regression(TEXT.removesuffix("<extra_id_2>")), "text", "does not go from"),
-    "text without system": (regression(TEXT.removeprefix(SYSTEM)), "text", "does not go from"),
-    "text without turns": (regression(f"{SYSTEM}<extra_id_2>"), "text", "does not go from"),
-    "text ends with the user": (regression(f"{SYSTEM}{USER}<extra_id_2>"), "text", "does not go from"),
-    "text with unknown role": (regression(TEXT.replace("User", "Human")), "text", "does not go from"),
+    "text without end": (regression(TEXT.removesuffix("<extra_id_2>")), "text", "is no text of the reference"),
+    "text without system": (regression(TEXT.removeprefix(SYSTEM)), "text", "is no text of the reference"),
+    "text without turns": (regression(f"{SYSTEM}<extra_id_2>"), "text", "is no text of the reference"),
+    "text ends with the user": (regression(f"{SYSTEM}{USER}<extra_id_2>"), "text", "is no text of the reference"),
+    "text with unknown role": (regression(TEXT.replace("User", "Human")), "text", "is no text of the reference"),
     "text with an empty turn": (regression(TEXT.replace("\na\n", "\n\n")), "text", "empty"),
     "text with one side twice": (
         regression(f"{SYSTEM}{USER}{USER}{ASSISTANT}<extra_id_2>"),
@@ -201,7 +201,7 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "messages rated twice": (
         {"messages": [{"role": "assistant", "content": "a", "ratings": {"coherence": 1}}], "coherence": 2},
         "messages",
-        "a rated assistant turn",
+        "rated twice",
     ),
     "ShareGPT human twice": (
         sharegpt(("human", "a"), ("human", "b")),

@@ -70,6 +70,11 @@ def test_duplicates_are_kept_or_skipped_as_asked_and_counted(tmp_path):
     assert (len(keeping.conversations), keeping.skipped, keeping.duplicates) == (3, [], 1)
 
 
+def test_a_source_named_twice_is_all_duplicates(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", row(), row("q"))
+    assert load_conversations([path, path], HELPSTEER).duplicates == 2
+
+
 def test_a_source_of_duplicates_alone_is_not_empty(tmp_path):
     path, copy = write_rows(tmp_path / "a.jsonl", row()), write_rows(tmp_path / "b.jsonl", row())
     loaded = load_conversations([path, copy], HELPSTEER, on_duplicate="skip")
