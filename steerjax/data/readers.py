@@ -226,6 +226,7 @@ def _csv_rows(file: IO[bytes]) -> Rows:
         if len(cells) != len(header):
             message = f"{len(cells)} cells under a header of {len(header)}"
             raise DataError(message, line=line, cure="quote cells that contain separators or line breaks")
+    for line, cells in records:
         yield line, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
 
 

@@ -119,7 +119,7 @@ def test_after_a_broken_record_of_csv_nothing_is_read(tmp_path, broken):
     read = []
     with pytest.raises(DataError) as caught:
         read.extend(iter_rows(str(path)))
-    assert [row["prompt"] for _, row in read] in ([], ["good"])
+    assert read == []
     assert caught.value.file == str(path)
     assert caught.value.line >= 3
     assert caught.value.cure
