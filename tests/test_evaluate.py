@@ -14,7 +14,7 @@ from steerjax.evaluate import main
 from steerjax.evaluation.steerability import read_answers
 from steerjax.report.records import read_metrics
 from steerjax.schema import STEERLM
-from steerjax.training.loop import train
+from steerjax.training.train import train
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
 
 SHORT = ("--row-length", "256")
@@ -40,8 +40,8 @@ def run(tmp_path_factory):
     config.train.update(steps=3, plots=False)
     config.optimizer.update(learning_rate=3e-3, warmup_steps=1)
     experiment = resolve(config.to_dict())
-    evaluation = train(experiment, folder / "run")
-    conversations, _ = load_conversations([str(source)], STEERLM)
+    evaluation = train(experiment, folder / "run")["regression"]
+    conversations = load_conversations([str(source)], STEERLM).conversations
     splits = split_by_prompt(conversations, 0.3, experiment.data.split_seed)
     files = [write_rows(folder / f"{name}.jsonl", split) for name, split in zip(("train", "val"), splits, strict=True)]
     return folder / "run", evaluation, *files
@@ -181,6 +181,10 @@ def test_steerability_of_own_attributes(tmp_path, capsys):
     assert metrics["ranges"] == {"warmth": [1, 9], "evidence": [10, 11]}
     assert (tmp_path / "out/steerability_warmth.png").exists()
     assert "told from the answers: warmth 1 to 9" in capsys.readouterr().out
+    rows[4]["generation"]["attributes"] = {"quality": 7}
+    source = write_rows(tmp_path / "answers.jsonl", rows)
+    message = refusal("--suite", "steerability", "--input", source, "--output", tmp_path / "x", "--schema", "oasst")
+    assert f"{source}:5: field 'quality': 7 was asked for, outside 0..4" in message
 
 
 def test_help_of_a_suite(capsys):

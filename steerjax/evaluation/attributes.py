@@ -6,6 +6,7 @@ The output holds metrics.json, report.md, plots, predictions.jsonl and, where ro
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def run(options: argparse.Namespace) -> dict:
     Raises:
         SteerjaxError: a model or data that do not fit.
     """
-    from steerjax.data.loading import write_skipped
+    from steerjax.data.loading import load_conversations, write_skipped
     from steerjax.inference.scorer import predict, reading_schema
     from steerjax.report.page import format_table, write_report
     from steerjax.report.plots import require_matplotlib
@@ -45,18 +46,20 @@ def run(options: argparse.Namespace) -> dict:
 
     require_matplotlib()
     scorer = open_scorer(options.model, options)
-    names, schema = scorer.schema.names, reading_schema(scorer.schema)
-    conversations, skipped = _load(options.data, schema, options)
+    names = scorer.schema.names
+    load = functools.partial(
+        load_conversations, schema=reading_schema(scorer.schema), format=options.format, on_bad_row=options.on_bad_row
+    )
+    loaded = load(options.data)
+    conversations, skipped = loaded.conversations, loaded.skipped
+    train = load(options.train_data).conversations if options.train_data else []
     turns = [_rated_turns(conversation, names) for conversation in conversations]
     examples, predicted = predict(scorer, conversations, turns, skipped, skip=options.on_bad_row == "skip")
     if not examples:
         raise DataError("no rated response to evaluate", file=options.data[0], cure=f"rate {' or '.join(names)}")
-    train = _load(options.train_data, schema, options)[0] if options.train_data else []
     trained = [(conversation, turn) for conversation in train for turn in _rated_turns(conversation, names)]
-    result = evaluate_predictions(
-        scorer.schema, predicted, *_ratings(examples, names), _lengths(examples), [c.id for c, _ in examples],
-        *_ratings(trained, names), _lengths(trained),
-    )  # fmt: skip
+    ids = [conversation.id for conversation, _ in examples]
+    result = evaluate_predictions(scorer.schema, predicted, *_arrays(examples, names), ids, *_arrays(trained, names))
     summary = {
         "model": str(scorer.description.path),
         "data": ", ".join(options.data),
@@ -78,29 +81,15 @@ def run(options: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def _load(sources: Sequence[str], schema, options):
-    from steerjax.data.loading import load_conversations
-
-    # The same answer with the same ratings twice is two samples of one model (HelpSteer has such rows).
-    return load_conversations(
-        sources, schema, format=options.format, on_bad_row=options.on_bad_row, on_duplicate="keep"
-    )  # fmt: skip
-
-
 def _rated_turns(conversation: Conversation, names: Sequence[str]) -> list[int]:
     """Turns with a rating of one of the attributes."""
     return [i for i, turn in enumerate(conversation.turns) if any(name in (turn.ratings or {}) for name in names)]
 
 
-def _ratings(examples: Sequence[Example], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Human ratings [E, A], NaN where missing, and where they are."""
+def _arrays(examples: Sequence[Example], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Human ratings [E, A], NaN where missing, where they are, and the characters of each response."""
     import numpy as np
 
-    rated = [conversation.turns[turn].ratings for conversation, turn in examples]
-    values = np.array([[ratings.get(name, np.nan) for name in names] for ratings in rated]).reshape(-1, len(names))
-    return values, ~np.isnan(values)
-
-
-def _lengths(examples: Sequence[Example]) -> list[int]:
-    """Characters of each response."""
-    return [len(conversation.turns[turn].content) for conversation, turn in examples]
+    rated = [conversation.turns[turn] for conversation, turn in examples]
+    values = np.array([[turn.ratings.get(name, np.nan) for name in names] for turn in rated]).reshape(-1, len(names))
+    return values, ~np.isnan(values), [len(turn.content) for turn in rated]

@@ -81,6 +81,12 @@ def run(options: argparse.Namespace) -> dict:
     if not any(answer.requested for answer in answers):
         raise DataError("no answer to a request", file=options.input, cure="give what generate wrote")
     schema = requested_schema(answers, known)
+    for answer in answers:
+        for name, value in answer.requested.items():
+            if not schema[name].low <= value <= schema[name].high:
+                message = f"{value:g} was asked for, outside {schema[name].low:g}..{schema[name].high:g}"
+                cure = "name the model that answered with --model, or its preset with --schema"
+                raise DataError(message, file=options.input, line=answer.conversation.line, field=name, cure=cure)
     result = steerability(answers, schema)
     options.output.mkdir(parents=True, exist_ok=True)
     for attribute in schema.attributes:
@@ -197,26 +203,33 @@ def steerability(answers: Sequence[Steered], schema: Schema, seed: int = 0) -> d
         the attributes that it counts.
     """
     attributes = {}
-    for attribute in schema.attributes:
-        asked = [answer for answer in answers if attribute.name in answer.requested]
+    exact = np.full((len(answers), len(schema)), np.nan)  # is the rounded prediction the request
+    for a, attribute in enumerate(schema.attributes):
+        asked = [i for i, answer in enumerate(answers) if attribute.name in answer.requested]
         if not asked:
             continue
-        requested, measured = _measured(asked, attribute.name)
-        exact = [
-            math.nan if math.isnan(p) else float(round_rating(p, attribute) == round_rating(r, attribute))
+        requested, measured = _measured([answers[i] for i in asked], attribute.name)
+        exact[asked, a] = [
+            math.nan if math.isnan(p) else round_rating(p, attribute) == round_rating(r, attribute)
             for p, r in zip(measured[PREDICTED], requested, strict=True)
         ]
-        prompts = [answer.prompt for answer in asked]
-        levels = np.unique(requested)
+        prompts, levels = [answers[i].prompt for i in asked], np.unique(requested)
         attributes[attribute.name] = {
             "values": [
                 {"requested": float(level), "n": int((requested == level).sum())}
-                | {key: _mean(x[requested == level]) for key, x in (measured | {"exact": np.array(exact)}).items()}
+                | {key: _mean(x[requested == level]) for key, x in (measured | {"exact": exact[asked, a]}).items()}
                 for level in levels
             ],
             "trends": {k: trend(requested, x, prompts, seed) for k, x in measured.items()} if len(levels) > 1 else {},
         }
-    return {"answers": len(answers), "attributes": attributes, "distance": _distance(answers, schema)}
+    rated = ~np.isnan(exact)
+    differing = (exact == 0).sum(1)[rated.any(1)]
+    distance = {
+        "mean": _mean(differing),
+        "n": len(differing),
+        "attributes": [name for name, some in zip(schema.names, rated.any(0), strict=True) if some],
+    }
+    return {"answers": len(answers), "attributes": attributes, "distance": distance}
 
 
 def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[str], seed: int) -> dict:
@@ -228,7 +241,7 @@ def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[str], s
         requested, measured: [n]; answers with a NaN are left out.
 
     Returns:
-        `n`, `spearman` and `p`; the last two None where either side is constant.
+        `n`; `spearman` and `p`, None where either side is constant.
     """
     seen = ~np.isnan(measured)
     x, y = requested[seen], measured[seen]
@@ -272,11 +285,7 @@ def format_steerability(result: Mapping) -> str:
 
 
 def plot_steerability(answers: Sequence[Steered], attribute: Attribute, path: str | Path) -> None:
-    """Characters, and where there are predictions the predicted rating, against the requested rating.
-
-    Raises:
-        SteerjaxError: matplotlib is missing.
-    """
+    """Characters, and where there are predictions the predicted rating, against the requested rating."""
     name = attribute.name
     requested, measured = _measured([answer for answer in answers if name in answer.requested], name)
     labels = {CHARACTERS: ("length of the answer", "characters"), PREDICTED: (f"predicted {name}", "rating")}
@@ -298,23 +307,6 @@ def _measured(answers: Sequence[Steered], name: str) -> tuple[np.ndarray, dict[s
         CHARACTERS: np.array([len(answer.text) for answer in answers], np.float64),
         WORDS: np.array([len(answer.text.split()) for answer in answers], np.float64),
         PREDICTED: np.array([answer.predicted.get(name, math.nan) for answer in answers], np.float64),
-    }
-
-
-def _distance(answers: Sequence[Steered], schema: Schema) -> dict:
-    counts, names = [], set()
-    for answer in answers:
-        both = [a for a in schema.attributes if a.name in answer.requested and a.name in answer.predicted]
-        names |= {a.name for a in both}
-        if both:
-            pairs = [
-                (round_rating(answer.predicted[a.name], a), round_rating(answer.requested[a.name], a)) for a in both
-            ]
-            counts.append(sum(one != other for one, other in pairs))
-    return {
-        "mean": float(np.mean(counts)) if counts else None,
-        "n": len(counts),
-        "attributes": [name for name in schema.names if name in names],
     }
 
 
