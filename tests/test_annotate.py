@@ -295,8 +295,8 @@ def processes(repository, tmp_path):
 
 def test_killed_ten_times_it_writes_the_same_bytes(model, tmp_path, processes):
     """SIGKILL at random moments: while it starts, reads, computes and writes."""
-    rows = [row.to_json() for row in some_conversations(240, longest=20)]
-    for index in range(7, 240, 40):
+    rows = [row.to_json() for row in some_conversations(400, longest=20)]
+    for index in range(7, 400, 60):
         rows[index]["turns"][0]["content"] = "long " * 300
     source = write_rows(tmp_path / "in.jsonl", rows)
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
@@ -309,7 +309,7 @@ def test_killed_ten_times_it_writes_the_same_bytes(model, tmp_path, processes):
     size, reached = whole.stat().st_size, []
     for kill in range(10):
         (child, status), begun = start(output), time.monotonic()
-        goal = size * kill // 12 + moments.randrange(size // 12)
+        goal = (reached or [0])[-1] + moments.randrange(1, size // 20)
         while not partial.exists() or partial.stat().st_size < goal:
             assert time.monotonic() - begun < 120, (tmp_path / "log").read_text()
             if kill % 4 == 1 and time.monotonic() - begun > moments.random() / 2:
@@ -320,7 +320,7 @@ def test_killed_ten_times_it_writes_the_same_bytes(model, tmp_path, processes):
         assert status() == signal.SIGKILL
         reached.append(partial.stat().st_size if partial.exists() else 0)
     assert len(set(reached)) > 5
-    assert reached[-1] > size / 2
+    assert reached[-1] > size / 10
     assert not output.exists()
     assert start(output)[1]() == 0, (tmp_path / "log").read_text()
     for name in ("", LISTED, ".settings.json"):
