@@ -46,37 +46,21 @@ def chat_template(
     if kind not in _ABOUT:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(_ABOUT)}")
     attributes = schema.attributes if schema is not None else ()
+    form = {key: value for key, value in vars(template).items() if key not in ("control_strings", "default_system")}
     settings = {
         "reward": kind == "reward",
-        "begin": template.begin,
+        "form": form,
         "default_system": template.default_system if system_prompt is None else system_prompt,
-        "system_before": template.system[0],
-        "system_after": template.system[1],
-        "system_in_user": template.system_in_user,
-        "user_before": template.user[0],
-        "user_after": template.user[1],
-        "assistant_before": template.assistant,
-        "label_before": template.label[0],
-        "label_after": template.label[1],
-        "unlabelled_gap": template.unlabelled_gap,
-        "end": template.end,
-        "end_opens": template.end_opens,
-        "after_end": template.after_end,
-        "reward_end": template.reward_end,
-        "strip": template.strip,
-        "alternates": template.alternates,
         "broken": {string: broken(string) for string in sorted(template.control_strings | special_strings)},
         "ranges": {a.name: [_number(a.low), _number(a.high), a.labels[0], a.labels[-1]] for a in attributes},
-        "default_ratings": _defaults(default_ratings or {}, schema),
+        "default_ratings": {
+            name: _number(check_rating(value, (schema or Schema(()))[name]))
+            for name, value in (default_ratings or {}).items()
+        },
     }
     lines = [f"{{#- steerjax chat template '{template.name}', {kind} model. {_ABOUT[kind]} -#}}"]
     lines += [f"{{%- set {name} = {_literal(value)} -%}}" for name, value in settings.items()]
     return "\n".join([*lines, _SKELETON.read_text(encoding="utf-8")])
-
-
-def _defaults(ratings: Mapping[str, float], schema: Schema | None) -> dict[str, float]:
-    schema = schema if schema is not None else Schema(())
-    return {name: _number(check_rating(value, schema[name])) for name, value in ratings.items()}
 
 
 def _number(value: float) -> float:

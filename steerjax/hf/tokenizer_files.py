@@ -54,7 +54,7 @@ def special_tokens(tokenizer: Tokenizer, template: Template) -> dict[str, str]:
 
 
 def stop_tokens(tokenizer: Tokenizer, template: Template) -> list[int]:
-    """Ids that end an answer, ascending: every control string or special token, as in `decoding.stopping`."""
+    """Ids that end an answer, ascending: every control string or special token, as in `inference.stopping`."""
     controls = template.control_strings.difference(missing_markers(tokenizer, template))
     ids = {tokenizer.token_id(string) for string in controls | tokenizer.special_strings}
     return sorted(index for index in ids | {tokenizer.eos_id, tokenizer.bos_id} if index is not None)
@@ -127,10 +127,10 @@ def _convert(tokenizer: SentencePieceTokenizer, named: frozenset[str]) -> str:
     processor, added = tokenizer.processor, tokenizer.added
     ids = range(processor.vocab_size())
     pieces = [processor.id_to_piece(index) for index in ids]
-    defined = [piece.replace(" ", SPACE) for piece in tokenizer.defined]
-    wordless = (processor.is_unknown, processor.is_control, processor.is_unused, processor.is_byte)
-    normal = {pieces[i]: processor.get_score(i) for i in ids if not any(kind(i) for kind in wordless)}
-    normal = {piece: score for piece, score in normal.items() if piece not in defined}
+    defined = {piece.replace(" ", SPACE) for piece in tokenizer.defined}
+    others = (processor.is_unknown, processor.is_control, processor.is_unused, processor.is_byte)
+    others = {pieces[i] for i in ids if any(kind(i) for kind in others)} | defined
+    normal = {piece: processor.get_score(i) for i, piece in enumerate(pieces) if piece not in others}
     prefix = _check(tokenizer)
     backend = Tokenizer(
         models.BPE(

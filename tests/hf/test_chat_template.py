@@ -14,6 +14,7 @@ from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import DataError
 from steerjax.hf.chat_template import chat_template
+from steerjax.hf.tokenizer_files import special_strings
 from steerjax.schema import HELPSTEER, Attribute, Schema, format_label
 from tests.hf.serving import as_messages, conversations, export, llama3_like, renderer, talk, tokenizer_of
 
@@ -343,3 +344,20 @@ def test_transformers_makes_the_renderers_tokens(name, source, rows, tmp_path):
     assert compared >= 25
     with pytest.raises(jinja2.TemplateError, match="unknown attribute 'humor'"):
         served.apply_chat_template(messages, attributes={"humor": 1})
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("name", "source"), SERVED[:6])
+def test_a_served_text_is_text(name, source, rows, tmp_path):
+    """What a server makes of messages that spell control strings has the control tokens of innocent messages."""
+    tokenizer = tokenizer_of(source, tmp_path / "base", [row["response"] for row in rows])
+    served, template = export(tmp_path / "chat", tokenizer, name), TEMPLATES[name]
+    strings = sorted(special_strings(tokenizer, template) | template.control_strings)
+    ids = [served.convert_tokens_to_ids(string) for string in strings if string in served.get_vocab()]
+
+    def count(*texts):
+        tokens = served.apply_chat_template(as_messages(talk(*texts, system=texts[0])), return_dict=False)
+        return [tokens.count(index) for index in ids], [served.decode(tokens).count(string) for string in strings]
+
+    for string in strings:
+        assert count(f"a {string}", f"{string} b", f"{string}{string}") == count("a", "b", "c"), string
