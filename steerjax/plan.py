@@ -6,19 +6,20 @@ one does. No data and no weights are read. A config with model.vocab_size is pla
 source's config.json is read. Exit status: 0 if it fits as it is, 1 if only with changes or not at all, 2 on an error.
 
 TOPOLOGY is v5e:4x4, v5p:4x4x8, v6e:4x4 (chips along each axis of the slice) or h100:1x8 (nodes x GPUs).
-The command sets environment variables before it loads jax: JAX_PLATFORMS=cpu, TPU_SKIP_MDS_QUERY=1 and others for a
-TPU; JAX_PLATFORMS= and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 for a GPU.
+The command sets environment variables before jax looks for devices: JAX_PLATFORMS=cpu, TPU_SKIP_MDS_QUERY=1 and others
+for a TPU; JAX_PLATFORMS= and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 for a GPU.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from steerjax.command import run_experiment
+from steerjax.flags import run_experiment
 
 
 def main(experiment, topology_name: str, search: bool, text: str | None) -> int:
@@ -27,6 +28,10 @@ def main(experiment, topology_name: str, search: bool, text: str | None) -> int:
 
     topology = parse_topology(topology_name)
     prepare_environment(topology)
+
+    import jax
+
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"] or None)  # jax was loaded with the recipe
 
     from steerjax.planning.compile import compile_step, plannable
     from steerjax.planning.fit import find_cure

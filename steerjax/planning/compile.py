@@ -9,15 +9,14 @@ from dataclasses import dataclass, replace
 
 import jax
 
+from steerjax.chat.config import make_renderer
 from steerjax.chat.tokenizer import load_tokenizer
-from steerjax.config import Experiment
 from steerjax.errors import ConfigError
-from steerjax.models.flops import training_flops
 from steerjax.parallel.mesh import AXES, make_mesh, mesh_shape
 from steerjax.planning.hlo import Collective, collectives
-from steerjax.schema import SCHEMAS
-from steerjax.training.input import check_batch
-from steerjax.training.loop import TASKS, Run
+from steerjax.training.config import Experiment
+from steerjax.training.input import check_batch, make_feeder
+from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import with_source
 
 
@@ -46,7 +45,7 @@ class Compiled:
     Attributes:
         seconds: compile time.
         parameters: of the model.
-        flops: model FLOPs of a step whose rows are full, each with one segment.
+        flops: model FLOPs of a step whose rows are full, each with one text.
         tokens: a step.
         attention: the back end that was chosen for the machine.
         used: bytes on one device. Where that is more than the device has, there is no `memory` and no `text`.
@@ -97,33 +96,35 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device]) -> Compi
         ConfigError: a batch or a parameter that the mesh does not divide.
     """
     e = experiment
-    mesh = make_mesh(e.mesh, list(devices))
-    task = TASKS[e.task].without_data(e, SCHEMAS[e.data.schema], mesh)
-    check_batch(e.batch, task.evaluation_rows, mesh)
-    run = Run(e, task, mesh)
+    mesh, schema = make_mesh(e.mesh, list(devices)), e.data.make_schema()
+    check_batch(e.batch, mesh)
+    # Objectives see no row, so any tokenizer does; the embedded one is always there.
+    renderer = make_renderer(replace(e.chat, tokenizer="embedded"), schema)
+    objectives = make_objectives(e, schema, renderer)
+    feed = make_feeder((), objectives, e.batch.row_length, mesh, e.batch.micro_batches)
+    program = Program(e, schema, objectives, mesh, feed, e.train.steps)
     tokens = e.batch.rows * e.batch.row_length
-    pairs = tokens * (e.batch.row_length + 1) // 2
-    flops = training_flops(e.model, tokens, pairs, task.head_outputs(tokens, e.batch.rows), e.optimizer.frozen_layers)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.whole))
+    flops = program.flops(tokens, tokens * (e.batch.row_length + 1) // 2, e.batch.rows)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(program.whole))
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        lowered = run.train_step.lower(run.abstract, task.feed.abstract(e.batch.rows))
+        lowered = program.train_step.lower(program.abstract, feed.abstract(e.batch.rows))
         try:
-            program = lowered.compile()
+            compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            program, used = None, used_bytes(error)
+            compiled, used = None, used_bytes(error)
     seconds = time.perf_counter() - start
-    facts = (seconds, parameters, flops, tokens, task.model.compute.attention)
-    if program is None:
+    facts = (seconds, parameters, flops, tokens, program.attention.name)
+    if compiled is None:
         return Compiled(*facts, None, used, "", ())
-    memory, text = _memory(program.memory_analysis()), _text(program)
+    memory, text = _memory(compiled.memory_analysis()), _text(compiled)
     return Compiled(*facts, memory, memory.peak, text, tuple(collectives(text, mesh.size)) if text else ())
 
 
-def _text(program) -> str:
+def _text(compiled) -> str:
     """The compiled program's text; "" where XLA cannot print what it compiled (libtpu 0.0.52: an INTERNAL error)."""
     try:
-        return program.as_text()
+        return compiled.as_text()
     except jax.errors.JaxRuntimeError as error:
         if "INTERNAL" not in str(error):
             raise

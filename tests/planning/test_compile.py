@@ -12,27 +12,33 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from steerjax.config import BatchConfig, ComputeConfig, Experiment, MeshConfig, ModelConfig
+from steerjax.config import resolve
 from steerjax.errors import ConfigError
+from steerjax.models.config import ModelConfig
+from steerjax.parallel.mesh import MeshConfig
 from steerjax.planning.compile import compile_step, plannable, used_bytes
 from steerjax.planning.hlo import collectives, shapes
 from steerjax.planning.roofline import roofline
 from steerjax.planning.topology import parse_topology
+from steerjax.training.config import Experiment
 
 VOCABULARY, WIDTH = 1136, 48  # numbers that no other dimension has
-MODEL = ModelConfig(
-    vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=112, num_layers=2, num_heads=4, num_kv_heads=2,
-    tie_word_embeddings=False,
-)  # fmt: skip
-TINY = Experiment(
-    model=MODEL,
-    batch=BatchConfig(rows=8, row_length=256, responses_per_row=8),
-    compute=ComputeConfig(remat="full", unroll=1, attention="chunked", attention_chunk=128, loss_chunk=32),
-)
+GROUPS = {
+    "model": {
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 112, "num_layers": 2, "num_heads": 4,
+        "num_kv_heads": 2, "tie_word_embeddings": False,
+    },
+    "batch": {"rows": 8, "row_length": 256},
+    "compute": {
+        "remat": "full", "unroll": 1, "attention": "chunked", "attention_chunk": 128, "loss_chunk": 32,
+    },
+}  # fmt: skip
+TINY = resolve(GROUPS)
+MODEL = TINY.model
 
 
-def tiny(mesh: tuple[int, ...], **changes) -> Experiment:
-    return plannable(replace(TINY, mesh=MeshConfig(*mesh), **changes), 8)
+def tiny(mesh: tuple[int, ...], experiment: Experiment = TINY, **changes) -> Experiment:
+    return plannable(replace(experiment, mesh=MeshConfig(*mesh), **changes), 8)
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)], ids=str)
@@ -49,7 +55,7 @@ def test_a_reward_model_gathers_layers_and_never_the_table(mesh):
 
 
 def test_a_chat_model_never_holds_the_logits_of_a_row():
-    compiled = compile_step(tiny((2, 2, 2, 1), task="sft"), jax.devices())
+    compiled = compile_step(tiny((2, 2, 2, 1), resolve(GROUPS | {"objectives": ("sft",)})), jax.devices())
     logits = [s for s in shapes(compiled.text) if VOCABULARY // 2 in s or VOCABULARY in s]
     chunk = 2 * 32 * VOCABULARY  # rows of a device, tokens of a chunk
     head = WIDTH * VOCABULARY // 2  # its kernel, gathered over fsdp and cut over tensor
