@@ -66,3 +66,9 @@ def test_what_is_shown_stays(template):
         shown = max(shown, ready, key=len)
     assert len(shown) > 10
     assert np.isin(stops.tokens, np.arange(TOKENIZER.vocab_size)).all()
+
+
+def test_an_id_that_spells_nothing():
+    """An embedding may have more rows than its tokenizer has tokens, and any of them may be drawn."""
+    tokens = [*ids("hi", EXTRA_ID), TOKENIZER.vocab_size, TOKENIZER.vocab_size + 1000]
+    assert Stops(TOKENIZER, EXTRA_ID).find(tokens) == ("hi", False)
