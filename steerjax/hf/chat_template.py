@@ -8,7 +8,7 @@ from pathlib import Path
 
 from steerjax.chat import render
 from steerjax.chat.templates import Template
-from steerjax.chat.tokenizer import broken
+from steerjax.chat.tokenizer import WORD_JOINER, broken
 from steerjax.schema import Schema, check_rating
 
 _SKELETON = Path(render.__file__).with_name("chat_template.jinja")
@@ -69,4 +69,5 @@ def _number(value: float) -> float:
 
 def _literal(value: object) -> str:
     """A Jinja literal. Jinja reads strings as Python does, which has all of JSON's escapes but surrogate pairs."""
-    return "none" if value is None else json.dumps(value, ensure_ascii=False)
+    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
+    return text.replace(WORD_JOINER, "\\u2060")  # which no reader would see
