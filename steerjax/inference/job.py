@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import fcntl
 import json
 import math
@@ -43,7 +42,7 @@ def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
 
 
 def carried(value: Any, key: str = "") -> Any:
-    """A value of a row that is passed through, as JSON can carry it: NaN (a table's gap) is null, a date is text.
+    """A value of a row that is passed through, as JSON can carry it: NaN, a table's gap, is null.
 
     Raises:
         DataError: bytes, an infinite number or the like; names the key.
@@ -52,8 +51,6 @@ def carried(value: Any, key: str = "") -> Any:
         return {name: carried(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [carried(inner, f"{key}[{index}]") for index, inner in enumerate(value)]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
     if isinstance(value, float) and math.isnan(value):
         return None
     if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):

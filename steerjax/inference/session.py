@@ -73,15 +73,16 @@ class Session:
         self.settings = swept(base, [parse_sweep(text, self.schema) for text in o.sweep])
         self.combinations: list[dict] = []
         if o.combinations:
-            rated = load_conversations([o.combinations], self.schema, format=o.format, on_bad_row=o.on_bad_row)
+            rated = load_conversations([o.combinations], self.schema, on_bad_row=o.on_bad_row)
             self.combinations = top_combinations(rated.conversations, self.schema, o.quality)
         self.backend = self._server() if o.server else self._local()
 
     def answer_prompt(self, prompt: str) -> None:
         """Prints the answer as it comes, or, of several, each with its length."""
-        samples = self.options.samples
-        check_text(prompt, "--prompt")
-        conversation = Conversation((Turn("user", prompt),), self.options.system, id="--prompt")
+        samples, system = self.options.samples, self.options.system
+        for text, option in ((prompt, "--prompt"), (system or "", "--system")):
+            check_text(text, option)
+        conversation = Conversation((Turn("user", prompt),), system, id="--prompt")
         request = self.backend.prepare(conversation, self.settings, samples, self.schema)
         if len(self.settings) * samples == 1:
             for piece in self.backend.stream(request):
@@ -112,14 +113,12 @@ class Session:
         with ResumableOutput(output, self._job()) as file:
             if skipped:
                 write_skipped(skipped_path(output), skipped)
-            bar = tqdm(total=total, initial=file.done, unit="row", disable=None)
-            if not file.finished:
+            with tqdm(total=total, initial=file.done, unit="row", disable=None) as bar:
                 for index, answers in self.backend.run([task.request for task in tasks], file.done // each):
                     for place, row in enumerate(self._rows(tasks[index], answers)):
                         file.put(index * each + place, row)
                     bar.update(file.done - bar.n)
-                file.finish(total)
-            bar.close()
+            file.finish(total)
         print(summary(output))
         if skipped:
             print(f"skipped {len(skipped)} rows, listed in {skipped_path(output)}")
@@ -169,7 +168,7 @@ class Session:
             "command": "generate", "input": file_hashes([o.input])[o.input], "model": self.backend.model,
             "format": o.format, "settings": self.settings, "combinations": self.combinations, "samples": o.samples,
             "sampling": asdict(self.sampling), "system": o.system, "template": o.template, "dtype": o.dtype,
-            "replace_answer": o.replace_answer, "on_bad_row": o.on_bad_row,
+            "replace_answer": o.replace_answer,
         }  # fmt: skip
 
     def _schema(self) -> Schema:
