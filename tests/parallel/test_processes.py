@@ -20,7 +20,7 @@ from steerjax.errors import TrainingError
 from steerjax.parallel import processes
 from steerjax.parallel.processes import ALONE, Processes, connect
 from steerjax.report.records import read_metrics
-from steerjax.training import loop
+from steerjax.training import train as training
 
 slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
 STEPS = 8
@@ -62,9 +62,9 @@ def train_alone(recipe: Path, workdir: Path, **train) -> None:
     config = namespace["get_config"]()
     config.train.update(train)
     with pytest.MonkeyPatch.context() as patch:
-        make_mesh = loop.make_mesh
-        patch.setattr(loop, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
-        loop.train(resolve(config.to_dict()), workdir)
+        make_mesh = training.make_mesh
+        patch.setattr(training, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
+        training.train(resolve(config.to_dict()), workdir)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.processes import Processes, connect
+from steerjax.parallel.rules import partition_spec
 
 
 class Rows(NamedTuple):
@@ -31,7 +33,7 @@ def train(processes: Processes, recipe: str, workdir: str, *meshes: str) -> None
     """
     from steerjax.config import resolve
     from steerjax.data.batch import BatchPlan
-    from steerjax.training import loop
+    from steerjax.training import train as training
 
     wrote = []
 
@@ -58,23 +60,24 @@ def train(processes: Processes, recipe: str, workdir: str, *meshes: str) -> None
     for mesh in meshes:
         config = module.get_config()
         config.mesh.update({"data": 1} | {a: int(n) for a, n in (axis.split("=") for axis in mesh.split(","))})
-        loop.train(resolve(config.to_dict()), Path(workdir) / mesh, processes)
+        training.train(resolve(config.to_dict()), Path(workdir) / mesh, processes)
     print("wrote", wrote, flush=True)
 
 
 def feed(processes: Processes) -> None:
     """Which of eight rows this process builds for a batch over all devices, and barriers that all come to."""
-    from steerjax.training.input import Feeder
+    from steerjax.data.batch import Feeder
 
-    built = []
+    class Build:
+        row_length, built = 4, []
 
-    def build(row):
-        built.extend(row)
-        return Rows(np.full(4, sum(row), np.int32))
+        def __call__(self, row):
+            self.built.extend(row)
+            return Rows(np.full(4, sum(row), np.int32))
 
-    mesh = make_mesh(MeshConfig())
-    batch = Feeder(build, Rows((None, "batch", "length")), 1, mesh)([(i,) for i in range(8)])
-    print("built", sorted(built), int(jax.jit(lambda x: x.sum())(batch.tokens)), flush=True)
+    mesh, build = make_mesh(MeshConfig()), Build()
+    batch = Feeder(build, lambda axes: NamedSharding(mesh, partition_spec(axes)))([(i,) for i in range(8)])
+    print("built", sorted(build.built), int(jax.jit(lambda x: x.sum())(batch.tokens)), flush=True)
     for _ in range(2):
         processes.barrier("again")
         processes.agree("same", {"a": {"b": 1}, "c": None})
