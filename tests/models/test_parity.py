@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import meta
 
-from steerjax.models.attention.mask import Layout
+from steerjax.models.attention import Cache
 from steerjax.models.config import LlamaConfig, RopeScaling
 from steerjax.models.llama import CausalLM, Compute
-from steerjax.models.reward_head import RewardInputs, RewardModel
+from steerjax.models.reward import RewardModel
 
 pytestmark = pytest.mark.parity
 
@@ -95,8 +96,8 @@ def from_torch(module, config: LlamaConfig) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("chunk", [8, 256])
-def test_logits_equal_transformers(name, chunk):
+@pytest.mark.parametrize(("attention", "chunk"), [("chunked", 8), ("chunked", 256), ("blockwise", 8)])
+def test_logits_equal_transformers(name, attention, chunk):
     import torch
     from transformers import LlamaForCausalLM
 
@@ -113,14 +114,19 @@ def test_logits_equal_transformers(name, chunk):
     positions = np.arange(24)[None].repeat(2, 0) + start
     with torch.no_grad():
         expected = theirs(input_ids=torch.tensor(tokens), position_ids=torch.tensor(positions)).logits.numpy()
-    layout = Layout(jnp.ones((2, 24), jnp.int32), jnp.zeros((2, 24), jnp.int32))
-    logits = CausalLM(config, Compute(chunk=chunk)).apply({"params": params}, tokens, positions, layout)
+    module = CausalLM(config, Compute(attention=attention, chunk=chunk))
+    logits = module.apply({"params": params}, tokens, positions, np.full((2, 24), 24))
     assert np.abs(expected).max() > 0.5  # the comparison is of something
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("readout", ["last"])
-def test_rewards_equal_sequence_classification(readout):
+def until_of(lengths, row_length: int) -> np.ndarray:
+    """One text a row, then padding that sees itself."""
+    places = np.arange(row_length)[None]
+    return np.where(places < lengths[:, None], lengths[:, None], places + 1).astype(np.int32)
+
+
+def test_rewards_equal_sequence_classification():
     """Right padding, rows of different length, five labels."""
     import torch
     from transformers import LlamaForSequenceClassification
@@ -137,28 +143,73 @@ def test_rewards_equal_sequence_classification(readout):
     tokens = np.where(real, tokens, 0)
     with torch.no_grad():
         expected = theirs(torch.tensor(tokens), attention_mask=torch.tensor(real.astype(int))).logits.numpy()
-    layout = Layout(jnp.asarray(real, jnp.int32), jnp.zeros((3, 24), jnp.int32))
-    inputs = RewardInputs(jnp.asarray(tokens), jnp.arange(24)[None].repeat(3, 0), layout, lengths[:, None] - 1)
-    rewards = RewardModel(config, 5, readout=readout).apply({"params": params}, inputs)
-    np.testing.assert_allclose(rewards[:, 0], expected, atol=1e-4, rtol=0)
+    positions = np.arange(24)[None].repeat(3, 0)
+    rewards = RewardModel(config, 5).apply({"params": params}, tokens, positions, until_of(lengths, 24))
+    np.testing.assert_allclose(rewards[np.arange(3), lengths - 1], expected, atol=1e-4, rtol=0)
+
+
+REWARD = LlamaConfig(**BASE | {"num_layers": 3}, num_kv_heads=2)
+ROWS = np.random.default_rng(2).integers(0, REWARD.vocab_size, (2, 16)), np.arange(16)[None].repeat(2, 0)
+
+
+def initialized(model) -> dict:
+    return meta.unbox(model.init(jax.random.key(0), method="initialize")["params"])
+
+
+def gradients(model, params, **options):
+    """Of a sum over the hidden states where two texts end; `options` are of `hidden`."""
+
+    def loss(params):
+        until = until_of(np.array([16, 9]), 16)
+        hidden = model.apply({"params": params}, *ROWS, until, method="hidden", **options)
+        return jnp.square(model.apply({"params": params}, hidden, method="head")[[0, 1], [15, 8]]).sum()
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+def assert_close(actual, expected):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected)
 
 
 def test_remat_and_unroll_change_nothing():
     """Loss and gradients are the same for every remat policy and unroll."""
-    config = LlamaConfig(**BASE | {"num_layers": 3})
-    tokens = np.random.default_rng(2).integers(0, config.vocab_size, (1, 16))
-    layout = Layout(jnp.ones((1, 16), jnp.int32), jnp.zeros((1, 16), jnp.int32))
-    inputs = RewardInputs(jnp.asarray(tokens), jnp.arange(16)[None], layout, jnp.array([[15]]))
-
-    def gradients(**options):
-        model = RewardModel(config, 2, compute=Compute(**options))
-        params = jax.tree.map(
-            lambda x: x.unbox() if hasattr(x, "unbox") else x,
-            model.init(jax.random.key(0), inputs)["params"],
-            is_leaf=lambda x: hasattr(x, "unbox"),
-        )
-        return jax.grad(lambda p: jnp.square(model.apply({"params": p}, inputs)).sum())(params)
-
-    plain = gradients()
+    params = initialized(RewardModel(REWARD, 2))
+    plain = gradients(RewardModel(REWARD, 2), params)
     for options in ({"remat": "full"}, {"remat": "dots"}, {"unroll": 3}, {"unroll": 2, "remat": "full"}):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, gradients(**options))
+        assert_close(gradients(RewardModel(REWARD, 2, compute=Compute(**options)), params), plain)
+
+
+@pytest.mark.parametrize("frozen", [1, 2, 3])
+def test_frozen_layers_get_no_gradient_and_the_rest_the_same(frozen):
+    model = RewardModel(REWARD, 2)
+    params = initialized(model)
+    plain, found = gradients(model, params), gradients(model, params, frozen=frozen)
+    assert not np.any(found["llama"].pop("embedding"))
+    del plain["llama"]["embedding"]
+    for leaf in jax.tree.leaves(found["llama"]["layers"]):
+        assert not np.any(leaf[:frozen])
+    upper = jax.tree.map(lambda x: x[frozen:], (found["llama"].pop("layers"), plain["llama"].pop("layers")))
+    assert_close(*upper)
+    assert_close(found, plain)
+    # And from the states that the frozen layers gave.
+    until = until_of(np.array([16, 9]), 16)
+    states = model.apply({"params": params}, *ROWS, until, frozen, method="frozen_states")
+    known = gradients(model, params, frozen=frozen, states=states)
+    assert_close(jax.tree.map(lambda x: x[frozen:], known["llama"].pop("layers")), upper[0])
+
+
+def test_extending_a_cache_equals_one_forward():
+    """In pieces of 5, 1 and 10 tokens, each after the keys and values of those before."""
+    model = CausalLM(REWARD)
+    params, (tokens, positions) = initialized(model), ROWS
+    whole = model.apply({"params": params}, tokens, positions, np.full((2, 16), 16), method="hidden")
+    none = jnp.zeros((REWARD.num_layers, 2, 0, REWARD.num_kv_heads, REWARD.head_dim))
+    cache, states = Cache(none, none), []
+    for start, stop in ((0, 5), (5, 6), (6, 16)):
+        mask = np.broadcast_to(np.arange(stop) <= np.arange(start, stop)[:, None], (2, stop - start, stop))
+        part = tokens[:, start:stop], positions[:, start:stop]
+        new, added = model.apply({"params": params}, *part, cache, mask, method="extend")
+        cache = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), cache, added)
+        states.append(new)
+    assert cache.keys.shape == (3, 2, 16, 2, 12)
+    np.testing.assert_allclose(np.concatenate(states, axis=1), whole, rtol=1e-5, atol=1e-5)
