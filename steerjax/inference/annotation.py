@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
@@ -54,16 +54,17 @@ class Source:
         Raises:
             DataError: the first bad row, or no usable row at all.
         """
-        rows, bad, first = 0, 0, None
-        for _, row in self.rows():
-            rows += 1
-            if isinstance(row, DataError):
-                bad, first = bad + 1, first or row
-                if not self.skip:
-                    raise _stopping(row)
-        if bad == rows:
-            said = f"no usable row: {bad} bad ones, the first: {first}" if first else "no row in it"
-            raise DataError(said, file=self.path, cure="check that this is the file you meant, or name its --format")
+        rows, usable, first = 0, 0, "none"
+        for rows, (_, row) in enumerate(self.rows(), start=1):
+            if not isinstance(row, DataError):
+                usable += 1
+            elif not self.skip:
+                raise _stopping(row)
+            elif rows == 1:
+                first = str(row)
+        if not usable:
+            cure = "check that this is the file you meant, or name its --format"
+            raise DataError(f"no usable row in {rows}; the first: {first}", file=self.path, cure=cure)
         return rows
 
     def rows(self) -> Iterator[tuple[int, tuple[dict, Conversation] | DataError]]:
@@ -84,32 +85,21 @@ class Source:
         return carried(row) if own else conversation.to_json(), conversation
 
 
-@dataclass(frozen=True)
-class Read:
-    """A chunk of the input.
+class Read(NamedTuple):
+    """A chunk of the input: its usable rows (what passes through, conversation), and the bad ones."""
 
-    Attributes:
-        size: number of its rows.
-        first: index of the first usable row among the output's.
-        rows: what passes through of each usable row, and the conversation.
-        bad: the other rows.
-        ready: for the model; None where the rows are written already.
-    """
-
-    size: int
-    first: int
+    first: int  # place of the first row in the output
     rows: list[tuple[dict, Conversation]]
     bad: list[DataError]
-    ready: Chunk | None
+    ready: Chunk | None  # for the model; None where the rows are written already
 
 
 def run(source: Source, scorer: Scorer, part: range, output: Path, settings: Mapping[str, Any], size: int) -> None:
     """Writes the rows of a part, with ratings, or what an interrupted run left of them.
 
     Args:
-        part: indices of input rows.
+        part: indices of input rows, read in chunks of `size`.
         settings: all that the rows depend on.
-        size: of a chunk.
 
     Raises:
         DataError: a row that cannot be used, a prediction that is not finite, an output of another job.
@@ -118,19 +108,18 @@ def run(source: Source, scorer: Scorer, part: range, output: Path, settings: Map
         if file.finished:
             print(f"{output} is finished")
         else:
-            bar = tqdm(total=len(part), unit="row", mininterval=0.1 if sys.stderr.isatty() else 10)
             listing, usable = SkippedList(skipped_path(output), fresh=not file.done), 0
-            for chunk in ahead(chunks(source, scorer, part, size, file.done)):
-                usable += len(chunk.rows)
-                if chunk.ready is None:
-                    bar.initial += chunk.size  # no part of the speed
-                else:
-                    rows, skipped = annotated(chunk, scorer)
-                    listing.add(skipped)
-                    for place in reversed(range(len(rows))):  # so that they are written at once
-                        file.put(chunk.first + place, rows[place])
-                bar.update(chunk.size)
-            bar.close()
+            with tqdm(total=len(part), unit="row", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+                for chunk in ahead(chunks(source, scorer, part, size, file.done)):
+                    seen, usable = len(chunk.rows) + len(chunk.bad), usable + len(chunk.rows)
+                    if chunk.ready is None:
+                        bar.initial += seen  # no part of the speed
+                    else:
+                        rows, skipped = annotated(chunk, scorer)
+                        listing.add(skipped)
+                        for place in reversed(range(len(rows))):  # so that they are written at once
+                            file.put(chunk.first + place, rows[place])
+                    bar.update(seen)
             file.finish(usable)
             print(f"{usable} rows in {output}; {scorer.counts}")
     if skipped_path(output).exists():
@@ -138,11 +127,7 @@ def run(source: Source, scorer: Scorer, part: range, output: Path, settings: Map
 
 
 def chunks(source: Source, scorer: Scorer, part: range, size: int, done: int) -> Iterator[Read]:
-    """The part in chunks; those that are not written yet are made ready.
-
-    Raises:
-        DataError: a row that cannot be used, unless they are skipped.
-    """
+    """The part in chunks; those that are not written yet are made ready."""
     from steerjax.inference.scorer import assistant_turns
 
     left, first = islice(source.rows(), part.start, part.stop), 0
@@ -157,16 +142,12 @@ def chunks(source: Source, scorer: Scorer, part: range, size: int, done: int) ->
             turns = [assistant_turns(conversation) for conversation in conversations]
             wanted = [each[-1:] for each in turns] if source.last_turn_only else turns
             ready = scorer.prepare(conversations, wanted, skip=source.skip)
-        yield Read(len(items), first, rows, bad, ready)
+        yield Read(first, rows, bad, ready)
         first += len(rows)
 
 
 def annotated(chunk: Read, scorer: Scorer) -> tuple[list[dict], list[Skipped]]:
-    """The output rows of a chunk, and what was left out.
-
-    Raises:
-        DataError: a prediction that is not finite.
-    """
+    """The output rows of a chunk, and what was left out."""
     from steerjax.inference.scorer import predicted_keys
 
     predicted, refused = scorer.score(chunk.ready), chunk.ready.refused
@@ -174,14 +155,14 @@ def annotated(chunk: Read, scorer: Scorer) -> tuple[list[dict], list[Skipped]]:
     for place, turn in (*chunk.ready.examples, *((r.conversation, r.turn) for r in refused)):
         for key in ("predicted_ratings", "predicted_label"):
             rows[place]["turns"][turn].pop(key, None)
+    places = [(conversation.file, conversation.line) for _, conversation in chunk.rows]
     for (place, turn), values in zip(chunk.ready.examples, predicted, strict=True):
         try:
             rows[place]["turns"][turn] |= predicted_keys(values, scorer.schema)
         except DataError as error:
-            raise error.at(chunk.rows[place][1].file, chunk.rows[place][1].line) from None
-    places = [(chunk.rows[r.conversation][1], r.reason) for r in refused]
+            raise error.at(*places[place]) from None
     skipped = [Skipped(error.file, error.line, _reason(error)) for error in chunk.bad]
-    skipped += [Skipped(conversation.file, conversation.line, reason) for conversation, reason in places]
+    skipped += [Skipped(*places[r.conversation], r.reason) for r in refused]
     return rows, sorted(skipped, key=lambda entry: entry.line)
 
 

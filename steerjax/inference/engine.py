@@ -135,10 +135,6 @@ class Engine:
                     for i in batch:
                         yield i, [[next(each) for _ in range(requests[i].samples)] for _ in requests[i].prompts]
 
-    def generate(self, requests: Sequence[Request]) -> list[list[list[Answer]]]:
-        """Answers [request][setting][sample]."""
-        return [answers for _, answers in sorted(self.run(requests), key=lambda item: item[0])]
-
     def stream(self, request: Request) -> Iterator[str | Answer]:
         """The pieces of one answer as they are drawn, then the whole `Answer`."""
         shown = ""
@@ -291,7 +287,6 @@ def add_token(state: State, token: Int[Array, " B"], stops: Stops) -> State:
 
 
 def extend(model: CausalLM, params: dict, tokens, positions, cache: Cache, mask) -> tuple[Array, Cache]:
-    """`CausalLM.extend`."""
     return model.apply({"params": params}, tokens, positions, cache, mask, method="extend")
 
 

@@ -92,7 +92,7 @@ class Server:
     def prepare(
         self, conversation: Conversation, settings: Sequence[Setting], samples: int, schema: Schema
     ) -> list[dict[str, Any]]:
-        """The conversation as a body for each setting."""
+        """The conversation as bodies, one for each setting."""
         messages: list[dict] = [{"role": turn.role, "content": turn.content} for turn in conversation.turns]
         ratings = [
             {name: round_rating(r, schema[name]) for name, r in (turn.ratings or turn.predicted_ratings or {}).items()}
@@ -125,7 +125,7 @@ class Server:
         """(index, answers [setting][sample]) of the requests from `done` on, as they come.
 
         Raises:
-            ModelError: the server cannot be reached, refuses a request, or answers with something else.
+            ModelError: the server cannot be reached, refuses a request, or its answer is no completion.
         """
         with ThreadPoolExecutor(self._workers) as pool:
             waiting = {pool.submit(self._answers, requests[i]): i for i in range(done, len(requests))}

@@ -29,13 +29,13 @@ def parse_attributes(text: str, schema: Schema) -> dict[str, int | None]:
             attribute = schema[name]
             if name in asked:
                 raise DataError("stands twice", field=name, cure="keep one")
-            rating = None if value == "none" else check_rating(float(value), attribute)
+            given = value != "none"
+            asked[name] = round_rating(check_rating(float(value), attribute), attribute) if given else None
         except ValueError:
             cure = f"NAME=NUMBER or NAME=none, e.g. {name}={attribute.labels[-1]}"
             raise ConfigError(f"--attributes {text}: '{entry}'; cure: {cure}") from None
         except DataError as error:
             raise ConfigError(f"--attributes {text}: {error}") from None
-        asked[name] = None if rating is None else round_rating(rating, attribute)
     return asked
 
 

@@ -36,6 +36,11 @@ def engine(sampling, model_and_params=None, **options):
     return Engine(model, params, TOKENIZER, EXTRA_ID, sampling, **options)
 
 
+def generate(decoder, requests):
+    """Answers [request][setting][sample]."""
+    return [answers for _, answers in sorted(decoder.run(requests), key=lambda item: item[0])]
+
+
 def prompts(count, seed=0, longest=32):  # their prefixes fill one bucket, so that one shape is compiled
     random = np.random.default_rng(seed)
     return [random.integers(10, 4096, random.integers(1, longest)).astype(np.int32) for _ in range(count)]
@@ -82,7 +87,7 @@ def test_greedy_equals_transformers(case):
     params = {"llama": params} | ({} if config.tie_word_embeddings else {"lm_head": weights["lm_head.weight"].T})
     mixed = prompts(6, longest=60)
     decoder = engine(Sampling(max_new_tokens=24), (CausalLM(config), params), batch_size=6)
-    ours = texts(decoder.generate([Request((prompt,)) for prompt in mixed]))
+    ours = texts(generate(decoder, [Request((prompt,)) for prompt in mixed]))
     for prompt, ids in zip(mixed, ours, strict=True):
         with torch.no_grad():
             out = theirs.generate(
@@ -100,9 +105,9 @@ def test_one_prompt_is_computed_once_for_all_settings_and_samples():
     assert inputs.prefix_lengths == [len(prompt) + 2]  # what all labels begin with is shared too
     assert inputs.suffix.shape == (15, 2)
     model = tiny()
-    together = engine(Sampling(1.0, max_new_tokens=8), model).generate([request])[0]
+    together = generate(engine(Sampling(1.0, max_new_tokens=8), model), [request])[0]
     for one, expected in zip(request.prompts, together, strict=True):
-        alone = engine(Sampling(1.0, max_new_tokens=8), model).generate([Request((one,), samples=3)])[0][0]
+        alone = generate(engine(Sampling(1.0, max_new_tokens=8), model), [Request((one,), samples=3)])[0][0]
         assert [a.ids for a in alone] == [a.ids for a in expected]
         assert len({a.ids for a in alone}) == 3
 
@@ -110,20 +115,20 @@ def test_one_prompt_is_computed_once_for_all_settings_and_samples():
 def test_text_does_not_depend_on_batch_order_or_size():
     model, mixed = tiny(), prompts(7)
     sampling = Sampling(0.9, top_k=40, top_p=0.95, seed=4, max_new_tokens=10)
-    whole = texts(engine(sampling, model, batch_size=7).generate([Request((p,)) for p in mixed]))
+    whole = texts(generate(engine(sampling, model, batch_size=7), [Request((p,)) for p in mixed]))
     alone = engine(sampling, model, batch_size=1)
-    assert [texts(alone.generate([Request((p,))]))[0] for p in mixed[:3]] == whole[:3]
+    assert [texts(generate(alone, [Request((p,))]))[0] for p in mixed[:3]] == whole[:3]
     order = np.random.default_rng(1).permutation(7)
-    shuffled = texts(engine(sampling, model, batch_size=3, interval=4).generate([Request((mixed[i],)) for i in order]))
+    shuffled = texts(generate(engine(sampling, model, batch_size=3, interval=4), [Request((mixed[i],)) for i in order]))
     assert shuffled == [whole[i] for i in order]
 
 
 def test_eight_devices_give_the_same_text():
     model, requests = tiny(), [Request((p,)) for p in prompts(9)]
     sampling = Sampling(max_new_tokens=12)
-    expected = texts(engine(sampling, model).generate(requests))
+    expected = texts(generate(engine(sampling, model), requests))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    assert texts(engine(sampling, model, mesh=mesh, batch_size=4).generate(requests)) == expected
+    assert texts(generate(engine(sampling, model, mesh=mesh, batch_size=4), requests)) == expected
 
 
 def test_stops_at_the_end_of_turn():
@@ -138,9 +143,9 @@ def test_stops_at_the_end_of_turn():
             head = np.zeros((32, 4096), np.float32)
             head[:, TOKENIZER.token_id(token)] = 1
             decoder.params = one | {"lm_head": head}
-            (((answer,),),) = decoder.generate([Request((prompts(1)[0],))])
+            (((answer,),),) = generate(decoder, [Request((prompts(1)[0],))])
             assert (answer.finish, answer.tokens) == (finish, count)
-    assert engine(Sampling(), (model, params)).generate([]) == []
+    assert generate(engine(Sampling(), (model, params)), []) == []
 
 
 def test_stream_is_the_text_in_pieces():
@@ -148,7 +153,7 @@ def test_stream_is_the_text_in_pieces():
     decoder = Engine(model, params, TOKENIZER, CHATML, Sampling(1.0, seed=2, max_new_tokens=20))
     (prompt,) = prompts(1)
     *pieces, answer = decoder.stream(Request((prompt,)))
-    assert answer == decoder.generate([Request((prompt,))])[0][0][0]
+    assert answer == generate(decoder, [Request((prompt,))])[0][0][0]
     assert "".join(pieces) == answer.text
     assert sum(map(bool, pieces)) > 3
 
@@ -199,7 +204,7 @@ def test_smollm2_greedy_equals_transformers():
     conversations = [*conversations[:: len(conversations) // 19][:19], Conversation((Turn("user", "Name a prime."),))]
     mixed = [renderer.render(c, generation_prompt=True).tokens for c in conversations]
     decoder = Engine(model, params, about.tokenizer, about.template, Sampling(max_new_tokens=64), mesh)
-    ours = [request[0][0] for request in decoder.generate([Request((prompt,)) for prompt in mixed])]
+    ours = [request[0][0] for request in generate(decoder, [Request((prompt,)) for prompt in mixed])]
 
     theirs = LlamaForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
