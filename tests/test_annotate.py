@@ -172,7 +172,7 @@ def test_a_bad_row_is_found_before_the_model_is_loaded(model, tmp_path, monkeypa
         assert f"{source}:301: " in refusal(model, source, tmp_path / "out.jsonl")
         bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "response_0": "r"}] * 2)
         said = refusal(model, bad, tmp_path / "out.jsonl", "--on-bad-row", "skip")
-        assert f"{bad}:1" in said
+        assert f"{bad}: " in said
         assert "no usable row" in said
     assert not list(tmp_path.glob("out*"))
 

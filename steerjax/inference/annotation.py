@@ -61,7 +61,7 @@ class Source:
             elif not self.skip:
                 raise _stopping(row)
             elif rows == 1:
-                first = str(row)
+                first = f"line {row.line}, {_reason(row)}"
         if not usable:
             cure = "check that this is the file you meant, or name its --format"
             raise DataError(f"no usable row in {rows}; the first: {first}", file=self.path, cure=cure)
