@@ -213,7 +213,7 @@ def test_a_killed_process_ends_the_others_with_its_name(recipe, tmp_path, victim
     """Within 60 seconds, in the middle of training."""
     flags = ("--config.train.steps=100000", "--config.train.checkpoint_every=0")
     with Group([command(recipe, tmp_path / "run", *flags)] * 2, tmp_path) as group:
-        group.wait_for(0, "training examples")
+        group.wait_for(0, "packed rows")
         while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 3:
             assert group.processes[0].poll() is None, group.output(0)
             time.sleep(0.05)
