@@ -22,7 +22,7 @@ from absl import flags
 from steerjax.flags import run_experiment
 
 
-def main(experiment, topology_name: str, search: bool, text: str | None) -> int:
+def plan(experiment, topology_name: str, search: bool, text: str | None) -> int:
     """Prints the plan; the exit status."""
     from steerjax.planning.topology import parse_topology, prepare_environment, topology_devices
 
@@ -50,16 +50,16 @@ def main(experiment, topology_name: str, search: bool, text: str | None) -> int:
     return 0 if attempts[0].good else 1
 
 
-def _run() -> None:
+def main() -> None:
     topology = flags.DEFINE_string("topology", None, "The machine: v5e:4x4, v5p:4x4x8, v6e:4x4, h100:1x8.")
     search = flags.DEFINE_bool("search", True, "Try changes where it does not fit; each is one more compilation.")
     text = flags.DEFINE_string("text", None, "Write the compiled program (the last that was tried) to this file.")
 
     def run(experiment) -> None:
-        sys.exit(main(experiment, topology.value, search.value, text.value))
+        sys.exit(plan(experiment, topology.value, search.value, text.value))
 
     run_experiment(run, __doc__, required=("topology",))
 
 
 if __name__ == "__main__":
-    _run()
+    main()

@@ -29,7 +29,7 @@ def test_no_accelerator_of_this_machine_is_looked_for(repository):
     """jax is loaded with the recipe, before the topology is known, and with another platform in its environment."""
     code = (
         "import jax; from steerjax import plan; from steerjax.config import resolve\n"
-        "try: plan.main(resolve({'mesh': {'data': 3}}), 'v5e:2x4', False, None)\n"
+        "try: plan.plan(resolve({'mesh': {'data': 3}}), 'v5e:2x4', False, None)\n"
         "except Exception: print(jax.config.jax_platforms)"
     )
     command = [sys.executable, "-c", code]
@@ -67,15 +67,15 @@ def machine(monkeypatch):
 
 def test_verdicts(machine, capsys):
     machine += [10.0]
-    assert plan.main(resolve({}), "v5e:2x4", True, None) == 0
+    assert plan.plan(resolve({}), "v5e:2x4", True, None) == 0
     assert "fits: 10.00 of 15.75 GiB a device, 5% of them kept free" in (out := capsys.readouterr().out)
     assert "verdict: fits v5e:2x4 (8 devices)" in out
 
     machine += [40.0, 15.5, 14.0]  # 15.5 is within the memory, and not within the memory less the reserve
-    assert plan.main(resolve({}), "v5e:2x4", True, None) == 1
+    assert plan.plan(resolve({}), "v5e:2x4", True, None) == 1
     assert (out := capsys.readouterr().out).count("DOES NOT FIT") == 2
     assert out.endswith("it fits with\n  --config.mesh.data=1 --config.mesh.fsdp=8 --config.compute.remat=dots\n")
 
     machine += [40.0] * 4
-    assert plan.main(resolve({}), "v5e:2x4", True, None) == 1
+    assert plan.plan(resolve({}), "v5e:2x4", True, None) == 1
     assert "neither remat, micro-batches nor fsdp make it" in capsys.readouterr().out
