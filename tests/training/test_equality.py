@@ -1,101 +1,170 @@
-"""Packed equals unpacked; micro-batches and meshes change nothing."""
+"""Trees equal one row an example; micro-batches, meshes and objectives that are added up change nothing."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from steerjax.config import MeshConfig, OptimizerConfig
-from steerjax.data.packing import pack, unpacked_rows
+from steerjax.bundle.build import abstract_parameters, random_parameters
+from steerjax.data.batch import Feeder
+from steerjax.data.packing import pack, unshared_rows
+from steerjax.data.trees import Example, grow
 from steerjax.errors import ConfigError
-from steerjax.models.llama import Compute
-from steerjax.models.reward_head import RewardModel
-from steerjax.objectives.regression import masked_squared_error
-from steerjax.parallel.mesh import make_mesh
-from steerjax.training.input import row_examples
-from steerjax.training.optimizer import make_optimizer
-from steerjax.training.reward import dummy_inputs, make_feeder, make_loss, reward_inputs
+from steerjax.models.llama import CausalLM, Compute
+from steerjax.models.reward import RewardModel
+from steerjax.objectives import Setting
+from steerjax.objectives.objective import TRAIN
+from steerjax.objectives.regression import Regression, RegressionConfig
+from steerjax.parallel.mesh import MeshConfig, make_mesh
+from steerjax.training.config import OptimizerConfig
+from steerjax.training.input import make_feeder
+from steerjax.training.optimizer import make_optimizer, partition
 from steerjax.training.schedules import make_schedule
-from steerjax.training.state import abstract_state, shardings_of
+from steerjax.training.state import abstract_state, make_state, shardings_of
 from steerjax.training.step import make_train_step
-from tests.helpers import TINY, assert_trees_close, host_batch, init_params, random_groups, random_state
+from tests.helpers import (
+    SCHEMA,
+    TINY,
+    assert_trees_close,
+    host_batch,
+    init_params,
+    loss_and_gradients,
+    outputs_at_ends,
+    random_ratings,
+    rated_examples,
+    regression,
+    sft,
+)
 
-WEIGHTS = np.array([1.0, 0.5, 2.0], np.float32)
 
-
-def loss_gradient_predictions(model, params, groups, rows, row_length, average="ratings"):
-    batch = host_batch(groups, rows, row_length, 8)
-    first = jax.tree.map(lambda x: x[0], batch)
-
-    def loss(params):
-        predictions = model.apply({"params": params}, reward_inputs(first))
-        total, count = masked_squared_error(predictions, first.ratings, first.mask, WEIGHTS, average)
-        return total / count, predictions
-
-    (value, predictions), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-    by_example = {}
-    for row, outputs in zip(rows, np.asarray(predictions), strict=True):
-        by_example |= dict(zip(row_examples(groups, row), outputs, strict=False))
-    return value, gradient, np.stack([by_example[i] for i in sorted(by_example)])
+def assert_equal_to_one_row_an_example(module, objectives, trees, row_length, longest):
+    """Loss, metrics and every gradient; and of rewards every prediction."""
+    params = init_params(module)
+    packed, alone = pack(trees, row_length), unshared_rows(trees)
+    results = [
+        loss_and_gradients(module, objectives, host_batch(objectives, trees, rows, length), params)
+        for rows, length in ((packed, row_length), (alone, longest))
+    ]
+    ((loss, sums), gradients), ((expected, expected_sums), expected_gradients) = results
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for name, pair in sums.items():
+        np.testing.assert_allclose(pair, expected_sums[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    assert_trees_close(gradients, expected_gradients, rtol=1e-5)
+    for objective in objectives:
+        if objective.kind == "reward":
+            ours = outputs_at_ends(module, objective, trees, packed, row_length, params)
+            theirs = outputs_at_ends(module, objective, trees, alone, longest, params)
+            assert ours.keys() == theirs.keys()
+            assert_trees_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("responses", [1, 2, 4])
 @pytest.mark.parametrize("readout", ["last", "mean"])
 @pytest.mark.parametrize("average", ["ratings", "examples"])
-def test_packed_with_shared_prompts_equals_one_row_a_response(responses, readout, average):
-    groups = random_groups([responses] * 6, seed=responses)
-    model = RewardModel(TINY, 3, readout=readout, compute=Compute(chunk=16))
-    packed = pack(groups, 96, 8, range(6))
-    assert len(packed) < 6 * responses
-    params = init_params(model, host_batch(groups, packed, 96, 8))
-    shared = loss_gradient_predictions(model, params, groups, packed, 96, average)
-    alone = loss_gradient_predictions(model, params, groups, unpacked_rows(groups), 64, average)
-    np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5)
-    np.testing.assert_allclose(shared[2], alone[2], rtol=1e-5, atol=1e-5)
-    assert_trees_close(shared[1], alone[1], rtol=1e-5)
+def test_rewards_in_trees_equal_one_row_a_response(responses, readout, average):
+    objective = regression(average)
+    trees = grow(rated_examples(objective, [responses] * 6, seed=responses))
+    assert len(trees) == 6
+    assert len(pack(trees, 96)) < 6 * responses
+    module = RewardModel(TINY, 3, readout=readout, compute=Compute(chunk=16))
+    assert_equal_to_one_row_an_example(module, [objective], trees, 96, 64)
 
 
-def test_padding_and_other_segments_are_never_seen():
-    """Changing every token of other segments, other branches and the padding changes no prediction of a response."""
-    groups = random_groups([2, 2, 2], seed=5)
-    model = RewardModel(TINY, 3, compute=Compute(chunk=16))
-    (row,) = pack(groups, 256, 8, range(3))
-    batch = jax.tree.map(lambda x: x[0], host_batch(groups, [row], 256, 8))
-    params = init_params(model, host_batch(groups, [row], 256, 8))
-    before = model.apply({"params": params}, reward_inputs(batch))
-    for response in range(6):
-        end = batch.ends[0, response]
-        segment, branch = batch.segments[0, end], batch.branches[0, end]
-        own = (batch.segments[0] == segment) & np.isin(batch.branches[0], (0, branch))
-        changed = batch._replace(tokens=np.where(own, batch.tokens, (batch.tokens + 7) % TINY.vocab_size))
-        after = model.apply({"params": params}, reward_inputs(changed))
-        np.testing.assert_array_equal(before[0, response], after[0, response])
+def random_trees(objective, seed: int, count: int, depth: int) -> list[Example]:
+    """Examples that go on from places inside earlier ones, from a vocabulary of three, so that much is shared."""
+    random = np.random.default_rng(seed)
+    texts: list[tuple[np.ndarray, int]] = []
+    examples = []
+    for _ in range(count):
+        earlier = [text for text in texts if text[1] < depth]
+        if earlier and random.random() < 0.8:
+            base, level = earlier[random.integers(len(earlier))]
+            tokens = np.concatenate(
+                [base[: random.integers(2, len(base) + 1)], random.integers(1, 4, random.integers(1, 6))]
+            )
+            level += 1
+        else:
+            tokens, level = random.integers(1, 4, random.integers(3, 9)), 1
+        tokens = tokens.astype(np.int32)
+        texts.append((tokens, level))
+        if isinstance(objective, Regression):
+            examples.append(objective.example(TRAIN, tokens, 2, random_ratings(random)))
+        else:
+            trained = random.random(len(tokens)) < 0.5
+            trained[0], trained[-1] = False, True
+            examples.append(objective.example(TRAIN, tokens, 2, trained))
+    if isinstance(objective, Regression):
+        objective.data["validation"] = objective.data[TRAIN]
+        objective.check_data()
+    return examples
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(seed=st.integers(0, 10**6), depth=st.integers(1, 6), attention=st.sampled_from(["chunked", "blockwise"]),
+       kind=st.sampled_from(["reward", "chat"]))  # fmt: skip
+def test_random_trees_equal_one_row_an_example(seed, depth, attention, kind):
+    """Targets that differ at a branching and after equal texts included."""
+    compute = Compute(chunk=32, attention=attention)
+    objective = regression() if kind == "reward" else sft()
+    module = RewardModel(TINY, 3, compute=compute) if kind == "reward" else CausalLM(TINY, compute)
+    trees = grow(random_trees(objective, seed, 24, depth))
+    assert_equal_to_one_row_an_example(module, [objective], trees, 64, 64)
+
+
+def test_padding_and_other_branches_are_never_seen():
+    """Changing every token that an example does not see changes no prediction of it."""
+    objective = regression()
+    trees = grow(rated_examples(objective, [2, 2, 2], seed=5))
+    module = RewardModel(TINY, 3, compute=Compute(chunk=16))
+    params = {"params": init_params(module)}
+    (row,) = pack(trees, 256)
+    batch = jax.tree.map(lambda x: x[0], host_batch([objective], trees, [row], 256))
+    run = jax.jit(module.apply)
+    before = run(params, batch.tokens, batch.positions, batch.until)
+    places = np.arange(256)
+    ends = np.flatnonzero(batch.targets["regression"]["counts"][0].any(-1))
+    assert len(ends) == 6
+    for end in ends:
+        own = (places <= end) & (end < batch.until[0])
+        changed = np.where(own, batch.tokens, (batch.tokens + 7) % TINY.vocab_size)
+        after = run(params, changed, batch.positions, batch.until)
+        np.testing.assert_array_equal(before[0, end], after[0, end])
         assert np.abs(before - after).max() > 1e-3  # the change is seen by the others
+
+
+def updated(objectives, module, trees, rows, mesh, micro_batches, *, config=None, updates=2):
+    """Losses and the state after some updates, on a mesh."""
+    config = config or OptimizerConfig(clip_norm=0.5)
+    optimizer = make_optimizer(config)
+    whole = abstract_parameters(module, mesh)
+    abstract = abstract_state(whole, optimizer, config, mesh)
+    schedule = make_schedule(OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=1), 10)
+    feed: Feeder = make_feeder(trees, objectives, 64, mesh, micro_batches)
+    shardings = shardings_of(abstract)
+    step = jax.jit(
+        make_train_step(module, objectives, optimizer, schedule, config.frozen_layers),
+        in_shardings=(shardings, feed.shardings), out_shardings=(shardings, None), donate_argnums=0,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        state = make_state(random_parameters(module, whole, 0), abstract, optimizer, config)
+        batch, losses = feed(rows), []
+        for _ in range(updates):
+            state, metrics = step(state, batch)
+            losses.append(metrics["loss"])
+        return np.array(losses), state
 
 
 def one_update(mesh_sizes, micro_batches, devices=8):
     """Loss and parameters after two updates on a mesh (data, fsdp, tensor, context)."""
     mesh = make_mesh(MeshConfig(*mesh_sizes), jax.devices()[:devices])
-    groups = tuple(random_groups([4, 1, 2, 3] * 20, seed=3))
-    rows = pack(groups, 64, 8, range(len(groups)))[:32]
-    model = RewardModel(TINY, 3, compute=Compute(chunk=32))
-    optimizer = make_optimizer(OptimizerConfig(clip_norm=0.5))
-    abstract = abstract_state(model, (dummy_inputs(),), optimizer, mesh)
-    schedule = make_schedule(OptimizerConfig(learning_rate=1e-2, schedule="constant", warmup_steps=1), 10)
-    shardings = shardings_of(abstract)
-    feed = make_feeder(groups, 64, 8, micro_batches, mesh)
-    step = jax.jit(
-        make_train_step(make_loss(model, WEIGHTS, "ratings"), optimizer, schedule),
-        in_shardings=(shardings, feed.shardings), out_shardings=(shardings, None), donate_argnums=0,
-    )  # fmt: skip
-    with jax.set_mesh(mesh):
-        state = random_state(model, optimizer, abstract)
-        batch = feed(rows)
-        losses = []
-        for _ in range(2):
-            state, metrics = step(state, batch)
-            losses.append(metrics["loss"])
-    return np.array(losses), jax.device_get(state.params), state
+    objective = regression()
+    trees = grow(rated_examples(objective, [4, 1, 2, 3] * 20, seed=3))
+    rows = pack(trees, 64)[:32]
+    losses, state = updated(
+        [objective], RewardModel(TINY, 3, compute=Compute(chunk=32)), trees, rows, mesh, micro_batches
+    )
+    return losses, jax.device_get(state.params), state
 
 
 @pytest.fixture(scope="module")
@@ -123,50 +192,48 @@ def test_micro_batches_equal_one(single, micro_batches):
     assert_trees_close(params, single[1], rtol=1e-5)
 
 
-def test_frozen_parameters_stay_and_cost_no_optimizer_state():
-    """What is trained moves exactly as if the rest were constants."""
-    groups, model = random_groups([2, 2]), RewardModel(TINY, 3)
-    config, mesh = OptimizerConfig(clip_norm=0.0), make_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer, loss = make_optimizer(config), make_loss(model, WEIGHTS, "ratings")
-    batch = host_batch(groups, pack(groups, 128, 8, range(2)), 128, 8)
+class Second(Regression):
+    """The same over other data, so that two objectives have other counts."""
 
-    def update(frozen):
-        abstract = abstract_state(model, (dummy_inputs(),), optimizer, mesh, frozen)
-        state = random_state(model, optimizer, abstract, frozen)
-        assert jax.tree.structure(state) == jax.tree.structure(abstract)
-        return state, jax.jit(make_train_step(loss, optimizer, lambda step: 1e-2, frozen))(state, batch)[0]
-
-    _, free = update(())
-    before, after = update(("embedding", "mlp/(up|gate)"))
-    for name in ("embedding", "layers/mlp/up/kernel", "layers/mlp/gate/kernel"):
-        trees = [state.params["llama"] for state in (before, after)]
-        np.testing.assert_array_equal(*(leaf_at(tree, name) for tree in trees))
-    for name in ("layers/mlp/down/kernel", "layers/attention/q/kernel", "final_norm/scale"):
-        np.testing.assert_allclose(leaf_at(after.params["llama"], name), leaf_at(free.params["llama"], name), rtol=1e-6)
-    frozen_size = sum(leaf_at(after.params["llama"], n).size for n in ("embedding", "layers/mlp/up/kernel")) + 4096
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) for state in (free, after)]
-    assert sizes[0] - sizes[1] == 2 * frozen_size
-    with pytest.raises(ConfigError, match=r"no parameter matches 'embeding'; cure: one of llama/embedding"):
-        abstract_state(model, (dummy_inputs(),), optimizer, mesh, ("embeding",))
+    name = "second"
 
 
-def test_the_first_moment_in_bfloat16():
-    """Half its size, and the first step is nearly the same; gradients and parameters stay float32."""
-    groups, model = random_groups([2, 2]), RewardModel(TINY, 3)
+@pytest.mark.short
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_two_objectives_give_the_weighted_sum_of_both(micro_batches):
+    first = regression()
+    second = Second(RegressionConfig(weight=0.25, average="examples"), Setting(SCHEMA, None))
+    examples = rated_examples(first, [3, 2, 1, 2], seed=1) + rated_examples(second, [1, 4, 1], seed=2)
+    trees = grow(examples)
+    rows = pack(trees, 64)
+    rows += [()] * (-len(rows) % 4)
+    module = RewardModel(TINY, 3, compute=Compute(chunk=32))
+    params = init_params(module)
+    losses, gradients = [], []
+    for objectives in ([first, second], [first], [second]):
+        batch = host_batch(objectives, trees, rows, 64)
+        (loss, _), gradient = loss_and_gradients(module, objectives, batch, params)
+        losses.append(loss)
+        gradients.append(gradient)
+    np.testing.assert_allclose(losses[0], losses[1] + losses[2], rtol=1e-6)  # `loss` has the weight
+    assert_trees_close(gradients[0], jax.tree.map(lambda a, b: a + b, *gradients[1:]), rtol=1e-5)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    batch = host_batch(groups, pack(groups, 128, 8, range(2)), 128, 8)
-    after = {}
-    for dtype in ("float32", "bfloat16"):
-        optimizer = make_optimizer(OptimizerConfig(first_moment_dtype=dtype))
-        abstract = abstract_state(model, (dummy_inputs(),), optimizer, mesh)
-        state = random_state(model, optimizer, abstract)
-        step = jax.jit(make_train_step(make_loss(model, WEIGHTS, "ratings"), optimizer, lambda step: 1e-2))
-        after[dtype] = step(state, batch)[0]
-    sizes = {d: [x.dtype.name for x in jax.tree.leaves(s.optimizer)] for d, s in after.items()}
-    assert sizes["bfloat16"].count("bfloat16") == len(jax.tree.leaves(after["float32"].params))
-    assert "bfloat16" not in sizes["float32"]
-    assert all(x.dtype == np.float32 for x in jax.tree.leaves(after["bfloat16"].params))
-    assert_trees_close(after["bfloat16"].params, after["float32"].params, rtol=1e-2)
+    stepped, _ = updated([first, second], module, trees, rows, mesh, micro_batches, updates=1)
+    with jax.set_mesh(mesh):
+        fresh = random_parameters(module, abstract_parameters(module, mesh), 0)
+    batch = host_batch([first, second], trees, rows, 64)
+    np.testing.assert_allclose(stepped[0], loss_and_gradients(module, [first, second], batch, fresh)[0][0], rtol=1e-5)
+
+
+def rows_and_step(config: OptimizerConfig):
+    objective, module = regression(), RewardModel(TINY, 3)
+    trees = grow(rated_examples(objective, [2, 2]))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    whole, optimizer = abstract_parameters(module, mesh), make_optimizer(config)
+    abstract = abstract_state(whole, optimizer, config, mesh)
+    state = make_state(random_parameters(module, whole, 0), abstract, optimizer, config)
+    step = jax.jit(make_train_step(module, [objective], optimizer, lambda step: 1e-2, config.frozen_layers))
+    return state, step, host_batch([objective], trees, pack(trees, 128), 128)
 
 
 def leaf_at(tree, name: str):
@@ -175,17 +242,60 @@ def leaf_at(tree, name: str):
     return tree
 
 
+def test_frozen_parameters_stay_and_cost_no_optimizer_state():
+    """What is trained moves exactly as if the rest were constants."""
+    free, step, batch = rows_and_step(OptimizerConfig(clip_norm=0.0))
+    moved = step(free, batch)[0]
+    before, step, batch = rows_and_step(OptimizerConfig(clip_norm=0.0, frozen=("embedding", "mlp/(up|gate)")))
+    after = step(before, batch)[0]
+    for name in ("embedding", "layers/mlp/up/kernel", "layers/mlp/gate/kernel"):
+        np.testing.assert_array_equal(*(leaf_at(state.whole()["llama"], name) for state in (before, after)))
+        assert leaf_at(after.params["llama"], name) is None
+    for name in ("layers/mlp/down/kernel", "layers/attention/q/kernel", "final_norm/scale"):
+        np.testing.assert_allclose(
+            leaf_at(after.params["llama"], name), leaf_at(moved.params["llama"], name), rtol=1e-6
+        )
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) for state in (free, after)]
+    assert sizes[0] - sizes[1] == 2 * sum(leaf.size for leaf in jax.tree.leaves(after.frozen))
+    with pytest.raises(ConfigError, match=r"'embeding'.*cure: one of llama/embedding"):
+        partition(free.params, OptimizerConfig(frozen=("embeding",)))
+
+
+def test_frozen_layers_are_cut_from_one_stack():
+    """The first layer and the embedding stay; the second moves as it does when all the others are constants."""
+    config = OptimizerConfig(clip_norm=0.0, frozen_layers=1)
+    before, step, batch = rows_and_step(config)
+    after = step(before, batch)[0]
+    whole = [state.whole()["llama"] for state in (before, after)]
+    up = [leaf_at(tree, "layers/mlp/up/kernel") for tree in whole]
+    assert up[0].shape[0] == TINY.num_layers
+    np.testing.assert_array_equal(up[0][0], up[1][0])
+    np.testing.assert_array_equal(whole[0]["embedding"], whole[1]["embedding"])
+    free, free_step, _ = rows_and_step(OptimizerConfig(clip_norm=0.0))
+    moved = leaf_at(free_step(free, batch)[0].params["llama"], "layers/mlp/up/kernel")
+    np.testing.assert_allclose(up[1][1], moved[1], rtol=1e-6)
+    assert leaf_at(after.optimizer[1].mu["llama"], "layers/mlp/up/kernel").shape[0] == 1
+
+
+def test_the_first_moment_in_bfloat16():
+    """Half its size, and the first step is nearly the same; gradients and parameters stay float32."""
+    after = {}
+    for dtype in ("float32", "bfloat16"):
+        state, step, batch = rows_and_step(OptimizerConfig(first_moment_dtype=dtype))
+        after[dtype] = step(state, batch)[0]
+    sizes = {d: [x.dtype.name for x in jax.tree.leaves(s.optimizer)] for d, s in after.items()}
+    assert sizes["bfloat16"].count("bfloat16") == len(jax.tree.leaves(after["float32"].params))
+    assert "bfloat16" not in sizes["float32"]
+    assert all(x.dtype == np.float32 for x in jax.tree.leaves(after["bfloat16"].params))
+    assert_trees_close(after["bfloat16"].params, after["float32"].params, rtol=1e-2)
+
+
 @pytest.mark.short
 def test_a_step_that_is_not_finite_changes_nothing_but_its_counters():
-    groups = random_groups([2, 2])
-    model = RewardModel(TINY, 3)
-    optimizer = make_optimizer(OptimizerConfig())
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    step = jax.jit(make_train_step(make_loss(model, WEIGHTS, "ratings"), optimizer, lambda step: 1e-2))
-    state = random_state(model, optimizer, abstract_state(model, (dummy_inputs(),), optimizer, mesh))
-    good = host_batch(groups, pack(groups, 128, 8, range(2)), 128, 8)
-    bad = good._replace(ratings=np.where(good.mask, np.inf, 0).astype(np.float32))
-
+    state, step, good = rows_and_step(OptimizerConfig())
+    arrays = good.targets["regression"]
+    infinite = np.where(arrays["counts"] > 0, np.inf, 0).astype(np.float32)
+    bad = good._replace(targets={"regression": arrays | {"ratings": infinite}})
     after, metrics = step(state, bad)
     assert not np.isfinite(metrics["grad_norm"])
     jax.tree.map(np.testing.assert_array_equal, after.params, state.params)
@@ -196,4 +306,4 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_counters():
     after, metrics = step(after, good)
     assert (after.step, after.bad_steps, after.bad_in_row) == (3, 2, 0)
     assert np.isfinite(metrics["loss"])
-    assert jnp.abs(after.params["reward_head"] - state.params["reward_head"]).max() > 1e-3
+    assert np.abs(after.params["reward_head"] - state.params["reward_head"]).max() > 1e-3

@@ -13,7 +13,7 @@ from steerjax.config import MeshConfig
 from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig
 from steerjax.models.llama import CausalLM, Compute
-from steerjax.objectives.sft import chunked_cross_entropy
+from steerjax.objectives.cross_entropy import chunked_cross_entropy
 from steerjax.parallel.mesh import make_mesh
 from steerjax.parallel.rules import partition_spec
 from tests.helpers import assert_trees_close
