@@ -79,17 +79,18 @@ class Program:
     def with_new_heads(self, params: dict, batch: Batch) -> dict:
         """The parameters with the first values of new heads, from all rows of the first step at once."""
 
-        def sums(part: Batch) -> Mapping[str, Any]:
+        def sums(params: dict, part: Batch) -> Mapping[str, Any]:
             model, hidden = forward(self.module, params, part, self._frozen)
             found = {o.name: o.first_sums(model, hidden, part, part.targets[o.name]) for o in self.objectives}
             return {name: value for name, value in found.items() if value is not None}
 
-        found = jax.jit(lambda batch: over_micro_batches(sums, batch))(batch)
-        for o in self.objectives:
-            if o.name in found:
-                new = o.first_parameters(params, found[o.name])
-                params = params | {k: jax.device_put(v, self.whole[k].sharding) for k, v in new.items()}
-        return params
+        def heads(params: dict, batch: Batch) -> dict:
+            found = over_micro_batches(lambda part: sums(params, part), batch)
+            new = [o.first_parameters(params, found[o.name]) for o in self.objectives if o.name in found]
+            return {name: value for one in new for name, value in one.items()}
+
+        shardings = {name: self.whole[name].sharding for name in jax.eval_shape(heads, params, batch)}
+        return params | jax.jit(heads, out_shardings=shardings)(params, batch)
 
     def step_facts(self, rows: Sequence[Row], trees) -> dict[str, float]:
         """Of a step's rows: examples, tokens, the tokens that they stand for, and model FLOPs."""
