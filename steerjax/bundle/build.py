@@ -63,7 +63,16 @@ def random_parameters(module: nn.Module, abstract: dict, seed: int) -> dict:
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
-def stored_parameters(description: Description, abstract: dict) -> dict:
+def stored_module(about: Description, compute: Compute) -> nn.Module:
+    """The module whose parameters a described model has; a classifier of somebody else's may have any outputs."""
+    if is_checkpoint(about.path):
+        outputs, bias = len(about.schema), "reward_bias" in CheckpointReader(about.path).shapes
+    else:
+        outputs, bias = len(read_config(about.path).labels), False
+    return build_module(about.kind, about.model, compute, outputs, HeadConfig(about.readout, bias))
+
+
+def stored_parameters(about: Description, abstract: dict) -> dict:
     """A described model's parameters in the shards of `abstract`, each process reading only what its devices hold.
 
     Args:
@@ -72,7 +81,7 @@ def stored_parameters(description: Description, abstract: dict) -> dict:
     Raises:
         ModelError, CheckpointError: what is stored does not fit.
     """
-    if is_checkpoint(description.path):
-        return load_checkpoint(CheckpointReader(description.path), abstract)
+    if is_checkpoint(about.path):
+        return load_checkpoint(CheckpointReader(about.path), abstract)
     layers = abstract["llama"]["layers"]["attention_norm"]["scale"].shape[0]
-    return load_parameters(description.path, read_config(description.path), abstract, layers)
+    return load_parameters(about.path, read_config(about.path), abstract, layers)

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerjax.bundle.describe import describe
-from steerjax.bundle.reader import CheckpointReader, is_checkpoint
 from steerjax.chat.render import Renderer
-from steerjax.hf.config_json import read_config
+from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
-from steerjax.models.config import ComputeConfig, HeadConfig
+from steerjax.models.config import ComputeConfig
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.schema import Schema
 from steerjax.typed import typed
@@ -65,16 +64,11 @@ def open_bundle(
     Raises:
         SteerjaxError: nothing to open there, or weights that do not fit their description.
     """
-    from steerjax.bundle.build import abstract_parameters, build_module, resolve_compute, stored_parameters
-    from steerjax.errors import ConfigError
+    from steerjax.bundle.build import abstract_parameters, resolve_compute, stored_module, stored_parameters
 
-    compute_config = typed(ComputeConfig, {"dtype": dtype, "attention": attention}, "compute", ConfigError)
+    config = typed(ComputeConfig, {"dtype": dtype, "attention": attention}, "compute", ConfigError)
     about, devices = describe(path, template=template), make_mesh(mesh or MeshConfig())
-    compute, _ = resolve_compute(compute_config, about.model, _ROW_LENGTH, devices)
-    if is_checkpoint(about.path):
-        outputs, bias = len(about.schema), "reward_bias" in CheckpointReader(about.path).shapes
-    else:
-        outputs, bias = len(read_config(about.path).labels), False
-    module = build_module(about.kind, about.model, compute, outputs, HeadConfig(about.readout, bias))
+    compute, _ = resolve_compute(config, about.model, _ROW_LENGTH, devices)
+    module = stored_module(about, compute)
     params = stored_parameters(about, abstract_parameters(module, devices, compute.dtype))
     return Bundle(about, module, params, devices)

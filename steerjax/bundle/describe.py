@@ -7,7 +7,7 @@ from pathlib import Path
 
 from steerjax.bundle.provenance import TokenizerSource, read_provenance
 from steerjax.bundle.reader import is_checkpoint
-from steerjax.chat.templates import TEMPLATES, Template, get_template
+from steerjax.chat.templates import TEMPLATES, get_template
 from steerjax.chat.tokenizer import Tokenizer, load_tokenizer
 from steerjax.errors import CheckpointError, ModelError
 from steerjax.hf.config_json import read_config
@@ -15,6 +15,7 @@ from steerjax.hf.description import About, Description, read_about
 from steerjax.hf.keys import BARE, CLASSIFIER
 from steerjax.hf.weights import resolve_source
 from steerjax.schema import Schema
+from steerjax.typed import typed
 
 
 def locate(path: str | Path) -> Path:
@@ -103,48 +104,43 @@ def _run_tokenizer(directory: Path, said: TokenizerSource) -> Tokenizer:
 
 
 def _describe_folder(folder: Path, source: str | Path, template: str | None) -> Description:
-    config, about = read_config(folder), read_about(folder)
+    config, said = read_config(folder), read_about(folder)
     kind = "reward" if config.architecture == CLASSIFIER else "chat"
     if config.architecture == BARE and not config.model.tie_word_embeddings:
         raise ModelError(f"'{folder}' is a {BARE}, which has no head\n  cure: a LlamaForCausalLM")
-    if about is not None and (
-        about.kind != kind or (kind == "reward" and about.schema and about.schema.names != config.labels)
-    ):
+    if said is None:
+        if template is None:
+            raise ModelError(
+                f"'{folder}' does not say which chat template it was trained with\n"
+                f"  cure: --template, one of {', '.join(TEMPLATES)}"
+            )
+        said = About(kind, template)
+    if said.kind != kind or (kind == "reward" and said.schema and said.schema.names != config.labels):
         raise ModelError(
             f"'{folder}': steerjax.json and config.json contradict each other "
-            f"({about.kind} model, {config.architecture}, labels {', '.join(config.labels) or 'none'})\n"
+            f"({said.kind} model, {config.architecture}, labels {', '.join(config.labels) or 'none'})\n"
             "  cure: export again"
         )
     return Description(
         path=folder,
         kind=kind,
         model=config.model,
-        tokenizer=_folder_tokenizer(folder, about),
-        template=_template(folder, about, template),
-        schema=about.schema if about else None,
-        system_prompt=about.system_prompt if about else None,
-        readout=about.readout if about else "last",
-        default_ratings=about.default_ratings if about else None,
-        provenance=(about and about.provenance) or {"base_model": str(source)},
+        tokenizer=_folder_tokenizer(folder, said),
+        template=get_template(said.template),
+        schema=said.schema,
+        system_prompt=said.system_prompt,
+        readout=said.readout,
+        default_ratings=said.default_ratings,
+        provenance=said.provenance or {"base_model": str(source)},
     )
 
 
-def _folder_tokenizer(folder: Path, about: About | None) -> Tokenizer:
+def _folder_tokenizer(folder: Path, said: About) -> Tokenizer:
     """An export of a SentencePiece model holds that too, beside the tokenizer.json for servers; it is the original."""
     original = folder / "tokenizer.model"
-    said = (about.provenance.get("tokenizer") or {}).get("sha256") if about else None
-    if said and original.is_file():
+    if "tokenizer" in said.provenance and original.is_file():
         tokenizer = load_tokenizer(original)
-        if tokenizer.hash == said:
+        where = f"{folder / 'steerjax.json'}: provenance.tokenizer"
+        if tokenizer.hash == typed(TokenizerSource, said.provenance["tokenizer"], where, ModelError).sha256:
             return tokenizer
     return load_tokenizer(folder)
-
-
-def _template(folder: Path, about: About | None, asked: str | None) -> Template:
-    name = about.template if about else asked
-    if name is None:
-        raise ModelError(
-            f"'{folder}' does not say which chat template it was trained with\n"
-            f"  cure: --template, one of {', '.join(TEMPLATES)}"
-        )
-    return get_template(name)

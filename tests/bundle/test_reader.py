@@ -1,5 +1,6 @@
 """A checkpoint's parameters by slices."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,18 +8,18 @@ import jax
 import numpy as np
 import pytest
 
-from steerjax.bundle.opening import abstract_parameters
+from steerjax.bundle.build import abstract_parameters
 from steerjax.bundle.reader import CheckpointReader, is_checkpoint, load_checkpoint
-from steerjax.config import MeshConfig
 from steerjax.errors import CheckpointError
-from steerjax.hf.config import read_config
-from steerjax.models.llama import CausalLM, Compute
-from steerjax.parallel.mesh import make_mesh
+from steerjax.hf.config_json import read_config
+from steerjax.models.config import LlamaConfig
+from steerjax.models.llama import CausalLM
+from steerjax.parallel.mesh import MeshConfig, make_mesh
 from tests.hf.test_export import EIGHT, imported
-from tests.hf.test_weights import by_path
-from tests.hf_folders import TINY, oracle, random_tensors, save_checkpoint, write_folder
+from tests.hf_folders import TINY, oracle, provenance, random_tensors, save_checkpoint, write_folder
 
-SHAPES = {"llama/layers/mlp/up/kernel": (6, 8, 4), "llama/frozen_layers/attention_norm/scale": (2, 8), "head": (8, 3)}
+SHAPES = {"llama/layers/mlp/up/kernel": (6, 8, 4), "llama/layers/attention_norm/scale": (6, 8), "head": (8, 3)}
+SAID = provenance(LlamaConfig(), data={"é.jsonl": "00"})
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def saved(tmp_path_factory):
             node = node.setdefault(group, {})
         spec = (None, "fsdp", "tensor") if value.ndim == 3 else ()
         node[name] = jax.device_put(value, jax.NamedSharding(mesh, jax.P(*spec)))
-    return save_checkpoint(tmp_path_factory.mktemp("run"), tree, {"kind": "chat", "data": {"é.jsonl": "00"}}), values
+    return save_checkpoint(tmp_path_factory.mktemp("run"), tree, SAID), values
 
 
 @pytest.mark.short
@@ -43,8 +44,7 @@ def test_any_part_can_be_read(saved):
     directory, values = saved
     reader = CheckpointReader(directory)
     assert reader.shapes == SHAPES
-    assert reader.frozen_layers == 2
-    assert reader.provenance == {"kind": "chat", "data": {"é.jsonl": "00"}}
+    assert dataclasses.asdict(reader.provenance) == SAID
     for path, value in values.items():
         whole = tuple(slice(0, size) for size in value.shape)
         np.testing.assert_array_equal(reader.read(path, whole), value)
@@ -68,40 +68,48 @@ def test_what_is_no_whole_checkpoint(saved, tmp_path):
     directory, _ = saved
     assert is_checkpoint(directory)
     assert not is_checkpoint(directory.parent)
-    with pytest.raises(CheckpointError, match="is no checkpoint of steerjax; cure: give WORKDIR/checkpoints/STEP"):
-        CheckpointReader(directory.parent)
-
     odd = shutil.copytree(directory, tmp_path / "a %20#?b")
     assert CheckpointReader(odd).shapes == SHAPES
     broken = shutil.copytree(directory, tmp_path / "7")
-    (broken / "provenance" / "metadata").write_text("{")
-    with pytest.raises(CheckpointError, match="7' is broken"):
-        CheckpointReader(broken)
-    (broken / "provenance" / "metadata").write_text(json.dumps({}))
+    said = broken / "provenance" / "metadata"
+    for text, message in (
+        ("{", "is broken"),
+        ("[]", "is broken"),
+        (json.dumps({"kind": "chat", "model": {}}), "edition 1 of steerjax.*cure: train again"),
+        (json.dumps({**SAID, "readout": "lasst"}), "readout is 'lasst'"),
+        (
+            json.dumps({**SAID, "attributes": [*SAID["attributes"], SAID["attributes"][0]]}),
+            "'helpfulness' stands twice",
+        ),
+    ):
+        said.write_text(text)
+        with pytest.raises(CheckpointError, match=f"(?s)7.*{message}"):
+            CheckpointReader(broken)
+    said.write_text(json.dumps(SAID))
     shutil.rmtree(broken / "params" / "d")
     with pytest.raises(CheckpointError, match="cannot be read"):
         CheckpointReader(broken).read("head", (slice(0, 8), slice(0, 3)))
+    (broken / "params" / "_METADATA").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"broken.*cure:"):
+        CheckpointReader(broken)
 
 
-@pytest.mark.parametrize("stored", [0, 1, 3])
-@pytest.mark.parametrize("wanted", [0, 1, 2, 3])
-def test_another_number_of_frozen_layers(stored, wanted, tmp_path):
+@pytest.mark.parametrize("layers", [1, 2, 3, 4])
+def test_the_first_layers_of_a_stack(layers, tmp_path):
+    """`keep_layers` reads no more than it keeps; more than there are is an error."""
     tensors = random_tensors(TINY)
     folder = write_folder(tmp_path / "source", TINY, tensors)
-    checkpoint = imported(folder, tmp_path / "run", EIGHT, frozen=stored)
-    model, mesh = CausalLM(read_config(folder).model, Compute(), wanted), make_mesh(MeshConfig(data=2, fsdp=4))
-    found = by_path(load_checkpoint(CheckpointReader(checkpoint), abstract_parameters(model, mesh, "float32")))
-    expected = oracle(tensors, TINY, wanted)
-    assert found.keys() == expected.keys()
-    for path, value in expected.items():
-        np.testing.assert_array_equal(found[path], value, err_msg=path)
-
-
-@pytest.mark.parametrize("layers", [2, 4])
-def test_another_number_of_layers(layers, tmp_path):
-    folder = write_folder(tmp_path / "source", TINY, random_tensors(TINY))
-    reader = CheckpointReader(imported(folder, tmp_path / "run"))
-    other = write_folder(tmp_path / "other", TINY | {"num_hidden_layers": layers}, {"x": np.ones(1)})
-    abstract = abstract_parameters(CausalLM(read_config(other).model), make_mesh(MeshConfig()), "float32")
-    with pytest.raises(CheckpointError, match=r"has 3 layers, and 2|has shape \(3, 32, .*, and \(4, 32"):
-        load_checkpoint(reader, abstract)
+    reader = CheckpointReader(imported(folder, tmp_path / "run", EIGHT))
+    config = dataclasses.replace(read_config(folder).model, num_layers=layers)
+    abstract = abstract_parameters(CausalLM(config), make_mesh(MeshConfig(data=2, fsdp=4)))
+    if layers > 3:
+        with pytest.raises(CheckpointError, match=r"has shape \(3, 32.*, and \(4, 32.* is expected"):
+            load_checkpoint(reader, abstract)
+        return
+    found = jax.tree_util.tree_leaves_with_path(load_checkpoint(reader, abstract))
+    expected = oracle(tensors, TINY)
+    assert len(found) == len(expected)
+    for path, leaf in found:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        value = expected[name][:layers] if "/layers/" in name else expected[name]
+        np.testing.assert_array_equal(leaf, value, err_msg=name)
