@@ -213,7 +213,8 @@ def _learn(example: Example, path: list[tuple[int, int]], out: Layout) -> None:
     """Targets and weights of an example whose nodes lie at these (place, size)."""
     start = 0
     for place, size in path:
-        if (part := example.between(start, start + size)).start < part.stop:
+        part = example.between(start, start + size)
+        if part.start < part.stop and example.objective in out.targets:
             where = example.places[part] + (place - start)
             out.targets[example.objective][where] = example.targets[part]
             out.weights[example.objective][where] += example.weights[part]
