@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from steerjax.config import MeshConfig
-from steerjax.models.attention.mask import Layout
 from steerjax.models.config import LlamaConfig
 from steerjax.models.llama import CausalLM, Compute
 from steerjax.objectives.cross_entropy import chunked_cross_entropy
-from steerjax.parallel.mesh import make_mesh
+from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.rules import partition_spec
 from tests.helpers import assert_trees_close
 
@@ -150,11 +148,11 @@ def test_equals_transformers_loss(tied):
 
     llama, weights = from_torch(theirs, config)
     params = {"llama": llama} | ({} if tied else {"lm_head": weights["lm_head.weight"].T})
-    model, layout = CausalLM(config, Compute(chunk=8)), Layout(jnp.ones((3, 24), int), jnp.zeros((3, 24), int))
+    model, until = CausalLM(config, Compute(chunk=8)), np.full((3, 24), 24)
     targets, next_trained = (np.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, trained))
 
     def ours(params):
-        states = model.apply({"params": params}, tokens, np.arange(24)[None].repeat(3, 0), layout, method="states")
+        states = model.apply({"params": params}, tokens, np.arange(24)[None].repeat(3, 0), until, method="hidden")
         head = lambda x: model.apply({"params": params}, x, method="head")  # noqa: E731
         total, count, _ = chunked_cross_entropy(states, head, targets, next_trained, 5)
         return total / count

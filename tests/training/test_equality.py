@@ -273,7 +273,7 @@ def test_frozen_layers_are_cut_from_one_stack():
     np.testing.assert_array_equal(whole[0]["embedding"], whole[1]["embedding"])
     free, free_step, _ = rows_and_step(OptimizerConfig(clip_norm=0.0))
     moved = leaf_at(free_step(free, batch)[0].params["llama"], "layers/mlp/up/kernel")
-    np.testing.assert_allclose(up[1][1], moved[1], rtol=1e-6)
+    assert_trees_close(up[1][1], moved[1], rtol=1e-6)
     assert leaf_at(after.optimizer[1].mu["llama"], "layers/mlp/up/kernel").shape[0] == 1
 
 

@@ -1,5 +1,6 @@
 """The command as a user runs it: resume after SIGKILL, compile once, reports, refusals."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -11,14 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from steerjax.bundle import open_bundle
+from steerjax.bundle.provenance import read_provenance
 from steerjax.bundle.store import CheckpointStore
-from steerjax.config import MeshConfig, default_config, resolve
-from steerjax.errors import CheckpointError, TrainingError
-from steerjax.training import loop
-from steerjax.training.metrics import read_metrics
-from steerjax.training.state import training_part
+from steerjax.config import default_config, resolve
+from steerjax.errors import CheckpointError, ConfigError, TrainingError
+from steerjax.parallel.mesh import MeshConfig
+from steerjax.report.records import read_metrics
+from steerjax.training import train as training
 
-TIMES = ("examples_per_second", "tokens_per_second", "model_tflops_per_second_per_device")
+TIMES = (
+    "examples_per_second", "tokens_per_second", "unshared_tokens_per_second", "model_tflops_per_second_per_device",
+)  # fmt: skip
 RECIPE = """
 from steerjax.config import default_config
 
@@ -41,23 +46,7 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     random = np.random.default_rng(0)
     names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-    words = [
-        "the",
-        "model",
-        "answers",
-        "with",
-        "care",
-        "and",
-        "says",
-        "what",
-        "it",
-        "knows",
-        "about",
-        "rivers",
-        "trees",
-        "and",
-        "stones",
-    ]
+    words = ["the", "model", "answers", "with", "care", "and", "says", "what", "it", "knows", "about", "rivers", "trees", "and", "stones"]
     with (folder / "rows.jsonl").open("w") as file:
         for prompt in range(20):
             for _ in range(3):
@@ -91,26 +80,9 @@ def records(workdir: Path) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(workdir / "metrics.jsonl")]
 
 
-def parameters(workdir: Path, e) -> dict:
-    """The last checkpoint's parameters, as host arrays with their paths."""
-    import jax
-
-    schema = loop.SCHEMAS["helpsteer"]
-    e, _ = loop.with_source(e)
-    mesh = loop.make_mesh(e.mesh, jax.devices()[:1])
-    run = loop.Run(e, loop.RewardTask(e, schema, loop.make_renderer(e, schema), mesh), mesh)
-    with CheckpointStore(workdir / "checkpoints", 2) as store:
-        assert store.latest_step() == e.train.steps
-        return jax.device_get(store.restore(e.train.steps, run.whole, training_part(run.abstract))[0])
-
-
-def with_vocabulary(e):
-    import dataclasses
-
-    from steerjax.chat.tokenizer import load_tokenizer
-
-    size = load_tokenizer("embedded").vocab_size
-    return dataclasses.replace(e, model=dataclasses.replace(e.model, vocab_size=size))
+def parameters(workdir: Path) -> dict:
+    """The last checkpoint's parameters."""
+    return open_bundle(workdir, MeshConfig(data=8)).params
 
 
 def kill_after_step(arguments: list[str], workdir: Path, step: int, env: dict, sent: signal.Signals) -> int:
@@ -152,8 +124,7 @@ def test_killed_and_started_again_equals_uninterrupted(recipe, repository, unint
     assert kill_after_step(command(recipe, tmp_path), tmp_path, step, env, signal.SIGKILL) == -signal.SIGKILL
     subprocess.run(command(recipe, tmp_path), env=env, check=True, stdout=subprocess.DEVNULL)
     assert records(tmp_path) == records(uninterrupted)
-    e = with_vocabulary(experiment(recipe))
-    assert_same_parameters(parameters(tmp_path, e), parameters(uninterrupted, e))
+    assert_same_parameters(parameters(tmp_path), parameters(uninterrupted))
 
 
 def test_resumed_on_another_mesh(recipe, repository, uninterrupted, tmp_path):
@@ -166,8 +137,7 @@ def test_resumed_on_another_mesh(recipe, repository, uninterrupted, tmp_path):
     for ours, expected in zip(records(tmp_path), records(uninterrupted), strict=True):
         assert ours["step"] == expected["step"]
         np.testing.assert_allclose(ours["loss"], expected["loss"], rtol=1e-5)
-    e = with_vocabulary(experiment(recipe))
-    assert_same_parameters(parameters(tmp_path, e), parameters(uninterrupted, e), atol=1e-5)
+    assert_same_parameters(parameters(tmp_path), parameters(uninterrupted), atol=1e-5)
 
 
 def test_sigterm_saves_and_says_so(recipe, repository, uninterrupted, tmp_path):
@@ -200,55 +170,68 @@ def test_checkpoints_keep_the_last_and_the_best(uninterrupted):
         assert store.best_step() == best
         kept = {int(p.name) for p in (uninterrupted / "checkpoints").iterdir() if p.name.isdigit()}
         assert kept == {8, 12, best}
-        provenance = store.provenance(12)
-    assert provenance["attributes"][0]["name"] == "helpfulness"
-    assert provenance["template"] == "extra_id"
-    assert all(len(digest) == 64 for digest in provenance["data"].values())
-    assert provenance["config"]["train"]["steps"] == 12
+    provenance = read_provenance(uninterrupted / "checkpoints" / "12")
+    assert provenance.attributes[0].name == "helpfulness"
+    assert provenance.template == "extra_id"
+    assert all(len(digest) == 64 for digest in provenance.data.values())
+    assert provenance.config["train"]["steps"] == 12
 
 
 def test_train_step_compiles_once(recipe, tmp_path, monkeypatch):
     """Over a whole run with evaluation, a last partial batch and checkpoints; the evaluation step too."""
-    runs = []
-    original = loop.Run.__init__
-    monkeypatch.setattr(loop.Run, "__init__", lambda self, *a: (original(self, *a), runs.append(self))[0])
-    loop.train(experiment(recipe, steps=7), tmp_path)
-    (run,) = runs
-    assert run.train_step._cache_size() == 1
-    assert run.evaluation_step._cache_size() == 1
+    programs = []
+    original = training.Program.__init__
+    monkeypatch.setattr(training.Program, "__init__", lambda self, *a: (original(self, *a), programs.append(self))[0])
+    training.train(experiment(recipe, steps=7), tmp_path)
+    (program,) = programs
+    assert program.train_step._cache_size() == 1
+    assert program.evaluation_step._cache_size() == 1
 
 
 def test_report_and_plots(recipe, tmp_path, capsys):
-    result = loop.train(experiment(recipe, steps=3, plots=True), tmp_path).detail
+    result = training.train(experiment(recipe, steps=3, plots=True), tmp_path)["regression"].detail
     printed = capsys.readouterr().out
-    assert all(name in printed for name in (*result.names, "mean rating", "log length", "parameters", "filled"))
+    assert all(name in printed for name in (*result.schema.names, "mean rating", "log length", "parameters", "filled"))
     for name in ("loss.png", "predictions.png", "correlations.png"):
         assert (tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG")
     assert "helpfulness" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.short
+def test_the_first_loss_does_not_depend_on_micro_batches(recipe, tmp_path):
+    """The head is made from all rows of the first step, not from those of the first micro-batch."""
+    found = []
+    for micro_batches in (1, 2, 4):
+        e = experiment(recipe, steps=2)
+        e = dataclasses.replace(e, batch=dataclasses.replace(e.batch, micro_batches=micro_batches, evaluation_rows=8),
+                                mesh=MeshConfig(data=2, fsdp=1, tensor=1, context=4))  # fmt: skip
+        workdir = tmp_path / str(micro_batches)
+        training.train(e, workdir)
+        found.append([r["loss"] for r in read_metrics(workdir / "metrics.jsonl")])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-5)
+
+
 def test_first_predictions_lie_near_the_mean(recipe, tmp_path):
-    loop.train(experiment(recipe, steps=4), tmp_path)
+    training.train(experiment(recipe, steps=4), tmp_path)
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert first["loss"] < 3  # the variance of ratings uniform over 0..4 is 2; predictions of 0 would cost 6
 
 
 def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
-    import dataclasses
-
     e = experiment(recipe)
     bad = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, learning_rate=1e30, clip_norm=0.0,
                                                                warmup_steps=0, max_bad_steps=3))  # fmt: skip
     with pytest.raises(TrainingError, match=r"not finite 3 steps in a row; the last good checkpoint is at step"):
-        loop.train(bad, tmp_path)
+        training.train(bad, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.optimizer.update(learning_rate=1e-3), r"optimizer.learning_rate 0.003, and now it is 0.001"),
-        (lambda c: c.train.update(seed=3), r"another config.train.seed"),
-        (lambda c: c.model.update(num_layers=1), r"config.model.num_layers 2, and now it is 1"),
+        (lambda c: c.optimizer.update(learning_rate=1e-3), r"optimizer.learning_rate 0.003.*0.001.*cure"),
+        (lambda c: c.train.update(seed=3), r"config.train.seed; cure"),
+        (lambda c: c.model.update(num_layers=1), r"config.model.num_layers 2.*1.*cure"),
     ],
 )
 def test_a_workdir_of_another_run_is_refused(recipe, uninterrupted, change, message):
@@ -257,7 +240,7 @@ def test_a_workdir_of_another_run_is_refused(recipe, uninterrupted, change, mess
     config = namespace["get_config"]()
     change(config)
     with pytest.raises(CheckpointError, match=message):
-        loop.train(resolve(config.to_dict()), uninterrupted)
+        training.train(resolve(config.to_dict()), uninterrupted)
 
 
 def test_errors_are_messages_and_not_tracebacks(recipe, repository, tmp_path):
@@ -298,10 +281,6 @@ def test_help_is_quick(repository):
 
 
 def test_mesh_errors_name_the_cure(recipe, tmp_path):
-    import dataclasses
-
-    from steerjax.errors import ConfigError
-
     e = experiment(recipe)
     for mesh, message in (
         (MeshConfig(data=3), "wants 3 devices and there are 8"),
@@ -309,5 +288,59 @@ def test_mesh_errors_name_the_cure(recipe, tmp_path):
         (MeshConfig(data=2, tensor=4), r"kv_heads 1 cannot be cut into 4 .*; cure: a mesh whose"),
     ):
         with pytest.raises(ConfigError, match=message):
-            loop.train(dataclasses.replace(e, mesh=mesh), tmp_path / "mesh")
+            training.train(dataclasses.replace(e, mesh=mesh), tmp_path / "mesh")
     assert default_config().mesh.data == -1
+
+
+def edited(recipe: Path, folder: Path, edit) -> Path:
+    """A copy of the recipe and its rows, the rows edited."""
+    rows = (recipe.parent / "rows.jsonl").read_text().splitlines()
+    (folder / "rows.jsonl").write_text("\n".join(edit(rows)) + "\n")
+    path = folder / "recipe.py"
+    path.write_text(recipe.read_text().replace(str(recipe.parent / "rows.jsonl"), str(folder / "rows.jsonl")))
+    return path
+
+
+def test_a_resume_on_other_data_is_refused_or_recorded(recipe, tmp_path):
+    path = edited(recipe, tmp_path, lambda rows: rows)
+    training.train(experiment(path, steps=4), tmp_path / "run")
+    edited(recipe, tmp_path, lambda rows: rows[:-3])
+    with pytest.raises(CheckpointError, match=r"rows\.jsonl[\s\S]*cure.*accept_changes"):
+        training.train(experiment(path, steps=6), tmp_path / "run")
+    training.train(experiment(path, steps=6, accept_changes=True), tmp_path / "run")
+    (accepted,) = read_provenance(tmp_path / "run" / "checkpoints" / "6").accepted
+    assert "rows.jsonl" in accepted
+
+
+def test_records_of_a_run_without_a_checkpoint_are_kept_aside(recipe, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 7.0}\n')
+    training.train(experiment(recipe, steps=2, checkpoint_every=0), tmp_path)
+    aside = [path for path in tmp_path.glob("metrics.*.jsonl")]
+    assert len(aside) == 1
+    assert read_metrics(aside[0])[0]["loss"] == 7.0
+
+
+def test_a_validation_file_that_shares_prompts_is_used_and_said(recipe, tmp_path, capsys):
+    e = experiment(recipe, steps=2)
+    e = dataclasses.replace(e, data=dataclasses.replace(e.data, validation=e.data.train))
+    training.train(e, tmp_path)
+    assert "20 prompts" in capsys.readouterr().out
+
+
+def test_a_remote_workdir_is_refused(recipe, repository):
+    run = subprocess.run(
+        [*command(recipe, Path("x"))[:-1], "--workdir=gs://bucket/run"], env=environment(repository),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 2
+    assert "gs://bucket/run" in run.stderr
+    assert "cure" in run.stderr
+
+
+def test_texts_longer_than_the_models_positions_are_bad_rows(recipe, tmp_path):
+    e = experiment(recipe, steps=2)
+    e = dataclasses.replace(e, model=dataclasses.replace(e.model, max_position_embeddings=40))
+    from steerjax.errors import DataError
+
+    with pytest.raises(DataError, match=r"rows\.jsonl:\d+[\s\S]*max_position_embeddings[\s\S]*cure"):
+        training.train(e, tmp_path)
