@@ -57,14 +57,10 @@ def renderer(smollm2) -> Renderer:
 @pytest.fixture(scope="module")
 def halves(renderer) -> tuple[list[Conversation], list[Conversation]]:
     """Real rows: 40 short ones to train on, and of other prompts the 50 with the fewest tokens, or some of these."""
-    rows, _ = load_conversations(("embedded:helpsteer",), HELPSTEER, on_duplicate="keep")
+    rows = load_conversations(("embedded:helpsteer",), HELPSTEER).conversations
     train, held_out = split_by_prompt(rows, 0.2, 0)
-
-    def length(conversation: Conversation) -> int:
-        return sum(map(len, renderer.reward_text_parts(conversation, len(conversation.turns) - 1)))
-
-    train.sort(key=lambda conversation: sum(len(turn.content) for turn in conversation.turns))
-    held_out = sorted(held_out, key=length)[:50]
+    train = sorted(train, key=lambda conversation: sum(len(turn.content) for turn in conversation.turns))
+    held_out = sorted(held_out, key=lambda conversation: len(reward_ids(renderer, conversation)))[:50]
     return train[:40], held_out[:: len(held_out) // CONVERSATIONS][:CONVERSATIONS]
 
 
@@ -91,8 +87,12 @@ def reward(run, repository) -> Path:
 @pytest.fixture(scope="module")
 def ids(renderer, halves) -> list[list[int]]:
     """Our tokens of the held-out conversations."""
-    parts = (renderer.reward_text_parts(conversation, len(conversation.turns) - 1) for conversation in halves[1])
-    return [[*prompt.tolist(), *branch.tolist()] for prompt, branch in parts]
+    return [reward_ids(renderer, conversation) for conversation in halves[1]]
+
+
+def reward_ids(renderer: Renderer, conversation: Conversation) -> list[int]:
+    """Token ids of the text whose reward is that of the last turn."""
+    return renderer.reward_tokens(conversation, len(conversation.turns) - 1)[0].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -176,8 +176,8 @@ def test_the_server_classifies(reward, ids, messages, scores, cache):
         replies = [server.post("/classify", messages=conversation)["data"][0] for conversation in messages]
         assert_same([entry["probs"] for entry in replies], scores, "/classify, messages")
         assert "nothing to rate" in server.refusal("/classify", messages=messages[0][:1])
-        bad = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b"}]
-        assert "control string '<|im_end|>'" in server.refusal("/classify", messages=bad)
+        spelled = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b"}]
+        assert len(server.post("/classify", messages=spelled)["data"]) == 1  # text, as any other
 
 
 # --- A chat model.
