@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,46 +10,35 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from steerjax.data.batch import Feeder, evaluation_steps
+from steerjax.data.batch import Batch, Feeder, evaluation_steps
 from steerjax.data.packing import Row
 
 
 class FrozenStates:
-    """What the frozen layers give at every node of some trees; filled once they have their parameters.
-
-    Attributes:
-        width: D.
-    """
+    """What the frozen layers give at every node of some trees: (tree, node) -> float32 [tokens, width]."""
 
     def __init__(self, width: int):
         self.width = width
         self._nodes: dict[tuple[int, int], np.ndarray] = {}
 
     def __call__(self, tree: int, node: int) -> np.ndarray:
-        """float32 [tokens, D] of a node."""
         return self._nodes[tree, node]
 
     def fill(self, states: Callable, params: dict, feed: Feeder, rows: Sequence[Row], size: int) -> None:
-        """Computes them.
-
-        Args:
-            states: of `make_frozen_states`.
-            feed: of the same trees, without states.
-            rows: all of the trees.
-            size: rows a step.
-        """
+        """Computes them with `frozen_states` over rows that hold all of the trees, `size` rows a step."""
+        build = dataclasses.replace(feed.build, states=None)
+        feed = dataclasses.replace(feed, build=build)
         for step in evaluation_steps(rows, size):
             outputs = np.asarray(states(params, feed(step)), np.float32)
             for row, output in zip(step, outputs, strict=True):
-                for tree, node, place in feed.build.layout(row).nodes:
-                    piece = feed.build.trees[tree].pieces[node]
-                    self._nodes[tree, node] = output[place : place + len(piece)].copy()
+                for tree, node, place in build.layout(row).nodes:
+                    self._nodes[tree, node] = output[place : place + len(build.trees[tree].pieces[node])].copy()
 
 
-def make_frozen_states(module: nn.Module, frozen_layers: int, mesh: Mesh) -> Callable:
+def frozen_states(module: nn.Module, frozen_layers: int, mesh: Mesh) -> Callable:
     """(whole parameters, batch [1, B, T]) -> outputs of the frozen layers [B, T, D], on every process."""
 
-    def states(params, batch):
+    def states(params: dict, batch: Batch):
         inputs = (x[0] for x in (batch.tokens, batch.positions, batch.until))
         return module.apply({"params": params}, *inputs, frozen_layers, method="frozen_states")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.bundle.store import CheckpointStore
 from steerjax.chat.config import make_renderer
-from steerjax.chat.tokenizer import missing_markers
 from steerjax.data.batch import Feeder, evaluation_steps
 from steerjax.data.loading import write_skipped
 from steerjax.data.packing import Row, packing_statistics
@@ -27,7 +26,7 @@ from steerjax.parallel.mesh import make_mesh
 from steerjax.parallel.processes import ALONE, Processes
 from steerjax.report.plots import require_matplotlib
 from steerjax.report.records import read_metrics
-from steerjax.training.cache import FrozenStates, make_frozen_states
+from steerjax.training.cache import FrozenStates, frozen_states
 from steerjax.training.config import Experiment
 from steerjax.training.input import Input, check_batch, load_splits, make_feeder, make_input
 from steerjax.training.metrics import MetricsWriter, Progress
@@ -59,20 +58,20 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     mesh = make_mesh(e.mesh)
     check_batch(e.batch, mesh)
     objectives = make_objectives(e, schema, renderer)
-    limit, skip = e.model.max_position_embeddings, e.data.on_bad_row == "skip"
-    data = make_input(load_splits(e.data, schema), objectives, e.batch, limit, skip, e.train.seed, renderer)
+    data = make_input(load_splits(e.data, schema), objectives, renderer, e)
     caches = [FrozenStates(e.model.hidden_size) if e.compute.cache_frozen else None for _ in range(2)]
-    splits = (data.plan.trees, e.batch.micro_batches), (data.validation, 1)
-    feeds = [
+    feed, feed_validation = (
         make_feeder(trees, objectives, e.batch.row_length, mesh, parts, cache)
-        for (trees, parts), cache in zip(splits, caches, strict=True)
-    ]
+        for trees, parts, cache in zip(
+            (data.plan.trees, data.validation), (e.batch.micro_batches, 1), caches, strict=True
+        )
+    )
 
     # ---- Model: the module and its steps, from shapes alone
     steps = e.train.steps or data.plan.steps(e.train.epochs)
-    program = Program(e, schema, objectives, mesh, feeds[0], steps)
-    run = Run(e, data, program, *feeds, steps)
-    provenance = make_provenance(e, schema, renderer, objectives, source, predicted_by(source))
+    program = Program(e, schema, objectives, mesh, feed, steps)
+    run = Run(e, data, program, feed, feed_validation, steps)
+    provenance = make_provenance(e, schema, renderer, objectives, source)
     processes.agree("start", {"jax": jax.__version__, **dataclasses.asdict(provenance)})
     if main:
         claim_workdir(workdir, e)
@@ -87,11 +86,10 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
 
     with jax.set_mesh(mesh), CheckpointStore(workdir / "checkpoints", e.train.keep_last) as store:
         # ---- State: (1) resume, or start from (2) a source's parameters or (3) random ones
-        step = store.latest_step()
-        processes.agree("start from a checkpoint", {f"newest step in {workdir}": step})
-        rest, new_head = None, False
-        if step is None:
-            step = 0
+        newest = store.latest_step()
+        processes.agree("start from a checkpoint", {f"newest step in {workdir}": newest})
+        step, rest, new_head = newest or 0, None, False
+        if newest is None:
             whole, new_head = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
         else:
             provenance = check_same_inputs(workdir / "checkpoints" / str(step), provenance, e.train.accept_changes)
@@ -99,25 +97,26 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         if main:
             keep_tokenizer(renderer.tokenizer, workdir)
         if e.compute.cache_frozen:
-            run.fill_caches(whole, caches, objectives)
+            states = frozen_states(program.module, e.optimizer.frozen_layers, mesh)
+            rows = data.plan.epoch(0), data.validation_rows
+            for cache, one, of in zip(caches, (feed, feed_validation), rows, strict=True):
+                cache.fill(states, whole, dataclasses.replace(one, micro_batches=1), of, e.batch.evaluated)
         if new_head:
-            whole = program.with_new_heads(whole, feeds[0](data.plan.step_rows(0)))
+            whole = program.with_new_heads(whole, feed(data.plan.step_rows(0)))
         state = make_state(whole, program.abstract, program.optimizer, e.optimizer, rest)
         del whole
-        summary = run.summary(source, new_head, renderer)
+        summary = run.summary(predicted_by(source), new_head)
         if main:
             print(summary_text(summary), flush=True)
-            if rest is not None:
+            if newest is not None:
                 print(f"resumed at step {step} of {steps} from {workdir / 'checkpoints'}", flush=True)
 
         # ---- Loop
-        writer = MetricsWriter(workdir, step, active=main)
-        progress = Progress(step, steps, active=main)
-        try:
+        with (
+            contextlib.closing(MetricsWriter(workdir, step, active=main)) as writer,
+            contextlib.closing(Progress(step, steps, active=main)) as progress,
+        ):
             evaluation = loop(run, state, step, store, dataclasses.asdict(provenance), writer, progress, processes)
-        finally:
-            progress.close()
-            writer.close()
 
         # ---- Report
         store.wait()
@@ -126,29 +125,20 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     return evaluation
 
 
+@dataclasses.dataclass(frozen=True)
 class Run:
-    """The pieces that the loop works with."""
+    """What the loop works with."""
 
-    def __init__(self, e: Experiment, data: Input, program: Program, feed: Feeder, feed_validation: Feeder, steps: int):
-        self.experiment, self.data, self.program, self.steps = e, data, program, steps
-        self.feed, self.feed_validation = feed, feed_validation
-
-    def fill_caches(self, whole: dict, caches: list[FrozenStates], objectives) -> None:
-        """Runs the frozen layers over both splits."""
-        e, mesh = self.experiment, self.program.mesh
-        states = make_frozen_states(self.program.module, e.optimizer.frozen_layers, mesh)
-        training_rows = self.data.plan.epoch(0)
-        for cache, trees, rows in (
-            (caches[0], self.data.plan.trees, training_rows),
-            (caches[1], self.data.validation, self.data.validation_rows),
-        ):
-            cache.fill(
-                states, whole, make_feeder(trees, objectives, e.batch.row_length, mesh, 1), rows, e.batch.evaluated
-            )
+    experiment: Experiment
+    data: Input
+    program: Program
+    feed: Feeder
+    feed_validation: Feeder
+    steps: int
 
     def evaluate(self, state: TrainState, processes: Processes = ALONE) -> dict[str, Evaluation]:
         """Every objective on the validation split."""
-        collected: list[tuple[list, dict]] = []
+        collected = []
         for rows in evaluation_steps(self.data.validation_rows, self.experiment.batch.evaluated):
             processes.at("evaluation")
             outputs = self.program.evaluation_step(state.params, state.frozen, self.feed_validation(rows))
@@ -158,31 +148,27 @@ class Run:
             for o in self.program.objectives
         }
 
-    def validation_loss(self, evaluation: dict[str, Evaluation]) -> float:
-        """The objectives' losses, each with its weight."""
+    def loss(self, evaluation: dict[str, Evaluation]) -> float:
+        """The objectives' validation losses, each with its weight."""
         return sum(o.config.weight * evaluation[o.name].loss for o in self.program.objectives)
 
-    def summary(self, source, new_head: bool, renderer) -> dict[str, str]:
-        """What a user wants to know before the first step."""
+    def summary(self, predicted: tuple[str, ...], new_head: bool) -> dict[str, str]:
+        """What a user wants to know before the first step. `predicted`: by the source's reward head."""
         e, plan, program = self.experiment, self.data.plan, self.program
         packed = packing_statistics(plan.trees, plan.epoch(0), e.batch.row_length)
-        count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
-        total, trained = count(program.whole), count(program.abstract.params)
+        total, trained = (sum(x.size for x in jax.tree.leaves(t)) for t in (program.whole, program.abstract.params))
         device = program.mesh.devices.flat[0]
         said = {
             "parameters": f"{total:,}" + (f", {total - trained:,} of them frozen" if total > trained else ""),
             "initial parameters": e.model.source,
         }
         if program.kind == "reward":
-            theirs = predicted_by(source)
-            said["reward head"] = "new" if new_head or not theirs else "the source's"
-            if new_head and theirs:
-                said["reward head"] += f"; the source's predicts {', '.join(theirs)}"
+            said["reward head"] = "the source's" if predicted and not new_head else "new"
+            if new_head and predicted:
+                said["reward head"] += f"; the source's predicts {', '.join(predicted)}"
         said |= self.data.said
         for o in program.objectives:
             said |= o.summary()
-        if missing := missing_markers(renderer.tokenizer, renderer.template):
-            said["markers"] = f"{', '.join(missing)}: plain text to this tokenizer"
         flops = program.step_facts(plan.step_rows(0), plan.trees)["flops"]
         return said | {
             "skipped": f"{len(self.data.skipped)} rows",
@@ -212,21 +198,14 @@ def loop(
 
     Step k is dispatched before the metrics of step k-1 are read, so that the device never waits for the host.
     """
-    e, program = run.experiment, run.program
-    pending = evaluation = None
-    clock = time.perf_counter()
+    e, pending, evaluation, clock = run.experiment, None, None, time.perf_counter()
 
     def read(pending) -> bool:
-        """Waits for a step's metrics, writes them, and stops the run if gradients stay non-finite.
-
-        Returns:
-            Whether a process was asked to stop before that step.
-        """
+        """Waits for a step's metrics and writes them; whether a process was asked to stop before that step."""
         nonlocal clock
         done, rows, metrics, stop = pending
         metrics = jax.device_get(metrics)
-        now = time.perf_counter()
-        seconds, clock = now - clock, now
+        seconds, clock = time.perf_counter() - clock, time.perf_counter()
         record = step_record(run, rows, metrics, seconds)
         if done % max(1, e.train.log_every) == 0 or done == run.steps:
             writer.write(done, "train", record)
@@ -241,14 +220,12 @@ def loop(
 
     def evaluate(write: bool = True) -> dict[str, Evaluation]:
         found = run.evaluate(state, processes)
-        values = {key: value for one in found.values() for key, value in one.values.items()}
-        if len(found) > 1:
-            values |= {f"{name}/loss": one.loss for name, one in found.items()}
-        loss = run.validation_loss(found)
-        if not write:
-            return found
-        writer.write(step, "validation", {"loss": loss, **values})
-        progress.say(f"step {step}: validation loss {loss:.4f}")
+        if write:
+            loss = run.loss(found)
+            each = {f"{name}/loss": one.loss for name, one in found.items()} if len(found) > 1 else {}
+            values = {key: value for one in found.values() for key, value in one.values.items()}
+            writer.write(step, "validation", {"loss": loss, **each, **values})
+            progress.say(f"step {step}: validation loss {loss:.4f}")
         return found
 
     def is_due(every: int) -> bool:
@@ -258,11 +235,11 @@ def loop(
     owed = (is_due(e.train.checkpoint_every) or is_due(e.train.evaluate_every)) and not writer.evaluated
     if owed or step == run.steps:
         evaluation = evaluate(write=not writer.evaluated)
-    any_process = make_any(program.mesh)
+    any_process = make_any(run.program.mesh)
     with stop_on_sigterm() as asked:
         while step < run.steps:
             rows = run.data.plan.step_rows(step)
-            state, metrics = program.train_step(state, run.feed(rows))
+            state, metrics = run.program.train_step(state, run.feed(rows))
             step += 1
             processes.at(f"step {step}")
             before, pending = pending, (step, rows, metrics, any_process(asked.is_set()))
@@ -270,14 +247,13 @@ def loop(
 
             checkpoint = step == run.steps or is_due(e.train.checkpoint_every)
             if stop or checkpoint or is_due(e.train.evaluate_every):
-                stop = read(pending) or stop
+                stop = (read(pending) or stop) and step < run.steps
                 pending = None
-                stop = stop and step < run.steps
                 if not stop:
                     evaluation = evaluate()
                 if stop or checkpoint:
                     processes.barrier(f"save step {step}")
-                    loss = None if stop else run.validation_loss(evaluation)
+                    loss = None if stop else run.loss(evaluation)
                     store.save(state.whole(), state.rest(), step, provenance, loss)
                 clock = time.perf_counter()
             if stop:
@@ -292,49 +268,38 @@ def loop(
 def step_record(run: Run, rows: list[Row], metrics: dict, seconds: float) -> dict[str, float]:
     """A training line of metrics.jsonl."""
     facts = run.program.step_facts(rows, run.data.plan.trees)
-    flops_per_device = facts["flops"] / seconds / run.program.mesh.size
-    record = {
-        "loss": float(metrics["loss"]),
-        "learning_rate": float(metrics["learning_rate"]),
-        "grad_norm": float(metrics["grad_norm"]),
-        "bad_steps": int(metrics["bad_steps"]),
-        "examples_per_second": facts["examples"] / seconds,
-        "tokens_per_second": facts["tokens"] / seconds,
-        "unshared_tokens_per_second": facts["unshared_tokens"] / seconds,
-        "model_tflops_per_second_per_device": flops_per_device / 1e12,
-    }
-    peak = peak_flops(run.program.mesh.devices.flat[0].device_kind)
-    if peak is not None:
-        record["model_flops_utilization"] = flops_per_device / peak
+    flops = facts.pop("flops") / seconds / run.program.mesh.size
+    record = {name: float(metrics[name]) for name in ("loss", "learning_rate", "grad_norm")}
+    record |= {"bad_steps": int(metrics["bad_steps"])}
+    record |= {f"{name}_per_second": count / seconds for name, count in facts.items()}
+    record["model_tflops_per_second_per_device"] = flops / 1e12
+    if peak := peak_flops(run.program.mesh.devices.flat[0].device_kind):
+        record["model_flops_utilization"] = flops / peak
     several = len(run.program.objectives) > 1
     own = {k: float(v) for k, v in metrics.items() if k not in (*record, "bad_in_row")}
     return record | {k: v for k, v in own.items() if several or not k.endswith("/loss")}
 
 
-def make_any(mesh: Mesh) -> Callable[[bool], jax.Array]:
+def make_any(mesh: Mesh):
     """A function: true on this process -> true on any process, as an array that is not waited for.
 
-    A flag that goes through the mesh behind each step needs no protocol to be seen by all at the same step, and no
-    step waits for it.
+    A flag that goes through the mesh behind each step is seen by all at the same step, and no step waits for it.
     """
     every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     any_of = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return lambda flag: any_of(jax.make_array_from_callback((mesh.size,), every, lambda _: np.full(1, flag)))
 
 
-class stop_on_sigterm:
+@contextlib.contextmanager
+def stop_on_sigterm():
     """An event that SIGTERM sets while the block runs (a preempted machine sends one some 30 seconds ahead)."""
-
-    def __enter__(self) -> threading.Event:
-        event = threading.Event()
-        self._before = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, lambda *_: event.set())
-        return event
-
-    def __exit__(self, *_) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+    event, in_main = threading.Event(), threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set()) if in_main else None
+    try:
+        yield event
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
 
 
 def summary_text(summary: dict[str, str]) -> str:
