@@ -21,19 +21,19 @@ import numpy as np
 
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import kfold_by_prompt, load_conversations
-from steerjax.report.metrics import attribute_metrics, length_baseline, mean_baseline, mean_mse
-from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL
+from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL, attribute_metrics, baseline, mean_metric
 from steerjax.schema import SCHEMAS
 
 
-def quadratic_baseline(train: np.ndarray, ratings: np.ndarray, mask: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def quadratic_baseline(train: np.ndarray, ratings: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Least squares on all terms up to the second degree in two log lengths: `[E, 2]` and `[n, 2]` -> `[n, A]`."""
 
     def terms(characters):
         prompt, response = (np.log1p(characters) - 6.0).T  # near their middle, so that the columns are not all alike
         return np.column_stack([prompt**0, prompt, response, prompt * response, prompt**2, response**2])
 
-    fits = [np.linalg.lstsq(terms(train[m]), y[m], rcond=None)[0] for y, m in zip(ratings.T, mask.T, strict=True)]
+    rated = [(y, np.isfinite(y)) for y in ratings.T]
+    fits = [np.linalg.lstsq(terms(train[seen]), y[seen], rcond=None)[0] for y, seen in rated]
     return terms(lengths) @ np.column_stack(fits)
 
 
@@ -48,35 +48,37 @@ def main() -> None:
     options = parser.parse_args()
     schema = SCHEMAS[options.schema]
     names = schema.names
-    conversations, _ = load_conversations([options.data], schema, on_duplicate="keep")
-    folds = []  # (ratings, mask, {predictor: predictions}) of what each holds out
+    conversations = load_conversations([options.data], schema).conversations
+    folds = []  # (ratings, {predictor: predictions}) of what each holds out
     for fold in range(options.folds):
         parts = kfold_by_prompt(conversations, options.folds, fold, options.seed)
-        (y, mask, lengths), (truth, rated, held_out) = (arrays(part, names) for part in parts)
+        (y, lengths), (truth, held_out) = (arrays(part, names) for part in parts)
         predictions = {
-            MEAN_RATING: mean_baseline(y, mask, len(truth)),
-            LOG_LENGTH: length_baseline(lengths[:, 1], y, mask, held_out[:, 1]),
-            "lengths, quadratic": quadratic_baseline(lengths, y, mask, held_out),
+            MEAN_RATING: baseline(0, y, lengths[:, 1], held_out[:, 1]),
+            LOG_LENGTH: baseline(1, y, lengths[:, 1], held_out[:, 1]),
+            "lengths, quadratic": quadratic_baseline(lengths, y, held_out),
         }
         if options.training:
             predictions[MODEL] = trained(parts, options.output / f"fold-{fold}", options.training, names)
-        folds.append((truth, rated, predictions))
-        mse = {who: mean_mse(attribute_metrics(p, truth, rated, names)) for who, p in predictions.items()}
+        folds.append((truth, predictions))
+        mse = {who: mean_metric(attribute_metrics(p, truth, names), "mse") for who, p in predictions.items()}
         print(f"fold {fold}: " + ", ".join(f"{who} {value:.3f}" for who, value in mse.items()), flush=True)
-    truth, rated = (np.concatenate([fold[i] for fold in folds]) for i in (0, 1))
+    truth = np.concatenate([fold[0] for fold in folds])
     print(f"\n{len(truth)} responses\n{'':20}{'MSE':>8}" + "".join(f"{name:>14}" for name in names) + "  (Pearson)")
-    for who in folds[0][2]:
-        metrics = attribute_metrics(np.concatenate([fold[2][who] for fold in folds]), truth, rated, names)
+    for who in folds[0][1]:
+        metrics = attribute_metrics(np.concatenate([fold[1][who] for fold in folds]), truth, names)
         pearson = [metrics[name]["pearson"] for name in names]
-        print(f"{who:20}{mean_mse(metrics):8.3f}" + "".join(f"{'' if r is None else f'{r:.2f}':>14}" for r in pearson))
+        print(
+            f"{who:20}{mean_metric(metrics, 'mse'):8.3f}"
+            + "".join(f"{'' if r is None else f'{r:.2f}':>14}" for r in pearson)
+        )
 
 
-def arrays(conversations: Sequence[Conversation], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ratings of the last turns [E, A], 0 where missing; where they are; characters of prompt and response [E, 2]."""
+def arrays(conversations: Sequence[Conversation], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Ratings of the last turns [E, A], NaN where missing; characters of prompt and response [E, 2]."""
     ratings = [conversation.turns[-1].ratings or {} for conversation in conversations]
-    values = np.array([[rated.get(name, 0.0) for name in names] for rated in ratings])
-    mask = np.array([[name in rated for name in names] for rated in ratings])
-    return values, mask, np.array([[len(turn.content) for turn in c.turns[-2:]] for c in conversations])
+    values = np.array([[rated.get(name, np.nan) for name in names] for rated in ratings])
+    return values, np.array([[len(turn.content) for turn in c.turns[-2:]] for c in conversations])
 
 
 def trained(parts, folder: Path, training: Sequence[str], names: Sequence[str]) -> np.ndarray:

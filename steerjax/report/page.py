@@ -6,20 +6,20 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from steerjax.report.metrics import mean_metric
 from steerjax.report.plots import plot_correlations, plot_losses, plot_predictions, require_matplotlib
-from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL, EvaluationResult, lowest
+from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL, EvaluationResult, lowest, mean_metric
 
 FEW_RESPONSES = 500  # below it a report says first what so few can show
 
-_HEADER = (
-    *("attribute", "ratings", "MSE", "MAE", "Pearson", "Spearman"),
-    *(f"MSE {MEAN_RATING}", f"MSE {LOG_LENGTH}", "lowest MSE"),
-)
 _BASELINE_WORDS = {MEAN_RATING: "mean-rating baseline", LOG_LENGTH: "length baseline"}
+_PLOTS = {
+    "loss.png": "Training loss and validation error against the step",
+    "predictions.png": "Predicted against human ratings, a panel an attribute",
+    "correlations.png": "Correlations between attributes, human and predicted",
+}
 _EXPLANATION = (
     "MSE, MAE, Pearson and Spearman are the model's. MSE is the mean of (predicted - human)², in rating², so lower is "
     "better; MAE is in ratings; Pearson and Spearman (-1 to 1) say how well responses are ordered, whatever the scale. "
@@ -35,14 +35,11 @@ def format_table(result: EvaluationResult) -> str:
     return "\n".join([*first, *_table(result), "", *comparison_sentences(result)])
 
 
-def text_table(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
-    """A line of text a row, columns lined up: those of indices `left` at their left, the others at their right."""
+def text_table(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:
+    """A line of text a row, columns lined up; `aligned` has a `<` or `>` for each column, its left or its right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    padded = (
-        [cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-        for row in rows
-    )
-    return ["  ".join(row).rstrip() for row in padded]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(aligned, widths, strict=True))
+    return [form.format(*row).rstrip() for row in rows]
 
 
 def few_rows_note(result: EvaluationResult) -> str:
@@ -60,15 +57,14 @@ def few_rows_note(result: EvaluationResult) -> str:
 
 def comparison_sentences(result: EvaluationResult) -> list[str]:
     """One sentence a baseline: does the model beat it on average MSE; and what the average leaves out or mixes."""
-    averages = result.average_mse()
+    averages, schema = result.average_mse(), result.schema
     sentences = [_compare(averages[MODEL], averages[name], words) for name, words in _BASELINE_WORDS.items()]
-    left_out = [name for name in result.schema.names if name not in result.compared]
-    if left_out:
+    if left_out := [name for name in schema.names if name not in result.compared]:
         sentences.append(
             f"Averages leave out {', '.join(left_out)}: no rating in the validation split or no baseline for want of "
             "ratings in the training split."
         )
-    if len({(result.schema[name].high - result.schema[name].low) for name in result.compared}) > 1:
+    if len({schema[name].high - schema[name].low for name in result.compared}) > 1:
         sentences.append("Ranges differ, and the average MSE is mostly that of the attributes with the widest.")
     return sentences
 
@@ -85,45 +81,62 @@ def write_report(
     Args:
         directory: created if missing.
         records: the objects of `metrics.jsonl`; empty for a model that was not trained here: no `loss.png` then.
-        summary: facts of the run for the table at the top.
+        summary: facts of the run for the list at the top.
         config_text: the resolved config.
 
     Raises:
         SteerjaxError: matplotlib is missing. Nothing is written then.
     """
     require_matplotlib()
-    directory, records = Path(directory), list(records)
+    directory, records, names = Path(directory), list(records), result.schema.names
     directory.mkdir(parents=True, exist_ok=True)
-    _write_predictions(directory / "predictions.jsonl", result)
-    for name in ("loss.png", "correlations.png"):  # not part of every report
-        (directory / name).unlink(missing_ok=True)
-    plots = ["![Predicted against human ratings, a panel an attribute](predictions.png)"]
+    for plot in _PLOTS:  # not all are part of every report
+        (directory / plot).unlink(missing_ok=True)
     plot_predictions(result, directory / "predictions.png")
     if records:
-        baselines = {name: value for name, value in result.average_mse().items() if name != MODEL}
+        baselines = {who: value for who, value in result.average_mse().items() if who != MODEL}
         plot_losses(records, directory / "loss.png", baselines, result.compared)
-        plots.insert(0, "![Training loss and validation error against the step](loss.png)")
-    if len(result.schema) > 1:
+    if len(names) > 1:
         plot_correlations(result, directory / "correlations.png")
-        plots.append("![Correlations between attributes, human and predicted](correlations.png)")
-    (directory / "report.md").write_text(_markdown(result, plots, summary, config_text), encoding="utf-8")
+    with (directory / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for example, *rows in zip(result.ids, result.ratings.tolist(), result.predicted.tolist(), strict=True):
+            human, predicted = (
+                {name: x if math.isfinite(x) else None for name, x in zip(names, row, strict=True)} for row in rows
+            )
+            human = {name: rating for name, rating in human.items() if rating is not None}
+            record = {"id": example, "ratings": human, "predicted_ratings": predicted}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    # A fence longer than any in the config, so that the config cannot end it.
+    fence = max(re.findall("`{3,}", config_text), key=len, default="``") + "`"
+    parts = [
+        "# Evaluation of predicted ratings",
+        few_rows_note(result),
+        "\n".join(f"- {key}: {' '.join(str(value).split())}" for key, value in summary.items()),
+        "## Metrics on the validation split",
+        "\n".join(["```", *_table(result), "```"]),
+        "\n".join(f"- {sentence}" for sentence in comparison_sentences(result)),
+        _EXPLANATION,
+        "## Plots",
+        *(f"![{words}]({plot})" for plot, words in _PLOTS.items() if (directory / plot).exists()),
+        "Every validation example with its human and predicted ratings: [predictions.jsonl](predictions.jsonl).",
+        f"<details>\n<summary>Config</summary>\n\n{fence}\n{config_text.rstrip()}\n{fence}\n\n</details>",
+    ]
+    (directory / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
 def _table(result: EvaluationResult) -> list[str]:
     """Lines: the header, a row an attribute, and the average."""
-    others, names = ("mae", "pearson", "spearman"), result.compared
-    rows = [_row(n, m["count"], result.mse(n), [m[key] for key in others]) for n, m in result.metrics.items()]
-    means = [mean_metric(result.metrics, key, names) for key in others]
-    average = _row("average", sum(result.metrics[n]["count"] for n in names), result.average_mse(), means)
-    header, *lines, last = text_table([_HEADER, *rows, average], left=(0, len(_HEADER) - 1))
+    rows = [["attribute", "ratings", "MSE", "MAE", "Pearson", "Spearman"]]
+    rows[0] += [f"MSE {MEAN_RATING}", f"MSE {LOG_LENGTH}", "lowest MSE"]
+    for title, names in [*((name, [name]) for name in result.schema.names), ("average", result.compared)]:
+        errors = result.mse(*names)
+        model = [mean_metric(result.metrics, key, names) for key in ("mse", "mae", "pearson", "spearman")]
+        cells = ["-" if x is None else f"{x:.3f}" for x in (*model, errors[MEAN_RATING], errors[LOG_LENGTH])]
+        count = sum(result.metrics[name]["count"] for name in names)
+        rows.append([title, str(count), *cells, " = ".join(lowest(errors)) or "-"])
+    header, *lines, last = text_table(rows, "<>>>>>>><")
     rule = "-" * max(map(len, (header, *lines, last)))
     return [header, rule, *lines, rule, last]
-
-
-def _row(name: str, count: int, errors: Mapping[str, float | None], others: list[float | None]) -> list[str]:
-    numbers = [errors[MODEL], *others, errors[MEAN_RATING], errors[LOG_LENGTH]]
-    cells = ["-" if value is None else f"{value:.3f}" for value in numbers]
-    return [name, str(count), *cells, " = ".join(lowest(errors)) or "-"]
 
 
 def _compare(model: float | None, baseline: float | None, words: str) -> str:
@@ -134,36 +147,6 @@ def _compare(model: float | None, baseline: float | None, words: str) -> str:
     numbers = f"{model:.3f} to {baseline:.3f}"
     if round(model, 3) == round(baseline, 3):
         return f"The model is level with the {words} on average MSE ({numbers})."
-    verb = "beats" if model < baseline else "loses to"
-    change = "" if baseline == 0 else f", {abs(model / baseline - 1):.1%} {'lower' if model < baseline else 'higher'}"
+    verb, side = ("beats", "lower") if model < baseline else ("loses to", "higher")
+    change = f", {abs(model / baseline - 1):.1%} {side}" if baseline else ""
     return f"The model {verb} the {words} on average MSE ({numbers}{change})."
-
-
-def _write_predictions(path: Path, result: EvaluationResult) -> None:
-    """One JSON object an example; a missing human rating is left out, a prediction that is not finite is null."""
-    names = result.schema.names
-    with path.open("w", encoding="utf-8") as file:
-        for i, example in enumerate(result.ids):
-            human = {name: float(result.ratings[i, a]) for a, name in enumerate(names) if result.mask[i, a]}
-            predicted = [float(x) if math.isfinite(x) else None for x in result.predicted[i]]
-            record = {"id": example, "ratings": human, "predicted_ratings": dict(zip(names, predicted, strict=True))}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-def _markdown(result: EvaluationResult, plots: list[str], summary: Mapping[str, str], config_text: str) -> str:
-    # A fence longer than any in the config, so that the config cannot end it.
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", config_text)), default=0))
-    parts = [
-        "# Evaluation of predicted ratings",
-        few_rows_note(result),
-        "\n".join(f"- {key}: {' '.join(str(value).split())}" for key, value in summary.items()),
-        "## Metrics on the validation split",
-        "\n".join(["```", *_table(result), "```"]),
-        "\n".join(f"- {sentence}" for sentence in comparison_sentences(result)),
-        _EXPLANATION,
-        "## Plots",
-        *plots,
-        "Every validation example with its human and predicted ratings: [predictions.jsonl](predictions.jsonl).",
-        f"<details>\n<summary>Config</summary>\n\n{fence}\n{config_text.rstrip()}\n{fence}\n\n</details>",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"

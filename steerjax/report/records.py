@@ -1,17 +1,12 @@
 """The JSON files of a run and of an evaluation: metrics.jsonl read, metrics.json written."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line that a killed process left half written is dropped."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline is not a whole line
-    return [json.loads(line) for line in lines]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -1,58 +1,114 @@
-"""What an evaluation of predicted ratings found: the model's metrics beside those of two trivial predictors."""
+"""How close predicted ratings are to human ones, and what two trivial predictors reach on the same split.
+
+`E` examples (rated responses), `A` attributes. Everything is float64; `ratings` is NaN where a person gave none.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+from scipy.stats import rankdata
 
-from steerjax.report.metrics import AttributeMetrics, attribute_metrics, length_baseline, mean_baseline, mean_metric
 from steerjax.schema import Schema
 
 MODEL, MEAN_RATING, LOG_LENGTH = "model", "mean rating", "log length"
+AttributeMetrics = dict[str, dict[str, float | int | None]]
+
+
+def attribute_metrics(predicted: np.ndarray, ratings: np.ndarray, names: Sequence[str]) -> AttributeMetrics:
+    """Errors and correlations of each attribute over the examples that have a rating for it; both `[E, A]`.
+
+    Returns:
+        By name: `mse` (rating squared) and `mae` (rating), None without a rating, not finite where a prediction is not;
+        `pearson` and `spearman` (average ranks for ties), None where `correlation` is; `count` of ratings.
+    """
+    found = {}
+    for name, x, y in zip(names, predicted.T, ratings.T, strict=True):
+        x, y = x[np.isfinite(y)], y[np.isfinite(y)]
+        pearson = correlation(x, y)
+        # Of a column that is constant up to rounding, Spearman's ranks would be ranks of the rounding.
+        spearman = None if pearson is None else correlation(rankdata(x), rankdata(y))
+        mse, mae = (float(np.mean(np.abs(x - y) ** power)) if len(y) else None for power in (2, 1))
+        found[name] = {"mse": mse, "mae": mae, "pearson": pearson, "spearman": spearman, "count": len(y)}
+    return found
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Pearson's r; None for fewer than two pairs, a value that is not finite, or a side constant up to rounding."""
+    if len(x) < 2 or not np.isfinite([x, y]).all():
+        return None
+    if any(np.ptp(side) <= 1e-11 * np.abs(side).max() for side in (x, y)):
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
+def attribute_correlations(ratings: np.ndarray) -> np.ndarray:
+    """`correlation` of every two columns `[E, A]` over the examples finite in both: `[A, A]`, NaN where undefined."""
+    columns = [(column, np.isfinite(column)) for column in ratings.T]
+    return np.array([[correlation(x[s & t], y[s & t]) for y, t in columns] for x, s in columns], np.float64)
+
+
+def mean_metric(metrics: AttributeMetrics, key: str, names: Iterable[str] | None = None) -> float | None:
+    """Unweighted mean of one metric over `names` (default: all) where it is defined; None where it nowhere is."""
+    values = [metrics[name][key] for name in (metrics if names is None else names)]
+    values = [value for value in values if value is not None]
+    return float(np.mean(values)) if values else None
+
+
+def baseline(degree: int, train_ratings: np.ndarray, train_lengths: ArrayLike, lengths: ArrayLike) -> np.ndarray:
+    """Predicts each attribute by least squares on log(1 + characters of the response): `[n, A]`.
+
+    Args:
+        degree: 0 is the mean rating, 1 a line; a line is the mean where all training lengths are equal.
+        train_ratings, train_lengths: `[E, A]` and `[E]`; an attribute without a rating there is predicted as NaN.
+        lengths: `[n]`.
+    """
+    x, columns = np.log1p(train_lengths), []
+    for y in train_ratings.T:
+        seen = np.isfinite(y)
+        fit = np.polyfit(x[seen], y[seen], min(degree, len(np.unique(x[seen])) - 1)) if seen.any() else [np.nan]
+        columns.append(np.polyval(fit, np.log1p(lengths)))
+    return np.stack(columns, axis=1)
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Predicted and human ratings of one split (E responses, A attributes) and what follows from them.
+    """Predicted and human ratings of one split and what follows from them.
 
     Attributes:
         schema: the A attributes with their ranges.
-        predicted, ratings: `[E, A]` float64, ratings. mask: `[E, A]`, True where there is a human rating.
+        predicted, ratings: `[E, A]`.
         metrics: the model's `attribute_metrics`.
         baselines: the same of "mean rating" and "log length", fitted on the training split.
         ids: the E examples' ids.
     """
 
     schema: Schema
-    predicted: NDArray[np.float64]
-    ratings: NDArray[np.float64]
-    mask: NDArray[np.bool_]
+    predicted: np.ndarray
+    ratings: np.ndarray
     metrics: AttributeMetrics
     baselines: Mapping[str, AttributeMetrics]
-    ids: tuple[str, ...]
+    ids: Sequence[str]
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The attributes over which averages are taken: those that the model and every baseline have a count for.
+        """The attributes that averages are over: those that the model and every baseline have a count for.
 
-        So the averages of model and baselines are over the same ratings. A baseline without any count (no training
-        ratings at all) does not limit them.
+        A baseline without any count (no training ratings at all) does not limit them.
         """
         usable = [m for m in self.baselines.values() if any(entry["count"] for entry in m.values())]
         return tuple(name for name in self.schema.names if all(m[name]["count"] for m in (self.metrics, *usable)))
 
-    def mse(self, name: str) -> dict[str, float | None]:
-        """One attribute's MSE (rating squared) of "model", "mean rating" and "log length"."""
-        return {who: metrics[name]["mse"] for who, metrics in ((MODEL, self.metrics), *self.baselines.items())}
+    def mse(self, *names: str) -> dict[str, float | None]:
+        """Mean MSE (rating squared) over the names of "model", "mean rating" and "log length"; None if undefined."""
+        return {who: mean_metric(m, "mse", names) for who, m in {MODEL: self.metrics, **self.baselines}.items()}
 
     def average_mse(self) -> dict[str, float | None]:
-        """Mean of `mse` over `compared`; None where it is undefined."""
-        names = self.compared
-        return {who: mean_metric(m, "mse", names) for who, m in ((MODEL, self.metrics), *self.baselines.items())}
+        return self.mse(*self.compared)
 
 
 def evaluate_predictions(
@@ -69,26 +125,21 @@ def evaluate_predictions(
     """Metrics of the model and of both baselines on the same ratings.
 
     Args:
-        predicted, ratings, mask: `[E, A]`. lengths: `[E]`, characters of each response. ids: of the E examples.
-        train_ratings, train_mask: `[E_train, A]`. train_lengths: `[E_train]`. E_train may be 0; an attribute without a
-            training rating has no baseline (count 0).
-
-    Raises:
-        ValueError: the shapes do not fit.
+        predicted, ratings: `[E, A]`. mask: `[E, A]`, True where there is a rating. lengths: `[E]`, characters.
+        train_ratings, train_mask, train_lengths: the same of the training split, which may be empty; an attribute
+            without a training rating has no baseline (count 0).
     """
-    predicted, ratings, train_ratings = (np.asarray(x, dtype=np.float64) for x in (predicted, ratings, train_ratings))
-    mask, lengths, train_lengths = np.asarray(mask, dtype=bool), np.asarray(lengths), np.asarray(train_lengths)
-    if not len(ids) == len(lengths) == len(ratings) or len(train_ratings) != len(train_lengths):
-        counts = (len(ratings), len(lengths), len(ids), len(train_ratings), len(train_lengths))
-        raise ValueError("{} examples with {} lengths and {} ids; {} training examples with {} lengths".format(*counts))
-    guesses = {
-        MEAN_RATING: mean_baseline(train_ratings, train_mask, len(ratings)),
-        LOG_LENGTH: length_baseline(train_lengths, train_ratings, train_mask, lengths),
-    }
-    names = schema.names
-    metrics = attribute_metrics(predicted, ratings, mask, names)
-    baselines = {who: attribute_metrics(x, ratings, mask & np.isfinite(x), names) for who, x in guesses.items()}
-    return EvaluationResult(schema, predicted, ratings, mask, metrics, baselines, tuple(ids))
+    predicted = np.asarray(predicted, np.float64)
+    ratings, train_ratings = (
+        np.where(where, np.asarray(values, np.float64), np.nan)
+        for values, where in ((ratings, mask), (train_ratings, train_mask))
+    )
+    baselines = {}
+    for degree, who in enumerate((MEAN_RATING, LOG_LENGTH)):
+        guess = baseline(degree, train_ratings, train_lengths, lengths)
+        baselines[who] = attribute_metrics(guess, np.where(np.isfinite(guess), ratings, np.nan), schema.names)
+    metrics = attribute_metrics(predicted, ratings, schema.names)
+    return EvaluationResult(schema, predicted, ratings, metrics, baselines, ids)
 
 
 def lowest(values: Mapping[str, float | None]) -> tuple[str, ...]:
