@@ -8,7 +8,10 @@ import pytest
 from steerjax import annotate, evaluate, export, generate
 from steerjax.bundle import describe, open_bundle
 from steerjax.config import default_config, resolve
+from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.hf.config_json import read_config
+from steerjax.inference.scorer import Scorer, predict
+from steerjax.parallel.mesh import MeshConfig
 from steerjax.report.records import read_metrics
 from steerjax.schema import Attribute, Schema
 from steerjax.training.train import train
@@ -99,6 +102,19 @@ def test_a_reward_model(folder, reward):
     assert read_config(reward).labels == ("wit", "depth")
     assert json.loads((reward / "config.json").read_text())["id2label"] == {"0": "wit", "1": "depth"}
     assert "| 0 | wit | 1 to 5 | how funny |" in (reward / "README.md").read_text()
+
+
+def test_a_run_rates_as_it_was_evaluated(folder, reward):
+    """The scorer's ratings of the held-out rows have the errors that training's last evaluation wrote down."""
+    last = read_metrics(folder / "rm" / "metrics.jsonl")[-1]
+    held_out = split_by_prompt(load_conversations([str(folder / "rows.jsonl")], SCHEMA).conversations, 0.25, 0)[1]
+    for model in (folder / "rm", reward):
+        scorer = Scorer(open_bundle(model, MeshConfig(fsdp=2, tensor=2)))
+        examples, predicted = predict(scorer, held_out, [[1]] * len(held_out), [], skip=False)
+        assert len(examples) == len(held_out) > 8
+        rated = [[c.turns[1].ratings.get(name, np.nan) for name in SCHEMA.names] for c, _ in examples]
+        errors = np.nanmean(np.square(predicted - rated), axis=0)
+        np.testing.assert_allclose(errors, [last[f"attributes/{name}/mse"] for name in SCHEMA.names], rtol=1e-4)
 
 
 def test_annotating(folder, annotated):
