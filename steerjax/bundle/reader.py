@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from steerjax.bundle.provenance import Provenance, read_provenance
 from steerjax.errors import CheckpointError
 from steerjax.hf.keys import Index
 from steerjax.hf.weights import load_tree
@@ -24,16 +23,14 @@ class CheckpointReader:
     """An Orbax checkpoint, `checkpoints/STEP`.
 
     Attributes:
-        provenance: what the checkpoint says about its making.
         shapes: path ("llama/layers/attention/q/kernel") -> shape.
 
     Raises:
-        CheckpointError: no checkpoint there, or a broken one.
+        CheckpointError: a broken one.
     """
 
     def __init__(self, directory: Path):
         self.directory = directory.resolve()  # tensorstore takes no ".."
-        self.provenance: Provenance = read_provenance(self.directory)
         try:
             leaves = json.loads((self.directory / "params" / "_METADATA").read_text())["tree_metadata"].values()
             names = [[part["key"] for part in leaf["key_metadata"]] for leaf in leaves]

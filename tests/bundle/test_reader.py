@@ -1,7 +1,6 @@
 """A checkpoint's parameters by slices."""
 
 import dataclasses
-import json
 import shutil
 
 import jax
@@ -19,7 +18,6 @@ from tests.hf.test_export import EIGHT, imported
 from tests.hf_folders import TINY, oracle, provenance, random_tensors, save_checkpoint, write_folder
 
 SHAPES = {"llama/layers/mlp/up/kernel": (6, 8, 4), "llama/layers/attention_norm/scale": (6, 8), "head": (8, 3)}
-SAID = provenance(LlamaConfig(), data={"é.jsonl": "00"})
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +34,7 @@ def saved(tmp_path_factory):
             node = node.setdefault(group, {})
         spec = (None, "fsdp", "tensor") if value.ndim == 3 else ()
         node[name] = jax.device_put(value, jax.NamedSharding(mesh, jax.P(*spec)))
-    return save_checkpoint(tmp_path_factory.mktemp("run"), tree, SAID), values
+    return save_checkpoint(tmp_path_factory.mktemp("run"), tree, provenance(LlamaConfig())), values
 
 
 @pytest.mark.short
@@ -44,7 +42,6 @@ def test_any_part_can_be_read(saved):
     directory, values = saved
     reader = CheckpointReader(directory)
     assert reader.shapes == SHAPES
-    assert dataclasses.asdict(reader.provenance) == SAID
     for path, value in values.items():
         whole = tuple(slice(0, size) for size in value.shape)
         np.testing.assert_array_equal(reader.read(path, whole), value)
@@ -71,17 +68,6 @@ def test_what_is_no_whole_checkpoint(saved, tmp_path):
     odd = shutil.copytree(directory, tmp_path / "a %20#?b")
     assert CheckpointReader(odd).shapes == SHAPES
     broken = shutil.copytree(directory, tmp_path / "7")
-    said = broken / "provenance" / "metadata"
-    for text, message in (
-        ("{", "is broken"),
-        ("[]", "is broken"),
-        (json.dumps({"kind": "chat", "model": {}}), "edition 1 of steerjax.*cure: train again"),
-        (json.dumps({**SAID, "readout": "lasst"}), "readout is 'lasst'"),
-    ):
-        said.write_text(text)
-        with pytest.raises(CheckpointError, match=f"(?s)7.*{message}"):
-            CheckpointReader(broken)
-    said.write_text(json.dumps(SAID))
     shutil.rmtree(broken / "params" / "d")
     with pytest.raises(CheckpointError, match="cannot be read"):
         CheckpointReader(broken).read("head", (slice(0, 8), slice(0, 3)))
