@@ -42,7 +42,7 @@ def test_an_own_objective_trains_alone_and_beside_another(tmp_path, capsys):
     both = {}
     for micro_batches in (1, 4):
         workdir = tmp_path / str(micro_batches)
-        changes = {"length__weight": 0.5, "batch__micro_batches": micro_batches, "batch__evaluation_rows": 8}
+        changes = {"length__weight": 0.5, "batch__micro_batches": micro_batches, "mesh__data": 2, "mesh__context": 4}
         train(experiment(("regression", "length"), **changes), workdir)
         both[micro_batches] = losses(workdir)
         parts = losses(workdir, key="regression/loss") + 0.5 * losses(workdir, key="length/loss")
