@@ -11,15 +11,16 @@ attention that computes all that is not in the future.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import meta
 
-from steerjax.models.attention.backends import make_plan, self_attention
-from steerjax.models.attention.mask import Layout
+from steerjax.models.attention import make_plan, self_attention
 from steerjax.models.config import LlamaConfig
 from steerjax.models.llama import Compute, Llama
 
@@ -28,33 +29,33 @@ PROMPT, TOKENS = 256, 4096
 ROWS = {"512": (8, [256]), "4096": (1, [240] * 16)}  # rows, lengths of the branches
 
 
-def layout_and_positions(rows: int, branches: list[int]) -> tuple[Layout, np.ndarray]:
-    """Of rows of one prompt each, with these branches."""
-    pieces = [np.arange(PROMPT)] + [PROMPT + np.arange(length) for length in branches]
-    numbers = np.concatenate([np.full(len(piece), b) for b, piece in enumerate(pieces)])
-    tile = [np.tile(x, (rows, 1)).astype(np.int32) for x in (numbers, np.concatenate(pieces))]
-    return Layout(jnp.ones_like(tile[0]), jnp.asarray(tile[0])), tile[1]
+def until_and_positions(rows: int, branches: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows of one prompt each, with branches of these lengths: int32 [rows, T]."""
+    ends = PROMPT + np.cumsum(branches)
+    until = np.concatenate([np.full(PROMPT, ends[-1]), np.repeat(ends, branches)])
+    positions = np.concatenate([np.arange(PROMPT), *(PROMPT + np.arange(length) for length in branches)])
+    return np.tile(until.astype(np.int32), (rows, 1)), np.tile(positions.astype(np.int32), (rows, 1))
 
 
-def model_pass(attention: str, layers: int, layout: Layout, positions: np.ndarray):
+def model_pass(attention: str, layers: int, until: np.ndarray, positions: np.ndarray):
     """A forward and backward pass without arguments."""
     model = Llama(LlamaConfig(num_layers=layers, **WIDTHS), Compute(attention=attention, unroll=layers))
     tokens = np.random.default_rng(0).integers(0, WIDTHS["vocab_size"], positions.shape)
-    params = jax.jit(model.init)(jax.random.key(0), tokens[:, :1], positions[:, :1], layout.part(0, 1))
-    step = jax.jit(jax.grad(lambda params: model.apply(params, tokens, positions, layout).sum()))
+    params = meta.unbox(jax.jit(functools.partial(model.init, method="initialize"))(jax.random.key(0)))
+    step = jax.jit(jax.grad(lambda params: model.apply(params, tokens, positions, until, method="hidden").sum()))
     return lambda: step(params)
 
 
-def attention_pass(attention: str, layout: Layout):
+def attention_pass(attention: str, until: np.ndarray):
     """The attention of one layer, forward and backward, without arguments."""
     N, K = WIDTHS["num_heads"], WIDTHS["num_kv_heads"]
-    random, shape = np.random.default_rng(0), layout.segments.shape
-    q, k, v = (jnp.asarray(random.normal(size=(*shape, heads, 64)), jnp.float32) for heads in (N, K, K))
+    random = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(random.normal(size=(*until.shape, heads, 64)), jnp.float32) for heads in (N, K, K))
 
     @jax.jit
     def step(q, k, v):
-        plan = make_plan(attention, layout, 256, q.dtype)
-        return jax.grad(lambda *qkv: self_attention(*qkv, layout, plan, 256).sum(), argnums=(0, 1, 2))(q, k, v)
+        plan = make_plan(attention, jnp.asarray(until), 256, q.dtype)
+        return jax.grad(lambda *qkv: self_attention(*qkv, plan).sum(), argnums=(0, 1, 2))(q, k, v)
 
     return lambda: step(q, k, v)
 
@@ -73,11 +74,11 @@ def medians(passes: dict[str, object], repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attention", default="blockwise", help="a back end of steerjax/models/backends.py")
+    parser.add_argument("--attention", default="blockwise", help="a back end of steerjax/models/attention/backends.py")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    rows = {name: layout_and_positions(*shape) for name, shape in ROWS.items()}
+    rows = {name: until_and_positions(*shape) for name, shape in ROWS.items()}
     kinds = {
         f"{arguments.layers} layers": lambda x: model_pass(arguments.attention, arguments.layers, *x),
         "attention": lambda x: attention_pass(arguments.attention, x[0]),

@@ -90,7 +90,7 @@ def trained(parts, folder: Path, training: Sequence[str], names: Sequence[str]) 
     command = [
         sys.executable, "-m", "steerjax.train", *training, f"--workdir={folder / 'run'}",
         f"--config.data.train=('{folder / 'train.jsonl'}',)",
-        f"--config.data.validation=('{folder / 'validation.jsonl'}',)", "--config.data.on_duplicate=keep",
+        f"--config.data.validation=('{folder / 'validation.jsonl'}',)",
     ]  # fmt: skip
     with (folder / "log").open("a") as log:
         subprocess.run(command, stdout=log, check=True)  # a finished run stays; other flags are refused

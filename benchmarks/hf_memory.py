@@ -44,7 +44,7 @@ def resident_peak() -> int:
 def make(folder: Path, gigabytes: float, shard_size: str) -> None:
     """A folder with random weights, written by our exporter from a generator of random tensors."""
     from steerjax.chat.tokenizer import EMBEDDED
-    from steerjax.hf.config import parse_config, write_config
+    from steerjax.hf.config_json import parse_config, write_config
     from steerjax.hf.export import Stored, write_weights
     from steerjax.hf.keys import CAUSAL_LM, tensors
 
@@ -69,29 +69,29 @@ def import_folder(source: Path, save_to: Path | None) -> int:
 
     import jax
 
-    from steerjax.bundle.opening import open_model
+    from steerjax import __version__
+    from steerjax.bundle import open_bundle
+    from steerjax.bundle.provenance import Provenance, TokenizerSource
     from steerjax.bundle.store import CheckpointStore
-    from steerjax.config import default_config, resolve, to_dict
-    from steerjax.schema import HELPSTEER
 
-    opened = open_model(source, template="extra_id")
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(opened.params))
+    bundle = open_bundle(source, template="extra_id")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(bundle.params))
     if save_to is not None:
-        settings = to_dict(resolve(default_config().to_dict()))
-        settings["model"] = dataclasses.asdict(opened.description.model)
-        provenance = {
-            "kind": "chat", "attributes": HELPSTEER.to_json(), "template": "extra_id", "config": settings,
-            "tokenizer": {"source": "embedded", "sha256": opened.description.tokenizer.hash},
-        }  # fmt: skip
+        about = bundle.description
+        provenance = Provenance(
+            steerjax=__version__, kind="chat", objectives=("sft",), attributes=(), model=about.model,
+            template="extra_id", system_prompt=None, readout="last", base_model=str(source), data={}, config={},
+            tokenizer=TokenizerSource("embedded", about.tokenizer.hash),
+        )  # fmt: skip
         with CheckpointStore(save_to / "checkpoints", 1) as store:
-            store.save(opened.params, {"step": np.zeros((), np.int32)}, 1, provenance, None)
+            store.save(bundle.params, {"step": np.zeros((), np.int32)}, 1, dataclasses.asdict(provenance), None)
     return size
 
 
 def export_model(source: Path, output: Path, dtype: str, shard_size: str) -> int:
     from steerjax.export import export
 
-    export(str(source), output, dtype=dtype, max_shard_size=shard_size, template=None)
+    export(str(source), output, dtype=dtype, max_shard_size=shard_size)
     return 0
 
 
