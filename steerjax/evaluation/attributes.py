@@ -8,17 +8,9 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from steerjax.command import add_scoring_options, open_scorer
 from steerjax.errors import DataError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from steerjax.data.conversation import Conversation
-
-    Example = tuple[Conversation, int]  # a conversation and the index of a rated turn
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +38,8 @@ def run(options: argparse.Namespace) -> dict:
 
     require_matplotlib()
     scorer = open_scorer(options.model, options)
-    names = scorer.schema.names
-    load = functools.partial(
-        load_conversations, schema=reading_schema(scorer.schema), format=options.format, on_bad_row=options.on_bad_row
-    )
+    names, schema = scorer.schema.names, reading_schema(scorer.schema)
+    load = functools.partial(load_conversations, schema=schema, format=options.format, on_bad_row=options.on_bad_row)
     loaded = load(options.data)
     conversations, skipped = loaded.conversations, loaded.skipped
     train = load(options.train_data).conversations if options.train_data else []
@@ -77,17 +67,16 @@ def run(options: argparse.Namespace) -> dict:
     print(f"report with plots: {options.output / 'report.md'}")
     return {
         "responses": len(examples), "skipped": len(skipped), "attributes": result.metrics,
-        "baselines": dict(result.baselines), "average_mse": result.average_mse(),
+        "baselines": result.baselines, "average_mse": result.average_mse(),
     }  # fmt: skip
 
 
-def _rated_turns(conversation: Conversation, names: Sequence[str]) -> list[int]:
-    """Turns with a rating of one of the attributes."""
+def _rated_turns(conversation, names: Sequence[str]) -> list[int]:
     return [i for i, turn in enumerate(conversation.turns) if any(name in (turn.ratings or {}) for name in names)]
 
 
-def _arrays(examples: Sequence[Example], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Human ratings [E, A], NaN where missing, where they are, and the characters of each response."""
+def _arrays(examples: Sequence[tuple], names: Sequence[str]) -> tuple:
+    """Human ratings [E, A], where they are, and the characters of each response; examples are (conversation, turn)."""
     import numpy as np
 
     rated = [conversation.turns[turn] for conversation, turn in examples]

@@ -8,16 +8,15 @@ distance of an answer is the number of attributes whose rounded predicted rating
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pydantic.dataclasses
-from pydantic import Field, FiniteFloat
+from pydantic import ConfigDict
 from scipy.stats import rankdata
 
 from steerjax.command import add_scoring_options, open_scorer
@@ -25,18 +24,13 @@ from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError, ModelError
 from steerjax.report.page import text_table
-from steerjax.report.plots import new_figure, require_matplotlib, save, scatter_with_means, style
-from steerjax.schema import SCHEMAS, Attribute, Schema, round_rating, schema_from_json
+from steerjax.report.plots import new_figure, require_matplotlib, scatter_with_means
+from steerjax.report.results import correlation
+from steerjax.schema import SCHEMAS, Attribute, Schema, round_rating
 from steerjax.typed import typed
 
-if TYPE_CHECKING:
-    from steerjax.data.loading import Skipped
-    from steerjax.inference.scorer import Scorer
-
-CHARACTERS, WORDS, PREDICTED = "characters", "words", "predicted"
+REQUESTED, CHARACTERS, WORDS, PREDICTED, EXACT = "requested", "characters", "words", "predicted", "exact"
 PERMUTATIONS = 4999
-# Of a row's keys only those that are read are checked.
-_loose = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True, extra="ignore"))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -49,22 +43,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 @dataclass(frozen=True)
-class Steered:
-    """An answer, and the ratings that were asked for.
+class Answer:
+    """The last turn of a conversation, the ratings that were asked for and a reward model's ratings, by attribute."""
 
-    Attributes:
-        prompt: equal for answers to one prompt.
-        requested: by attribute.
-        text: of the answer; an empty one has a length, but cannot be rated.
-        predicted: a reward model's ratings of it, by attribute; none where it has not been rated.
-        conversation: prompt and answer.
-    """
-
-    prompt: str
+    conversation: Conversation
     requested: Mapping[str, float]
-    text: str
-    predicted: Mapping[str, float] = field(default_factory=dict)
-    conversation: Conversation | None = None
+    predicted: Mapping[str, float]
+
+    @property
+    def prompt(self) -> Hashable:
+        """Equal for answers to one prompt."""
+        return self.conversation.system, self.conversation.turns[:-1]
+
+    @property
+    def text(self) -> str:
+        """An empty one has a length, but cannot be rated."""
+        return self.conversation.turns[-1].content
 
 
 def run(options: argparse.Namespace) -> dict:
@@ -74,51 +68,50 @@ def run(options: argparse.Namespace) -> dict:
         SteerjaxError: rows that are no answers, or a model that does not fit.
     """
     require_matplotlib()
-    answers, known = list(read_answers(options.input)), _known_attributes(options)
+    answers, known = list(read_answers(options.input)), []
     if options.reward_model:
         scorer = open_scorer(options.reward_model, options)
-        answers, known = _rated(answers, scorer, options), (*scorer.schema.attributes, *known)
-    if not any(answer.requested for answer in answers):
-        raise DataError("no answer to a request", file=options.input, cure="give what generate wrote")
+        answers, known = _rated(answers, scorer, options.on_bad_row == "skip"), [*scorer.schema.attributes]
+    if options.schema:
+        known += SCHEMAS[options.schema].attributes
+    elif options.model:
+        from steerjax.bundle import describe
+
+        schema = describe(options.model, template=options.template).schema
+        if schema is None:
+            raise ModelError(f"'{options.model}' does not name its attributes\n  cure: --schema, or leave --model out")
+        known += schema.attributes
     schema = requested_schema(answers, known)
-    for answer in answers:
-        for name, value in answer.requested.items():
-            if not schema[name].low <= value <= schema[name].high:
-                message = f"{value:g} was asked for, outside {schema[name].low:g}..{schema[name].high:g}"
-                cure = "name the model that answered with --model, or its preset with --schema"
-                raise DataError(message, file=options.input, line=answer.conversation.line, field=name, cure=cure)
+    if not len(schema):
+        raise DataError("no answer to a request", file=options.input, cure="give what generate wrote")
     result = steerability(answers, schema)
     options.output.mkdir(parents=True, exist_ok=True)
     for attribute in schema.attributes:
         plot_steerability(answers, attribute, options.output / f"steerability_{attribute.name}.png")
     print(format_steerability(result))
-    told = [f"{a.name} {a.low:g} to {a.high:g}" for a in schema.attributes if a not in known]
-    if told:
+    if told := [f"{a.name} {a.low:g} to {a.high:g}" for a in schema.attributes if a not in known]:
         print(f"ranges told from the answers: {', '.join(told)}; --model or --schema knows them")
     print(f"\nmetrics and plots are in {options.output}")
     return {**result, "ranges": {a.name: [a.low, a.high] for a in schema.attributes}}
 
 
-@_loose
-class _Turn:
-    role: Literal["user", "assistant"]
-    content: str
-    predicted_ratings: dict[str, FiniteFloat] | None = None
+# Of a row's keys only those that are read are checked.
+_loose = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 @_loose
 class _Generation:
-    attributes: dict[str, FiniteFloat]
+    attributes: dict[str, float]
 
 
 @_loose
 class _Row:
-    turns: Annotated[tuple[_Turn, ...], Field(min_length=1)]
+    turns: tuple[Turn, ...]
     generation: _Generation
     system: str | None = None
 
 
-def read_answers(source: str) -> Iterator[Steered]:
+def read_answers(source: str) -> Iterator[Answer]:
     """What `generate` wrote: the last turn of each row, with `generation.attributes` as the request.
 
     Raises:
@@ -127,72 +120,56 @@ def read_answers(source: str) -> Iterator[Steered]:
     for line, row in iter_rows(source):
         if isinstance(row, DataError):
             raise row
-        try:
-            read = typed(_Row, row, "row", DataError)
-            *before, answer = read.turns
-            if answer.role != "assistant":
-                raise DataError("the last turn is no answer", field="turns")
-        except DataError as error:
-            cure = "give a file that generate wrote, or annotate after it"
-            raise DataError(error.message, file=source, line=line, field=error.field, cure=cure) from None
+        cure = "give a file that generate wrote, or annotate after it"
+        refuse = functools.partial(DataError, file=source, line=line, cure=cure)
+        read = typed(_Row, row, "row", refuse)
+        if not read.turns or read.turns[-1].role != "assistant":
+            raise refuse("the last turn is no answer", field="turns")
         turns = tuple(Turn(turn.role, turn.content) for turn in read.turns)
-        yield Steered(
-            prompt=json.dumps([read.system, [turn.content for turn in before]]),
-            requested=read.generation.attributes,
-            text=answer.content,
-            predicted=answer.predicted_ratings or {},
-            conversation=Conversation(turns, read.system, file=source, line=line),
-        )
+        conversation = Conversation(turns, read.system, file=source, line=line)
+        yield Answer(conversation, read.generation.attributes, read.turns[-1].predicted_ratings or {})
 
 
-def _known_attributes(options: argparse.Namespace) -> tuple[Attribute, ...]:
-    """Of --schema or --model; none where neither is given."""
-    if options.schema:
-        return SCHEMAS[options.schema].attributes
-    if not options.model:
-        return ()
-    from steerjax.bundle import describe
-
-    schema = describe(options.model, template=options.template).schema
-    if schema is None:
-        raise ModelError(f"'{options.model}' does not name its attributes\n  cure: --schema, or leave --model out")
-    return schema.attributes
-
-
-def requested_schema(answers: Sequence[Steered], known: Sequence[Attribute]) -> Schema:
+def requested_schema(answers: Sequence[Answer], known: Iterable[Attribute]) -> Schema:
     """The attributes that were asked for: those of `known` first, and of two with one name the last.
 
     The range of one that is not known spans the requests and the predictions.
+
+    Raises:
+        DataError: a request outside its range; names file and line.
     """
-    seen: dict[str, list[float]] = {}
-    for answer in answers:
-        for name, value in answer.requested.items():
-            seen.setdefault(name, []).extend([value, answer.predicted.get(name, value)])
-    entries = {attribute.name: asdict(attribute) for attribute in known if attribute.name in seen}
-    for name, values in seen.items():
+    asked = [(name, value, answer) for answer in answers for name, value in answer.requested.items()]
+    found = {attribute.name: attribute for attribute in known}
+    for name in {name: None for name, *_ in asked if name not in found}:
+        values = [x for n, value, answer in asked if n == name for x in (value, answer.predicted.get(name, value))]
         low, high = math.floor(min(values)), math.ceil(max(values))
-        entries.setdefault(name, {"name": name, "low": low, "high": max(low + 1, high)})
-    return schema_from_json(entries.values(), "generation.attributes", DataError)
+        entry = {"name": name, "low": low, "high": max(low + 1, high)}
+        found[name] = typed(Attribute, entry, "generation.attributes", DataError)
+    for name, value, answer in asked:
+        low, high = found[name].low, found[name].high
+        if not low <= value <= high:
+            where = {"file": answer.conversation.file, "line": answer.conversation.line, "field": name}
+            cure = "name the model that answered with --model, or its preset with --schema"
+            raise DataError(f"{value:g} was asked for, outside {low:g}..{high:g}", **where, cure=cure)
+    names = {name for name, *_ in asked}
+    return Schema(tuple(attribute for name, attribute in found.items() if name in names))
 
 
-def _rated(answers: Sequence[Steered], scorer: Scorer, options: argparse.Namespace) -> list[Steered]:
+def _rated(answers: Sequence[Answer], scorer, skip: bool) -> list[Answer]:
     """The answers with the reward model's ratings in place of any that they had."""
     from steerjax.inference.scorer import predict
 
-    conversations = [answer.conversation for answer in answers if answer.text]
+    conversations, skipped = [answer.conversation for answer in answers if answer.text], []
     turns = [[len(conversation.turns) - 1] for conversation in conversations]
-    skipped: list[Skipped] = []
-    examples, predicted = predict(scorer, conversations, turns, skipped, skip=options.on_bad_row == "skip")
+    examples, predicted = predict(scorer, conversations, turns, skipped, skip=skip)
     for entry in skipped:
         print(f"no prediction for {entry.file}:{entry.line}: {entry.reason}")
-    ratings = {
-        conversation.line: dict(zip(scorer.schema.names, row, strict=True))
-        for (conversation, _), row in zip(examples, predicted.tolist(), strict=True)
-    }
+    rows = zip(examples, predicted.tolist(), strict=True)
+    ratings = {conversation.line: dict(zip(scorer.schema.names, row, strict=True)) for (conversation, _), row in rows}
     return [replace(answer, predicted=ratings.get(answer.conversation.line, {})) for answer in answers]
 
 
-def steerability(answers: Sequence[Steered], schema: Schema, seed: int = 0) -> dict:
+def steerability(answers: Sequence[Answer], schema: Schema, seed: int = 0) -> dict:
     """What requests did, attribute by attribute; `seed` is that of the permutations.
 
     Returns:
@@ -202,37 +179,30 @@ def steerability(answers: Sequence[Steered], schema: Schema, seed: int = 0) -> d
         requested, see `trend`, of each of the first three. `distance`: mean over the n answers with predictions, and
         the attributes that it counts.
     """
-    attributes = {}
-    exact = np.full((len(answers), len(schema)), np.nan)  # is the rounded prediction the request
+    attributes, exact = {}, np.full((len(answers), len(schema)), np.nan)
     for a, attribute in enumerate(schema.attributes):
         asked = [i for i, answer in enumerate(answers) if attribute.name in answer.requested]
         if not asked:
             continue
-        requested, measured = _measured([answers[i] for i in asked], attribute.name)
-        exact[asked, a] = [
-            math.nan if math.isnan(p) else round_rating(p, attribute) == round_rating(r, attribute)
-            for p, r in zip(measured[PREDICTED], requested, strict=True)
-        ]
-        prompts, levels = [answers[i].prompt for i in asked], np.unique(requested)
-        attributes[attribute.name] = {
-            "values": [
-                {"requested": float(level), "n": int((requested == level).sum())}
-                | {key: _mean(x[requested == level]) for key, x in (measured | {"exact": exact[asked, a]}).items()}
-                for level in levels
-            ],
-            "trends": {k: trend(requested, x, prompts, seed) for k, x in measured.items()} if len(levels) > 1 else {},
-        }
+        measured = _measured([answers[i] for i in asked], attribute)
+        requested, exact[asked, a] = measured.pop(REQUESTED), measured[EXACT]
+        values = []
+        for level in np.unique(requested):
+            here = requested == level
+            means = {key: _mean(column[here]) for key, column in measured.items()}
+            values.append({REQUESTED: float(level), "n": int(here.sum()), **means})
+        trends, prompts = {}, [answers[i].prompt for i in asked]
+        if len(values) > 1:
+            trends = {k: trend(requested, measured[k], prompts, seed) for k in (CHARACTERS, WORDS, PREDICTED)}
+        attributes[attribute.name] = {"values": values, "trends": trends}
     rated = ~np.isnan(exact)
     differing = (exact == 0).sum(1)[rated.any(1)]
-    distance = {
-        "mean": _mean(differing),
-        "n": len(differing),
-        "attributes": [name for name, some in zip(schema.names, rated.any(0), strict=True) if some],
-    }
+    counted = [name for name, some in zip(schema.names, rated.any(0), strict=True) if some]
+    distance = {"mean": _mean(differing), "n": len(differing), "attributes": counted}
     return {"answers": len(answers), "attributes": attributes, "distance": distance}
 
 
-def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[str], seed: int) -> dict:
+def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[Hashable], seed: int) -> dict:
     """Spearman correlation of request and measurement, with a two-sided permutation p-value.
 
     Requests are permuted among the answers to one prompt; where no prompt was asked with two ratings, among all.
@@ -243,34 +213,30 @@ def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[str], s
     Returns:
         `n`; `spearman` and `p`, None where either side is constant.
     """
-    seen = ~np.isnan(measured)
-    x, y = requested[seen], measured[seen]
-    strata = np.unique([prompt for prompt, here in zip(prompts, seen, strict=True) if here], return_inverse=True)[1]
-    if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
-        return {"n": len(x), "spearman": None, "p": None}
-    if len(np.unique(np.stack([strata, x]), axis=1).T) == len(np.unique(strata)):
-        strata = np.zeros_like(strata)
-    x, y = (ranks - ranks.mean() for ranks in (rankdata(x), rankdata(y)))
-    norm = np.linalg.norm(x) * np.linalg.norm(y)
-    found = float(x @ y / norm)
-    random, places, extreme = np.random.default_rng(seed), np.argsort(strata, kind="stable"), 0
-    ordered = y[places]
-    for _ in range(PERMUTATIONS):
-        shuffled = x[np.lexsort((random.random(len(x)), strata))]  # within each stratum
-        extreme += abs(shuffled @ ordered / norm) >= abs(found) - 1e-12
-    return {"n": len(x), "spearman": found, "p": (1 + int(extreme)) / (1 + PERMUTATIONS)}
+    seen = np.flatnonzero(~np.isnan(measured))
+    if correlation(requested[seen], measured[seen]) is None:
+        return {"n": len(seen), "spearman": None, "p": None}
+    groups = [prompts[i] for i in seen]
+    if len({*zip(groups, requested[seen], strict=True)}) == len({*groups}):
+        groups = [None] * len(seen)
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    strata = np.array([numbers[group] for group in groups])
+    order = np.argsort(strata, kind="stable")
+    x, y = (rankdata(values[seen])[order] for values in (requested, measured))
+    x, y = ((ranks - ranks.mean()) / np.linalg.norm(ranks - ranks.mean()) for ranks in (x, y))
+    strata, random = strata[order], np.random.default_rng(seed)
+    by_chance = [x[np.lexsort((random.random(len(x)), strata))] @ y for _ in range(PERMUTATIONS)]
+    extreme = int(np.sum(np.abs(by_chance) >= abs(x @ y) - 1e-12))
+    return {"n": len(x), "spearman": float(x @ y), "p": (1 + extreme) / (1 + PERMUTATIONS)}
 
 
 def format_steerability(result: Mapping) -> str:
     """The result of `steerability` as plain text."""
-    rows, sentences = [["attribute", "requested", "n", CHARACTERS, WORDS, PREDICTED, "exact"]], []
+    forms = {REQUESTED: "g", "n": "d", CHARACTERS: ".1f", WORDS: ".1f", PREDICTED: ".2f", EXACT: ".0%"}
+    rows, sentences = [["attribute", *forms]], []
     for name, entry in result["attributes"].items():
         for value in entry["values"]:
-            numbers = [
-                "-" if value[key] is None else format(value[key], form)
-                for key, form in ((CHARACTERS, ".1f"), (WORDS, ".1f"), (PREDICTED, ".2f"), ("exact", ".0%"))
-            ]
-            rows.append([name, f"{value['requested']:g}", str(value["n"]), *numbers])
+            rows.append([name, *("-" if value[key] is None else format(value[key], f) for key, f in forms.items())])
         found = [(key, t) for key, t in entry["trends"].items() if t["spearman"] is not None]
         if found:
             words = "; ".join(f"{key} {t['spearman']:+.2f} (p {t['p']:.4f})" for key, t in found)
@@ -281,33 +247,32 @@ def format_steerability(result: Mapping) -> str:
             f"distance: {distance['mean']:.2f} of {len(distance['attributes'])} attributes differ from the request on "
             f"average ({distance['n']} answers)"
         )
-    return "\n".join([*text_table(rows, left=(0,)), "", *sentences]).rstrip()
+    return "\n".join([*text_table(rows, "<>>>>>>"), "", *sentences]).rstrip()
 
 
-def plot_steerability(answers: Sequence[Steered], attribute: Attribute, path: str | Path) -> None:
+def plot_steerability(answers: Sequence[Answer], attribute: Attribute, path: str | Path) -> None:
     """Characters, and where there are predictions the predicted rating, against the requested rating."""
     name = attribute.name
-    requested, measured = _measured([answer for answer in answers if name in answer.requested], name)
-    labels = {CHARACTERS: ("length of the answer", "characters"), PREDICTED: (f"predicted {name}", "rating")}
-    keys = [key for key in labels if not np.isnan(measured[key]).all()]
-    figure = new_figure(4.6 * len(keys), 4.0)
-    for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-        seen = ~np.isnan(measured[key])
-        scatter_with_means(axes, requested[seen], measured[key][seen], attribute, "answer")
-        style(axes, labels[key][0])
-        axes.set_xlabel(f"requested {name}", fontsize=10.5)
-        axes.set_ylabel(labels[key][1], fontsize=10.5)
-        axes.legend(frameon=False, fontsize=9)
-    save(figure, path)
+    measured = _measured([answer for answer in answers if name in answer.requested], attribute)
+    titles = {CHARACTERS: "length of the answer (characters)", PREDICTED: f"predicted {name}"}
+    keys = [key for key in titles if not np.isnan(measured[key]).all()]
+    with new_figure(path, 4.6 * len(keys), 4.0) as figure:
+        for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+            seen = ~np.isnan(measured[key])
+            scatter_with_means(axes, measured[REQUESTED][seen], measured[key][seen], attribute, "answer")
+            axes.set(title=titles[key], xlabel=f"requested {name}")
+            axes.legend()
 
 
-def _measured(answers: Sequence[Steered], name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """[n] requests, and [n] of each measurement; NaN without a prediction."""
-    return np.array([answer.requested[name] for answer in answers], np.float64), {
-        CHARACTERS: np.array([len(answer.text) for answer in answers], np.float64),
-        WORDS: np.array([len(answer.text.split()) for answer in answers], np.float64),
-        PREDICTED: np.array([answer.predicted.get(name, math.nan) for answer in answers], np.float64),
-    }
+def _measured(answers: Sequence[Answer], attribute: Attribute) -> dict[str, np.ndarray]:
+    """[n] of each measurement of answers to requests for the attribute; NaN without a prediction."""
+    rows = []
+    for answer in answers:
+        requested, predicted = answer.requested[attribute.name], answer.predicted.get(attribute.name, math.nan)
+        unrated = math.isnan(predicted)
+        exact = math.nan if unrated else round_rating(predicted, attribute) == round_rating(requested, attribute)
+        rows.append((requested, len(answer.text), len(answer.text.split()), predicted, exact))
+    return dict(zip((REQUESTED, CHARACTERS, WORDS, PREDICTED, EXACT), np.array(rows, np.float64).T, strict=True))
 
 
 def _mean(values: np.ndarray) -> float | None:

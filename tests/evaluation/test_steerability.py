@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import DataError
 from steerjax.evaluation.steerability import (
-    Steered,
+    Answer,
     format_steerability,
     plot_steerability,
     read_answers,
@@ -19,11 +20,16 @@ from steerjax.evaluation.steerability import (
 from steerjax.schema import HELPSTEER, Attribute
 
 
+def answer(prompt, requested, text, predicted=None):
+    turns = Turn("user", prompt), Turn("assistant", text)
+    return Answer(Conversation(turns), requested, predicted or {})
+
+
 def answers(values=(0, 2, 4), prompts=8, seed=0):
     """Longer with the requested verbosity; the predicted verbosity is the request, the rest is noise."""
     random = np.random.default_rng(seed)
     return [
-        Steered(
+        answer(
             f"prompt {prompt}", {"helpfulness": 4.0, "verbosity": float(value)},
             "ab " * int(20 * (value + 1) + random.integers(0, 5) + 10 * prompt),
             {"verbosity": value + 0.2, "helpfulness": 2.0, "complexity": float(random.random())},
@@ -35,10 +41,10 @@ def answers(values=(0, 2, 4), prompts=8, seed=0):
 @pytest.mark.short
 def test_means_and_distance_by_hand():
     two = [
-        Steered("p", {"verbosity": 0.0}, "one two", {"verbosity": 0.4}),
-        Steered("q", {"verbosity": 0.0}, "one", {"verbosity": 0.6}),
-        Steered("p", {"verbosity": 4.0, "helpfulness": 4.0}, ""),
-        Steered("q", {"verbosity": 4.0, "helpfulness": 4.0}, "one two three", {"verbosity": 4.9, "helpfulness": 2.5}),
+        answer("p", {"verbosity": 0.0}, "one two", {"verbosity": 0.4}),
+        answer("q", {"verbosity": 0.0}, "one", {"verbosity": 0.6}),
+        answer("p", {"verbosity": 4.0, "helpfulness": 4.0}, ""),
+        answer("q", {"verbosity": 4.0, "helpfulness": 4.0}, "one two three", {"verbosity": 4.9, "helpfulness": 2.5}),
     ]
     result = steerability(two, HELPSTEER)
     assert list(result["attributes"]) == ["helpfulness", "verbosity"]
@@ -109,15 +115,15 @@ def test_table_and_plot(tmp_path):
     assert "distance: 1.00 of 2 attributes differ" in text
     plot_steerability(given, HELPSTEER["verbosity"], tmp_path / "v.png")
     assert (tmp_path / "v.png").read_bytes().startswith(b"\x89PNG")
-    plot_steerability([Steered("p", {"tone": 1.0}, "x")], Attribute("tone", 1.0, 9.0), tmp_path / "h.png")
+    plot_steerability([answer("p", {"tone": 1.0}, "x")], Attribute("tone", 1.0, 9.0), tmp_path / "h.png")
 
 
 @pytest.mark.short
 def test_ranges_are_the_models_or_told_from_the_answers():
     given = [
-        Steered("p", {"warmth": 2.0, "verbosity": 1.0}, "x", {"warmth": 6.3}),
-        Steered("q", {"warmth": 5.0}, "y"),
-        Steered("r", {"tone": 3.0}, "z"),
+        answer("p", {"warmth": 2.0, "verbosity": 1.0}, "x", {"warmth": 6.3}),
+        answer("q", {"warmth": 5.0}, "y"),
+        answer("r", {"tone": 3.0}, "z"),
     ]
     schema = requested_schema(given, HELPSTEER.attributes)
     assert [(a.name, a.low, a.high) for a in schema.attributes] == [
@@ -142,8 +148,8 @@ def test_rows_that_are_no_answers(tmp_path):
     ]
     path = tmp_path / "answers.jsonl"
     path.write_text(json.dumps(good) + "\n")
-    (answer,) = read_answers(str(path))
-    assert (answer.requested, answer.text, answer.predicted) == ({"warmth": 9.0}, "", {})
+    (read,) = read_answers(str(path))
+    assert (read.requested, read.text, read.predicted) == ({"warmth": 9.0}, "", {})
     for row in bad:
         path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
         with pytest.raises(DataError, match=r"answers.jsonl:2: [\s\S]*cure: give a file that generate wrote"):
