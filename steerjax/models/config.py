@@ -13,15 +13,16 @@ from steerjax.typed import STRICT
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RopeScaling:
     """Llama 3.1's `rope_type: llama3`. `factor` 1 is plain RoPE; 8 is Llama 3.1, 32 is Llama 3.2 1B and 3B."""
 
-    factor: Annotated[float, Field(gt=0)] = 1.0
-    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
-    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
+    factor: PositiveFloat = 1.0
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
     original_max_position_embeddings: Positive = 8192
 
 
@@ -41,13 +42,13 @@ class LlamaConfig:
     num_kv_heads: Count = 2
     head_dim: Count = 0
     max_position_embeddings: Positive = 4096
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    rope_theta: PositiveFloat = 10_000.0
     rope_scaling: RopeScaling = RopeScaling()
-    rms_norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    rms_norm_eps: PositiveFloat = 1e-5
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
-    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    initializer_range: PositiveFloat = 0.02
 
     def __post_init__(self):
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
@@ -55,7 +56,7 @@ class LlamaConfig:
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
-                "cure: every key-value head serves the same number of query heads"
+                "cure: a multiple, or a divisor"
             )
         if self.head_dim % 2 or not self.head_dim:
             raise ConfigError(f"model.head_dim is {self.head_dim}; cure: an even number, RoPE turns pairs")
@@ -66,7 +67,7 @@ class LlamaConfig:
 
     @property
     def block_parameters(self) -> int:
-        """Parameters in the matrices of one layer (what a token is multiplied with, biases and norms left out)."""
+        """Parameters in the matrices of one layer, which a token is multiplied with."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
         return attention + 3 * self.hidden_size * self.intermediate_size
 
@@ -78,8 +79,8 @@ class ModelConfig(LlamaConfig):
     Attributes:
         source: where its parameters come from: `random`, a Hugging Face folder, a hub id, or a run of ours. With a
             source the architecture is the source's, and all other keys of this group stay at their defaults.
-        keep_layers: so many of the source's first layers, and the rest is left out; 0 keeps all. The middle layers of
-            a small model can predict ratings better than the last, which are about the next token.
+        keep_layers: the first layers of the source that are kept; 0 is all. The middle layers of a small model can
+            predict ratings better than the last, which are about the next token.
     """
 
     source: str = "random"
@@ -91,7 +92,7 @@ class HeadConfig:
     """The reward head.
 
     Attributes:
-        readout: state at the response's last token, or mean over prompt and response.
+        readout: state at the response's last token, or mean over prompt and response (NeMo-Aligner's `use_avg_pool`).
         use_bias: off by default, as no stock server loads a bias.
     """
 
@@ -107,7 +108,7 @@ class ComputeConfig:
         dtype: of the computation; parameters and optimizer state are float32. `auto` is bfloat16 on accelerators and
             float32 on CPU.
         remat: what a layer keeps for its backward pass: all (`none`), matrix products (`dots`), nothing (`full`).
-        unroll: layers a step of the scan over layers; 0 is all of them on a CPU and 1 elsewhere.
+        unroll: layers a step of the scan over layers, for compile time; 0 is all on a CPU and 1 elsewhere.
         attention: `blockwise` (skips all that the mask forbids), `splash` (the same on TPU, by a kernel), `cudnn` (GPU,
             by a kernel) or `chunked` (dense, skips the future); all are the same function. `auto` takes blockwise on
             CPU, splash on TPU and cudnn on GPU where they fit, else chunked, and a run's summary says why.

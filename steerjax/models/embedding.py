@@ -16,10 +16,6 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
     in its own piece, with zeros for tokens that are not in it; then the group swaps pieces of rows for rows, and the
     zeros are added away over `tensor`. Shapes that the mesh does not divide are left to XLA.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    batch, length = (1, 1) if mesh.empty else (mesh_ways(mesh, partition_spec((a,))[0]) for a in ("batch", "length"))
-    if mesh.empty or mesh.size == 1 or tokens.shape[0] % batch or tokens.shape[1] % length:
-        return constrain(table[tokens], "batch", "length", "activation_embed")
 
     def local(table, tokens):
         tokens = jax.lax.all_gather(tokens, "fsdp", axis=0, tiled=True)
@@ -29,6 +25,12 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
         rows = jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(rows, "tensor")
 
-    specs = [partition_spec(axes) for axes in (("vocab", "embed"), ("batch", "length"))]
+    mesh, cut = jax.sharding.get_abstract_mesh(), partition_spec(("batch", "length"))
+    if (
+        mesh.empty
+        or mesh.size == 1
+        or any(n % mesh_ways(mesh, axes) for n, axes in zip(tokens.shape, cut, strict=True))
+    ):
+        return constrain(table[tokens], "batch", "length", "activation_embed")
     out = partition_spec(("batch", "length", "activation_embed"))
-    return jax.shard_map(local, in_specs=tuple(specs), out_specs=out)(table, tokens)
+    return jax.shard_map(local, in_specs=(partition_spec(("vocab", "embed")), cut), out_specs=out)(table, tokens)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from steerjax.models.config import LlamaConfig
 
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Chip:
+class Chip(NamedTuple):
     """One device, from its vendor's data sheet.
 
     Attributes:
@@ -28,18 +27,14 @@ class Chip:
     network_bandwidth: float = 0.0
 
 
-_V5P = Chip(459e12, 95.73 * GIB, 2765e9, 540e9)
-_HOPPER = {"link_bandwidth": 450e9, "network_bandwidth": 50e9}
-
 # By the words in `jax.Device.device_kind`; the first that is found counts.
 CHIPS = {
     "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 180e9),
-    "TPU v5p": _V5P,
-    "TPU v5": _V5P,
+    "TPU v5": Chip(459e12, 95.73 * GIB, 2765e9, 540e9),  # v5p, which calls itself either
     "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1640e9, 360e9),
     "TPU7x": Chip(2307e12),
-    "H100": Chip(989e12, 79.1 * GIB, 3350e9, **_HOPPER),
-    "H200": Chip(989e12, 139.8 * GIB, 4800e9, **_HOPPER),
+    "H100": Chip(989e12, 79.1 * GIB, 3350e9, 450e9, 50e9),
+    "H200": Chip(989e12, 139.8 * GIB, 4800e9, 450e9, 50e9),
     "A100": Chip(312e12, 79.1 * GIB, 2039e9, 300e9, 25e9),
 }
 
@@ -61,8 +56,7 @@ def training_flops(
         tokens: without padding.
         attention_pairs: the sum of until[j] - j over these tokens.
         head_outputs: width of the head times the share of tokens it reads, e.g. the vocabulary for a language model.
-        frozen_layers: so many of the layers have no backward pass.
-        cached: and no forward pass either.
+        frozen_layers: so many of the layers have no backward pass, and, `cached`, no forward pass either.
     """
     layer = 6.0 * tokens * config.block_parameters + 12.0 * attention_pairs * config.num_heads * config.head_dim
     layers = config.num_layers - frozen_layers + (0 if cached else frozen_layers / 3)

@@ -6,6 +6,7 @@ L layers, V vocabulary, A attributes.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,15 +34,7 @@ AXES = {"D": "embed", "F": "mlp", "N": "heads", "K": "kv_heads", "H": "head", "V
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model is run: changes speed and memory, not the function.
-
-    Attributes:
-        dtype: of the computation; parameters are float32.
-        remat: a name of REMAT_POLICIES.
-        unroll: layers a step of the scan. 1 compiles one layer; more costs compile time and saves time on a CPU.
-        attention: `chunked`, `blockwise`, `splash` or `cudnn`.
-        chunk: queries a chunk (chunked) or block (blockwise) of the attention, in tokens.
-    """
+    """`ComputeConfig` with nothing left to choose (`bundle.build.resolve_compute`); `chunk` is its attention_chunk."""
 
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
@@ -51,17 +44,11 @@ class Compute:
 
 
 class Context(NamedTuple):
-    """What all layers share.
-
-    Attributes:
-        rope: tables of `rope_tables`.
-        plan: which token sees which in packed rows, as the attention back end wants it.
-        mask: in place of a plan, with a cache: which tokens, cached and then new, each new one sees.
-    """
+    """What all layers share: RoPE's tables, and which token sees which, as a plan (packed rows) or mask (a cache)."""
 
     rope: tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
-    plan: Plan | None = None
-    mask: Bool[Array, "B T S"] | None = None
+    plan: Plan | None
+    mask: Bool[Array, "B T S+T"] | None
 
 
 def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
@@ -85,7 +72,6 @@ class Linear(nn.Module):
 
     equation: str
     config: LlamaConfig
-    use_bias: bool
     dtype: jnp.dtype
 
     @nn.compact
@@ -99,7 +85,8 @@ class Linear(nn.Module):
 
         kernel = param("kernel", nn.initializers.normal(c.initializer_range), inputs.split(",")[1])
         y = jnp.einsum(self.equation, x, kernel)
-        return y + param("bias", nn.initializers.zeros, outputs.removeprefix("BT")) if self.use_bias else y
+        use_bias = c.mlp_bias if "F" in self.equation else c.attention_bias
+        return y + param("bias", nn.initializers.zeros, outputs.removeprefix("BT")) if use_bias else y
 
 
 class Attention(nn.Module):
@@ -107,21 +94,17 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B T D"], context: Context, cache: Cache | None
-    ) -> tuple[Float[Array, "B T D"], Cache | None]:
-        def linear(equation: str, name: str, x: Array) -> Array:
-            return Linear(equation, self.config, self.config.attention_bias, self.compute.dtype, name=name)(x)
-
-        q = apply_rope(linear("BTD,DNH->BTNH", "q", x), *context.rope)
-        k = apply_rope(linear("BTD,DKH->BTKH", "k", x), *context.rope)
-        v = linear("BTD,DKH->BTKH", "v", x)
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None):
+        linear = functools.partial(Linear, config=self.config, dtype=self.compute.dtype)
+        q = apply_rope(linear("BTD,DNH->BTNH", name="q")(x), *context.rope)
+        k = apply_rope(linear("BTD,DKH->BTKH", name="k")(x), *context.rope)
+        v = linear("BTD,DKH->BTKH", name="v")(x)
         q = constrain(q, "batch", "length", "activation_heads", None)
         if cache is None:
             y = self_attention(q, k, v, context.plan)
         else:
             y, cache = cached_attention(q, k, v, cache, context.mask, self.compute.chunk), Cache(k, v)
-        return linear("BTNH,NHD->BTD", "o", y), cache
+        return linear("BTNH,NHD->BTD", name="o")(y), cache
 
 
 class MLP(nn.Module):
@@ -130,11 +113,9 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        def linear(equation: str, name: str, x: Array) -> Array:
-            return Linear(equation, self.config, self.config.mlp_bias, self.dtype, name=name)(x)
-
-        y = jax.nn.silu(linear("BTD,DF->BTF", "gate", x)) * linear("BTD,DF->BTF", "up", x)
-        return linear("BTF,FD->BTD", "down", constrain(y, "batch", "length", "activation_mlp"))
+        linear = functools.partial(Linear, config=self.config, dtype=self.dtype)
+        y = jax.nn.silu(linear("BTD,DF->BTF", name="gate")(x)) * linear("BTD,DF->BTF", name="up")(x)
+        return linear("BTF,FD->BTD", name="down")(constrain(y, "batch", "length", "activation_mlp"))
 
 
 class Block(nn.Module):
@@ -145,11 +126,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None):
-        epsilon = self.config.rms_norm_eps
-        normed = RMSNorm(epsilon, name="attention_norm")(x)
+        norm = functools.partial(RMSNorm, self.config.rms_norm_eps)
+        normed = norm(name="attention_norm")(x)
         y, cache = Attention(self.config, self.compute, name="attention")(normed, context, cache)
         x = x + y
-        x = x + MLP(self.config, self.compute.dtype, name="mlp")(RMSNorm(epsilon, name="mlp_norm")(x))
+        x = x + MLP(self.config, self.compute.dtype, name="mlp")(norm(name="mlp_norm")(x))
         return constrain(x, "batch", "length", "activation_embed"), cache
 
 
@@ -166,17 +147,25 @@ class Llama(nn.Module):
         self.layers = self.param("layers", self._init_layers)
         self.final_norm = RMSNorm(c.rms_norm_eps)
 
+    def initialize(self) -> None:
+        """For `init`: every parameter, and no computation."""
+        self.final_norm(jnp.zeros((1, self.config.hidden_size)))
+
     def _init_layers(self, key: Array) -> dict:
         """Each layer from a key of its own. The cached form runs: it needs no kernel and no mesh."""
         c, block = self.config, Block(self.config, self.compute, parent=None)
         one, none = jnp.zeros((1, 1, c.hidden_size), self.compute.dtype), jnp.zeros((1, 0, c.num_kv_heads, c.head_dim))
-        context = Context(self._rope(jnp.zeros((1, 1), jnp.int32)), mask=jnp.ones((1, 1, 1), bool))
-        keys = jax.random.split(key, c.num_layers)
-        params = jax.vmap(lambda key: block.init(key, one, context, Cache(none, none))["params"])(keys)
-        name = {nn.PARTITION_NAME: "layers"}
-        return jax.tree.map(
-            lambda box: box.add_axis(0, name), params, is_leaf=lambda x: isinstance(x, meta.AxisMetadata)
-        )
+        arguments = one, self._context(jnp.zeros((1, 1), int), mask=jnp.ones((1, 1, 1), bool)), Cache(none, none)
+        params = jax.vmap(lambda key: block.init(key, *arguments)["params"])(jax.random.split(key, c.num_layers))
+        return meta.add_axis(params, 0, {nn.PARTITION_NAME: "layers"})
+
+    def _context(self, positions: Int[Array, "B T"], until=None, mask=None) -> Context:
+        c, run = self.config, self.compute
+        plan = None if until is None else make_plan(run.attention, until, run.chunk, run.dtype)
+        return Context(rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling), plan, mask)
+
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        return look_up(self.embedding.astype(self.compute.dtype), tokens)
 
     def _run(self, x: Float[Array, "B T D"], context: Context, first: int, last: int, cache: Cache | None = None):
         """Layers [first, last): their output, and keys and values [L B T K H] where there is a cache."""
@@ -192,21 +181,6 @@ class Llama(nn.Module):
         if (first, last) != (0, self.config.num_layers):
             stack = jax.tree.map(lambda p: p[first:last], stack)
         return jax.lax.scan(layer, x, (stack, cache), unroll=max(1, min(self.compute.unroll, last - first)))
-
-    def initialize(self) -> None:
-        """For `init`: every parameter, and no computation."""
-        self.final_norm(jnp.zeros((1, self.config.hidden_size)))
-
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return look_up(self.embedding.astype(self.compute.dtype), tokens)
-
-    def _rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-        c = self.config
-        return rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-
-    def _context(self, positions: Int[Array, "B T"], until: Int[Array, "B T"]) -> Context:
-        compute = self.compute
-        return Context(self._rope(positions), make_plan(compute.attention, until, compute.chunk, compute.dtype))
 
     def hidden(
         self,
@@ -226,33 +200,46 @@ class Llama(nn.Module):
         """
         context = self._context(positions, until)
         if states is None:
-            states, _ = self._run(self.embed(tokens), context, 0, frozen)
+            states, _ = self._run(self._embed(tokens), context, 0, frozen)
         x = jax.lax.stop_gradient(states.astype(self.compute.dtype)) if frozen else states
         x, _ = self._run(x, context, frozen, self.config.num_layers)
         return self.final_norm(x)
 
     def frozen_states(self, tokens, positions, until, frozen: int) -> Float[Array, "B T D"]:
         """What the first `frozen` layers give; arguments of `hidden`."""
-        return self._run(self.embed(tokens), self._context(positions, until), 0, frozen)[0]
+        return self._run(self._embed(tokens), self._context(positions, until), 0, frozen)[0]
 
     def extend(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, mask: Bool[Array, "B T S+T"]
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """States of new tokens that go on after cached ones.
+        """States of new tokens that go on after cached ones, and their keys and values [L B T K H].
 
         Args:
             cache: keys and values [L B S K H]; S may be 0.
             mask: which tokens each new one sees: the cached ones, then the new ones, none after itself.
-
-        Returns:
-            The states, and keys and values [L B T K H] of the new tokens. Where they go is the caller's affair.
         """
-        context = Context(self._rope(positions), mask=mask)
-        x, new = self._run(self.embed(tokens), context, 0, self.config.num_layers, cache)
+        context = self._context(positions, mask=mask)
+        x, new = self._run(self._embed(tokens), context, 0, self.config.num_layers, cache)
         return self.final_norm(x), new
 
 
-class CausalLM(nn.Module):
+class Headed(nn.Module):
+    """A Llama with a head; the Llama's methods are its own."""
+
+    def initialize(self) -> None:
+        self.llama.initialize()
+
+    def hidden(self, *arguments, **options) -> Float[Array, "B T D"]:
+        return self.llama.hidden(*arguments, **options)
+
+    def frozen_states(self, *arguments) -> Float[Array, "B T D"]:
+        return self.llama.frozen_states(*arguments)
+
+    def extend(self, *arguments) -> tuple[Float[Array, "B T D"], Cache]:
+        return self.llama.extend(*arguments)
+
+
+class CausalLM(Headed):
     """Llama with a language-model head: float32 logits."""
 
     config: LlamaConfig
@@ -265,24 +252,7 @@ class CausalLM(nn.Module):
             init = logical(nn.initializers.normal(c.initializer_range), "embed", "vocab")
             self.lm_head = self.param("lm_head", init, (c.hidden_size, c.vocab_size), jnp.float32)
 
-    def initialize(self) -> None:
-        """See `Llama.initialize`."""
-        self.llama.initialize()
-
-    def hidden(self, *arguments, **options) -> Float[Array, "B T D"]:
-        """See `Llama.hidden`."""
-        return self.llama.hidden(*arguments, **options)
-
-    def frozen_states(self, *arguments) -> Float[Array, "B T D"]:
-        """See `Llama.frozen_states`."""
-        return self.llama.frozen_states(*arguments)
-
-    def extend(self, *arguments) -> tuple[Float[Array, "B T D"], Cache]:
-        """See `Llama.extend`."""
-        return self.llama.extend(*arguments)
-
     def head(self, states: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """float32 logits."""
         kernel = self.llama.embedding.T if self.config.tie_word_embeddings else self.lm_head
         return jnp.matmul(states, kernel.astype(self.compute.dtype), preferred_element_type=jnp.float32)
 

@@ -8,17 +8,14 @@ from jaxtyping import Array, Float, Int
 
 from steerjax.models.attention import seen_mean
 from steerjax.models.config import LlamaConfig
-from steerjax.models.llama import Compute, Llama
+from steerjax.models.llama import Compute, Headed, Llama
 from steerjax.parallel.rules import logical
 
 
-class RewardModel(nn.Module):
+class RewardModel(Headed):
     """Predicted ratings of the text that ends at each token; where a response ends, they are its ratings.
 
-    Attributes:
-        num_attributes: A.
-        readout: "last", the state at the token, or "mean", over all tokens of its text (NeMo-Aligner's `use_avg_pool`).
-        use_bias: a bias in the head. Off by default: no stock server loads one.
+    `num_attributes` is A; `readout` and `use_bias` as in `HeadConfig`.
     """
 
     config: LlamaConfig
@@ -33,20 +30,7 @@ class RewardModel(nn.Module):
         kernel = logical(nn.initializers.normal(self.config.initializer_range), "embed", "attributes")
         self.reward_head = self.param("reward_head", kernel, shape, jnp.float32)
         if self.use_bias:
-            bias = logical(nn.initializers.zeros, "attributes")
-            self.reward_bias = self.param("reward_bias", bias, (self.num_attributes,), jnp.float32)
-
-    def initialize(self) -> None:
-        """See `Llama.initialize`."""
-        self.llama.initialize()
-
-    def hidden(self, *arguments, **options) -> Float[Array, "B T D"]:
-        """See `Llama.hidden`."""
-        return self.llama.hidden(*arguments, **options)
-
-    def frozen_states(self, *arguments) -> Float[Array, "B T D"]:
-        """See `Llama.frozen_states`."""
-        return self.llama.frozen_states(*arguments)
+            self.reward_bias = self.param("reward_bias", logical(nn.initializers.zeros, "attributes"), shape[1:])
 
     def read(self, hidden: Float[Array, "B T D"], until: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The float32 states that the head reads."""

@@ -15,8 +15,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Fl
     `llama3` scaling (Llama 3.1, `modeling_rope_utils` in transformers): long waves are slowed down by `factor`, short
     ones left alone, those between blended.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    frequencies = np.float32(1) / (np.float32(theta) ** exponents)
+    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     if scaling.factor == 1.0:
         return frequencies
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # within the original context
@@ -39,5 +38,4 @@ def apply_rope(
 ) -> Float[Array, "B T N H"]:
     """Turns every pair (i, i + H/2) of each head by its angle; computed in float32, returned in x's dtype."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return (x * cos + turned * sin).astype(x.dtype)
+    return (x * cos + jnp.concatenate([-second, first], axis=-1) * sin).astype(x.dtype)

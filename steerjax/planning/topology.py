@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from steerjax.errors import ConfigError
 from steerjax.models.flops import CHIPS, Chip
 
-KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5p", "v6e": "TPU v6 lite", "h100": "H100"}
+KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "h100": "H100"}
 _EXAMPLES = "v5e:4x4 (16 chips), v5p:4x4x8 (128 chips, sold as v5p-256), v6e:4x4, h100:1x8 (nodes x GPUs)"
 
 # What XLA's GPU compiler asks about an H100 (SXM, 80 GB): NVIDIA's architecture paper and the CUDA programming guide,

@@ -1,6 +1,4 @@
 """Attention over packed rows: one mask, one function, and the back ends that compute it. Start at backends.py."""
 
-from steerjax.models.attention.backends import Choice, Plan, choose_backend, make_plan, self_attention
-from steerjax.models.attention.mask import Cache, cached_attention, seen_mean
-
-__all__ = ["Cache", "Choice", "Plan", "cached_attention", "choose_backend", "make_plan", "seen_mean", "self_attention"]
+from steerjax.models.attention.backends import Choice, Plan, choose_backend, make_plan, self_attention  # noqa: F401
+from steerjax.models.attention.mask import Cache, cached_attention, seen_mean  # noqa: F401

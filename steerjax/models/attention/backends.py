@@ -1,13 +1,12 @@
 """The attentions: which one runs where, and each of them on a mesh. All are one function: dense, under `mask.allowed`.
 
-A plan is made of a batch's `until`, once for all layers. With a context axis a device has a part of each row's queries;
-layer by layer it gathers the keys and values of whole rows over that axis, and no other activation. (In a causal row
-the last part has the most to do.)
+With a context axis a device has a part of each row's queries; layer by layer it gathers the keys and values of whole
+rows over that axis, and no other activation. (In a causal row the last part has the most to do.)
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +14,29 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from steerjax.errors import ConfigError
-from steerjax.models.attention.blockwise import BlockPlan, block_plan, blockwise_attention
-from steerjax.models.attention.cudnn import cudnn_attention, cudnn_bias
-from steerjax.models.attention.mask import causal_attention
-from steerjax.models.attention.splash import LANES, SplashPlan, splash_attention, splash_plan
+from steerjax.models.attention.blockwise import block_plan, blockwise_attention
+from steerjax.models.attention.kernels import LANES, cudnn_attention, cudnn_bias, splash_attention, splash_plan
+from steerjax.models.attention.mask import allowed, causal_attention
 from steerjax.parallel.rules import RULES, mesh_ways, partition_spec
 
 SPLASH_LARGEST = 16384**2  # pairs of a row; at 2 bytes each, 512 MiB
 (CONTEXT,) = RULES["length"]
-_ROWS, _HEADS = ("batch", "length"), ("batch", "length", "activation_heads")
-_MASK = {"chunked": (), "blockwise": _ROWS, "splash": ("batch", None, "length"), "cudnn": ("batch", None, "length")}
+_ROWS, _HEADS, _PAIRS = ("batch", "length"), ("batch", "length", "activation_heads"), ("batch", None, "length")
+_MASK = {"chunked": (), "blockwise": _ROWS, "splash": _PAIRS, "cudnn": _PAIRS}
 
 
 @struct.dataclass
 class Plan:
-    """What `self_attention` needs of a batch.
+    """What `self_attention` needs of a batch, made once for all layers.
 
     Attributes:
         until: see `mask.allowed`.
-        mask: in the form of the back end (cuDNN: a bias); `chunked` needs none.
-        name: the back end.
+        mask: in the form of the back end `name`; `chunked` needs none.
         chunk: queries a chunk (chunked) or block (blockwise), in tokens.
     """
 
     until: Int[Array, "B T"]
-    mask: BlockPlan | SplashPlan | Float[Array, "B 1 T S"] | None
+    mask: Any
     name: str = struct.field(pytree_node=False)
     chunk: int = struct.field(pytree_node=False)
 
@@ -53,18 +50,14 @@ def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype) -> Plan:
         dtype: of the queries.
     """
     part = until.shape[1] // _context_size()
-    block = {"chunked": 1, "blockwise": chunk, "splash": LANES, "cudnn": 2}[name]
-    if name == "chunked" or part % block or not _divides(until.shape, _ROWS):
+    if name == "chunked" or part % {"splash": LANES, "cudnn": 2}.get(name, chunk) or not _divides(until.shape, _ROWS):
         return Plan(until, None, "chunked", chunk)
 
     def local(until):
-        match name:
-            case "blockwise":
-                return block_plan(until, chunk, _start(part), part)
-            case "splash":
-                return splash_plan(until, _start(part), part)
-            case "cudnn":
-                return cudnn_bias(until, _start(part), part, dtype)
+        if name == "blockwise":
+            return block_plan(until, chunk, _start(part), part)
+        mask = allowed(until, _start(part), part)
+        return splash_plan(mask) if name == "splash" else cudnn_bias(mask, dtype)
 
     return Plan(until, _on_mesh(local, (("batch",),), _MASK[name])(until), name, chunk)
 
@@ -100,12 +93,9 @@ def _on_mesh(function, inputs: tuple[tuple, ...], output: tuple):
     """`function` on each device's part of its arguments, which have these logical axes; without a mesh, as it is."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    return jax.shard_map(
-        function,
-        in_specs=tuple(partition_spec(axes) for axes in inputs),
-        out_specs=partition_spec(output),
-        check_vma=False,  # loop carries start as constants, which the check takes for replicated
-    )
+    specs = tuple(map(partition_spec, inputs))
+    # Loop carries start as constants, which the check takes for replicated.
+    return jax.shard_map(function, in_specs=specs, out_specs=partition_spec(output), check_vma=False)
 
 
 def _context_size() -> int:
@@ -121,8 +111,7 @@ def _start(part: int) -> int | Int[Array, ""]:
 def _divides(shape: tuple[int, ...], axes: tuple[str, ...]) -> bool:
     """Whether the mesh cuts the first dimensions of an array, which have these logical axes, into equal parts."""
     mesh = jax.sharding.get_abstract_mesh()
-    ways = () if mesh.empty else (mesh_ways(mesh, mesh_axes) for mesh_axes in partition_spec(axes))
-    return all(size % parts == 0 for size, parts in zip(shape, ways, strict=False))
+    return mesh.empty or not any(n % mesh_ways(mesh, cut) for n, cut in zip(shape, partition_spec(axes), strict=False))
 
 
 class Choice(NamedTuple):
@@ -145,13 +134,10 @@ def choose_backend(name: str, platform: str, dtype, head_dim: int, length: int, 
     Raises:
         ConfigError: the named one cannot run this.
     """
-    own, reason = {
-        "cpu": ("blockwise", "computes no block that the mask forbids"),
-        "tpu": ("splash", "computes no block that the mask forbids"),
-    }.get(platform, ("cudnn", "the mask goes in as a bias; the future is skipped"))
+    own = {"cpu": "blockwise", "tpu": "splash"}.get(platform, "cudnn")
     problem = _unfit(own if name == "auto" else name, platform, jnp.dtype(dtype).name, head_dim, length, chunk, context)
     if name == "auto":
-        return Choice("chunked", f"not {own}: {problem}") if problem else Choice(own, reason)
+        return Choice("chunked", f"not {own}: {problem}") if problem else Choice(own, f"made for {platform}")
     if problem:
         raise ConfigError(f"config.compute.attention is '{name}': {problem}; cure: change that, or 'auto'")
     return Choice(name, "named in the config")
@@ -164,20 +150,21 @@ def _unfit(name: str, platform: str, dtype: str, head_dim: int, length: int, chu
     if context < 1 or length % context:
         return f"config.mesh.context {context} is no divisor of config.batch.row_length {length}"
     part = length // context
-    tokens = f"a device's {part} tokens of a row"
-    if name == "blockwise":
-        return f"config.compute.attention_chunk {chunk} is no divisor of {tokens}" if part % chunk else None
-    if name == "splash":
-        if platform != "tpu":
-            return f"it runs on TPU, not on {platform}"
-        if part % LANES:
-            return f"{tokens} are no multiple of {LANES}"
-        return f"its mask of {part} x {length} tokens a row is too large" if part * length > SPLASH_LARGEST else None
-    if platform in ("cpu", "tpu"):
-        return f"it runs on GPU, not on {platform}"
-    if jax.default_backend() == "gpu" and float(jax.local_devices()[0].compute_capability) < 8:
-        return "it wants an Ampere GPU or a newer one"
-    if dtype not in ("bfloat16", "float16"):
-        return f"it computes in bfloat16, not in {dtype}"
-    fits = head_dim % 8 == 0 and head_dim <= 128 and part % 2 == 0
-    return None if fits else f"head size {head_dim}, {part} tokens: it wants multiples of 8 up to 128, and of 2"
+    tokens, elsewhere = f"a device's {part} tokens of a row", f"it does not run on {platform}"
+    old = jax.default_backend() == "gpu" and float(jax.local_devices()[0].compute_capability) < 8
+    problems = {
+        "blockwise": ((part % chunk, f"config.compute.attention_chunk {chunk} is no divisor of {tokens}"),),
+        "splash": (
+            (platform != "tpu", elsewhere),
+            (part % LANES, f"{tokens} are no multiple of {LANES}"),
+            (part * length > SPLASH_LARGEST, f"its mask of {part} x {length} tokens a row is too large"),
+        ),
+        "cudnn": (
+            (platform in ("cpu", "tpu"), elsewhere),
+            (old, "it wants an Ampere GPU or a newer one"),
+            (dtype not in ("bfloat16", "float16"), f"it computes in bfloat16, not in {dtype}"),
+            (head_dim % 8 or head_dim > 128, f"head size {head_dim} is no multiple of 8 up to 128"),
+            (part % 2, f"{tokens} are no even number"),
+        ),
+    }
+    return next((problem for wrong, problem in problems[name] if wrong), None)

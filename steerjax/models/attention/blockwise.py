@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 NEGATIVE = -1e30  # finite: a block may hold no key for a query, and inf - inf is NaN
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class BlockPlan(NamedTuple):
@@ -37,7 +38,7 @@ class BlockPlan(NamedTuple):
 def block_plan(
     until: Int[Array, "B S"], block: int, start: int | Int[Array, ""] = 0, length: int | None = None
 ) -> BlockPlan:
-    """Arguments of `mask.allowed`, all multiples of `block`."""
+    """The plan of rows; arguments of `mask.allowed`, all multiples of `block`."""
     B, S = until.shape
     numbers = start // block + jnp.arange((length or S) // block)
     first = numbers[:, None] * block  # queries first to end - 1, keys from k0 on
@@ -60,8 +61,7 @@ class _Row(NamedTuple):
 
 
 def _scores(row: _Row, plan: BlockPlan, i, j, masked: bool) -> Float[Array, "K Gb b"]:
-    scores = jnp.einsum("KQH,KSH->KQS", row.q[i], row.k[j], preferred_element_type=jnp.float32)
-    scores *= row.q.shape[-1] ** -0.5
+    scores = _einsum("KQH,KSH->KQS", row.q[i], row.k[j]) * row.q.shape[-1] ** -0.5
     if not masked:
         return scores
     b = row.until.shape[1]
@@ -73,12 +73,10 @@ def _scores(row: _Row, plan: BlockPlan, i, j, masked: bool) -> Float[Array, "K G
 
 def _over_keys(plan: BlockPlan, i: Int[Array, ""], visit, carry):
     """`visit(j, masked, carry)` for each block j of keys that queries of block i see."""
-
-    def loop(begin, end, masked: bool, carry):
-        return jax.lax.fori_loop(begin, end, lambda place, carry: visit(plan.keys[i, place], masked, carry), carry)
-
-    carry = loop(0, plan.full[i], False, carry)
-    return loop(plan.full[i], plan.visited[i], True, carry)
+    for begin, end, masked in ((0, plan.full[i], False), (plan.full[i], plan.visited[i], True)):
+        step = lambda place, carry, masked=masked: visit(plan.keys[i, place], masked, carry)  # noqa: E731
+        carry = jax.lax.fori_loop(begin, end, step, carry)
+    return carry
 
 
 def _forward_row(row: _Row, plan: BlockPlan):
@@ -92,10 +90,8 @@ def _forward_row(row: _Row, plan: BlockPlan):
             new_peak = jnp.maximum(peak, scores.max(-1))
             weights = jnp.exp(scores - new_peak[..., None])
             shrink = jnp.exp(peak - new_peak)
-            total = total * shrink + weights.sum(-1)
-            values = jnp.einsum("KQS,KSH->KQH", weights.astype(row.v.dtype), row.v[j],
-                                preferred_element_type=jnp.float32)  # fmt: skip
-            return new_peak, total, out * shrink[..., None] + values
+            values = _einsum("KQS,KSH->KQH", weights.astype(row.v.dtype), row.v[j])
+            return new_peak, total * shrink + weights.sum(-1), out * shrink[..., None] + values
 
         start = (jnp.full((K, Gb), NEGATIVE), jnp.zeros((K, Gb)), jnp.zeros((K, Gb, H)))
         peak, total, out = _over_keys(plan, i, visit, start)
@@ -107,19 +103,18 @@ def _forward_row(row: _Row, plan: BlockPlan):
 def _backward_row(row: _Row, plan: BlockPlan, out, logsumexp, gradient):
     """Gradients of q, k, v of one row, in blocks."""
     n, K, Gb, H = row.q.shape
-    overlap = jnp.einsum("nKQH,nKQH->nKQ", out, gradient, preferred_element_type=jnp.float32)
-    f32 = {"preferred_element_type": jnp.float32}
+    overlap = _einsum("nKQH,nKQH->nKQ", out, gradient)
 
     def queries(carry, i):
         def visit(j, masked, carry):
             dq, dk, dv = carry
             weights = jnp.exp(_scores(row, plan, i, j, masked) - logsumexp[i][..., None])
-            dweights = jnp.einsum("KQH,KSH->KQS", gradient[i], row.v[j], **f32)
+            dweights = _einsum("KQH,KSH->KQS", gradient[i], row.v[j])
             dscores = (weights * (dweights - overlap[i][..., None]) * H**-0.5).astype(row.q.dtype)
             weights = weights.astype(row.q.dtype)
-            dq = dq + jnp.einsum("KQS,KSH->KQH", dscores, row.k[j], **f32)
-            dk = dk.at[j].add(jnp.einsum("KQS,KQH->KSH", dscores, row.q[i], **f32))
-            dv = dv.at[j].add(jnp.einsum("KQS,KQH->KSH", weights, gradient[i], **f32))
+            dq = dq + _einsum("KQS,KSH->KQH", dscores, row.k[j])
+            dk = dk.at[j].add(_einsum("KQS,KQH->KSH", dscores, row.q[i]))
+            dv = dv.at[j].add(_einsum("KQS,KQH->KSH", weights, gradient[i]))
             return dq, dk, dv
 
         dq, dk, dv = _over_keys(plan, i, visit, (jnp.zeros((K, Gb, H)), *carry))
@@ -132,19 +127,18 @@ def _backward_row(row: _Row, plan: BlockPlan, out, logsumexp, gradient):
 
 def _to_blocks(x: Float[Array, "B T N H"], K: int, block: int) -> Float[Array, "B n K Gb H"]:
     B, T, N, H = x.shape
-    x = x.reshape(B, T // block, block, K, N // K, H)
-    return x.transpose(0, 1, 3, 4, 2, 5).reshape(B, T // block, K, N // K * block, H)
+    x = x.reshape(B, T // block, block, K, N // K, H).transpose(0, 1, 3, 4, 2, 5)
+    return x.reshape(B, T // block, K, N // K * block, H)
 
 
 def _from_blocks(x: Float[Array, "B n K Gb H"], block: int) -> Float[Array, "B T N H"]:
     B, n, K, Gb, H = x.shape
-    x = x.reshape(B, n, K, Gb // block, block, H)
-    return x.transpose(0, 1, 4, 2, 3, 5).reshape(B, n * block, K * (Gb // block), H)
+    x = x.reshape(B, n, K, Gb // block, block, H).transpose(0, 1, 4, 2, 3, 5)
+    return x.reshape(B, n * block, K * (Gb // block), H)
 
 
 def _rows(q, k, v, until, block: int) -> _Row:
-    B, S, K, _ = k.shape
-    return _Row(*(_to_blocks(x, K, block) for x in (q, k, v)), until.reshape(B, S // block, block))
+    return _Row(*(_to_blocks(x, k.shape[2], block) for x in (q, k, v)), until.reshape(len(until), -1, block))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -158,10 +152,7 @@ def blockwise_attention(
 ) -> Float[Array, "B T N H"]:
     """Self-attention over packed rows under the mask of `mask.allowed`; softmax in float32.
 
-    Args:
-        k, v, until: of the whole rows.
-        plan: of `block_plan` for the same until, block and queries.
-        block: tokens; divides T and S.
+    k, v and until are of whole rows; `plan` is the `block_plan` of these until, queries and block.
     """
     return _forward(q, k, v, until, plan, block)[0]
 

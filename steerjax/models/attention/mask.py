@@ -7,13 +7,12 @@ subtree: one integer a token, `until[j]`, is the whole mask. Padding sees itself
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -47,12 +46,9 @@ def attend(
     scores = jnp.concatenate(scores, axis=-1) * H**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    ends = itertools.accumulate(k.shape[1] for k, _ in parts)
-    out = [
-        jnp.einsum("BKGTS,BSKH->BTKGH", weights[..., end - v.shape[1] : end], v)
-        for end, (_, v) in zip(ends, parts, strict=True)
-    ]
-    return functools.reduce(jnp.add, out).reshape(B, T, N, H)
+    weights = jnp.split(weights, np.cumsum([k.shape[1] for k, _ in parts])[:-1], axis=-1)
+    out = sum(jnp.einsum("BKGTS,BSKH->BTKGH", w, v) for w, (_, v) in zip(weights, parts, strict=True))
+    return out.reshape(B, T, N, -1)
 
 
 class Cache(NamedTuple):
@@ -72,15 +68,12 @@ def cached_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention of new tokens over cached ones and over themselves, `chunk` queries at a time.
 
-    Args:
-        mask: over cached, then new tokens; a token sees no new one after it.
+    `mask` is over cached, then new tokens; a token sees no new one after it.
     """
-    T, S = q.shape[1], cache.keys.shape[1]
-    outputs = []
-    for start in range(0, T, chunk):
-        end = min(start + chunk, T)
-        new = (k[:, :end], v[:, :end])
-        outputs.append(attend(q[:, start:end], (cache, new) if S else (new,), mask[:, start:end, : S + end]))
+    outputs, S = [], cache.keys.shape[1]
+    for start in range(0, q.shape[1], chunk):
+        end = start + chunk  # slices stop where the arrays do
+        outputs.append(attend(q[:, start:end], (cache, (k[:, :end], v[:, :end])), mask[:, start:end, : S + end]))
     return jnp.concatenate(outputs, axis=1)
 
 
@@ -92,44 +85,27 @@ def causal_attention(
     chunk: int = 256,
     start: int | Int[Array, ""] = 0,
 ) -> Float[Array, "B T N H"]:
-    """Attention over packed rows, the queries in chunks that are given only the keys before them.
+    """Attention over packed rows, `chunk` queries at a time, which are given only the keys before them.
 
-    Half of the score matrix is never computed, and none of it is kept for the backward pass.
-
-    Args:
-        k, v, until: of the whole rows.
-        chunk: queries a chunk, in tokens.
-        start: where in the row the queries start. Where it is not a plain number, the future is masked, not skipped.
+    Half of the score matrix is never computed, and none of it is kept for the backward pass. k, v and until are of
+    whole rows, in which the queries start at `start`; where that is no plain number, the future is masked, not skipped.
     """
-    T, S = q.shape[1], k.shape[1]
+
+    @jax.checkpoint
+    def attend_chunk(q, k, v, until, start):
+        return attend(q, ((k, v),), allowed(until, start, q.shape[1]))
+
     outputs = []
-    for begin in range(0, T, chunk):
-        end = min(begin + chunk, T)
-        seen = start + end if isinstance(start, int) else S
-        keys = (x[:, :seen] for x in (k, v, until))
-        outputs.append(_attend_chunk(q[:, begin:end], *keys, start + begin))
+    for begin in range(0, q.shape[1], chunk):
+        seen = start + begin + chunk if isinstance(start, int) else None
+        outputs.append(
+            attend_chunk(q[:, begin : begin + chunk], k[:, :seen], v[:, :seen], until[:, :seen], start + begin)
+        )
     return jnp.concatenate(outputs, axis=1)
 
 
-@jax.checkpoint
-def _attend_chunk(q, k, v, until, start):
-    return attend(q, ((k, v),), allowed(until, start, q.shape[1]))
-
-
 def seen_mean(hidden: Float[Array, "B T D"], until: Int[Array, "B T"], chunk: int = 256) -> Float[Array, "B T D"]:
-    """For every place the mean of the states of the places it sees, in float32.
-
-    Args:
-        chunk: places that are computed at a time.
-    """
-    B, T, D = hidden.shape
-    chunk = min(chunk, T)
-    hidden = hidden.astype(jnp.float32)
-
-    @jax.checkpoint  # else the masks of all chunks are kept
-    def means(start):
-        mask = allowed(until, start, chunk)  # of the last chunk some places may lie past the row and see nothing
-        weights = mask / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-        return jnp.einsum("BTS,BSD->BTD", weights, hidden, precision="highest")
-
-    return jax.lax.map(means, jnp.arange(0, T, chunk)).swapaxes(0, 1).reshape(B, -1, D)[:, :T]
+    """For every place the mean of the states of the places it sees, in float32: attention whose scores are all 0."""
+    zeros, values = jnp.zeros((*until.shape, 1, 1)), hidden[:, :, None].astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        return causal_attention(zeros, zeros, values, until, chunk)[:, :, 0]

@@ -11,8 +11,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from steerjax.models.attention import backends, make_plan, self_attention
-from steerjax.models.attention.cudnn import cudnn_attention
-from steerjax.models.attention.splash import splash_attention
+from steerjax.models.attention.kernels import cudnn_attention, splash_attention
 
 NAMES = ("chunked", "blockwise", "splash", "cudnn")
 

@@ -10,8 +10,8 @@ import pytest
 
 from steerjax.errors import ConfigError
 from steerjax.models.attention import choose_backend
-from steerjax.models.attention.cudnn import cudnn_attention, cudnn_bias
-from steerjax.models.attention.splash import splash_attention, splash_plan
+from steerjax.models.attention.kernels import cudnn_attention, cudnn_bias, splash_attention, splash_plan
+from steerjax.models.attention.mask import allowed
 from tests.models.attention.forests import (
     Node,
     arrays,
@@ -32,7 +32,7 @@ def test_splash_equals_the_definition(H):
     q, k, v, weights = arrays(2, 384, N=2, K=1, H=H)
 
     def splash(q, k, v, until):
-        return splash_attention(q, k, v, splash_plan(until), interpret=True)
+        return splash_attention(q, k, v, splash_plan(allowed(until)), interpret=True)
 
     ours = values_and_gradients(splash, q, k, v, weights, until)
     assert_equal(ours, values_and_gradients(by_definition, q, k, v, weights, mask))
@@ -44,13 +44,14 @@ def test_splash_skips_exactly_the_blocks_without_an_allowed_pair(start, length):
     tree = Node(128, (Node(256), Node(28, (Node(50), Node(50)))))
     forests = [(tree,), (Node(100, (Node(156), Node(300))),), (Node(640),)]
     rows = [lay_out(forest, 640) for forest in forests]
-    plan = splash_plan(jnp.asarray(np.stack([until for until, _ in rows])), start, length)
+    until = jnp.asarray(np.stack([until for until, _ in rows]))
+    forward, backward = splash_plan(allowed(until, start, length))
     for row, (_, mask) in enumerate(rows):
         kinds = block_kinds(mask[start : start + length], 128)
-        np.testing.assert_array_equal(plan.forward.kinds[row, 0], kinds)
+        np.testing.assert_array_equal(forward.block_mask[row, 0], kinds)
         assert {0, 1} <= set(kinds.flat)
         # Backward the kernel goes over the queries of a block of keys, and its blocks lie as forward.
-        np.testing.assert_array_equal(plan.backward.kinds[row, 0], kinds)
+        np.testing.assert_array_equal(backward.block_mask[row, 0], kinds)
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, 256), (128, 128)])
@@ -59,10 +60,10 @@ def test_the_arguments_for_cudnn_mean_the_mask(start, length):
     until, mask, _ = random_rows(2, 256, longest=60, padding=40)
     q, k, v, weights = arrays(2, 256, N=4, K=2, H=16)
     q, weights = (x[:, start : start + length] for x in (q, weights))
-    assert cudnn_bias(until).dtype == jnp.bfloat16
+    assert cudnn_bias(allowed(until)).dtype == jnp.bfloat16
 
     def cudnn(q, k, v, until):
-        return cudnn_attention(q, k, v, cudnn_bias(until, start, length, q.dtype), implementation="xla")
+        return cudnn_attention(q, k, v, cudnn_bias(allowed(until, start, length), q.dtype), implementation="xla")
 
     ours = values_and_gradients(cudnn, q, k, v, weights, until)
     assert_equal(ours, values_and_gradients(by_definition, q, k, v, weights, mask[:, start : start + length]))
@@ -105,8 +106,8 @@ def test_auto_takes_the_machines_back_end_or_says_why_not(platform, dtype, head_
 @pytest.mark.parametrize(
     ("name", "platform", "length", "why"),
     [
-        ("splash", "cpu", 1024, "TPU"),
-        ("cudnn", "tpu", 1024, "GPU"),
+        ("splash", "cpu", 1024, "does not run on cpu"),
+        ("cudnn", "tpu", 1024, "does not run on tpu"),
         ("blockwise", "cpu", 1000, "attention_chunk 256"),
         ("splash", "tpu", 1000, "1000 tokens"),
         ("cudnn", "gpu", 1023, "1023 tokens"),
