@@ -71,7 +71,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     steps = e.train.steps or data.plan.steps(e.train.epochs)
     program = Program(e, schema, objectives, mesh, feed, steps)
     run = Run(e, data, program, feed, feed_validation, steps)
-    provenance = make_provenance(e, schema, renderer, objectives, source)
+    provenance = make_provenance(e, schema, renderer, objectives, source, predicted_by(source))
     processes.agree("start", {"jax": jax.__version__, **dataclasses.asdict(provenance)})
     if main:
         claim_workdir(workdir, e)
