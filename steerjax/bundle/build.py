@@ -8,6 +8,7 @@ from flax import linen as nn
 from flax.core import meta
 from jax.sharding import Mesh, NamedSharding
 
+from steerjax.bundle.describe import output_names
 from steerjax.bundle.reader import CheckpointReader, is_checkpoint, load_checkpoint
 from steerjax.hf.config_json import read_config
 from steerjax.hf.description import Description
@@ -63,13 +64,15 @@ def random_parameters(module: nn.Module, abstract: dict, seed: int) -> dict:
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
+def stored_head(about: Description) -> HeadConfig:
+    """How a described reward model's head reads."""
+    bias = is_checkpoint(about.path) and "reward_bias" in CheckpointReader(about.path).shapes
+    return HeadConfig(about.readout, bias)
+
+
 def stored_module(about: Description, compute: Compute) -> nn.Module:
     """The module whose parameters a described model has; a classifier of somebody else's may have any outputs."""
-    if is_checkpoint(about.path):
-        outputs, bias = len(about.schema), "reward_bias" in CheckpointReader(about.path).shapes
-    else:
-        outputs, bias = len(read_config(about.path).labels), False
-    return build_module(about.kind, about.model, compute, outputs, HeadConfig(about.readout, bias))
+    return build_module(about.kind, about.model, compute, len(output_names(about)), stored_head(about))
 
 
 def stored_parameters(about: Description, abstract: dict) -> dict:

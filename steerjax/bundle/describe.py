@@ -144,3 +144,10 @@ def _folder_tokenizer(folder: Path, said: About) -> Tokenizer:
         if tokenizer.hash == typed(TokenizerSource, said.provenance["tokenizer"], where, ModelError).sha256:
             return tokenizer
     return load_tokenizer(folder)
+
+
+def output_names(about: Description) -> tuple[str, ...]:
+    """What the outputs of a reward model's head are called, in order; () for a chat model."""
+    if about.kind != "reward":
+        return ()
+    return about.schema.names if about.schema else read_config(about.path).labels

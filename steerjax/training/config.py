@@ -12,8 +12,7 @@ import pydantic.dataclasses
 from pydantic import Field
 
 from steerjax.chat.config import ChatConfig
-from steerjax.data.batch import BatchConfig
-from steerjax.data.config import DataConfig
+from steerjax.data.config import BatchConfig, DataConfig
 from steerjax.models.config import ComputeConfig, HeadConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.typed import STRICT

@@ -9,8 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from steerjax.chat.render import Renderer
 from steerjax.chat.tokenizer import missing_markers
-from steerjax.data.batch import BatchConfig, BatchPlan, Feeder, RowBuilder
-from steerjax.data.config import DataConfig
+from steerjax.data.batch import BatchPlan, Feeder, RowBuilder
+from steerjax.data.config import BatchConfig, DataConfig
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, load_conversations, shared_prompts, split_by_prompt
 from steerjax.data.packing import Row, check_fits, pack

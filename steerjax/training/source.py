@@ -6,14 +6,12 @@ import dataclasses
 
 from flax import linen as nn
 
-from steerjax.bundle.build import random_parameters, stored_parameters
-from steerjax.bundle.describe import describe
-from steerjax.bundle.reader import is_checkpoint
+from steerjax.bundle.build import random_parameters, stored_head, stored_parameters
+from steerjax.bundle.describe import describe, output_names
 from steerjax.chat.tokenizer import Tokenizer
 from steerjax.errors import ConfigError
-from steerjax.hf.config_json import read_config
 from steerjax.hf.description import Description
-from steerjax.models.config import LlamaConfig, ModelConfig
+from steerjax.models.config import HeadConfig, LlamaConfig, ModelConfig
 from steerjax.training.config import Experiment
 
 
@@ -29,7 +27,8 @@ def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]
         source = describe(e.model.source, template=e.chat.template)
         e = dataclasses.replace(e, model=_with_architecture(e.model, source.model))
     if e.chat.tokenizer == "auto":
-        e = dataclasses.replace(e, chat=dataclasses.replace(e.chat, tokenizer=_tokenizer_of(source)))
+        tokenizer = str(source.tokenizer.files[0]) if source else "embedded"
+        e = dataclasses.replace(e, chat=dataclasses.replace(e.chat, tokenizer=tokenizer))
     if e.optimizer.frozen_layers > e.model.num_layers:
         raise ConfigError(
             f"config.optimizer.frozen_layers is {e.optimizer.frozen_layers}; "
@@ -54,12 +53,6 @@ def _with_architecture(config: ModelConfig, found: LlamaConfig) -> ModelConfig:
     return ModelConfig(**fields, source=config.source, keep_layers=config.keep_layers)
 
 
-def _tokenizer_of(source: Description | None) -> str:
-    if source is None:
-        return "embedded"
-    return str(source.path.absolute().parent.parent / "tokenizer" if is_checkpoint(source.path) else source.path)
-
-
 def with_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> Experiment:
     """The vocabulary size 0 becomes the tokenizer's.
 
@@ -75,23 +68,27 @@ def with_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> Experiment:
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_size=size))
 
 
-def predicted_by(source: Description | None) -> tuple[str, ...]:
-    """The names that a source's reward head predicts, in order; () without such a head."""
-    if source is None or source.kind != "reward":
-        return ()
-    return source.schema.names if source.schema else read_config(source.path).labels
-
-
 def initial_parameters(
     source: Description | None, module: nn.Module, whole: dict, names: tuple[str, ...], seed: int
 ) -> tuple[dict, bool]:
     """Whole parameters in the shards of `whole`, and whether they have a new reward head.
 
     A source's head is taken when it predicts `names`, in order.
+
+    Raises:
+        ConfigError: that head is read in another way, or has a bias and this model none, or the reverse.
     """
     if source is None:
         return random_parameters(module, whole, seed), "reward_head" in whole
-    new = [name for name in ("reward_head", "reward_bias") if name in whole and predicted_by(source) != names]
+    head = [name for name in ("reward_head", "reward_bias") if name in whole]
+    new = head if output_names(source) != names else []
+    if head and not new:
+        theirs = stored_head(source)
+        if theirs != HeadConfig(module.readout, module.use_bias):
+            raise ConfigError(
+                f"config.head is not that of {source.path}; cure: config.head.readout='{theirs.readout}' and "
+                f"config.head.use_bias={theirs.use_bias}, as its head goes on"
+            )
     params = stored_parameters(source, {name: tree for name, tree in whole.items() if name not in new})
     if new:
         params |= random_parameters(module, {name: whole[name] for name in new}, seed)

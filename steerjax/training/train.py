@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from steerjax.bundle.describe import output_names
 from steerjax.bundle.store import CheckpointStore
 from steerjax.chat.config import make_renderer
 from steerjax.data.batch import Feeder, evaluation_steps
@@ -31,7 +32,7 @@ from steerjax.training.config import Experiment
 from steerjax.training.input import Input, check_batch, load_splits, make_feeder, make_input
 from steerjax.training.metrics import MetricsWriter, Progress
 from steerjax.training.program import Program, make_objectives
-from steerjax.training.source import initial_parameters, predicted_by, with_source, with_vocabulary
+from steerjax.training.source import initial_parameters, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
 from steerjax.training.workdir import check_same_inputs, claim_workdir, keep_tokenizer, make_provenance
 
@@ -71,7 +72,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     steps = e.train.steps or data.plan.steps(e.train.epochs)
     program = Program(e, schema, objectives, mesh, feed, steps)
     run = Run(e, data, program, feed, feed_validation, steps)
-    provenance = make_provenance(e, schema, renderer, objectives, source, predicted_by(source))
+    provenance = make_provenance(e, schema, renderer, objectives, source)
     processes.agree("start", {"jax": jax.__version__, **dataclasses.asdict(provenance)})
     if main:
         claim_workdir(workdir, e)
@@ -105,7 +106,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
             whole = program.with_new_heads(whole, feed(data.plan.step_rows(0)))
         state = make_state(whole, program.abstract, program.optimizer, e.optimizer, rest)
         del whole
-        summary = run.summary(predicted_by(source), new_head)
+        summary = run.summary(output_names(source) if source else (), new_head)
         if main:
             print(summary_text(summary), flush=True)
             if newest is not None:
@@ -213,7 +214,7 @@ def loop(
         if metrics["bad_in_row"] >= e.optimizer.max_bad_steps:
             raise TrainingError(
                 f"step {done}: gradients were not finite {metrics['bad_in_row']} steps in a row; "
-                f"the last good checkpoint is at step {store.latest_step()}\n"
+                f"{'no checkpoint was' if store.latest_step() is None else f'step {store.latest_step()} is'} saved\n"
                 "  cure: a lower config.optimizer.learning_rate, or float32 (config.compute.dtype)"
             )
         return bool(stop)

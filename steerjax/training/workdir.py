@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steerjax import __version__
+from steerjax.bundle.describe import output_names
 from steerjax.bundle.provenance import Provenance, TokenizerSource, read_provenance
 from steerjax.chat.render import Renderer
 from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer
@@ -49,7 +50,9 @@ def _check_same(old: dict, new: dict, workdir: Path) -> None:
             yield path, old, new
 
     if "task" in old:
-        raise CheckpointError(f"{workdir} holds a run of the first edition of steerjax; cure: another --workdir")
+        raise CheckpointError(
+            f"'{workdir}' is a run of edition 1 of steerjax, which this does not read; cure: another --workdir"
+        )
     for group in old.keys() | new.keys():
         if group in RESUME_MAY_CHANGE:
             continue
@@ -68,20 +71,14 @@ def make_provenance(
     renderer: Renderer,
     objectives: Sequence[Objective],
     source: Description | None,
-    predicted: tuple[str, ...],
 ) -> Provenance:
-    """What the run's checkpoints say (design, decision 13).
-
-    Args:
-        predicted: names that the source's reward head predicts; where they are the schema's, that head goes on, and
-            what it had learned counts.
-    """
+    """What the run's checkpoints say (design, decision 13)."""
     e = experiment
     facts = {key: value for objective in objectives for key, value in objective.facts().items()}
     if "rated_attributes" in facts:
         rated = set(facts["rated_attributes"])
-        if predicted == schema.names:
-            rated |= set(source.provenance.get("rated_attributes") or predicted)
+        if source and output_names(source) == schema.names:  # its head goes on, and what that had learned counts
+            rated |= set(source.provenance.get("rated_attributes") or schema.names)
         facts["rated_attributes"] = tuple(name for name in schema.names if name in rated)
     return Provenance(
         steerjax=__version__,
