@@ -7,10 +7,11 @@ key is refused, as it may mean another model.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field
@@ -47,66 +48,9 @@ class _Llama:
 class _Mistral(_Llama):
     num_key_value_heads: Count | None = 8
     max_position_embeddings: Positive = 131072
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
     sliding_window: Positive | None = 4096
-
-
-# model_type -> the keys, and what is required besides `_REQUIRED`.
-_FAMILIES: dict[str, tuple[type, dict[str, tuple]]] = {
-    "llama": (_Llama, {}),
-    "mistral": (_Mistral, {"attention_bias": (False,), "mlp_bias": (False,)}),
-}
-_OUR_NAMES = {
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-}
-_ARCHITECTURES = {
-    CAUSAL_LM: CAUSAL_LM, CLASSIFIER: CLASSIFIER, BARE: BARE, "MistralForCausalLM": CAUSAL_LM,
-    "MistralForSequenceClassification": CLASSIFIER, "MistralModel": BARE,
-}  # fmt: skip
-# The values that are the only ones we compute.
-_REQUIRED: dict[str, tuple] = {
-    "hidden_act": ("silu", "swish"),
-    "pretraining_tp": (1,),
-    "quantization_config": (None,),
-    "rope_interleaved": (False,),
-    "is_llama_config": (True,),
-    "partial_rotary_factor": (1, None),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False,),
-    "pruned_heads": ({}, None),
-    "use_bidirectional_attention": (False, None),
-    "is_causal": (True,),
-}
-# rope_type -> the numbers that it needs; ours have the same names.
-_ROPES = {
-    "default": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-# Read elsewhere, or known not to change what the network computes.
-_KNOWN = {
-    "model_type", "architectures", "torch_dtype", "dtype", "rope_theta", "rope_scaling", "rope_parameters",
-    "sliding_window", "id2label", "label2id", "num_labels", "problem_type", "bos_token_id", "eos_token_id",
-    "pad_token_id",
-    # who wrote the file, and how it is loaded or cached
-    "_name_or_path", "_commit_hash", "name_or_path", "transformers_version", "use_cache", "cache_implementation",
-    "tokenizer_class", "max_sequence_length", "transformers.js_config", "unsloth_fixed", "unsloth_version",
-    "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled",
-    "torchscript", "use_bfloat16", "use_flash_attn", "tf_legacy_loss", "chunk_size_feed_forward",
-    # what a forward pass returns, and in what form
-    "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores",
-    # training only; we train and run without dropout
-    "attention_dropout", "hidden_dropout", "resid_pdrop", "classifier_dropout", "gradient_checkpointing",
-    # generation and tasks, which older versions kept here
-    "is_decoder", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "sep_token_id",
-    "unk_token_id", "prefix", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "do_sample",
-    "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p",
-    "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "remove_invalid_values", "max_length", "min_length", "num_return_sequences",
-    "finetuning_task", "task_specific_params",
-}  # fmt: skip
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -118,6 +62,39 @@ class _Folder:
     torch_dtype: str | None = None
     num_labels: Count | None = None
     id2label: Annotated[dict[str, str], Field(max_length=10_000)] | None = None
+
+
+_FAMILIES = {"llama": _Llama, "mistral": _Mistral}  # by model_type
+_OUR_NAMES = {
+    "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
+}  # fmt: skip
+# rope_type -> the numbers that it needs; ours have the same names.
+_ROPES = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# The values that are the only ones we compute.
+_REQUIRED: dict[str, tuple] = {
+    "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "quantization_config": (None,),
+    "rope_interleaved": (False,), "is_llama_config": (True,), "partial_rotary_factor": (1, None),
+    "is_encoder_decoder": (False,), "add_cross_attention": (False,), "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,), "pruned_heads": ({}, None), "use_bidirectional_attention": (False, None),
+    "is_causal": (True,),
+}  # fmt: skip
+# Read elsewhere, or known not to change what the network computes.
+_HARMLESS = (
+    "model_type", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "label2id", "problem_type",
+    "*_token_id",
+    # who wrote the file, and how it is loaded, run or trained
+    "*name_or_path", "_commit_hash", "transformers*", "unsloth_*", "tokenizer_class", "max_sequence_length",
+    "*attn_implementation*", "*flash_att*", "use_cache", "cache_implementation", "use_bfloat16", "torchscript",
+    "tf_legacy_loss", "chunk_size_feed_forward", "gradient_checkpointing", "*dropout", "resid_pdrop",
+    # what is returned, and how answers are generated
+    "return_dict*", "output_attentions", "output_hidden_states", "output_scores", "is_decoder", "prefix",
+    "finetuning_task", "task_specific_params", "do_sample", "temperature", "top_?", "typical_p", "early_stopping",
+    "num_beam*", "num_return_sequences", "m??_length", "*_penalty", "*no_repeat_ngram_size", "*suppress_tokens",
+    "bad_words_ids", "remove_invalid_values",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,28 +132,34 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> HuggingF
     kind = raw.get("model_type")
     if kind not in list(_FAMILIES):
         raise _not_implemented(where, "model_type", kind, "a Llama, or a Mistral that is one")
-    family, required = _FAMILIES[kind]
-    own = _names(family)
-    _check_keys(raw, own, _REQUIRED | required, where)
-    values = dataclasses.asdict(_typed(family, raw, where))
-    _check_window(values.pop("sliding_window", None), values["max_position_embeddings"], where)
+    family = _FAMILIES[kind]
+    known = (*_names(family), *_names(_Folder), *_HARMLESS)
+    for key, value in raw.items():
+        if value not in _REQUIRED.get(key, (value,)):
+            raise _not_implemented(where, key, value, f"a model with {_REQUIRED[key][0]!r}")
+        if key not in _REQUIRED and not any(fnmatch.fnmatchcase(key, pattern) for pattern in known):
+            raise ModelError(
+                f"{where}: unknown key {key!r} ({reprlib.repr(value)}), which may mean another computation; "
+                "cure: remove it from the file if it does not change what the model computes"
+            )
+    values, said = dataclasses.asdict(_typed(family, raw, where)), _typed(_Folder, raw, where)
+    window, longest = values.pop("sliding_window", None), values["max_position_embeddings"]
+    if window is not None and window < longest:
+        cure = f"a model without (Mistral 7B v0.2 and later), or less than max_position_embeddings {longest}"
+        raise _not_implemented(where, "sliding_window", window, cure)
     # Ours has 0 where theirs has null.
     fields = {_OUR_NAMES.get(key, key): 0 if value is None else value for key, value in values.items()}
-    fields |= _rope(raw, where)
     try:
-        model = typed(LlamaConfig, fields, where, ModelError)
+        model = typed(LlamaConfig, fields | _rope(raw, where), where, ModelError)
     except ConfigError as error:
         raise ModelError(f"{where}: {error}") from None
-    said = _typed(_Folder, raw, where)
-    names = said.architectures or [CAUSAL_LM]
-    if len(names) != 1 or names[0] not in _ARCHITECTURES:
-        raise _not_implemented(where, "architectures", names, f"one of {', '.join(_ARCHITECTURES)}")
+    names = [name.replace("Mistral", "Llama") for name in said.architectures or [CAUSAL_LM]]
+    if len(names) != 1 or names[0] not in (CAUSAL_LM, CLASSIFIER, BARE):
+        raise _not_implemented(where, "architectures", said.architectures, f"{CAUSAL_LM}, {CLASSIFIER} or {BARE}")
     dtype = (said.dtype or said.torch_dtype or "float32").removeprefix("torch.")
     if dtype not in DTYPES:
         raise _not_implemented(where, "dtype", dtype, f"weights in one of {', '.join(DTYPES)}")
-    architecture = _ARCHITECTURES[names[0]]
-    labels = _labels(said, where) if architecture == CLASSIFIER else ()
-    return HuggingFaceConfig(model, architecture, labels, dtype, raw)
+    return HuggingFaceConfig(model, names[0], _labels(said, where) if names[0] == CLASSIFIER else (), dtype, raw)
 
 
 def write_config(config: HuggingFaceConfig) -> dict[str, Any]:
@@ -188,9 +171,8 @@ def write_config(config: HuggingFaceConfig) -> dict[str, Any]:
     model, scaling = config.model, config.model.rope_scaling
     written = {"architectures": [config.architecture], "model_type": "llama", "hidden_act": "silu"}
     written |= {key: getattr(model, _OUR_NAMES.get(key, key)) for key in _names(_Llama)}
-    written["rope_theta"] = model.rope_theta
     scaled = {"rope_type": "llama3"} | {name: getattr(scaling, name) for name in _ROPES["llama3"]}
-    written["rope_scaling"] = scaled if scaling.factor != 1 else None
+    written |= {"rope_theta": model.rope_theta, "rope_scaling": scaled if scaling.factor != 1 else None}
     written |= {"torch_dtype": config.dtype, "use_cache": True}
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", *(("problem_type",) if config.labels else ()))
     written |= {key: config.raw[key] for key in kept if config.raw.get(key) is not None}
@@ -213,25 +195,6 @@ def _not_implemented(where: str, key: str, value: Any, cure: str) -> ModelError:
     return ModelError(f"{where}: {key} {reprlib.repr(value)} is not implemented; cure: {cure}")
 
 
-def _check_keys(raw: Mapping, own: list[str], required: Mapping[str, tuple], where: str) -> None:
-    for key, value in raw.items():
-        if key in required and value not in required[key]:
-            raise _not_implemented(where, key, value, f"a model with {required[key][0]!r}")
-        if key not in {*own, *required, *_KNOWN}:
-            raise ModelError(
-                f"{where}: unknown key {key!r} ({reprlib.repr(value)}), which may mean another computation; "
-                "cure: remove it from the file if it does not change what the model computes"
-            )
-
-
-def _check_window(window: int | None, longest: int, where: str) -> None:
-    if window is not None and window < longest:
-        raise ModelError(
-            f"{where}: sliding_window {window} (4096 where absent) is less than max_position_embeddings {longest}, and "
-            "not implemented; cure: a model without one (Mistral 7B v0.2 and later), or shorter max_position_embeddings"
-        )
-
-
 def _rope(raw: Mapping, where: str) -> dict[str, Any]:
     """Our `rope_theta` and `rope_scaling`, from the old keys of these names and the new one, `rope_parameters`."""
     settings: dict[str, Any] = {}
@@ -240,20 +203,16 @@ def _rope(raw: Mapping, where: str) -> dict[str, Any]:
         for key, value in typed(dict[str, Any], values, f"{where}.{source}", ModelError).items():
             key = "rope_type" if key == "type" else key
             if value is not None and settings.setdefault(key, value) != value:
-                raise ModelError(
-                    f"{where}: {source}: {key} is {value!r}, and {settings[key]!r} elsewhere; cure: one value"
-                )
-    kind = settings.pop("rope_type", "default")
+                raise ModelError(f"{where}: {key} is {value!r}, and {settings[key]!r} elsewhere; cure: one value")
+    kind, theta = settings.pop("rope_type", "default"), settings.pop("rope_theta", 10_000.0)
     if kind not in list(_ROPES):
         raise _not_implemented(where, "rope_type", kind, f"a model with {' or '.join(_ROPES)}")
-    if (turned := settings.pop("partial_rotary_factor", 1)) != 1:
-        raise _not_implemented(where, "partial_rotary_factor", turned, "a model that turns whole heads")
+    if (part := settings.pop("partial_rotary_factor", 1)) != 1:
+        raise _not_implemented(where, "partial_rotary_factor", part, "a model that turns whole heads")
     if kind == "default":
         settings.pop("original_max_position_embeddings", None)  # without scaling it says nothing
-    theta = settings.pop("rope_theta", 10_000.0)
     if wrong := settings.keys() ^ set(_ROPES[kind]):
-        key = min(wrong)
-        said = "has no" if key in settings else "needs"
+        said = "has no" if (key := min(wrong)) in settings else "needs"
         raise ModelError(f"{where}: rope_type {kind!r} {said} {key}; cure: correct the RoPE settings")
     return {"rope_theta": theta, "rope_scaling": settings}
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pydantic
 
+from steerjax import __version__
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer
 from steerjax.errors import DataError, ModelError
@@ -45,6 +46,13 @@ class Description:
     default_ratings: Mapping[str, float] | None
     provenance: Mapping[str, Any]
 
+    def to_json(self) -> dict[str, Any]:
+        """What `read_about` reads."""
+        kept = ("kind", "system_prompt", "readout", "default_ratings", "provenance")
+        attributes = self.schema.to_json() if self.schema else None
+        said = {"template": self.template.name, "attributes": attributes, "steerjax": __version__}
+        return {name: getattr(self, name) for name in kept} | said
+
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class About:
@@ -77,9 +85,7 @@ def read_about(folder: Path) -> About | None:
     if not file.is_file():
         return None
     about = read_json(About, file, ModelError, "export again")
-    schema = schema_from_json(
-        [dataclasses.asdict(a) for a in about.attributes or ()], f"{file}: attributes", ModelError
-    )
+    schema = schema_from_json(Schema(about.attributes or ()).to_json(), f"{file}: attributes", ModelError)
     try:
         for name, value in (about.default_ratings or {}).items():
             check_rating(value, schema[name])

@@ -222,6 +222,7 @@ REFUSED = [
     ({"num_hidden_layers": 10**30}, "num_hidden_layers is 1000"),
     ({"vocab_size": True}, "vocab_size is True"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
     ({"num_key_value_heads": 3}, "num_kv_heads 3"),
     (CLASSIFIER | {"id2label": {"0": "a", "2": "b"}}, "id2label has the keys ['0', '2']"),
@@ -260,7 +261,7 @@ def test_labels_may_be_called_anything(names):
     "change", [{"sliding_window": 4096}, {"sliding_window": 32767}, {"attention_bias": True}, {"mlp_bias": True}]
 )
 def test_a_mistral_that_is_no_llama(change):
-    with pytest.raises(ModelError, match="not implemented; cure:"):
+    with pytest.raises(ModelError, match=rf"{next(iter(change))}.*; cure:"):
         parse_config(MISTRAL | change)
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, tensors, whole
+from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, tensors
 from steerjax.models.config import LlamaConfig
 from tests.hf_folders import CLASSIFIER as CLASSIFIER_CONFIG
 from tests.hf_folders import TINY, oracle, random_tensors
@@ -18,6 +18,10 @@ RAW = TINY | {
     "vocab_size": 6, "hidden_size": 8, "intermediate_size": 6, "attention_bias": True, "mlp_bias": True,
     "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+def whole(shape) -> tuple[slice, ...]:
+    return tuple(slice(0, size) for size in shape)
 
 
 def parts(size: int) -> list[slice]:
@@ -33,7 +37,7 @@ def test_every_part_of_every_tensor():
     assert {t.path for t in known} == expected.keys()
     for tensor in known:
         ours = expected[tensor.path] if tensor.layer is None else expected[tensor.path][tensor.layer]
-        assert tensor.our_shape == ours.shape
+        assert tensor.ours == ours.shape
         for index in itertools.product(*map(parts, ours.shape)):
             block = stored[tensor.name][tensor.hf_index(index)]
             np.testing.assert_array_equal(tensor.to_ours(block, index), ours[index], err_msg=tensor.name)
@@ -46,7 +50,7 @@ def test_every_part_of_every_tensor():
 def test_no_more_is_read_than_needed():
     """A part along whole outer dimensions reads exactly its own numbers."""
     for tensor in tensors(CONFIG, CAUSAL_LM):
-        shape = tensor.our_shape
+        shape = tensor.ours
         for axis in {0, 1 if tensor.path.endswith(("q/kernel", "k/kernel", "v/kernel")) else len(shape) - 1}:
             if tensor.path.endswith("bias") and axis:  # the H of [N, H] comes whole
                 continue

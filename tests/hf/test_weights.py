@@ -11,8 +11,9 @@ from safetensors.numpy import save_file
 
 from steerjax.bundle.build import abstract_parameters
 from steerjax.errors import ModelError
+from steerjax.hf import weights
 from steerjax.hf.config_json import read_config
-from steerjax.hf.weights import FolderWeights, load_parameters, resolve_source
+from steerjax.hf.weights import load_parameters, read_folder, read_headers, resolve_source
 from steerjax.models.llama import CausalLM
 from steerjax.models.reward import RewardModel
 from steerjax.parallel.mesh import MeshConfig, make_mesh
@@ -109,19 +110,19 @@ def test_only_asked_parts_are_read(tmp_path, monkeypatch):
     """A device that holds a quarter of a weight causes the reading of a quarter."""
     folder = write_folder(tmp_path / "model", TINY, random_tensors(TINY))
     config, read = read_config(folder), 0
-    original = FolderWeights.read
+    original = weights.read_tensor
 
-    def counting(self, name, index=()):
+    def counting(*arguments):
         nonlocal read
-        value = original(self, name, index)
+        value = original(*arguments)
         read += value.nbytes
         return value
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     wanted = abstract(config, mesh)
-    monkeypatch.setattr(FolderWeights, "read", counting)
+    monkeypatch.setattr(weights, "read_tensor", counting)
     load_parameters(folder, config, wanted)
-    stored = sum(np.prod(shape) * 4 for shape in FolderWeights(folder).shapes.values())
+    stored = sum(np.prod(tensor.shape) * 4 for tensor in read_headers(folder).values())
     assert read == stored  # every byte once, though 8 devices took their part
 
 
@@ -139,19 +140,19 @@ def test_old_files_rope_frequencies_are_left_alone(tmp_path):
     tensors = random_tensors(TINY)
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     folder = write_folder(tmp_path / "model", TINY, tensors)
-    assert len(FolderWeights(folder).expected(read_config(folder))) == len(tensors) - 1
+    assert len(read_folder(folder, read_config(folder))) == len(tensors) - 1
 
 
 def test_a_second_copy_of_a_tied_head(tmp_path):
     """vllm#16555: harmless where it is the embedding; a head of its own must not be lost."""
     tensors = random_tensors(TINY)
     same = write_folder(tmp_path / "same", TINY, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]})
-    assert len(FolderWeights(same).expected(read_config(same))) == len(tensors)
+    assert len(read_folder(same, read_config(same))) == len(tensors)
     other = tensors["model.embed_tokens.weight"].copy()
     other[-1, -1] += 1
     differs = write_folder(tmp_path / "differs", TINY, tensors | {"lm_head.weight": other})
     with pytest.raises(ModelError, match=r"lm_head.weight is not the embedding"):
-        FolderWeights(differs).expected(read_config(differs))
+        read_folder(differs, read_config(differs))
 
 
 def missing_tensor(folder, tensors):
@@ -196,6 +197,11 @@ def missing_file(folder, tensors):
 def index_outside_the_folder(folder, tensors):
     write_folder(folder, TINY, tensors, shards=2)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+
+
+def index_outside_that_is_there(folder, tensors):
+    index_outside_the_folder(folder, tensors)
+    save_file({"a": np.ones(1, np.float32)}, folder.parent / "a.safetensors")
 
 
 def index_lies(folder, tensors):
@@ -247,21 +253,22 @@ def no_weights(folder, tensors):
 
 # What the error names.
 BROKEN = {
-    missing_tensor: r"lacks model.layers.1.mlp.up_proj.weight of a LlamaForCausalLM",
-    untied_without_head: r"lacks lm_head.weight",
-    extra_tensor: r"has model.layers.0.self_attn.q_norm.weight",
-    wrong_shape: r"model.safetensors': model.layers.2.self_attn.k_proj.weight has shape \[32, 32\] .* \[16, 32\]",
+    missing_tensor: r"LlamaForCausalLM .* model.layers.1.mlp.up_proj.weight is absent",
+    untied_without_head: r"lm_head.weight is absent",
+    extra_tensor: r"model.layers.0.self_attn.q_norm.weight is \(8,\), not absent",
+    wrong_shape: r"model.layers.2.self_attn.k_proj.weight is \(32, 32\), not \(16, 32\)",
     wrong_dtype: r"model.layers.2.self_attn.k_proj.weight has dtype I8",
     truncated: r"model.safetensors' is truncated",
-    not_safetensors: r"model.safetensors' is truncated or no safetensors",
-    missing_file: r"index.json' names 'model-00002-of-00002.safetensors'",
-    index_outside_the_folder: r"names '../a.safetensors' \(for a\)",
-    index_lies: r"model-0000.-of-00002.safetensors' holds model.*, which .*index.json lists elsewhere",
-    index_lists_more: r"index.json' lists model.more.weight, which no file holds",
+    not_safetensors: r"model.safetensors' is truncated, missing or no safetensors",
+    missing_file: r"model-00002-of-00002.safetensors' is truncated, missing",
+    index_outside_the_folder: r"a.safetensors' is truncated, missing",
+    index_outside_that_is_there: r"index.json' is wrong about a in a.safetensors",
+    index_lies: r"index.json' is wrong about model.embed_tokens.weight in model-00001",
+    index_lists_more: r"index.json' is wrong about model.more.weight in model-00001",
     broken_index: r"index.json' cannot be read",
     index_of_numbers: r"index.json.weight_map.a is 1",
     index_without_map: r"index.json.weight_map is missing",
-    twice: r"model-00002-of-00002.safetensors' holds model.*, which .*index.json lists elsewhere",
+    twice: r"index.json' is wrong about model.* and \d+ more in model-00002",
     pickle_only: r"only pytorch_model.bin, which may be pickles",
     no_weights: r"has neither model.safetensors nor model.safetensors.index.json",
 }
@@ -272,7 +279,7 @@ def test_broken_folders(breaks, tmp_path):
     folder = tmp_path / "model"
     breaks(folder, random_tensors(TINY))
     with pytest.raises(ModelError, match=BROKEN[breaks]) as caught:
-        FolderWeights(folder).expected(read_config(folder))
+        read_folder(folder, read_config(folder))
     assert "cure:" in str(caught.value) or breaks is index_without_map
 
 
