@@ -5,9 +5,8 @@ Source: HelpSteer, arXiv 2311.09528, section 4; NeMo-Aligner averages over micro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
@@ -16,11 +15,9 @@ import pydantic.dataclasses
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from steerjax.data.conversation import Conversation
-from steerjax.data.packing import Layout
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, Setting
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective
 from steerjax.schema import Schema
 from steerjax.typed import STRICT
 
@@ -44,10 +41,9 @@ class RegressionConfig:
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that is not rated, or none above 0."""
-        for name in self.attribute_weights:
-            if name not in schema.names:
-                cure = f"cure: use {', '.join(schema.names)}"
-                raise ConfigError(f"config.regression.attribute_weights: {name} is not rated; {cure}")
+        for name in self.attribute_weights.keys() - set(schema.names):
+            cure = f"use {', '.join(schema.names)}"
+            raise ConfigError(f"config.regression.attribute_weights: {name} is not rated; cure: {cure}")
         if not self.weights(schema).any():
             raise ConfigError("config.regression.attribute_weights are all 0; cure: one above 0, or nothing is trained")
 
@@ -80,27 +76,25 @@ def masked_squared_error(
     return (examples * (weighted * errors).sum(-1) / jnp.where(total > 0, total, 1.0)).sum(), examples.sum()
 
 
-class Ratings:
-    """Rated responses of one split, E examples.
+@dataclass
+class Rated:
+    """Rated responses of one split: ratings (None is missing), characters and conversation of each.
 
-    Attributes:
-        rows: of each its ratings [A], NaN where missing.
-        lengths: characters of the response.
-        ids: of the conversations.
-        shared: rated turns that are part of several conversations, and count once.
+    `shared` counts turns that are part of several conversations and count once, `unrated` conversations.
     """
 
-    def __init__(self):
-        self.rows: list[tuple[float, ...]] = []
-        self.lengths: list[int] = []
-        self.ids: list[str] = []
-        self.seen: set[str] = set()
-        self.shared = self.unrated = 0
+    rows: list[tuple[float | None, ...]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    turns: set[str] = field(default_factory=set)
+    shared: int = 0
+    unrated: int = 0
 
-    def arrays(self, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
-        """Ratings, 0 where missing, and where they are: float32 and bool [E A]."""
-        ratings = np.array(self.rows, np.float32).reshape(-1, len(schema))
-        return np.nan_to_num(ratings), ~np.isnan(ratings)
+
+def present(rows, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
+    """Ratings, 0 where they are missing, and where they are: float32 and bool [E A]."""
+    ratings = np.array(rows, np.float32).reshape(-1, len(schema))  # None becomes NaN
+    return np.nan_to_num(ratings), ~np.isnan(ratings)
 
 
 class Regression(Objective):
@@ -108,49 +102,46 @@ class Regression(Objective):
 
     name, kind, Config = "regression", "reward", RegressionConfig
 
-    def __init__(self, config: RegressionConfig, setting: Setting):
+    def __init__(self, config, setting):
         super().__init__(config, setting)
-        self.data = {TRAIN: Ratings(), VALIDATION: Ratings()}
-        self._codes: dict[tuple[float, ...], int] = {}  # ratings -> the target that stands for them
+        self.data = {TRAIN: Rated(), VALIDATION: Rated()}
         self._weights = config.weights(setting.schema)
-        self._ratings = np.zeros((1, len(setting.schema)), np.float32)  # of each code; set when the data is read
-        self._mask = self._ratings > 0
+        self._codes: dict[tuple, int] = {}  # ratings -> the target that stands for them
+        self._ratings, self._mask = present([[None] * len(setting.schema)], setting.schema)  # of each code
 
-    def examples(self, conversation: Conversation, split: str) -> list[Example]:
-        schema, data = self.setting.schema, self.data[split]
-        found = []
-        for index, turn in enumerate(conversation.turns):
-            if not turn.ratings:
-                continue
-            tokens, root = self.setting.renderer.reward_tokens(conversation, index)
-            row = tuple(turn.ratings.get(name, float("nan")) for name in schema.names)
-            found.append((turn, tokens, root, row))
-        data.unrated += not found
+    def examples(self, conversation, split):
+        data = self.data[split]
+        rated = [i for i, turn in enumerate(conversation.turns) if turn.ratings]
+        rendered = [self.setting.renderer.reward_tokens(conversation, i) for i in rated]  # all, before any is kept
+        data.unrated += not rated
         examples = []
-        for turn, tokens, root, row in found:
-            if turn.id and turn.id in data.seen:
+        for turn, (tokens, root) in zip((conversation.turns[i] for i in rated), rendered, strict=True):
+            if turn.id and turn.id in data.turns:
                 data.shared += 1
                 continue
-            data.seen.add(turn.id)
-            code = self._codes.setdefault(tuple(-1e30 if x != x else x for x in row), len(self._codes))
-            last, target, one = np.array([[len(tokens) - 1], [code], [1]], np.int32)
-            number = len(data.rows)
-            examples.append(Example(self.name, number, tokens, root, last, target, one.astype(np.float32)))
-            data.rows.append(row)
+            data.turns.add(turn.id)
             data.lengths.append(len(turn.content))
             data.ids.append(conversation.id)
+            examples.append(self.example(split, tokens, root, turn.ratings))
         return examples
 
-    def check_data(self) -> None:
+    def example(self, split: str, tokens: np.ndarray, root: int, ratings: Mapping[str, float]) -> Example:
+        """Of a text whose ratings are read at its last token."""
+        row = tuple(ratings.get(name) for name in self.setting.schema.names)
+        code = self._codes.setdefault(row, len(self._codes))
+        self.data[split].rows.append(row)
+        last, target, one = np.array([[len(tokens) - 1], [code], [1]], np.int32)
+        number = len(self.data[split].rows) - 1
+        return Example(self.name, number, tokens, root, last, target, one.astype(np.float32))
+
+    def check_data(self):
         for split, data in self.data.items():
             if not data.rows:
                 names = ", ".join(self.setting.schema.names)
                 raise DataError(f"no rated response for {split}", cure=f"rate turns with {names}, or name the schema")
-        table = np.array(list(self._codes), np.float32)
-        self._mask = table > -1e29
-        self._ratings = np.where(self._mask, table, 0)
+        self._ratings, self._mask = present(list(self._codes), self.setting.schema)
 
-    def arrays(self, layout: Layout) -> dict[str, np.ndarray]:
+    def arrays(self, layout):
         """ratings: float32 [T A]. counts: float32 [T A], how many ratings of that value end there."""
         codes, counts = layout.targets[self.name], layout.weights[self.name]
         here = (codes >= 0)[:, None]
@@ -159,15 +150,18 @@ class Regression(Objective):
             "counts": np.where(here & self._mask[codes], counts[:, None], 0).astype(np.float32),
         }
 
+    def _error(self, predicted, ratings, counts):
+        return masked_squared_error(predicted, ratings, counts, self._weights, self.config.average)
+
     def count(self, arrays):
-        return self._error(arrays["ratings"], arrays)[1]
+        return self._error(arrays["ratings"], **arrays)[1]
 
     def loss(self, model, hidden, batch, arrays):
         predicted, counts = self.outputs(model, hidden, batch, arrays), arrays["counts"]
         errors = counts * jnp.square(jnp.where(counts > 0, predicted - arrays["ratings"], 0.0))
         places = tuple(range(counts.ndim - 1))
         each = zip(self.setting.schema.names, errors.sum(places), counts.sum(places), strict=True)
-        return self._error(predicted, arrays)[0], {f"attributes/{name}/mse": (x, n) for name, x, n in each}
+        return self._error(predicted, **arrays)[0], {f"attributes/{name}/mse": (x, n) for name, x, n in each}
 
     def outputs(self, model, hidden, batch, arrays):
         """Predicted ratings [B T A]."""
@@ -175,8 +169,8 @@ class Regression(Objective):
 
     def first_sums(self, model, hidden, batch, arrays):
         """The sum of the states that are read, float32 [D], and their count."""
-        present = arrays["counts"].max(-1)
-        return jnp.einsum("BTD,BT->D", model.read(hidden, batch.until), present), present.sum()
+        ends = arrays["counts"].max(-1)
+        return jnp.einsum("BTD,BT->D", model.read(hidden, batch.until), ends), ends.sum()
 
     def first_parameters(self, params, sums):
         """A head whose first predictions lie near the mean ratings.
@@ -184,34 +178,26 @@ class Regression(Objective):
         The states of all responses share a large common part. Without a bias the head is that mean state, scaled so
         that it maps itself to the means.
         """
-        total, count = sums
-        ratings, mask = self.data[TRAIN].arrays(self.setting.schema)
-        means = ratings.sum(0, dtype=np.float64) / np.maximum(mask.sum(0), 1)
-        means = means.astype(np.float32)
+        ratings, mask = present(self.data[TRAIN].rows, self.setting.schema)
+        means = (ratings.sum(0, dtype=np.float64) / np.maximum(mask.sum(0), 1)).astype(np.float32)
         if "reward_bias" in params:
             return {"reward_head": params["reward_head"] * 0, "reward_bias": jnp.asarray(means)}
-        mean = total / jnp.maximum(count, 1)
+        mean = sums[0] / jnp.maximum(sums[1], 1)
         return {"reward_head": jnp.outer(mean / jnp.sum(jnp.square(mean)), means)}
 
-    def evaluate(self, steps: Sequence[tuple[list[Layout], np.ndarray]]) -> Evaluation:
+    def evaluate(self, steps):
         from steerjax.report.results import evaluate_predictions
 
-        schema, data = self.setting.schema, self.data[VALIDATION]
-        ratings, mask = data.arrays(schema)
+        schema, data, train = self.setting.schema, self.data[VALIDATION], self.data[TRAIN]
+        ratings, mask = present(data.rows, schema)
         predicted = np.zeros_like(ratings)
-        for layouts, outputs in steps:
-            for layout, output in zip(layouts, outputs, strict=True):
-                ends = [(e.number, place) for e, place in layout.ends if e.objective == self.name]
-                if ends:
-                    numbers, places = np.array(ends).T
-                    predicted[numbers] = output[places]
-        total, count = masked_squared_error(
-            predicted, ratings, mask.astype(np.float32), self._weights, self.config.average
-        )
-        train = self.data[TRAIN]
-        result = evaluate_predictions(
-            schema, predicted, ratings, mask, data.lengths, data.ids, *train.arrays(schema), train.lengths
-        )
+        for layout, output in ((layout, output) for step in steps for layout, output in zip(*step, strict=True)):
+            for example, place in layout.ends:
+                if example.objective == self.name:
+                    predicted[example.number] = output[place]
+        total, count = self._error(predicted, ratings, mask.astype(np.float32))
+        known = present(train.rows, schema)
+        result = evaluate_predictions(schema, predicted, ratings, mask, data.lengths, data.ids, *known, train.lengths)
         values = {
             f"attributes/{name}/{metric}": value
             for name, metrics in result.metrics.items()
@@ -220,30 +206,25 @@ class Regression(Objective):
         }
         return Evaluation(float(total / count), values, result)
 
-    def facts(self) -> dict:
-        mask = self.data[TRAIN].arrays(self.setting.schema)[1]
-        columns = zip(self.setting.schema.names, mask.any(0), self._weights, strict=True)
-        return {"rated_attributes": [name for name, present, weight in columns if present and weight]}
+    def facts(self):
+        rated = present(self.data[TRAIN].rows, self.setting.schema)[1].any(0) & (self._weights > 0)
+        return {"rated_attributes": [name for name, here in zip(self.setting.schema.names, rated, strict=True) if here]}
 
-    def summary(self) -> dict[str, str]:
+    def summary(self):
         said = {}
         for split, data in self.data.items():
-            mask = data.arrays(self.setting.schema)[1]
-            missing = [n for n, present in zip(self.setting.schema.names, mask.any(0), strict=True) if not present]
+            rated = present(data.rows, self.setting.schema)[1].any(0)
+            missing = [name for name, here in zip(self.setting.schema.names, rated, strict=True) if not here]
             words = [f"{len(data.rows)} rated responses"]
-            words += [f"none rated for {', '.join(missing)}"] if missing else []
-            words += [f"{data.unrated} conversations without a rating"] if data.unrated else []
-            words += [f"{data.shared} turns that stand in several conversations count once"] if data.shared else []
+            words += [f"none rated for {', '.join(missing)}"] * bool(missing)
+            words += [f"{data.unrated} conversations without a rating"] * bool(data.unrated)
+            words += [f"{data.shared} turns that stand in several conversations count once"] * bool(data.shared)
             said[f"regression, {split}"] = "; ".join(words)
         return said
 
-    def report(self, evaluation: Evaluation, folder: Path | None, records, summary, config_text: str) -> str:
+    def report(self, evaluation, folder, records, summary, config_text):
         from steerjax.report.page import format_table, write_report
 
         if folder is not None:
             write_report(folder, evaluation.detail, records, summary, config_text)
         return format_table(evaluation.detail)
-
-    def _error(self, predicted, arrays):
-        counts = arrays["counts"]
-        return masked_squared_error(predicted, arrays["ratings"], counts, self._weights, self.config.average)

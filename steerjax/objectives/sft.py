@@ -91,13 +91,17 @@ class SFT(Objective):
             counts["untrained"] += 1
             return []
         seen.update(conversation.turns[i].id for i in here)
+        return [self.example(split, rendered.tokens, rendered.root, trained)]
+
+    def example(self, split: str, tokens: np.ndarray, root: int, trained: np.ndarray) -> Example:
+        """Of a text, through the last of the tokens that are trained."""
+        counts = self.counts[split]
         places = np.flatnonzero(trained).astype(np.int32)
-        tokens = rendered.tokens[: places[-1] + 1]
-        number = counts["conversations"]
+        tokens = tokens[: places[-1] + 1]
         counts["conversations"] += 1
         counts["tokens"] += len(places)
-        ones = np.ones(len(places), np.float32)
-        return [Example(self.name, number, tokens, min(rendered.root, len(tokens)), places - 1, tokens[places], ones)]
+        ones, number = np.ones(len(places), np.float32), counts["conversations"] - 1
+        return Example(self.name, number, tokens, min(root, len(tokens)), places - 1, tokens[places], ones)
 
     def _label(self, turn: Turn) -> Mapping[str, float] | None:
         human, predicted = turn.ratings or {}, turn.predicted_ratings or {}
