@@ -27,12 +27,20 @@ class DataError(SteerjaxError):
     def __init__(self, message: str, *, file: str = "", line: int = 0, field: str = "", cure: str = ""):
         self.message, self.file, self.line, self.field, self.cure = message, file, line, field, cure
         where = f"{file}:{line}" if file and line else file or (f"line {line}" if line else "")
-        head = ": ".join(part for part in (where, field and f"field '{field}'", message) if part)
-        super().__init__(head + (f"\n  cure: {cure}" if cure else ""))
+        super().__init__((f"{where}: " if where else "") + self.reason + (f"\n  cure: {cure}" if cure else ""))
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, without its place and cure, as lists of skipped rows say it."""
+        return f"field '{self.field}': {self.message}" if self.field else self.message
+
+    def but(self, **changes) -> "DataError":
+        """The same error with other arguments."""
+        return DataError(**(vars(self) | changes))
 
     def at(self, file: str, line: int = 0) -> "DataError":
         """The same error with its place filled in (for code that knows the row but not the file)."""
-        return DataError(self.message, file=file, line=line, field=self.field, cure=self.cure)
+        return self.but(file=file, line=line)
 
 
 class ModelError(SteerjaxError):

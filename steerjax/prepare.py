@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, split_by_prompt, usable_rows, write_skipped
 from steerjax.data.oasst import read_threads
 from steerjax.data.readers import read_conversations, source_path
 from steerjax.data.statistics import Statistics, format_statistics
 from steerjax.errors import ConfigError, reported_errors
-from steerjax.schema import SCHEMAS, Schema, make_schema
+from steerjax.schema import SCHEMAS, make_schema
 
 SOURCES = {  # a format of rows, or oasst -> its schema
     "helpsteer": "helpsteer", "helpsteer2": "helpsteer", "oasst": "oasst", "reference": "steerlm",
@@ -59,36 +57,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare(options: argparse.Namespace) -> None:
-    _check(options)
-    schema = _schema(options)
+def _prepare(o: argparse.Namespace) -> None:
+    _check(o)
+    try:
+        own = [(name, float(low), float(high)) for name, low, high in o.attribute]
+    except ValueError as error:
+        raise ConfigError(f"--attribute: {error}; cure: NAME LOW HIGH, e.g. clarity 1 5") from None
+    schema = make_schema(o.schema or SOURCES[o.source], own)
     dropped: Counter[str] = Counter()
     skipped: list[Skipped] = []
     duplicates: list[Skipped] = []
 
     def read(source: str):
-        if options.source != "oasst":
-            return read_conversations(source, schema, options.source)
-        return read_threads(source, schema, lang=options.lang, keep_deleted=options.keep_deleted, dropped=dropped)
+        if o.source != "oasst":
+            return read_conversations(source, schema, o.source)
+        return read_threads(source, schema, lang=o.lang, keep_deleted=o.keep_deleted, dropped=dropped)
 
-    statistics = Statistics(schema)
-    rows = usable_rows(
-        options.input, read, skipped, duplicates, on_bad_row=options.on_bad_row, on_duplicate=options.on_duplicate
-    )
-    paths, parts = [options.output], [rows]
-    if options.validation_output:
-        paths.append(options.validation_output)
-        parts = split_by_prompt(list(rows), options.validation_fraction, options.seed)
+    rows = usable_rows(o.input, read, skipped, duplicates, on_bad_row=o.on_bad_row, on_duplicate=o.on_duplicate)
+    paths, parts = [o.output], [rows]
+    if o.validation_output:
+        paths, parts = [*paths, o.validation_output], split_by_prompt(list(rows), o.validation_fraction, o.seed)
+    statistics, counts = Statistics(schema), []
+    listing = o.output.with_name(o.output.name + ".skipped.jsonl")
     with ExitStack() as stack:
-        files = [stack.enter_context(_complete_file(path)) for path in paths]
-        counts = [_write(*part, statistics) for part in zip(parts, files, strict=True)]
-        result = {
-            **statistics.to_json(), "dropped": dict(+dropped), "duplicates": len(duplicates), "skipped": len(skipped)
-        }  # fmt: skip
-        if options.statistics:
-            with _complete_file(options.statistics) as file:
-                file.write(json.dumps(result, indent=2) + "\n")
-        listing = options.output.with_name(options.output.name + ".skipped.jsonl")
+        for file, part in zip([stack.enter_context(_complete_file(path)) for path in paths], parts, strict=True):
+            counts.append(0)
+            for counts[-1], row in enumerate(part, start=1):
+                statistics.add(row)
+                file.write(json.dumps(row.to_json(), ensure_ascii=False).encode() + b"\n")
+        result = statistics.to_json()
+        result |= {"dropped": dict(+dropped), "duplicates": len(duplicates), "skipped": len(skipped)}
+        if o.statistics:
+            with _complete_file(o.statistics) as file:
+                file.write(json.dumps(result, indent=2).encode() + b"\n")
         listing.unlink(missing_ok=True)
         if skipped:
             write_skipped(listing, skipped)
@@ -99,60 +100,31 @@ def _prepare(options: argparse.Namespace) -> None:
         print(f"{len(skipped)} rows skipped, listed in {listing}")
 
 
-def _check(options: argparse.Namespace) -> None:
-    if options.source != "oasst" and (options.lang is not None or options.keep_deleted):
-        raise ConfigError(f"--lang and --keep-deleted belong to oasst; cure: remove them for {options.source}")
-    if (options.validation_fraction is None) != (options.validation_output is None):
+def _check(o: argparse.Namespace) -> None:
+    if o.source != "oasst" and (o.lang is not None or o.keep_deleted):
+        raise ConfigError(f"--lang and --keep-deleted belong to oasst; cure: remove them for {o.source}")
+    if (o.validation_fraction is None) != (o.validation_output is None):
         raise ConfigError("--validation-fraction and --validation-output need each other; cure: give both")
-    written = [path.resolve() for path in (options.output, options.validation_output, options.statistics) if path]
-    read = [path.resolve() for path in map(source_path, options.input) if path]
-    for index, path in enumerate(written):
-        if path in read or path in written[:index]:
-            raise ConfigError(f"{path} would be written over; cure: name another file")
-
-
-def _schema(options: argparse.Namespace) -> Schema:
-    try:
-        attributes = [(name, float(low), float(high)) for name, low, high in options.attribute]
-    except ValueError as error:
-        raise ConfigError(f"--attribute: {error}; cure: NAME LOW HIGH, e.g. clarity 1 5") from None
-    return make_schema(options.schema or SOURCES[options.source], attributes)
+    written = [path.resolve() for path in (o.output, o.validation_output, o.statistics) if path]
+    read = [path.resolve() for path in map(source_path, o.input) if path]
+    if twice := [path for i, path in enumerate(written) if path in (*read, *written[:i])]:
+        raise ConfigError(f"{twice[0]} would be written over; cure: name another file")
 
 
 @contextmanager
-def _complete_file(path: Path) -> Iterator[IO[str]]:
-    """A text file to write that gets its name only when it is complete.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    if path.is_dir():
-        raise ConfigError(f"cannot write {path}: this is a folder; cure: name a file")
+def _complete_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that gets its name only when it is complete. Raises ConfigError: it cannot be written."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as raw:
-            if path.suffix == ".gz":
-                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed, io.TextIOWrapper(packed, "utf-8") as file:
-                    yield file
-            else:
-                with io.TextIOWrapper(raw, "utf-8", newline="\n") as file:
-                    yield file
+        with gzip.GzipFile(partial, "wb", mtime=0) if path.suffix == ".gz" else partial.open("wb") as file:
+            yield file
         partial.replace(path)
     except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}; cure: name another file") from error
+        raise ConfigError(f"cannot write {path}: {error.strerror}; cure: name another file") from error
     finally:
         if partial.exists():
             partial.unlink()
-
-
-def _write(rows: Iterable[Conversation], file: IO[str], statistics: Statistics) -> int:
-    count = 0
-    for row in rows:
-        count += 1
-        statistics.add(row)
-        file.write(json.dumps(row.to_json(), ensure_ascii=False) + "\n")
-    return count
 
 
 if __name__ == "__main__":

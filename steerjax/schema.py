@@ -152,8 +152,8 @@ def check_rating(value: object, attribute: Attribute) -> float:
         raise DataError(
             f"rating {value!r} is not a number", field=attribute.name, cure="write a number, or leave the field out"
         )
-    if not math.isfinite(value):
-        raise DataError(f"rating {value!r} is not finite", field=attribute.name, cure="leave a missing rating out")
+    if not abs(value) < 1e300:  # an integer may be beyond any float
+        raise DataError(f"rating {value!r:.20} is not finite", field=attribute.name, cure="leave a missing rating out")
     if not attribute.low <= value <= attribute.high:
         raise DataError(
             f"rating {value:g} is outside {attribute.low:g}..{attribute.high:g}",

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
-import pydantic.dataclasses
-from pydantic import Field
 
 from steerjax.data.packing import Layout, Row, epoch_rows, lay_out
 from steerjax.data.trees import Tree
-from steerjax.typed import STRICT
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class BatchConfig:
-    """Packed rows.
-
-    Attributes:
-        rows: a step, over all devices.
-        row_length: tokens a row.
-        micro_batches: parts a step is computed in, one after the other; the result is the same, the memory less.
-        evaluation_rows: a step of evaluation; 0 is rows / micro_batches.
-    """
-
-    rows: Annotated[int, Field(ge=1)] = 8
-    row_length: Annotated[int, Field(ge=1)] = 2560
-    micro_batches: Annotated[int, Field(ge=1)] = 1
-    evaluation_rows: Annotated[int, Field(ge=0)] = 0
-
-    def __post_init__(self):
-        if self.rows % self.micro_batches:
-            raise ValueError(f"rows {self.rows} in {self.micro_batches} micro_batches; cure: a divisor of rows")
-
-    @property
-    def evaluated(self) -> int:
-        """Rows a step of evaluation."""
-        return self.evaluation_rows or self.rows // self.micro_batches
 
 
 class Batch(NamedTuple):
@@ -80,8 +53,7 @@ class RowBuilder:
 
     def __call__(self, row: Row) -> Batch:
         """The arrays of one row, without B; of an empty row, padding."""
-        layout = self.layout(row)
-        states = None
+        layout, states = self.layout(row), None
         if self.states is not None:
             states = np.zeros((self.row_length, self.states.width), np.float32)
             for tree, node, place in layout.nodes:
@@ -96,7 +68,6 @@ class Feeder:
     """Puts packed rows on the mesh. Each process builds only the rows that its devices hold.
 
     Attributes:
-        build: a row -> its arrays.
         spec: logical axes -> the sharding of an array that has them (`parallel.rules`).
         micro_batches: M.
     """
@@ -112,7 +83,6 @@ class Feeder:
     @functools.cached_property
     def shardings(self) -> Batch:
         """How the arrays of a batch [M, B/M, ...] lie on the mesh: what has T entries a row is cut along them too."""
-        import jax
 
         def one(array: np.ndarray):
             along = ("length",) if array.shape[:1] == (self.build.row_length,) else (None,) * min(1, array.ndim)
@@ -122,28 +92,23 @@ class Feeder:
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """Rows -> a batch of sharded arrays [M, B/M, ...]."""
-        import jax
-
-        M, B = self.micro_batches, len(rows)
+        numbers = np.arange(len(rows)).reshape(self.micro_batches, -1)
         built = functools.cache(lambda row: jax.tree.leaves(self.build(rows[row])))
+        leaf = itertools.count()
 
-        def array(number: int, empty: np.ndarray, sharding):
+        def array(empty: np.ndarray, sharding):
+            number = next(leaf)
+
             def shard(index):
-                numbers = np.arange(B).reshape(M, B // M)[index[:2]]
-                parts = [built(int(row))[number][index[2:]] for row in numbers.flat]
-                return np.stack(parts).reshape(*numbers.shape, *parts[0].shape)
+                parts = np.stack([built(int(row))[number][index[2:]] for row in numbers[index[:2]].flat])
+                return parts.reshape(*numbers[index[:2]].shape, *parts.shape[1:])
 
-            return jax.make_array_from_callback((M, B // M, *empty.shape), sharding, shard)
+            return jax.make_array_from_callback((*numbers.shape, *empty.shape), sharding, shard)
 
-        leaves, structure = jax.tree.flatten(self._empty)
-        shardings = jax.tree.leaves(self.shardings)
-        arrays = [array(i, *pair) for i, pair in enumerate(zip(leaves, shardings, strict=True))]
-        return jax.tree.unflatten(structure, arrays)
+        return jax.tree.map(array, self._empty, self.shardings)
 
     def abstract(self, rows: int) -> Batch:
         """Shapes, dtypes and shardings of a batch of so many rows."""
-        import jax
-
         shape = (self.micro_batches, rows // self.micro_batches)
         return jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct((*shape, *x.shape), x.dtype, sharding=s), self._empty, self.shardings
@@ -156,9 +121,6 @@ class BatchPlan:
 
     Rows of one epoch follow those of the one before without a gap; a step may hold the last rows of one epoch and
     the first of the next. So every example is trained once an epoch and none is dropped.
-
-    Attributes:
-        rows: a step.
     """
 
     trees: tuple[Tree, ...]
@@ -196,5 +158,4 @@ class BatchPlan:
 
 def evaluation_steps(rows: Sequence[Row], size: int) -> list[list[Row]]:
     """Rows in steps of `size`; the last is filled up with padding rows, so that one shape is compiled."""
-    steps = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-    return [[*step, *[()] * (size - len(step))] for step in steps]
+    return [[*rows[i : i + size], *[()] * (size - len(rows[i : i + size]))] for i in range(0, len(rows), size)]

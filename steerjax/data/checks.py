@@ -1,14 +1,19 @@
-"""The checks of a row's fields that all formats share. A DataError names the field and the cure."""
+"""The checks that all formats share. A DataError names the field and the cure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from steerjax.data.conversation import Turn
 from steerjax.errors import DataError
+from steerjax.schema import SCHEMAS, Schema, check_rating
 
 Row = dict[str, Any]
+
+_KINDS = {str: "text", list: "a list", dict: "an object"}
 
 
 @contextmanager
@@ -17,61 +22,71 @@ def inside(prefix: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataError(error.message, field=(prefix + error.field).rstrip("."), cure=error.cure) from None
-    except OverflowError:  # an integer beyond a float's range
-        raise DataError("a rating is too large", field=prefix.rstrip("."), cure="write numbers of the range") from None
+        raise error.but(field=(prefix + error.field).rstrip(".")) from None
 
 
-def present(row: Row, key: str) -> Any:
-    """The value of a key; null is missing."""
-    if row.get(key) is None:
-        raise DataError("missing", field=key, cure=f"add '{key}', or remove the row")
-    return row[key]
-
-
-def text_of(row: Row, key: str) -> str:
-    """The text of a key: there, a string, not blank."""
-    value = present(row, key)
-    check_text(value, key)
-    if not value.strip():
-        raise DataError("empty", field=key, cure="fill it in, or remove the row")
-    return value
-
-
-def system_of(row: Row) -> str | None:
-    """The row's system text, None where there is none."""
-    system = row.get("system")
-    if system is not None:
-        check_text(system, "system")
-    return system
-
-
-def name_of(row: Row) -> str:
-    """The row's or turn's `id`, "" where there is none; dumps number theirs."""
-    name = row.get("id")
-    if isinstance(name, int) and not isinstance(name, bool):
-        return str(name)
-    return text_of(row, "id") if name else ""
-
-
-def check_text(value: object, field: str) -> None:
-    """Refuses what is no string, or no whole Unicode text."""
-    if not isinstance(value, str):
-        raise DataError(f"expected text, got {type(value).__name__}", field=field, cure="write a string")
+def check_kind(kind: type, value: object, field: str) -> None:
+    """Refuses what is no `kind` (str, list or dict), or no whole Unicode text."""
+    if not isinstance(value, kind):
+        what = f"expected {_KINDS[kind]}, got {type(value).__name__}"
+        raise DataError(what, field=field, cure=f"write {_KINDS[kind]} (docs/formats.md)")
     try:
-        value.encode("utf-8")
+        if kind is str:
+            value.encode("utf-8")
     except UnicodeEncodeError:
         cure = "write the whole character; a lone half of a \\uD83D\\uDE00 pair is none"
         raise DataError("contains half a surrogate pair", field=field, cure=cure) from None
 
 
-def entries_of(row: Row, key: str) -> list[Row]:
-    """The list of objects under a key, at least one."""
-    entries = present(row, key)
-    if not isinstance(entries, list) or not entries:
-        raise DataError("expected a list of turns", field=key, cure="write at least one turn")
-    for index, entry in enumerate(entries):
-        if not isinstance(entry, Mapping):
-            what = f"expected an object, got {type(entry).__name__}"
-            raise DataError(what, field=f"{key}[{index}]", cure="write a turn as {...}")
-    return entries
+check_text = functools.partial(check_kind, str)
+
+
+def value_of(row: Row, key: str, kind: type, *default: Any) -> Any:
+    """The value of a key, a `kind`; null is missing, and refused unless there is a default."""
+    value = row.get(key)
+    if value is None and not default:
+        raise DataError("missing", field=key, cure=f"add '{key}', or remove the row")
+    if value is None:
+        return default[0]
+    check_kind(kind, value, key)
+    return value
+
+
+def text_of(row: Row, key: str) -> str:
+    """The text of a key, not blank."""
+    text = value_of(row, key, str)
+    if not text.strip():
+        raise DataError("empty", field=key, cure="fill it in, or remove the row")
+    return text
+
+
+def name_of(row: Row) -> str:
+    """The `id` of a row or turn, "" where there is none; dumps number theirs."""
+    name = row.get("id")
+    return str(name) if type(name) is int else value_of(row, "id", str, "")
+
+
+def checked_ratings(ratings: Mapping[str, object], schema: Schema) -> dict[str, float] | None:
+    """Ratings by name, each of the schema and in its range; null is a missing rating."""
+    given = {name: value for name, value in ratings.items() if value is not None}
+    check_names(given, schema)
+    return {name: check_rating(value, schema[name]) for name, value in given.items()} or None
+
+
+def check_names(names: Collection[str], schema: Schema) -> None:
+    """Refuses names outside the schema; the cure names the preset that has them."""
+    if unknown := [name for name in names if name not in schema.names]:
+        having = [title for title, preset in SCHEMAS.items() if set(names) <= set(preset.names)]
+        cure = f"take the schema {' or '.join(having)} (data.schema)" if having else "add it to data.attributes"
+        raise DataError("the schema has no such attribute", field=unknown[0], cure=f"{cure}; or remove the rating")
+
+
+def check_turns(turns: Sequence[Turn], field: str) -> None:
+    """Refuses turns that do not alternate after a system text, and ratings of the user."""
+    for index, turn in enumerate(turns):
+        if index and turn.role in ("system", turns[index - 1].role):
+            message = f"{turn.role} after {turns[index - 1].role}: roles must alternate, a system text stands first"
+            raise DataError(message, field=f"{field}[{index}]", cure="merge turns of one side, or remove the row")
+        if turn.role == "user" and (turn.ratings or turn.predicted_ratings):
+            cure = "rate the assistant's turn that answers it"
+            raise DataError("a user turn is rated", field=f"{field}[{index}]", cure=cure)

@@ -1,4 +1,4 @@
-"""What is read, and what happens to rows that cannot be used: the config group `data`."""
+"""The config groups `data` and `batch`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,9 @@ class DataConfig:
         train, validation: files (docs/formats.md), `hub:OWNER/NAME[:SPLIT]` or `embedded:helpsteer`; a tuple, or one
             text with commas. Without validation sources, a part of the training prompts is held out.
         validation_fraction: of the prompts; of the rows, where all have one prompt.
-        format: of the rows; `auto` goes by the keys.
-        schema: a preset: helpsteer (5 attributes), oasst (4) or steerlm (9).
+        schema: a preset of 5, 4 or 9 attributes.
         attributes: (name, low, high[, meaning]) of each attribute that is rated; takes the preset's place.
-        on_bad_row: stop at the first bad row, or skip them, count them and list them in skipped.jsonl.
+        on_bad_row: `skip` counts bad rows and lists them in skipped.jsonl.
         on_duplicate: what a row that stands twice is. HelpSteer has such rows by design: two samples of one model
             can be the same text.
         split_seed: of the hold-out; apart from `train.seed`, so that runs share their validation rows.
@@ -54,3 +53,29 @@ class DataConfig:
     def make_schema(self) -> Schema:
         """The attributes that are rated, in the order of the reward head. Raises ConfigError: a bad entry."""
         return make_schema(self.schema, self.attributes)
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class BatchConfig:
+    """Packed rows.
+
+    Attributes:
+        rows: a step, over all devices.
+        row_length: tokens a row.
+        micro_batches: parts a step is computed in, one after the other; the result is the same, the memory less.
+        evaluation_rows: a step of evaluation; 0 is rows / micro_batches.
+    """
+
+    rows: Annotated[int, Field(ge=1)] = 8
+    row_length: Annotated[int, Field(ge=1)] = 2560
+    micro_batches: Annotated[int, Field(ge=1)] = 1
+    evaluation_rows: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self):
+        if self.rows % self.micro_batches:
+            raise ValueError(f"rows {self.rows} in {self.micro_batches} micro_batches; cure: a divisor of rows")
+
+    @property
+    def evaluated(self) -> int:
+        """Rows a step of evaluation."""
+        return self.evaluation_rows or self.rows // self.micro_batches

@@ -28,13 +28,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What sources held.
-
-    Attributes:
-        conversations: in order.
-        skipped: the rows that were left out.
-        duplicates: rows that equal an earlier one, whether kept or skipped.
-    """
+    """What sources held: conversations in order, rows left out, how many rows equal an earlier one (kept or not)."""
 
     conversations: list[Conversation]
     skipped: list[Skipped]
@@ -42,13 +36,9 @@ class Loaded:
 
 
 def load_conversations(
-    sources: Sequence[str],
-    schema: Schema,
-    *,
-    format: str = "auto",
-    on_bad_row: str = "error",
+    sources: Sequence[str], schema: Schema, *, format: str = "auto", on_bad_row: str = "error",
     on_duplicate: str = "keep",
-) -> Loaded:
+) -> Loaded:  # fmt: skip
     """All conversations of the sources; the options are `DataConfig`'s.
 
     A duplicate has the same system, roles, contents and ratings as an earlier row. The same response with other
@@ -59,73 +49,53 @@ def load_conversations(
     """
     skipped: list[Skipped] = []
     duplicates: list[Skipped] = []
-    rows = usable_rows(
-        sources, lambda source: read_conversations(source, schema, format), skipped, duplicates,
-        on_bad_row=on_bad_row, on_duplicate=on_duplicate,
-    )  # fmt: skip
+    read = lambda source: read_conversations(source, schema, format)  # noqa: E731
+    rows = usable_rows(sources, read, skipped, duplicates, on_bad_row=on_bad_row, on_duplicate=on_duplicate)
     return Loaded(list(rows), skipped, len(duplicates))
 
 
 def usable_rows(
-    sources: Sequence[str],
-    read: Callable[[str], Iterable[tuple[int, Any]]],
-    skipped: list[Skipped],
-    duplicates: list[Skipped] | None = None,
-    *,
-    on_bad_row: str,
-    on_duplicate: str = "keep",
-) -> Iterator[Any]:
+    sources: Sequence[str], read: Callable[[str], Iterable[tuple[int, Any]]], skipped: list[Skipped],
+    duplicates: list[Skipped] | None = None, *, on_bad_row: str, on_duplicate: str = "keep",
+) -> Iterator[Any]:  # fmt: skip
     """The rows of all sources that can be used, one by one; `load_conversations` without the list.
 
     Args:
         read: source -> (line, row or DataError). A row has `content()`, what a duplicate shares.
-        skipped: what is skipped is added to it.
-        duplicates: duplicates are added to it, kept or not.
-
-    Raises:
-        DataError, ConfigError: as `load_conversations`.
+        skipped, duplicates: are added to; duplicates whether kept or not.
     """
-    if not sources:
-        raise DataError("no source of data", cure="name at least one file, e.g. embedded:helpsteer")
     first_of: dict[str, str] = {}
     for source in sources:
         usable, before = 0, len(skipped)
         for line, row in read(source):
             if isinstance(row, DataError):
                 if on_bad_row == "error":
-                    cure = f"{row.cure}; or set on_bad_row='skip' to skip and list such rows"
-                    raise DataError(row.message, file=row.file, line=row.line, field=row.field, cure=cure)
-                reason = f"field '{row.field}': {row.message}" if row.field else row.message
-                skipped.append(Skipped(source, line, reason))
+                    raise row.but(cure=f"{row.cure}; or set on_bad_row='skip' to skip and list such rows")
+                skipped.append(Skipped(source, line, row.reason))
                 continue
             usable += 1
-            digest = _digest(row.content())
-            if first := first_of.get(digest):
-                duplicate = Skipped(source, line, f"duplicate of {first}")
+            if first := first_of.get(digest := _digest(row.content())):
                 if on_duplicate == "error":
                     cure = "remove it; or set on_duplicate='keep' (sampled and rated twice) or 'skip'"
                     raise DataError(f"the same row as {first}", file=source, line=line, cure=cure)
-                if duplicates is not None:
-                    duplicates.append(duplicate)
+                for entries in (duplicates, skipped if on_duplicate == "skip" else None):
+                    if entries is not None:
+                        entries.append(Skipped(source, line, f"duplicate of {first}"))
                 if on_duplicate == "skip":
-                    skipped.append(duplicate)
                     continue
-            else:
-                first_of[digest] = f"{source}:{line}"
+            first_of.setdefault(digest, f"{source}:{line}")
             yield row
         if not usable:
-            message, bad = "no row in it", skipped[before:]
-            if bad:
-                message = f"no usable row: {len(bad)} skipped, the first at line {bad[0].line}: {bad[0].reason}"
+            bad = skipped[before:]
+            what = f"usable row: {len(bad)} skipped, the first at line {bad[0].line}: {bad[0].reason}" if bad else "row"
             cure = "repair the rows, name another format, or check that this is the file you meant"
-            raise DataError(message, file=source, cure=cure)
+            raise DataError(f"no {what}", file=source, cure=cure)
 
 
 def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:
     """Writes file, line and reason of each skipped row, one JSON object a line."""
-    # Half a surrogate pair in a reason is written as JSON's own escape.
-    with Path(path).open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        file.writelines(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
+    lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
+    Path(path).write_bytes(lines.encode("utf-8", "backslashreplace"))  # half a surrogate pair as JSON's own escape
 
 
 def file_hashes(sources: Sequence[str]) -> dict[str, str]:
@@ -134,15 +104,11 @@ def file_hashes(sources: Sequence[str]) -> dict[str, str]:
     Raises:
         DataError: no such file or dataset.
     """
-    return {source: _file_hash(source) for source in sources}
-
-
-def _file_hash(source: str) -> str:
-    path = source_path(source)
-    if path is None:
-        return hub_dataset(source)._fingerprint  # datasets has no public name for it
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    paths = {source: source_path(source) for source in sources}
+    return {
+        source: hashlib.sha256(path.read_bytes()).hexdigest() if path else hub_dataset(source)._fingerprint
+        for source, path in paths.items()
+    }
 
 
 # Splits
@@ -169,9 +135,7 @@ def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"validation fraction {fraction} is not between 0 and 1; cure: e.g. 0.1, or do not split")
-    keys = _split_keys(conversations)
-    ordered = _ordered(keys, seed)
-    return _parts(conversations, keys, ordered[: max(1, round(fraction * len(ordered)))])
+    return _split(conversations, seed, lambda keys: keys[: max(1, round(fraction * len(keys)))])
 
 
 def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int, seed: int) -> Split:
@@ -184,8 +148,7 @@ def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int
     """
     if folds < 2 or not 0 <= fold < folds:
         raise ConfigError(f"fold {fold} of {folds}; cure: at least 2 folds, and a fold from 0 to folds - 1")
-    keys = _split_keys(conversations)
-    return _parts(conversations, keys, _ordered(keys, seed)[fold::folds])
+    return _split(conversations, seed, lambda keys: keys[fold::folds])
 
 
 def shared_prompts(train: Iterable[Conversation], validation: Iterable[Conversation]) -> int:
@@ -193,22 +156,14 @@ def shared_prompts(train: Iterable[Conversation], validation: Iterable[Conversat
     return len({prompt_key(c) for c in train} & {prompt_key(c) for c in validation})
 
 
-def _split_keys(conversations: Sequence[Conversation]) -> list[str]:
-    """Of each conversation what a split keeps together: its prompt, or, where all have one prompt (a thousand essays
-    on one task), its content, so that equal rows are on one side all the same."""
-    prompts = [prompt_key(conversation) for conversation in conversations]
-    return prompts if len(set(prompts)) > 1 else [_digest(conversation.content()) for conversation in conversations]
-
-
-def _ordered(keys: Iterable[str], seed: int) -> list[str]:
-    """The keys, each once, shuffled by a hash keyed with the seed."""
-    return sorted(set(keys), key=lambda key: _digest([seed, key]))
-
-
-def _parts(conversations: Sequence[Conversation], keys: Sequence[str], held_out: Iterable[str]) -> Split:
-    train, validation, held_out = [], [], set(held_out)
-    for conversation, key in zip(conversations, keys, strict=True):
-        (validation if key in held_out else train).append(conversation)
+def _split(conversations: Sequence[Conversation], seed: int, choose: Callable[[list[str]], list[str]]) -> Split:
+    """`choose` takes the held out of all keys, which are shuffled by a hash keyed with the seed."""
+    keys = [prompt_key(conversation) for conversation in conversations]
+    if len(set(keys)) == 1:  # a thousand essays on one task: by content, so that equal rows are on one side
+        keys = [_digest(conversation.content()) for conversation in conversations]
+    held_out = set(choose(sorted(set(keys), key=lambda key: _digest([seed, key]))))
+    train, validation = ([c for c, k in zip(conversations, keys, strict=True) if (k in held_out) == held]
+                         for held in (False, True))  # fmt: skip
     if not train or not validation:
         message = f"nothing is left for {'validation' if train else 'training'}: there are {len(set(keys))} prompts"
         raise DataError(message, cure="add data, change the split, or name validation files")

@@ -43,10 +43,8 @@ Row = tuple[Part, ...]
 def check_fits(tokens: int, row_length: int) -> None:
     """Raises DataError when an example is too long for a row of its own. Nothing is ever cut."""
     if tokens > row_length:
-        raise DataError(
-            f"{tokens} tokens do not fit a row of {row_length}",
-            cure="raise config.batch.row_length, or set config.data.on_bad_row='skip' to leave such rows out",
-        )
+        cure = "raise config.batch.row_length, or set config.data.on_bad_row='skip' to leave such rows out"
+        raise DataError(f"{tokens} tokens do not fit a row of {row_length}", cure=cure)
 
 
 def parts_of(number: int, tree: Tree, row_length: int, random: np.random.Generator | None) -> list[Part]:
@@ -55,29 +53,26 @@ def parts_of(number: int, tree: Tree, row_length: int, random: np.random.Generat
     Raises:
         DataError: a unit that no row can hold.
     """
-    order = range(len(tree.units)) if random is None else random.permutation(len(tree.units)).tolist()
+    order = range(len(tree.units)) if random is None else random.permutation(len(tree.units))
     units = [tree.units[i] for i in order]
     if tree.length <= row_length:
-        examples = tuple(e for unit in units for e in unit)
-        return [_part(number, tree, examples, range(len(tree.pieces)))]
-    sizes = [len(piece) for piece in tree.pieces]
-    done: list[tuple[list[int], set[int]]] = []
-    filling: list[tuple[int, list[int], set[int]]] = []  # (tokens, examples, nodes)
+        return [_part(number, tree, tuple(e for unit in units for e in unit), range(len(tree.pieces)))]
+    done: list[tuple[int, list[int], set[int]]] = []  # (tokens, examples, nodes)
+    filling: list[tuple[int, list[int], set[int]]] = []
     for unit in units:
         nodes = {node for e in unit for node in tree.paths[e]}
         for i, (used, examples, known) in enumerate(filling):
-            more = sum(sizes[node] for node in nodes - known)
-            if used + more <= row_length:
-                filling[i] = (used + more, [*examples, *unit], known | nodes)
+            used += sum(len(tree.pieces[node]) for node in nodes - known)
+            if used <= row_length:
+                filling[i] = (used, [*examples, *unit], known | nodes)
                 break
         else:
-            length = sum(sizes[node] for node in nodes)
+            length = sum(len(tree.pieces[node]) for node in nodes)
             check_fits(length, row_length)
             filling.append((length, list(unit), nodes))
             if len(filling) > _OPEN:
-                done.append(filling.pop(max(range(len(filling)), key=lambda i: filling[i][0]))[1:])
-    done += [entry[1:] for entry in filling]
-    return [_part(number, tree, tuple(examples), nodes) for examples, nodes in done]
+                done.append(filling.pop(max(range(len(filling)), key=lambda i: filling[i][0])))
+    return [_part(number, tree, tuple(examples), nodes) for _, examples, nodes in done + filling]
 
 
 def _part(number: int, tree: Tree, examples: tuple[int, ...], nodes) -> Part:
@@ -94,24 +89,22 @@ def _part(number: int, tree: Tree, examples: tuple[int, ...], nodes) -> Part:
 def fill(parts: Sequence[Part], row_length: int, random: np.random.Generator | None = None) -> list[Row]:
     """Parts in few rows: best fit, the longer first, each into the fullest row that still has room.
 
-    With `random` a part counts as half to all of its length when the longer is looked for, so that other parts meet in
-    other epochs, and a row's parts are shuffled.
+    With `random` a part counts as a random share of its length when the longer is looked for, so that lengths in a row
+    vary about as in a random draw and other parts meet in other epochs; a row's parts are shuffled.
     """
-    keys = -np.array([part.length for part in parts], np.float64)
+    lengths = np.array([part.length for part in parts], np.float64)
     if random is not None:
-        keys *= random.uniform(0.5, 1.0, len(parts))
+        lengths *= random.random(len(parts))
     rows: list[list[Part]] = []
     room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for i in np.argsort(keys, kind="stable"):
-        part = parts[i]
-        place = bisect.bisect_left(room, (part.length, -1))
-        if place < len(room):
-            left, row = room.pop(place)
-        else:
-            left, row = row_length, len(rows)
+    for i in np.argsort(-lengths, kind="stable"):
+        place = bisect.bisect_left(room, (parts[i].length, -1))
+        if place == len(room):
+            room.append((row_length, len(rows)))
             rows.append([])
-        rows[row].append(part)
-        bisect.insort(room, (left - part.length, row))
+        left, row = room.pop(place)
+        rows[row].append(parts[i])
+        bisect.insort(room, (left - parts[i].length, row))
     if random is not None:
         rows = [[row[i] for i in random.permutation(len(row))] for row in rows]
     return [tuple(row) for row in rows]
@@ -136,9 +129,7 @@ def epoch_rows(trees: Sequence[Tree], row_length: int, seed: int, epoch: int) ->
 
 def unshared_rows(trees: Sequence[Tree]) -> list[Row]:
     """One row for each example, in order: what packing must equal."""
-    return [
-        (_part(number, tree, (e,), path),) for number, tree in enumerate(trees) for e, path in enumerate(tree.paths)
-    ]
+    return [(_part(n, tree, (e,), path),) for n, tree in enumerate(trees) for e, path in enumerate(tree.paths)]
 
 
 class Layout(NamedTuple):
@@ -165,19 +156,17 @@ class Layout(NamedTuple):
 
 def lay_out(trees: Sequence[Tree], row: Row, row_length: int, objectives: Sequence[str]) -> Layout:
     """Writes a row's trees depth first."""
-    zeros = np.zeros(row_length, np.int32)
-    out = Layout(
-        zeros, zeros.copy(), np.arange(1, row_length + 1, dtype=np.int32),
-        {name: np.full(row_length, -1, np.int32) for name in objectives}, {name: np.zeros(row_length, np.float32) for name in objectives},
-        [], [],
-    )  # fmt: skip
+    tokens, positions = np.zeros((2, row_length), np.int32)
+    targets = {name: np.full(row_length, -1, np.int32) for name in objectives}
+    weights = {name: np.zeros(row_length, np.float32) for name in objectives}
+    out = Layout(tokens, positions, np.arange(1, row_length + 1, dtype=np.int32), targets, weights, [], [])
     start = 0
     for part in row:
         tree = trees[part.tree]
         places = _write(tree, part, start, out)
+        out.nodes.extend((part.tree, node, place) for node, place in places.items())
         for e in part.examples:
             _learn(tree.examples[e], [(places[node], len(tree.pieces[node])) for node in tree.paths[e]], out)
-        out.nodes.extend((part.tree, node, place) for node, place in places.items())
         start += part.length
     return out
 
@@ -190,22 +179,19 @@ def _write(tree: Tree, part: Part, start: int, out: Layout) -> dict[int, int]:
             children.setdefault(tree.parents[node], {})[node] = None
     places: dict[int, int] = {}
     stack = [(node, 0) for node in reversed(children[-1])]
-    order: list[int] = []
     while stack:
         node, depth = stack.pop()
         size = len(tree.pieces[node])
-        span = slice(start, start + size)
-        out.tokens[span] = tree.pieces[node]
-        out.positions[span] = np.arange(depth, depth + size)
+        out.tokens[start : start + size] = tree.pieces[node]
+        out.positions[start : start + size] = np.arange(depth, depth + size)
         places[node] = start
-        order.append(node)
         start += size
         stack += [(child, depth + size) for child in reversed(children.get(node, {}))]
-    ends = dict.fromkeys(order, 0)
-    for node in reversed(order):  # children stand behind their parents
-        end = max([places[node] + len(tree.pieces[node]), *(ends[child] for child in children.get(node, {}))])
-        ends[node] = end
-        out.until[places[node] : places[node] + len(tree.pieces[node])] = end
+    ends: dict[int, int] = {}
+    for node, place in reversed(places.items()):  # children stand behind their parents
+        stop = place + len(tree.pieces[node])
+        ends[node] = max([stop, *(ends[child] for child in children.get(node, {}))])
+        out.until[place:stop] = ends[node]
     return places
 
 
@@ -213,13 +199,11 @@ def _learn(example: Example, path: list[tuple[int, int]], out: Layout) -> None:
     """Targets and weights of an example whose nodes lie at these (place, size)."""
     start = 0
     for place, size in path:
-        part = example.between(start, start + size)
-        if part.start < part.stop and example.objective in out.targets:
+        if (part := example.between(start, start + size)).start < part.stop:
             where = example.places[part] + (place - start)
             out.targets[example.objective][where] = example.targets[part]
             out.weights[example.objective][where] += example.weights[part]
         start += size
-    place, size = path[-1]
     out.ends.append((example, place + size - 1))
 
 
@@ -247,11 +231,7 @@ class PackingStatistics:
 def packing_statistics(trees: Sequence[Tree], rows: Sequence[Row], row_length: int) -> PackingStatistics:
     """Counts tokens, examples and attention pairs of packed rows."""
     parts = [part for row in rows for part in row]
-    return PackingStatistics(
-        rows=len(rows),
-        row_length=row_length,
-        examples=sum(len(part.examples) for part in parts),
-        tokens=sum(part.length for part in parts),
-        unshared_tokens=sum(len(trees[p.tree].examples[e].tokens) for p in parts for e in p.examples),
-        pairs=sum(part.pairs for part in parts),
-    )
+    examples = [trees[part.tree].examples[e] for part in parts for e in part.examples]
+    tokens, pairs = sum(part.length for part in parts), sum(part.pairs for part in parts)
+    unshared = sum(len(example.tokens) for example in examples)
+    return PackingStatistics(len(rows), row_length, len(examples), tokens, unshared, pairs)

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import codecs
 import csv
-import datetime
 import decimal
 import gzip
 import io
 import json
-import uuid
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from steerjax.data.checks import Row
 from steerjax.data.conversation import Conversation
-from steerjax.data.formats import Row, check_format, conversation_from_row
+from steerjax.data.formats import conversation_from_row
 from steerjax.errors import DataError
 from steerjax.schema import Schema
 
@@ -30,7 +28,6 @@ Rows = Iterator[tuple[int, Row | DataError]]
 
 EMBEDDED = ("helpsteer", "helpsteer2")
 _SAMPLES = Path(__file__).with_name("samples")
-_HELPSTEER2 = ("embedded:helpsteer2", "hub:nvidia/HelpSteer2")  # their prompts embed markers by design
 _TEXT_COLUMNS = ("id", "prompt", "response", "system", "instruction", "input", "output")
 
 
@@ -42,9 +39,7 @@ def read_conversations(
     Raises:
         DataError: the source cannot be read at all. ConfigError: unknown format.
     """
-    check_format(format)
-    if format == "auto" and source.startswith(_HELPSTEER2):
-        format = "helpsteer2"
+    format = source_format(source, format)
     for line, row in iter_rows(source):
         try:
             if isinstance(row, DataError):
@@ -53,6 +48,12 @@ def read_conversations(
             yield line, replace(conversation, file=source, line=line, id=conversation.id or f"{source}:{line}")
         except DataError as error:
             yield line, error.at(source, line)
+
+
+def source_format(source: str, format: str) -> str:
+    """`auto` is `helpsteer2` for HelpSteer2, whose prompts embed markers by design."""
+    known = format == "auto" and source.startswith(("embedded:helpsteer2", "hub:nvidia/HelpSteer2"))
+    return "helpsteer2" if known else format
 
 
 def iter_rows(source: str) -> Rows:
@@ -71,7 +72,7 @@ def iter_rows(source: str) -> Rows:
     if extension not in _FILE_READERS:
         cure = f"use one of: {', '.join(_FILE_READERS)} (each also as .gz)"
         raise DataError(f"unknown file type '{extension}'", file=source, cure=cure)
-    return _located(path, _FILE_READERS[extension], source)
+    return _file_rows(path, extension, source)
 
 
 def source_path(source: str) -> Path | None:
@@ -83,10 +84,9 @@ def source_path(source: str) -> Path | None:
     if source.startswith("hub:"):
         return None
     if source.startswith("embedded:"):
-        name = source.removeprefix("embedded:")
-        if name not in EMBEDDED:
-            raise DataError(f"no embedded sample '{name}'", file=source, cure=f"use one of: {', '.join(EMBEDDED)}")
-        return _SAMPLES / f"{name}.jsonl.gz"
+        if (name := source.removeprefix("embedded:")) in EMBEDDED:
+            return _SAMPLES / f"{name}.jsonl.gz"
+        raise DataError(f"no embedded sample '{name}'", file=source, cure=f"use one of: {', '.join(EMBEDDED)}")
     path = Path(source)
     if not path.is_file():
         what = "this is a folder" if path.is_dir() else "no such file"
@@ -103,56 +103,43 @@ def hub_dataset(source: str):
     import datasets
 
     name, _, split = source.removeprefix("hub:").partition(":")
-    parts = name.split("/")
-    folder = {"data_dir": "/".join(parts[2:])} if parts[2:] else {}
+    owner, name, *folder = name.split("/", 2) if "/" in name else ("", name)
+    options = {"data_dir": folder[0]} if folder else {}
     try:
-        return datasets.load_dataset("/".join(parts[:2]), split=split or "train", **folder)
+        return datasets.load_dataset(f"{owner}/{name}".lstrip("/"), split=split or "train", **options)
     except Exception as error:  # network, unknown id, unknown split, broken files: each its own type
         cure = "check the id, the split and the network, or download the file and name its path"
         raise DataError(f"cannot load from the hub: {error}", file=source, cure=cure) from error
 
 
-def _located(path: Path, read, source: str) -> Rows:
+def _file_rows(path: Path, extension: str, source: str) -> Rows:
     try:
-        with _opened(path) as file:
-            for line, row in read(file):
+        with path.open("rb") as file:
+            if file.peek(2)[:2] == b"\x1f\x8b":  # gzip's, whatever the name says
+                file = gzip.GzipFile(fileobj=file)
+            if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # Excel's "Unicode text"
+                file = io.BytesIO(file.read().decode("utf-16").encode("utf-8"))
+            for line, row in _FILE_READERS[extension](file):
                 yield line, row.at(source, line) if isinstance(row, DataError) else row
     except DataError as error:
         raise error.at(source, error.line) from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise DataError(f"cannot read: {error}", file=source, cure="copy or download the file again") from error
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes; unpacked where they are gzip's, whatever its name says."""
-    with path.open("rb") as raw:
-        if raw.peek(2)[:2] != b"\x1f\x8b":
-            yield raw
-        else:
-            with gzip.open(raw) as unpacked:
-                yield unpacked
-
-
-# Text
-
-
 def _decode(raw: bytes) -> str:
-    """UTF-8 with or without a byte order mark; UTF-16, as Excel's "Unicode text" has it, with one."""
-    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    """UTF-8, with or without a byte order mark."""
     try:
-        return raw.decode("utf-16" if utf16 else "utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        if utf16:
-            raise DataError(f"broken UTF-16: {error.reason}", line=line, cure="save it as UTF-8") from None
         cure = "convert the file, e.g. iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
         raise DataError(f"not UTF-8: byte 0x{raw[error.start]:02x}", line=line, cure=cure) from None
 
 
-def _parse(text: str, cure: str) -> Any:
+def _parse(raw: bytes, cure: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(_decode(raw), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         message = f"broken JSON: {error.msg}, column {error.colno}"
         raise DataError(message, line=error.lineno, cure=cure) from None
@@ -160,12 +147,12 @@ def _parse(text: str, cure: str) -> Any:
         raise DataError(f"broken JSON: {error}", cure=cure) from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise DataError("the key stands twice", field=twice, cure="keep one of the two")
+def _object(pairs: Iterable[tuple[str, Any]]) -> Row:
+    row: Row = {}
+    for key, value in pairs:
+        if key in row:
+            raise DataError("stands twice", field=key, cure="keep one of the two")
+        row[key] = value
     return row
 
 
@@ -177,25 +164,18 @@ def _checked_row(value: Any) -> Row | DataError:
 
 def _jsonl_rows(file: IO[bytes]) -> Rows:
     for line, raw in enumerate(file, start=1):
-        if line == 1 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            cure = "convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"
-            raise DataError("UTF-16, where lines of JSON are UTF-8", line=1, cure=cure)
         if raw.strip():
-            cure = "write one object a line; a list of objects belongs in a .json file"
             try:
-                yield line, _checked_row(_parse(_decode(raw), cure))
+                yield line, _checked_row(_parse(raw, "write one object a line; a list belongs in a .json file"))
             except DataError as error:
                 yield line, error
 
 
 def _json_rows(file: IO[bytes]) -> Rows:
-    rows = _parse(_decode(file.read()), "write a list of objects; one object a line belongs in a .jsonl file")
+    rows = _parse(file.read(), "write a list of objects; one object a line belongs in a .jsonl file")
     if not isinstance(rows, list):
         raise DataError("expected a list of objects", line=1, cure="write [{...}, {...}], or use a .jsonl file")
     yield from enumerate(map(_checked_row, rows), start=1)
-
-
-# Tables
 
 
 def _csv_rows(file: IO[bytes]) -> Rows:
@@ -206,43 +186,29 @@ def _csv_rows(file: IO[bytes]) -> Rows:
     text = _decode(file.read())
     separator = max(",\t;", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    records, line = [], 1
+    header, rows, line = [], [], 1
     limit = csv.field_size_limit(len(text) + 1)  # the whole module's, so it is put back
     try:
         for cells in reader:
-            records.append((line, cells))
-            line = reader.line_num + 1
+            if header and cells and len(cells) != len(header):
+                raise csv.Error(f"{len(cells)} cells under a header of {len(header)}")
+            if header and cells:
+                rows.append((line, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}))
+            header, line = header or list(_object((name, None) for name in cells)), reader.line_num + 1
     except csv.Error as error:
-        cure = "quote the cell, double the quotes in it, and check the rows before it for a quote that is left open"
+        cure = "quote cells with separators or line breaks, double the quotes in them, and close each quote before it"
         raise DataError(f"broken CSV: {error}", line=line, cure=cure) from None
     finally:
         csv.field_size_limit(limit)
-    (start, header), *records = [(line, cells) for line, cells in records if cells] or [(1, [""])]
-    if not {"prompt", "instruction"} & set(header):
-        cure = "begin the file with a line like prompt,response,helpfulness,correctness"
-        raise DataError("the header lacks this column", line=start, field="prompt", cure=cure)
-    _check_columns(header, start)
-    for line, cells in records:
-        if len(cells) != len(header):
-            message = f"{len(cells)} cells under a header of {len(header)}"
-            raise DataError(message, line=line, cure="quote cells that contain separators or line breaks")
-    for line, cells in records:
-        yield line, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}
+    yield from rows
 
 
 def _cell(name: str, cell: str) -> str | float | None:
     """An empty cell is a missing value; numbers are parsed, except in columns that hold text."""
-    if not cell.strip():
-        return None
     try:
-        return cell if name in _TEXT_COLUMNS else float(cell)
+        return (cell if name in _TEXT_COLUMNS else float(cell)) if cell.strip() else None
     except ValueError:
         return cell
-
-
-def _check_columns(names: list[str], line: int = 0) -> None:
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise DataError("the table has this column twice", line=line, field=twice[0], cure="rename or remove one")
 
 
 def _table_rows(file: IO[bytes]) -> Rows:
@@ -250,19 +216,13 @@ def _table_rows(file: IO[bytes]) -> Rows:
     import pyarrow.ipc
     import pyarrow.parquet
 
-    magic = file.peek(6)[:6]
-    file = io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file  # tables are read from their end
+    raw = pyarrow.py_buffer(file.read())
+    formats = {b"PAR1": pyarrow.parquet.ParquetFile, b"ARRO": pyarrow.ipc.open_file}
     try:
-        if magic == b"ARROW1":
-            table = pyarrow.ipc.open_file(file)
-            names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
-        elif magic[:4] == b"PAR1":
-            table = pyarrow.parquet.ParquetFile(file)
-            names, batches = table.schema_arrow.names, table.iter_batches(batch_size=1024)
-        else:
-            batches = pyarrow.ipc.open_stream(file)
-            names = batches.schema.names
-        _check_columns(names)
+        opened = formats.get(raw[:4].to_pybytes(), pyarrow.ipc.open_stream)(pyarrow.BufferReader(raw))
+        table = opened.read() if isinstance(opened, pyarrow.parquet.ParquetFile) else opened.read_all()
+        _object((name, None) for name in table.column_names)
+        batches = table.to_batches(max_chunksize=1024)
         yield from enumerate((_plain(row) for batch in batches for row in batch.to_pylist()), start=1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"broken table: {error}", cure="write the file again, e.g. with pyarrow") from error
@@ -274,9 +234,9 @@ def _plain(value: Any) -> Any:
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    if isinstance(value, datetime.date | datetime.time | datetime.timedelta | uuid.UUID):
-        return str(value)
-    return float(value) if isinstance(value, decimal.Decimal) else value
+    if isinstance(value, decimal.Decimal):
+        return float(value)
+    return value if value is None or isinstance(value, str | int | float | bytes) else str(value)
 
 
 _FILE_READERS = {

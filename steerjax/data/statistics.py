@@ -12,8 +12,6 @@ import numpy as np
 from steerjax.data.conversation import Conversation
 from steerjax.schema import Schema
 
-CHARACTERS = "characters"
-
 
 class Statistics:
     """Collects conversations one by one; keeps the ratings and lengths of assistant turns, not the texts.
@@ -22,7 +20,7 @@ class Statistics:
     """
 
     def __init__(self, schema: Schema):
-        self._names = (*schema.names, CHARACTERS)
+        self._names = (*schema.names, "characters")
         self._rows = self._turns = self._rated = 0
         self._values = array("d")  # [assistant turns, attributes and length], NaN where not rated
         self._seen: set[tuple[str, int]] = set()  # id and content's hash: people number the turns of a row, too
@@ -30,60 +28,51 @@ class Statistics:
     def add(self, conversation: Conversation) -> None:
         self._rows += 1
         for turn in conversation.turns:
-            if turn.id:
-                message = (turn.id, hash(turn.content))
-                if message in self._seen:
-                    continue
-                self._seen.add(message)
+            message = (turn.id, hash(turn.content))
+            if turn.id and message in self._seen:
+                continue
+            self._seen.add(message)
             self._turns += 1
             if turn.role == "assistant":
                 ratings = turn.ratings or {}
                 self._rated += bool(ratings)
-                self._values.extend(ratings.get(name, np.nan) for name in self._names[:-1])
-                self._values.append(len(turn.content))
+                self._values.extend([*(ratings.get(name, np.nan) for name in self._names[:-1]), len(turn.content)])
 
     def to_json(self) -> dict:
         """Counts, and per attribute that is rated (and for `characters`, the length of an assistant turn): `count`,
         `mean`, `std` (of the population), and `pearson` with `reference`: helpfulness, or the first attribute that is
         rated. `pearson` is over turns that have both; null where it is not defined."""
         values = np.array(self._values).reshape(-1, len(self._names))
-        columns = dict(zip(self._names, values.T, strict=True))
-        rated = [name for name, column in columns.items() if not np.isnan(column).all()]
-        attributes = [name for name in rated if name != CHARACTERS]
-        reference = "helpfulness" if "helpfulness" in attributes else next(iter(attributes), None)
+        columns = {n: x for n, x in zip(self._names, values.T, strict=True) if not np.isnan(x).all()}
+        rated = [name for name in columns if name != "characters"]
+        reference = "helpfulness" if "helpfulness" in rated else next(iter(rated), None)
         return {
-            "rows": self._rows,
-            "turns": self._turns,
-            "assistant_turns": len(values),
-            "rated_turns": self._rated,
-            "reference": reference,
-            "values": {name: _summary(columns[name], columns.get(reference)) for name in rated},
-        }
+            "rows": self._rows, "turns": self._turns, "assistant_turns": len(values), "rated_turns": self._rated,
+            "reference": reference, "values": {n: _summary(x, columns.get(reference)) for n, x in columns.items()},
+        }  # fmt: skip
 
 
 def _summary(column: np.ndarray, reference: np.ndarray | None) -> dict:
-    present, pearson = column[~np.isnan(column)], None
+    present, pearson = ~np.isnan(column), None
     if reference is not None:
-        both = ~np.isnan(column) & ~np.isnan(reference)
-        x, y = column[both], reference[both]
-        if both.any() and np.ptp(x) > 0 and np.ptp(y) > 0:
+        x, y = np.stack([column, reference])[:, present & ~np.isnan(reference)]
+        if len(x) and np.ptp(x) > 0 and np.ptp(y) > 0:
             pearson = float(np.corrcoef(x, y)[0, 1])
-    return {"count": len(present), "mean": float(present.mean()), "std": float(present.std()), "pearson": pearson}
+    column = column[present]
+    return {"count": len(column), "mean": float(column.mean()), "std": float(column.std()), "pearson": pearson}
 
 
 def format_statistics(statistics: dict) -> str:
     """The result of `to_json` as plain text: the counts on a line each, then the table of values."""
-    counts = []
-    for name, value in statistics.items():
-        if name not in ("values", "reference"):
-            if isinstance(value, dict):
-                value = ", ".join(f"{key}: {count}" for key, count in value.items()) or "none"
-            counts.append((name.replace("_", " "), str(value)))
-    width = max(len(name) for name, _ in counts)
-    lines = [f"{name:{width}}  {value}" for name, value in counts]
-    reference = statistics["reference"]
-    title = f"r with {reference}" if reference else ""
-    width = max(len(name) for name in ("", *statistics["values"]))
+    counts = {name.replace("_", " "): v for name, v in statistics.items() if name not in ("values", "reference")}
+    width = max(map(len, counts))
+    lines = []
+    for name, value in counts.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}: {count}" for key, count in value.items()) or "none"
+        lines.append(f"{name:{width}}  {value}")
+    title = f"r with {statistics['reference']}" if statistics["reference"] else ""
+    width = max(map(len, ("", *statistics["values"])))
     lines += ["", f"{'':{width}}  {'count':>7}  {'mean':>10}  {'std':>10}  {title}".rstrip()]
     for name, value in statistics["values"].items():
         pearson = "-" if value["pearson"] is None else f"{value['pearson']:.4f}"

@@ -108,9 +108,8 @@ class _Node:
 
     def split(self, size: int) -> _Node:
         """Hands the first `size` tokens to a new parent, so that what ended with this node still does."""
-        first = int(self.piece[0])
         upper = _Node(self.piece[:size], self.parent, {name: x[:size] for name, x in self.targets.items()})
-        siblings = self.parent.children[first]
+        siblings = self.parent.children[int(self.piece[0])]
         siblings[siblings.index(self)] = upper
         self.piece, self.parent = self.piece[size:], upper
         self.targets = {name: x[size:] for name, x in self.targets.items()}
@@ -123,40 +122,34 @@ def _insert(root: _Node, example: Example) -> _Node:
     node, start = root, 0
     while start < len(example.tokens):
         known = node.children.setdefault(int(example.tokens[start]), [])
-        sizes = [child.shared(example, start) for child in known]
-        if not sizes or max(sizes) == 0:
-            known.append(_Node(example.tokens[start:], node))
-            sizes.append(len(example.tokens) - start)
-        node = known[int(np.argmax(sizes))]
-        if max(sizes) < len(node.piece):
-            node = node.split(max(sizes))
-        node.learn(example, start)
-        start += len(node.piece)
+        size, child = max(((c.shared(example, start), c) for c in known), key=lambda pair: pair[0], default=(0, None))
+        if not size:
+            child = _Node(example.tokens[start:], node)
+            known.append(child)
+        elif size < len(child.piece):
+            child = child.split(size)
+        child.learn(example, start)
+        node, start = child, start + len(child.piece)
     return node
 
 
 def _tree(examples: list[Example]) -> Tree:
     root = _Node(np.zeros(0, np.int32))
     ends = [_insert(root, example) for example in examples]
-    pieces: list[np.ndarray] = []
-    parents: list[int] = []
-    numbers: dict[int, int] = {id(root): -1}
-    below = [root]
-    while below:
-        node = below.pop()
+    nodes, numbers = [root], {root: -1}
+    for node in nodes:  # which grows: a parent stands before its children
         for child in (child for children in node.children.values() for child in children):
-            numbers[id(child)] = len(pieces)
-            pieces.append(child.piece)
-            parents.append(numbers[id(node)])
-            below.append(child)
+            numbers[child] = len(numbers) - 1
+            nodes.append(child)
     paths = []
     for end in ends:
-        path = []
+        path: list[int] = []
         while end is not root:
-            path.append(numbers[id(end)])
+            path.insert(0, numbers[end])
             end = end.parent
-        paths.append(tuple(reversed(path)))
+        paths.append(tuple(path))
     units: dict[Hashable, list[int]] = {}
     for i, example in enumerate(examples):
         units.setdefault(i if example.unit is None else (example.objective, example.unit), []).append(i)
-    return Tree(tuple(examples), tuple(pieces), tuple(parents), tuple(paths), tuple(map(tuple, units.values())))
+    pieces, parents = zip(*((node.piece, numbers[node.parent]) for node in nodes[1:]), strict=True)
+    return Tree(tuple(examples), pieces, parents, tuple(paths), tuple(map(tuple, units.values())))

@@ -51,8 +51,8 @@ def turn(role, **changes):
 
 
 BAD_ROWS = {  # name -> (row, field, part of the message)
-    "unknown format": ({"question": "q"}, "", "unknown format with keys ['question']"),
-    "ambiguous format": (helpsteer(turns=[]), "", "could be any of: helpsteer, conversation"),
+    "unknown format": ({"question": "q"}, "", "unknown format with keys"),
+    "ambiguous format": (helpsteer(turns=[]), "", "any of: helpsteer, conversation"),
     # HelpSteer
     "prompt missing": (without("prompt"), "prompt", "missing"),
     "prompt null": (helpsteer(prompt=None), "prompt", "missing"),
@@ -71,9 +71,9 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "rating is infinite": (helpsteer(helpfulness=float("-inf")), "helpfulness", "rating -inf is not finite"),
     "rating too high": (helpsteer(correctness=5), "correctness", "rating 5 is outside 0..4"),
     "rating too low": (helpsteer(verbosity=-0.5), "verbosity", "rating -0.5 is outside 0..4"),
-    "list of ratings empty": (helpsteer(helpfulness=[]), "helpfulness", "empty list"),
+    "list of ratings empty": (helpsteer(helpfulness=[]), "helpfulness", "is not a number"),
     "list of ratings out of range": (helpsteer(helpfulness=[3, 5]), "helpfulness", "rating 5 is outside 0..4"),
-    "rating beyond floats": (helpsteer(helpfulness=10**400), "", "too large"),
+    "rating beyond floats": (helpsteer(helpfulness=10**400), "helpfulness", "is not finite"),
     # Regression
     "text without end": (regression(TEXT.removesuffix("<extra_id_2>")), "text", "is no text of the reference"),
     "text without system": (regression(TEXT.removeprefix(SYSTEM)), "text", "is no text of the reference"),
@@ -83,24 +83,24 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "text with an empty turn": (regression(TEXT.replace("\na\n", "\n\n")), "text", "empty"),
     "text with one side twice": (
         regression(f"{SYSTEM}{USER}{USER}{ASSISTANT}<extra_id_2>"),
-        "text",
-        "expected assistant, got",
+        "text[2]",
+        "roles must alternate",
     ),
     "label missing": ({"text": TEXT}, "label", "missing"),
-    "label not a list": (regression(label=3), "label", "expected a list of 9 numbers"),
+    "label not a list": (regression(label=3), "label", "expected a list"),
     "label too short": (regression(label=tuple(LABEL[4:])), "label", "expected a list of 9 numbers"),
     "label of another schema": (regression(label=(2, *LABEL[1:])), "label.quality", "no such attribute"),
     "label out of range": (regression(label=(*LABEL[:8], 9)), "label.verbosity", "rating 9 is outside 0..4"),
     "label not a number": (regression(label=(*LABEL[:8], "3")), "label.verbosity", "rating '3' is not a number"),
     # Reference
-    "conversations empty": (reference(), "conversations", "expected a list of turns"),
+    "conversations empty": (reference(), "conversations", "no turn"),
     "speaker unknown": (reference(("Bot", None)), "conversations[0].from", "unknown role 'Bot'"),
     "speaker repeated": (
         reference(("User", None), ("User", None)),
-        "conversations[1].from",
-        "expected assistant, got user",
+        "conversations[1]",
+        "roles must alternate",
     ),
-    "user labelled": (reference(("User", "helpfulness:3")), "conversations[0].from", "a user turn is rated"),
+    "user labelled": (reference(("User", "helpfulness:3")), "conversations[0]", "a user turn is rated"),
     "label a number": (
         reference(("User", None), ("Assistant", 3)),
         "conversations[1].label",
@@ -123,29 +123,24 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     ),
     "mask on the assistant": (reference(("User", None), mask="Assistant"), "mask", "masks the assistant"),
     "mask not text": (reference(("User", None), mask=1), "mask", "expected text, got int"),
-    "second label": (
-        {"mask": "User", "conversations": [{"from": "User", "value": "v", "gt_label": "x"}]},
-        "conversations[0].gt_label",
-        "unknown key",
-    ),
     # Conversation
-    "turns not a list": ({"turns": {"role": "user"}}, "turns", "expected a list of turns"),
+    "turns not a list": ({"turns": {"role": "user"}}, "turns", "expected a list"),
     "turn not an object": (conversation("hi"), "turns[0]", "expected an object, got str"),
     "role missing": (conversation({"content": "c"}), "turns[0].role", "missing"),
     "role unknown": (conversation(turn("user"), turn("bot")), "turns[1].role", "unknown role 'bot'"),
     "system as a turn": (conversation(turn("system"), turn("user")), "turns[0].role", "unknown role 'system'"),
     "assistant twice": (
         conversation(turn("assistant"), turn("assistant")),
-        "turns[1].role",
-        "expected user, got assistant",
+        "turns[1]",
+        "roles must alternate",
     ),
     "content missing": (conversation({"role": "user"}), "turns[0].content", "missing"),
     "content empty": (conversation(turn("user"), turn("assistant", content="")), "turns[1].content", "empty"),
-    "unknown key in a turn": (conversation(turn("user", rating=1)), "turns[0].rating", "unknown key"),
+    "unknown key in a turn": (conversation(turn("user", rating=1)), "turns[0].rating", "do not read"),
     "ratings a list": (
         conversation(turn("user"), turn("assistant", ratings=[3])),
         "turns[1].ratings",
-        "expected an object of name to number, got list",
+        "expected an object, got list",
     ),
     "ratings of unknown name": (
         conversation(turn("user"), turn("assistant", ratings={"funny": 1})),
@@ -162,21 +157,21 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
         "turns[1].predicted_ratings.coherence",
         "not finite",
     ),
-    "user rated": (conversation(turn("user", ratings={"coherence": 4})), "turns[0].role", "a user turn is rated"),
+    "user rated": (conversation(turn("user", ratings={"coherence": 4})), "turns[0]", "a user turn is rated"),
     "id not text": (conversation(turn("user"), id=[7]), "id", "expected text, got list"),
     "id of a turn not text": (conversation(turn("user", id={"a": 1})), "turns[0].id", "expected text, got dict"),
     # Chat formats of others
-    "messages empty": (messages(), "messages", "expected a list of turns"),
+    "messages empty": (messages(), "messages", "no turn"),
     "tool role": (messages(("user", "u"), ("tool", "t")), "messages[1].role", "unknown role 'tool'"),
     "tool call": (
         {"messages": [{"role": "user", "content": "u", "tool_calls": [{"id": 1}]}]},
         "messages[0].tool_calls",
-        "cannot be left out of account",
+        "do not read",
     ),
     "masked message": (
         {"messages": [{"role": "user", "content": "u", "weight": 0}]},
         "messages[0].weight",
-        "cannot be left out of account",
+        "do not read",
     ),
     "content null": (messages(("user", None)), "messages[0].content", "missing"),
     "content an image": (
@@ -189,9 +184,9 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
         "messages[0].content[0].text",
         "expected text, got NoneType",
     ),
-    "system only": (messages(("system", "s")), "messages", "no turn beside the system text"),
-    "system in the middle": (messages(("user", "u"), ("system", "s")), "messages[1].role", "in the middle"),
-    "two system texts": (messages(("system", "s"), ("user", "u")) | {"system": "t"}, "messages[0].role", "two system"),
+    "system only": (messages(("system", "s")), "messages", "no turn beside"),
+    "system in the middle": (messages(("user", "u"), ("system", "s")), "messages[1]", "a system text stands first"),
+    "two system texts": (messages(("system", "s"), ("user", "u")) | {"system": "t"}, "messages[0]", "two system"),
     "rating of messages beyond range": (
         messages(("assistant", "a")) | {"helpfulness": 7},
         "helpfulness",
@@ -205,8 +200,8 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     ),
     "ShareGPT human twice": (
         sharegpt(("human", "a"), ("human", "b")),
-        "conversations[1].from",
-        "expected assistant, got user",
+        "conversations[1]",
+        "roles must alternate",
     ),
     "ShareGPT empty answer": (sharegpt(("human", "a"), ("gpt", "")), "conversations[1].value", "empty"),
     "ShareGPT unknown speaker": (
@@ -231,18 +226,17 @@ BAD_FILES = {  # name -> (file name, bytes, line, field, part of the message); a
     "nested too deep": ("f.jsonl", b"[" * 100_000 + b"\n", 1, "", "broken JSON"),
     "integer too long": ("f.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}\n", 1, "", "broken JSON: Exceeds the limit"),
     "Latin-1 JSONL": ("f.jsonl", b'{"prompt": "caf\xe9"}\n', 1, "", "not UTF-8: byte 0xe9"),
-    "UTF-16 JSONL": ("f.jsonl", '{"prompt": "a"}\n'.encode("utf-16"), 1, "", "UTF-16"),
-    "UTF-16 CSV cut short": ("f.csv", "prompt\na".encode("utf-16")[:-1], 2, "", "broken UTF-16"),
+    "UTF-16 CSV cut short": ("f.csv", "prompt\na".encode("utf-16")[:-1], 0, "", "cannot read"),
     "Latin-1 JSON": ("f.json", b'[\n{"prompt": "caf\xe9"}]', 2, "", "not UTF-8: byte 0xe9"),
     "broken JSON list": ("f.json", b'[\n{},\n{"a" 1}]', 3, "", "broken JSON"),
     "JSON of one object": ("f.json", b'{"prompt": "a"}', 1, "", "expected a list of objects"),
     "JSON of lines": ("f.json", b"{}\n{}\n", 2, "", "broken JSON: Extra data"),
     "JSON key twice": ("f.json", b'[{"prompt": "a", "prompt": "b"}]', 0, "prompt", "stands twice"),
     "JSON row no object": ("f.json", b"[3]", 1, "", "expected an object, got int"),
-    "CSV without header": ("f.csv", b"What?,That.,3\n", 1, "prompt", "header lacks"),
-    "CSV empty": ("f.csv", b"", 1, "prompt", "header lacks"),
+    "CSV without header": ("f.csv", b"What?,That.,3\nHow?,So.,2\n", 2, "", "unknown format"),
+    "CSV empty": ("f.csv", b"", 0, "", "no row"),
     "CSV without response": ("f.csv", b"prompt,answer,verbosity\na,b,1\n", 2, "response", "missing"),
-    "CSV column twice": ("f.csv", b"prompt,response,prompt\na,b,c\n", 1, "prompt", "column twice"),
+    "CSV column twice": ("f.csv", b"prompt,response,prompt\na,b,c\n", 0, "prompt", "twice"),
     "CSV cell too many": ("f.csv", b"prompt,response,verbosity\na,b,1,2\n", 2, "", "4 cells under a header of 3"),
     "CSV cell too few": ("f.csv", b"prompt,response,verbosity\na,b\n", 2, "", "2 cells under a header of 3"),
     "CSV quote open": ("f.csv", b'prompt,response,verbosity\n"a,b,1\n', 2, "", "broken CSV: unexpected end"),
@@ -310,7 +304,7 @@ def test_parquet_column_twice(tmp_path):
     path = tmp_path / "f.parquet"
     columns = [pyarrow.array(["a"])] * 3
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["prompt", "response", "prompt"]), path)
-    assert_says(refusal(path), path, 0, "prompt", "column twice")
+    assert_says(refusal(path), path, 0, "prompt", "twice")
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -382,11 +376,10 @@ def test_a_csv_cell_of_184_000_characters(tmp_path):
     assert [conversation.line for conversation in loaded.conversations] == [2, 3, 4, 5, 6007, 6008, 6009]
 
 
-@pytest.mark.parametrize(("encoding", "name"), [("utf-16", "UTF-16"), ("windows-1252", "WINDOWS-1252")])
-def test_the_cure_of_a_wrong_encoding_cures(tmp_path, encoding, name):
+def test_the_cure_of_a_wrong_encoding_cures(tmp_path):
     path, new = tmp_path / "rows.jsonl", tmp_path / "new.jsonl"
-    path.write_bytes(json.dumps(GOOD | {"prompt": "café"}, ensure_ascii=False).encode(encoding))
-    command = f"iconv -f {name} -t UTF-8 FILE > NEW"
+    path.write_bytes(json.dumps(GOOD | {"prompt": "café"}, ensure_ascii=False).encode("windows-1252"))
+    command = "iconv -f WINDOWS-1252 -t UTF-8 FILE > NEW"
     assert command in refusal(path).cure
     subprocess.run(command.replace("FILE", str(path)).replace("NEW", str(new)), shell=True, check=True)
     assert load_conversations([str(new)], HELPSTEER).conversations[0].turns[0].content == "café"

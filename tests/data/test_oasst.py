@@ -151,13 +151,13 @@ def broken(**fields):
 
 BAD = {  # name -> (row, field, part of the message)
     "role": (broken(role="system"), "message a.role", "unknown role 'system'"),
-    "role twice": (broken(role="prompter"), "message a.role", "must alternate"),
+    "role twice": (broken(role="prompter"), "message a, turns[1]", "must alternate"),
     "id missing": (broken(message_id=None), "message_id", "missing"),
     "text missing": (broken(text=None), "message a.text", "missing"),
     "text blank": (broken(text=" "), "message a.text", "empty"),
     "label beyond range": (broken(labels=quality(1.5)), "message a.labels.quality", "rating 1.5 is outside 0..1"),
     "label without value": (broken(labels={"humor": {}}), "message a.labels.humor", "rating None is not a number"),
-    "label a number": (broken(labels={"humor": 0.5}), "message a.labels.humor", "expected an object with 'value'"),
+    "label a number": (broken(labels={"humor": 0.5}), "message a.labels.humor", "expected an object"),
     "labels a list": (broken(labels=[0.5]), "message a.labels", "expected an object, got list"),
     "replies no list": (broken(replies={}) | {"replies": {"a": 1}}, "message p.replies", "expected a list"),
     "no tree": ({"question": "q"}, "", "no message tree with keys ['question']"),

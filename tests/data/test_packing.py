@@ -1,142 +1,202 @@
-"""The packing plan: whole, within bounds, a pure function of its arguments."""
+"""Packed rows: every example once and whole, within bounds, another order each epoch, a pure function of arguments."""
+
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from steerjax.data.batch import BatchPlan, evaluation_steps, row_arrays
-from steerjax.data.packing import (
-    check_fits,
-    epoch_rows,
-    pack,
-    packing_statistics,
-    row_pairs,
-    share_prompts,
-    unpacked_rows,
-)
+from steerjax.data.batch import BatchPlan, evaluation_steps
+from steerjax.data.packing import check_fits, epoch_rows, lay_out, pack, packing_statistics, unshared_rows
+from steerjax.data.trees import grow
 from steerjax.errors import DataError
-from steerjax.models.attention.mask import Layout, allowed
-from tests.helpers import random_groups
+from tests.data.forests import example, prompts, random_examples
 
 pytestmark = pytest.mark.short
-GROUPS = random_groups([1, 2, 4, 3, 1, 4, 2, 4, 4, 1])
+TREES = grow(prompts([1, 2, 4, 3, 1, 4, 2, 4, 4, 1]))
+COUNT = 26
 
 
-def examples(groups, rows):
-    return sorted(groups[s.group].branches[b].example for row in rows for s in row for b in s.branches)
+def numbers(trees, rows):
+    return sorted(trees[part.tree].examples[e].number for row in rows for part in row for e in part.examples)
 
 
-@pytest.mark.parametrize("row_length", [40, 64, 200])
-@pytest.mark.parametrize("most", [1, 2, 8])
-def test_every_response_stands_once_and_rows_hold(row_length, most):
-    rows = pack(GROUPS, row_length, most, range(len(GROUPS)))
-    assert examples(GROUPS, rows) == list(range(26))
+def random_or_not(seed, shuffled):
+    return np.random.default_rng(seed) if shuffled else None
+
+
+def seen_by(layout, place):
+    """What the token at `place` sees, in order."""
+    return np.flatnonzero((np.arange(place + 1) <= place) & (layout.until[: place + 1] > place))
+
+
+def check_rows(trees, rows, row_length):
+    """Each example stands once; at its end a model sees its tokens at its positions, and nothing else; what is learnt
+    is what the examples say."""
+    count = sum(len(tree.examples) for tree in trees)
+    assert numbers(trees, rows) == list(range(count))
+    weights, expected = Counter(), Counter()
     for row in rows:
-        assert sum(s.length for s in row) <= row_length
-        assert sum(len(s.branches) for s in row) <= most
-        for s in row:
-            prompt, branches = GROUPS[s.group].prompt, [GROUPS[s.group].branches[b] for b in s.branches]
-            assert s.length == len(prompt) + sum(len(branch.tokens) for branch in branches)
+        assert sum(part.length for part in row) <= row_length
+        layout = lay_out(trees, row, row_length, "ab")
+        used = sum(part.length for part in row)
+        assert layout.until[used:].tolist() == list(range(used + 1, row_length + 1))  # padding sees itself
+        assert (layout.until[:used] <= used).all()
+        assert sum(part.pairs for part in row) == (layout.until - np.arange(row_length))[:used].sum()
+        assert len(layout.ends) == sum(len(part.examples) for part in row)
+        for found, end in layout.ends:
+            places = seen_by(layout, end)
+            np.testing.assert_array_equal(layout.tokens[places], found.tokens)
+            np.testing.assert_array_equal(layout.positions[places], np.arange(len(places)))
+            np.testing.assert_array_equal(layout.targets[found.objective][places[found.places]], found.targets)
+            assert (layout.weights[found.objective][places[found.places]] >= found.weights).all()
+        for name in "ab":
+            learnt = layout.targets[name] >= 0
+            assert ((layout.weights[name] > 0) == learnt).all()
+            for place in np.flatnonzero(learnt):
+                path = tuple(layout.tokens[seen_by(layout, place)])
+                weights[name, path, layout.targets[name][place]] += layout.weights[name][place]
+    for tree in trees:
+        for e in tree.examples:
+            for place, target, weight in zip(e.places, e.targets, e.weights, strict=True):
+                expected[e.objective, tuple(e.tokens[: place + 1]), target] += weight
+    assert weights == expected
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), depth=st.integers(1, 6), more=st.integers(0, 60), shuffled=st.booleans())
+def test_rows_of_any_length_hold_every_example_once(seed, depth, more, shuffled):
+    """Trees that are cut included: the path is written again, and each target counts once."""
+    examples = random_examples(seed, depth=depth)
+    trees, row_length = grow(examples), max(len(e.tokens) for e in examples) + more
+    check_rows(trees, pack(trees, row_length, random_or_not(seed, shuffled)), row_length)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 10**6), more=st.integers(0, 40), shuffled=st.booleans())
+def test_units_are_never_cut(seed, more, shuffled):
+    examples = random_examples(seed, units=0.5)
+    sizes = defaultdict(int)
+    for e in examples:
+        sizes[(e.objective, e.unit) if e.unit is not None else e.number] += len(e.tokens)
+    trees, row_length = grow(examples), max(sizes.values()) + more
+    rows = pack(trees, row_length, random_or_not(seed, shuffled))
+    check_rows(trees, rows, row_length)
+    where = defaultdict(set)
+    for number, row in enumerate(rows):
+        for part in row:
+            for e in (trees[part.tree].examples[e] for e in part.examples):
+                if e.unit is not None:
+                    where[e.objective, e.unit].add((number, part))
+    assert all(len(parts) == 1 for parts in where.values())
+
+
+def test_one_row_an_example():
+    rows = unshared_rows(TREES)
+    assert len(rows) == COUNT
+    check_rows(TREES, rows, 64)
+
+
+def test_a_tree_that_fits_is_written_once():
+    rows = pack(TREES, 200)
+    assert sorted(part.tree for row in rows for part in row) == list(range(len(TREES)))
+    assert sum(len(row) for row in pack(TREES, 30)) > len(TREES)
+
+
+def test_what_no_row_can_hold_is_refused():
+    check_fits(30, 30)
+    for examples in ([example(0, range(1, 32))], [example(i, [i, *range(1, 18)], unit="x") for i in range(2)]):
+        with pytest.raises(DataError, match="do not fit a row of 30") as caught:
+            pack(grow(examples), 30)
+        assert "config.batch.row_length" in caught.value.cure
 
 
 def test_epochs_differ_and_repeat():
-    first = epoch_rows(GROUPS, 64, 8, seed=1, epoch=0)
-    assert first == epoch_rows(GROUPS, 64, 8, seed=1, epoch=0)
-    assert first != epoch_rows(GROUPS, 64, 8, seed=1, epoch=1)
-    assert first != epoch_rows(GROUPS, 64, 8, seed=2, epoch=0)
+    first = epoch_rows(TREES, 64, seed=1, epoch=0)
+    assert first == epoch_rows(TREES, 64, seed=1, epoch=0)
+    assert first != epoch_rows(TREES, 64, seed=1, epoch=1)
+    assert first != epoch_rows(TREES, 64, seed=2, epoch=0)
+    assert numbers(TREES, first) == list(range(COUNT))
 
 
-def test_a_prompt_is_written_again_only_when_the_row_is_full():
-    rows = pack(GROUPS, 200, 8, range(len(GROUPS)))
-    segments = [s.group for row in rows for s in row]
-    assert len(segments) == len(GROUPS)
-    assert len([s for row in pack(GROUPS, 40, 8, range(len(GROUPS))) for s in row]) > len(GROUPS)
+def neighbours(trees, rows):
+    """Pairs of examples that share a row."""
+    found = set()
+    for row in rows:
+        members = numbers(trees, [row])
+        found |= {(a, b) for i, a in enumerate(members) for b in members[i + 1 :]}
+    return found
 
 
-def test_steps_see_every_example_once_an_epoch_whatever_the_batch():
-    for rows_a_step in (1, 3, 4):
-        plan = BatchPlan(tuple(GROUPS), rows_a_step, 64, 8, seed=0)
-        total = plan.epoch_start(3)
-        seen = [row for step in range(-(-total // rows_a_step)) for row in plan.step_rows(step)][:total]
-        assert examples(GROUPS, seen) == sorted(list(range(26)) * 3)
-        # a plan asked for one late step answers as one that walked there
-        assert BatchPlan(tuple(GROUPS), rows_a_step, 64, 8, seed=0).step_rows(5) == plan.step_rows(5)
+def test_one_prompt_with_a_thousand_responses_gives_other_rows_each_epoch():
+    trees = grow(prompts([1000]))
+    first, second = (epoch_rows(trees, 200, seed=0, epoch=epoch) for epoch in (0, 1))
+    assert numbers(trees, first) == numbers(trees, second) == list(range(1000))
+    one, other = neighbours(trees, first), neighbours(trees, second)
+    by_chance = len(one) / (1000 * 999 / 2)
+    assert len(one & other) / len(one) < 3 * by_chance
+    assert packing_statistics(trees, first, 200).fill > 0.9
+
+
+def spread(rows):
+    return np.mean([np.std(row) for row in rows])
+
+
+@pytest.mark.parametrize(("low", "high", "row_length"), [(5, 200, 1000), (50, 150, 1000), (20, 400, 2560)])
+def test_lengths_in_a_row_vary_as_in_a_random_draw(low, high, row_length):
+    random = np.random.default_rng(0)
+    lengths = random.integers(low, high, 2000)
+    trees = grow([example(i, [i + 1] * int(n)) for i, n in enumerate(lengths)])
+    rows = epoch_rows(trees, row_length, seed=0, epoch=0)
+    assert packing_statistics(trees, rows, row_length).fill > 0.975
+    found = [[part.length for part in row] for row in rows]
+    shuffled = iter(random.permutation(lengths))
+    assert spread(found) > 0.75 * spread([[next(shuffled) for _ in row] for row in found])
+    assert abs(np.mean([row[0] for row in found]) / lengths.mean() - 1) < 0.2  # nor is a row sorted
+    assert abs(np.corrcoef(np.arange(len(found)), [np.mean(row) for row in found])[0, 1]) < 0.3  # nor the epoch
+
+
+def test_responses_to_one_prompt_vary_in_a_row_as_in_a_random_draw():
+    trees = grow(prompts([1000], longest=60))
+    rows = epoch_rows(trees, 300, seed=0, epoch=0)
+    found = [[len(trees[0].examples[e].tokens) for part in row for e in part.examples] for row in rows]
+    shuffled = iter(np.random.default_rng(0).permutation([n for row in found for n in row]))
+    assert spread(found) > 0.8 * spread([[next(shuffled) for _ in row] for row in found])
+
+
+def test_statistics():
+    rows = pack(TREES, 64)
+    packed, alone = packing_statistics(TREES, rows, 64), packing_statistics(TREES, unshared_rows(TREES), 64)
+    assert packed.examples == alone.examples == alone.rows == COUNT
+    assert packed.unshared_tokens == alone.tokens == sum(len(e.tokens) for tree in TREES for e in tree.examples)
+    assert packed.tokens == sum(tree.length for tree in TREES)
+    assert alone.pairs == sum(len(e.tokens) * (len(e.tokens) + 1) // 2 for tree in TREES for e in tree.examples)
+    assert packed.pairs < alone.pairs
+    assert packed.fill == packed.tokens / (64 * len(rows))
+    assert (packed.saving > 1.2, alone.saving) == (True, 1)
+
+
+@pytest.mark.parametrize("rows_a_step", [1, 3, 4])
+def test_steps_see_every_example_once_an_epoch_whatever_the_batch(rows_a_step):
+    plan = BatchPlan(TREES, rows_a_step, 64, seed=0)
+    total = plan.epoch_start(3)
+    seen = [row for step in range(-(-total // rows_a_step)) for row in plan.step_rows(step)][:total]
+    assert numbers(TREES, seen) == sorted(list(range(COUNT)) * 3)
+    # a plan asked for one late step answers as one that walked there
+    assert BatchPlan(TREES, rows_a_step, 64, seed=0).step_rows(5) == plan.step_rows(5)
 
 
 def test_number_of_steps():
-    plan = BatchPlan(tuple(GROUPS), 2, 64, 8, seed=0)
+    plan = BatchPlan(TREES, 2, 64, seed=0)
     rows = len(plan.epoch(0))
     assert plan.steps(1) == -(-rows // 2)
     assert plan.steps(0.5) == -(-(rows / 2) // 2)
     assert plan.steps(2.0) == -(-plan.epoch_start(2) // 2)
-
-
-def test_positions_branches_and_ends():
-    groups = random_groups([2])
-    (row,) = pack(groups, 100, 4, [0])
-    arrays = row_arrays(groups, row, 100, 4)
-    P = len(groups[0].prompt)
-    R0, R1 = (len(b.tokens) for b in groups[0].branches)
-    np.testing.assert_array_equal(arrays.positions[: P + R0], np.arange(P + R0))
-    np.testing.assert_array_equal(arrays.positions[P + R0 : P + R0 + R1], np.arange(P, P + R1))
-    np.testing.assert_array_equal(arrays.branches[: P + R0 + R1], [0] * P + [1] * R0 + [2] * R1)
-    assert arrays.ends[:2].tolist() == [P + R0 - 1, P + R0 + R1 - 1]
-    assert arrays.examples.tolist() == [0, 1, -1, -1]
-    assert not arrays.segments[P + R0 + R1 :].any()
-
-
-def test_pairs_are_those_of_the_mask():
-    for row in pack(GROUPS, 64, 8, range(len(GROUPS))):
-        arrays = row_arrays(GROUPS, row, 64, 8)
-        layout = Layout(arrays.segments[None], arrays.branches[None])
-        mask = np.asarray(allowed(layout, layout))[0]
-        assert mask[arrays.segments > 0].sum() == row_pairs(GROUPS, row)
-
-
-def test_statistics():
-    rows = pack(GROUPS, 64, 8, range(len(GROUPS)))
-    statistics = packing_statistics(GROUPS, rows, 64)
-    alone = packing_statistics(GROUPS, unpacked_rows(GROUPS), 64)
-    assert statistics.examples == alone.examples == 26
-    assert statistics.unshared_tokens == alone.tokens == alone.unshared_tokens
-    assert statistics.fill == statistics.tokens / (64 * len(rows))
-    assert statistics.saving > 1.2
+    assert BatchPlan(TREES, 1000, 64, seed=0).steps(0.1) == 1
 
 
 def test_evaluation_steps_have_one_size():
-    steps = evaluation_steps(pack(GROUPS, 40, 8, range(len(GROUPS))), 4)
+    steps = evaluation_steps(pack(TREES, 40), 4)
     assert {len(step) for step in steps} == {4}
-    assert examples(GROUPS, [row for step in steps for row in step]) == list(range(26))
-
-
-def test_too_long_is_refused():
-    check_fits(10, 20, 30)
-    with pytest.raises(DataError, match=r"10 prompt and 21 response tokens do not fit a row of 30\n  cure: raise"):
-        check_fits(10, 21, 30)
-
-
-def shared(sequences, row_length=64):
-    """Groups of (prompt, response) pairs without ratings."""
-    prompts, responses = ([np.array(x, np.int32) for x in part] for part in zip(*sequences, strict=True))
-    none = np.zeros((len(sequences), 1), np.float32)
-    return share_prompts(prompts, responses, none, none > 0, row_length)
-
-
-def test_turns_of_a_conversation_share_one_prompt():
-    """The second turn's prompt holds the first turn and its end; another answer branches off where it differs."""
-    (group,) = shared([([1, 2], [3, 9]), ([1, 2, 3, 9, 4], [5, 9]), ([1, 2], [3, 8, 9]), ([1, 2, 3, 9, 4], [6])])
-    assert group.prompt.tolist() == [1, 2, 3, 9, 4]
-    found = [(b.example, b.at, b.tokens.tolist()) for b in group.branches]
-    assert found == [(2, 3, [8, 9]), (0, 4, []), (1, 5, [5, 9]), (3, 5, [6])]
-    (row,) = pack([group], 16, 8, [0])
-    arrays = row_arrays([group], row, 16, 8)
-    assert arrays.tokens[:10].tolist() == [1, 2, 3, 8, 9, 9, 4, 5, 9, 6]
-    assert arrays.positions[:10].tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 5]
-    assert arrays.branches[:10].tolist() == [0, 0, 0, 1, 1, 0, 0, 3, 3, 4]
-    assert arrays.ends[:4].tolist() == [4, 5, 8, 9]
-    assert row_pairs([group], row) == 15 + (2 * 3 + 3) + (2 * 5 + 3) + (5 + 1)
-
-
-def test_what_does_not_fit_keeps_its_own_prompt():
-    sequences = [([1, 2], [3, 9]), ([1, 2, 3, 4, 5, 6], [7])]
-    assert len(shared(sequences, row_length=8)) == 1
-    assert len(shared([([1, 2], [3, 9, 9, 9]), sequences[1]], row_length=8)) == 2
+    assert numbers(TREES, [row for step in steps for row in step]) == list(range(COUNT))

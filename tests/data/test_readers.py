@@ -15,7 +15,7 @@ import pytest
 
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.formats import prompt_turns
-from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations
+from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations, source_format
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, OASST, STEERLM, format_label, make_schema
 
@@ -88,10 +88,11 @@ def test_every_file_type_gives_the_same_conversations(tmp_path, extension, encod
     assert all(conversation.file == str(path) and conversation.system is None for conversation in got)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize(("extension", "encode"), [("jsonl", as_jsonl), ("json", as_json), ("csv", as_csv)])
-def test_byte_order_mark_is_tolerated(tmp_path, extension, encode):
+def test_byte_order_mark_is_tolerated(tmp_path, extension, encode, encoding):
     path = tmp_path / f"rows.{extension}"
-    path.write_bytes(b"\xef\xbb\xbf" + encode(ROWS))
+    path.write_bytes(encode(ROWS).decode().encode(encoding))
     assert [conversation.turns for conversation in converted(path)] == TURNS
 
 
@@ -267,6 +268,27 @@ def test_the_helpsteer2_sample_is_read_as_helpsteer2(monkeypatch):
 
 
 OWN = make_schema("helpsteer", [("clarity", 1, 5), ("depth", 1, 10)])
+
+
+def test_columns_may_be_absent_where_ratings_are_not_asked_for():
+    row = {"prompt": "p", "response": "r"}
+    assert conversation_from_row(row, OWN, rated=False).turns == (Turn("user", "p"), Turn("assistant", "r"))
+    assert conversation_from_row(row | {"depth": 2}, OWN, rated=False).turns[1].ratings == {"depth": 2.0}
+    with pytest.raises(DataError, match="no attribute"):
+        conversation_from_row(row, OWN)
+
+
+@pytest.mark.parametrize(
+    ("source", "format", "expected"),
+    [
+        ("embedded:helpsteer2", "auto", "helpsteer2"),
+        ("hub:nvidia/HelpSteer2/disagreements", "auto", "helpsteer2"),
+        ("hub:nvidia/HelpSteer", "auto", "auto"),
+        ("embedded:helpsteer2", "helpsteer", "helpsteer"),
+    ],
+)
+def test_format_of_a_source(source, format, expected):
+    assert source_format(source, format) == expected
 
 
 def test_own_attributes_are_columns():
@@ -488,7 +510,7 @@ def test_conversations_in_parquet(tmp_path):
 def test_documented_example(example):
     row = json.loads(example)
     if row.keys() == {"prompt"}:  # to answer
-        assert prompt_turns(row) == (Turn("user", "Name a prime."),)
+        assert prompt_turns(row) == [Turn("user", "Name a prime.")]
         return
     answer = conversation_from_row(row, HELPSTEER).turns[-1]
     rated = {"helpfulness": 4.0, "verbosity": 2.0}
