@@ -14,8 +14,9 @@ from flax import linen as nn
 from steerjax.chat.render import Renderer
 from steerjax.data.batch import Batch
 from steerjax.data.conversation import Conversation
-from steerjax.data.packing import Layout
+from steerjax.data.packing import Layout, check_fits
 from steerjax.data.trees import Example
+from steerjax.errors import DataError
 from steerjax.schema import Schema
 
 TRAIN, VALIDATION = "train", "validation"
@@ -30,11 +31,21 @@ class Setting:
         schema: the attributes.
         renderer: how a conversation becomes tokens.
         loss_chunk: tokens of a row whose logits are held at a time.
+        row_length, positions: tokens of a row, and that a model can tell apart by position.
     """
 
     schema: Schema
     renderer: Renderer
     loss_chunk: int = 256
+    row_length: int = 2**30
+    positions: int = 2**30
+
+    def check_length(self, tokens: int) -> None:
+        """Raises DataError when an example is too long for a row of its own, or for the model."""
+        check_fits(tokens, self.row_length)
+        if tokens > self.positions:
+            cure = "shorten the row, or set config.data.on_bad_row='skip' to leave such rows out"
+            raise DataError(f"{tokens} tokens, and model.max_position_embeddings is {self.positions}", cure=cure)
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Objective:
             split: TRAIN or VALIDATION; the objective keeps what it needs of the data, split by split.
 
         Raises:
-            DataError: the conversation cannot be used.
+            DataError: the conversation cannot be used (`Setting.check_length`); nothing of it has been kept.
         """
         raise NotImplementedError
 

@@ -113,6 +113,8 @@ class Regression(Objective):
         data = self.data[split]
         rated = [i for i, turn in enumerate(conversation.turns) if turn.ratings]
         rendered = [self.setting.renderer.reward_tokens(conversation, i) for i in rated]  # all, before any is kept
+        for tokens, _ in rendered:
+            self.setting.check_length(len(tokens))
         data.unrated += not rated
         examples = []
         for turn, (tokens, root) in zip((conversation.turns[i] for i in rated), rendered, strict=True):

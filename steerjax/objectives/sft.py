@@ -83,6 +83,7 @@ class SFT(Objective):
         for span in rendered.responses:
             if span.turn in left_out | shared:
                 trained[span.start : span.stop] = False
+        self.setting.check_length(int(trained.nonzero()[0].max(initial=-1)) + 1)
         here = [i for i in answers if i not in left_out | shared]
         counts["responses"] += len(here)
         counts["labelled"] += sum(bool(labels[i]) for i in here)

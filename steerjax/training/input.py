@@ -13,7 +13,7 @@ from steerjax.data.batch import BatchPlan, Feeder, RowBuilder
 from steerjax.data.config import BatchConfig, DataConfig
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, load_conversations, shared_prompts, split_by_prompt
-from steerjax.data.packing import Row, check_fits, pack
+from steerjax.data.packing import Row, pack
 from steerjax.data.trees import Example, Tree, grow
 from steerjax.errors import ConfigError, DataError
 from steerjax.objectives import Objective
@@ -77,10 +77,8 @@ def make_input(splits: Splits, objectives: Sequence[Objective], renderer: Render
         examples: list[Example] = []
         for conversation in conversations:
             try:
-                found = [example for o in objectives for example in o.examples(conversation, split)]
-                for example in found:
-                    _check_length(len(example.tokens), e)
-                examples += found
+                for objective in objectives:
+                    examples += objective.examples(conversation, split)
             except DataError as error:
                 error = error.at(conversation.file, conversation.line)
                 if e.data.on_bad_row == "error":
@@ -96,15 +94,6 @@ def make_input(splits: Splits, objectives: Sequence[Objective], renderer: Render
         said["control strings"] = f"{changed} texts spell one; a zero-width character breaks it"
     plan = BatchPlan(trees[0], e.batch.rows, e.batch.row_length, e.train.seed)
     return Input(plan, trees[1], pack(trees[1], e.batch.row_length), skipped, said)
-
-
-def _check_length(tokens: int, e: Experiment) -> None:
-    check_fits(tokens, e.batch.row_length)
-    if tokens > e.model.max_position_embeddings:
-        raise DataError(
-            f"{tokens} tokens, and model.max_position_embeddings is {e.model.max_position_embeddings}",
-            cure="shorten the row, or set config.data.on_bad_row='skip' to leave such rows out",
-        )
 
 
 def check_batch(config: BatchConfig, mesh: Mesh) -> None:

@@ -23,8 +23,9 @@ from steerjax.training.step import forward, make_train_step, over_micro_batches
 
 def make_objectives(experiment: Experiment, schema: Schema, renderer) -> list[Objective]:
     """The experiment's objectives, in order."""
-    setting = Setting(schema, renderer, experiment.compute.loss_chunk)
-    return [find_objective(name)(config, setting) for name, config in experiment.objective.items()]
+    e = experiment
+    setting = Setting(schema, renderer, e.compute.loss_chunk, e.batch.row_length, e.model.max_position_embeddings)
+    return [find_objective(name)(config, setting) for name, config in e.objective.items()]
 
 
 class Program:

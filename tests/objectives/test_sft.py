@@ -89,6 +89,17 @@ def test_missing_ratings():
     assert len(trained_texts(example(ratings="none", missing="error"))) == 3
 
 
+def test_a_text_that_is_too_long_is_refused_and_leaves_nothing_behind():
+    longest = len(example().tokens)
+    for row_length, positions in ((longest - 1, 999), (999, longest - 1)):
+        sft = SFT(SFTConfig(), Setting(STEERLM, RENDERER, row_length=row_length, positions=positions))
+        with pytest.raises(DataError, match="cure"):
+            sft.examples(TALK, TRAIN)
+        assert not any(sft.counts[TRAIN].values())
+    sft = SFT(SFTConfig(), Setting(STEERLM, RENDERER, row_length=longest, positions=longest))
+    assert len(sft.examples(TALK, TRAIN)) == 1
+
+
 @pytest.mark.parametrize("turns", [TALK.turns[:1], (TALK.turns[0], TALK.turns[3]), ()])
 def test_a_conversation_with_nothing_to_train_is_counted(turns):
     sft = objective(missing="leave_out")
