@@ -58,20 +58,16 @@ def export(
         SteerjaxError: see `steerjax.hf.export`, or options that do not fit the model.
     """
     from steerjax.bundle import describe, locate
-    from steerjax.bundle.reader import CheckpointReader, is_checkpoint
-    from steerjax.hf.config_json import read_config
-    from steerjax.hf.export import architecture_of, checkpoint_tensors, convert_folder, export_model, folder_tensors
+    from steerjax.bundle.reader import is_checkpoint, open_reader
+    from steerjax.hf.export import convert_folder, export_model
 
     folder, sizes = locate(checkpoint), {"dtype": dtype, "max_shard_size": max_shard_size}
     if template is schema is default_ratings is None and not is_checkpoint(folder):
         convert_folder(folder, output, **sizes)
         return
     description = _steered(describe(checkpoint, template=template), schema, default_ratings)
-    if is_checkpoint(folder):
-        stored, evaluation = checkpoint_tensors(description, CheckpointReader(folder)), _metrics(folder)
-    else:
-        stored, evaluation = folder_tensors(folder, read_config(folder), architecture_of(description)), None
-    export_model(description, stored, output, evaluation=evaluation, **sizes)
+    evaluation = _metrics(folder) if is_checkpoint(folder) else None
+    export_model(description, open_reader(folder), output, evaluation=evaluation, **sizes)
 
 
 def _steered(description: Description, schema: Schema | None, default_ratings: str | None) -> Description:

@@ -9,8 +9,7 @@ from flax.core import meta
 from jax.sharding import Mesh, NamedSharding
 
 from steerjax.bundle.describe import output_names
-from steerjax.bundle.reader import CheckpointReader, is_checkpoint, load_checkpoint
-from steerjax.hf.config_json import read_config
+from steerjax.bundle.reader import CheckpointReader, is_checkpoint, open_reader
 from steerjax.hf.description import Description
 from steerjax.hf.weights import load_parameters
 from steerjax.models.attention import Choice, choose_backend
@@ -84,7 +83,4 @@ def stored_parameters(about: Description, abstract: dict) -> dict:
     Raises:
         ModelError, CheckpointError: what is stored does not fit.
     """
-    if is_checkpoint(about.path):
-        return load_checkpoint(CheckpointReader(about.path), abstract)
-    layers = abstract["llama"]["layers"]["attention_norm"]["scale"].shape[0]
-    return load_parameters(about.path, read_config(about.path), abstract, layers)
+    return load_parameters(open_reader(about.path), abstract)

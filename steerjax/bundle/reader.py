@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from steerjax.errors import CheckpointError
+from steerjax.hf.config_json import read_config
 from steerjax.hf.keys import Index
-from steerjax.hf.weights import load_tree
+from steerjax.hf.weights import FolderReader
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -24,6 +23,7 @@ class CheckpointReader:
 
     Attributes:
         shapes: path ("llama/layers/attention/q/kernel") -> shape.
+        dtypes: path -> "float32".
 
     Raises:
         CheckpointError: a broken one.
@@ -38,11 +38,12 @@ class CheckpointReader:
             raise CheckpointError(f"'{directory}' is broken ({error!r}); cure: another step of the run") from error
         self._stores = {"/".join(name): self._open(".".join(name)) for name in names}
         self.shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
+        self.dtypes = dict.fromkeys(self.shapes, "float32")
 
-    def read(self, path: str, index: Index) -> np.ndarray:
+    def read(self, path: str, index: Index, dtype="float32") -> np.ndarray:
         """The part of a parameter at `index`."""
         try:
-            return self._stores[path][index].read().result()
+            return self._stores[path][index].read().result().astype(dtype, copy=False)
         except ValueError as error:  # all that tensorstore raises
             raise CheckpointError(f"'{self.directory}': {path} cannot be read ({error})") from error
 
@@ -60,28 +61,6 @@ class CheckpointReader:
             ) from error
 
 
-def load_checkpoint(reader: CheckpointReader, abstract: Mapping) -> dict:
-    """The parameters of a checkpoint, each process reading only what its devices hold.
-
-    Args:
-        abstract: ShapeDtypeStructs with shardings. Groups that are not wanted may be left out, and of the layers
-            only the first be wanted.
-
-    Raises:
-        CheckpointError: a parameter that the checkpoint lacks or has in another shape.
-    """
-
-    def parameter(path: str, leaf) -> Callable[[Index], np.ndarray]:
-        found, stacked = reader.shapes.get(path), path.startswith("llama/layers/")
-        if found is None or found[stacked:] != leaf.shape[stacked:] or found[0] < leaf.shape[0]:
-            raise CheckpointError(
-                f"'{reader.directory}': parameter {path} has shape {found}, and {leaf.shape} is expected; "
-                "cure: another step of the run"
-            )
-        return functools.partial(_read, reader, path, leaf.dtype)
-
-    return load_tree(abstract, parameter)
-
-
-def _read(reader: CheckpointReader, path: str, dtype, index: Index) -> np.ndarray:
-    return reader.read(path, index).astype(dtype, copy=False)
+def open_reader(path: Path) -> CheckpointReader | FolderReader:
+    """The parameters of a checkpoint or of a Hugging Face folder, by our names."""
+    return CheckpointReader(path) if is_checkpoint(path) else FolderReader(path, read_config(path))

@@ -75,25 +75,21 @@ _ROPES = {
 }
 # The values that are the only ones we compute.
 _REQUIRED: dict[str, tuple] = {
-    "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "quantization_config": (None,),
+    "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "quantization_config": (None,), "is_causal": (True,),
     "rope_interleaved": (False,), "is_llama_config": (True,), "partial_rotary_factor": (1, None),
-    "is_encoder_decoder": (False,), "add_cross_attention": (False,), "cross_attention_hidden_size": (None,),
-    "tie_encoder_decoder": (False,), "pruned_heads": ({}, None), "use_bidirectional_attention": (False, None),
-    "is_causal": (True,),
+    "use_bidirectional_attention": (False, None),
 }  # fmt: skip
-# Read elsewhere, or known not to change what the network computes.
+# Read elsewhere, or known not to change what a Llama computes: who wrote the file, how the model is loaded, run and
+# trained, what is returned, how answers are generated, and what other architectures ask.
 _HARMLESS = (
     "model_type", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "label2id", "problem_type",
-    "*_token_id",
-    # who wrote the file, and how it is loaded, run or trained
-    "*name_or_path", "_commit_hash", "transformers*", "unsloth_*", "tokenizer_class", "max_sequence_length",
-    "*attn_implementation*", "*flash_att*", "use_cache", "cache_implementation", "use_bfloat16", "torchscript",
-    "tf_legacy_loss", "chunk_size_feed_forward", "gradient_checkpointing", "*dropout", "resid_pdrop",
-    # what is returned, and how answers are generated
-    "return_dict*", "output_attentions", "output_hidden_states", "output_scores", "is_decoder", "prefix",
-    "finetuning_task", "task_specific_params", "do_sample", "temperature", "top_?", "typical_p", "early_stopping",
-    "num_beam*", "num_return_sequences", "m??_length", "*_penalty", "*no_repeat_ngram_size", "*suppress_tokens",
-    "bad_words_ids", "remove_invalid_values",
+    "*_token_id", "*name_or_path", "_commit_hash", "transformers*", "unsloth_*", "tokenizer_class",
+    "max_sequence_length", "*attn_implementation*", "*flash_att*", "use_cache", "cache_implementation", "use_bfloat16",
+    "torchscript", "tf_legacy_loss", "chunk_size_feed_forward", "gradient_checkpointing", "*dropout", "resid_pdrop",
+    "return_dict*", "output_attentions", "output_hidden_states", "output_scores", "do_sample", "temperature", "top_?",
+    "typical_p", "early_stopping", "num_beam*", "num_return_sequences", "m??_length", "*_penalty", "*ngram_size",
+    "*suppress_tokens", "bad_words_ids", "remove_invalid_values", "finetuning_task", "task_specific_params", "prefix",
+    "is_decoder", "*encoder_decoder", "*cross_attention*", "pruned_heads",
 )  # fmt: skip
 
 
@@ -218,10 +214,11 @@ def _rope(raw: Mapping, where: str) -> dict[str, Any]:
 
 
 def _labels(said: _Folder, where: str) -> tuple[str, ...]:
-    if said.id2label is None:
+    labels = said.id2label
+    if labels is None:
         return tuple(f"LABEL_{number}" for number in range(said.num_labels or 2))  # transformers' defaults
-    numbers = [str(number) for number in range(len(said.id2label))]
-    if not numbers or said.id2label.keys() != set(numbers):
-        found = reprlib.repr(list(said.id2label))
-        raise ModelError(f"{where}: id2label has the keys {found}; cure: number the labels from 0")
-    return tuple(said.id2label[number] for number in numbers)
+    try:
+        return tuple(labels[str(number)] for number in range(max(1, len(labels))))
+    except KeyError:
+        keys = reprlib.repr(list(labels))
+        raise ModelError(f"{where}: id2label has the keys {keys}; cure: number the labels from 0") from None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -13,19 +12,18 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 
 from steerjax.errors import ConfigError, ModelError
 from steerjax.hf.card import model_card
 from steerjax.hf.chat_template import chat_template
 from steerjax.hf.config_json import DTYPES, HuggingFaceConfig, read_config, write_config
 from steerjax.hf.description import Description
-from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, tensors
+from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, stacked_shapes, tensors
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
-from steerjax.hf.weights import Stored, read_folder
+from steerjax.hf.weights import FolderReader
 
-_NUMPY = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 # What a folder keeps when only its weights are written anew.
 _SIDE_FILES = (
     "*token*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json",
@@ -33,46 +31,9 @@ _SIDE_FILES = (
 )  # fmt: skip
 
 
-def architecture_of(description: Description) -> str:
-    """The architecture that a model is exported as."""
-    return CLASSIFIER if description.kind == "reward" else CAUSAL_LM
-
-
-def checkpoint_tensors(description: Description, reader) -> dict[str, Stored]:
-    """The tensors of a checkpoint, float32, from its `bundle.reader.CheckpointReader`.
-
-    Raises:
-        ModelError: the reward head has a bias; a parameter is missing, unknown or has another shape.
-    """
-    if "reward_bias" in reader.shapes:
-        raise ModelError(
-            "the reward head has a bias, and LlamaForSequenceClassification has none: a server would drop it\n"
-            "  cure: train with config.head.use_bias=False"
-        )
-    known = tensors(description.model, architecture_of(description), len(description.schema or ()))
-    stack = (description.model.num_layers,)
-    shapes = {t.path: t.ours if t.layer is None else stack + t.ours for t in known}
-    if wrong := [path for path, _ in shapes.items() ^ reader.shapes.items()]:
-        raise ModelError(
-            f"parameter {min(wrong)} does not fit the checkpoint's config\n  cure: another step of the run"
-        )
-
-    def read(tensor: Tensor) -> np.ndarray:
-        return tensor.to_hf(reader.read(tensor.path, ... if tensor.layer is None else tensor.layer))
-
-    return {t.name: Stored(t.shape, "float32", functools.partial(read, t)) for t in known}
-
-
-def folder_tensors(folder: Path, config: HuggingFaceConfig, architecture: str) -> dict[str, Stored]:
-    """The tensors of a Hugging Face folder, under the names that they have in `architecture`."""
-    prefix = "" if architecture == BARE else "model."
-    names = [t.name for t in tensors(config.model, config.architecture, len(config.labels), prefix=prefix)]
-    return dict(zip(names, (stored for _, stored in read_folder(folder, config)), strict=True))
-
-
 def export_model(
     description: Description,
-    stored: Mapping[str, Stored],
+    reader,
     output: Path,
     *,
     dtype: str = "auto",
@@ -82,7 +43,7 @@ def export_model(
     """Writes the whole folder of one of our models, or of a chat model that gets our template.
 
     Args:
-        stored: from `checkpoint_tensors` or `folder_tensors`.
+        reader: of the parameters, `bundle.reader.open_reader`.
         output: a folder that is not there yet, or empty.
         dtype: float32, bfloat16, float16, or "auto" for each tensor's own.
         evaluation: attribute -> metric -> value, for the model card.
@@ -92,21 +53,13 @@ def export_model(
     """
     tokenizer, template, reward = description.tokenizer, description.template, description.kind == "reward"
     ids = {f"{key}_id": tokenizer.token_id(string) for key, string in special_tokens(tokenizer, template).items()}
-    for wrong, message in (
-        (description.schema is None, "a classifier that does not say which attributes it rates gets no template of ours"
-         "\n  cure: leave --template out to change dtype or shard size only"),
-        (description.readout != "last", f"the reward is read with readout '{description.readout}', and every server "
-         "reads at the last token\n  cure: train with config.head.readout='last'"),
-        ("pad_token_id" not in ids, "the tokenizer has no token to pad with, and a classifier needs one"
-         "\n  cure: add a <pad>"),
-    ):  # fmt: skip
-        if reward and wrong:
-            raise ModelError(message)
+    if reward:
+        _check_servable(description, reader, ids)
     config = HuggingFaceConfig(
         model=description.model,
-        architecture=architecture_of(description),
+        architecture=CLASSIFIER if reward else CAUSAL_LM,
         labels=description.schema.names if reward else (),
-        dtype=next(iter(stored.values())).dtype if dtype == "auto" else dtype,  # the embedding's
+        dtype=dtype,
         raw=ids | {"problem_type": "regression"},
     )
     written_template = chat_template(
@@ -118,13 +71,32 @@ def export_model(
         special_strings=special_strings(tokenizer, template),
     )
     with new_folder(output) as folder:
-        write_weights(folder, stored, dtype, max_shard_size)
+        write_model(folder, config, reader, dtype, max_shard_size)
         write_tokenizer(folder, tokenizer, template, written_template)
-        _write_json(folder / "config.json", write_config(config))
         if not reward:
             _write_json(folder / "generation_config.json", ids | {"eos_token_id": stop_tokens(tokenizer, template)})
         _write_json(folder / "steerjax.json", description.to_json())
         (folder / "README.md").write_text(model_card(description, evaluation=evaluation), encoding="utf-8")
+
+
+def _check_servable(description: Description, reader, ids: Mapping) -> None:
+    """What a server needs of a reward model."""
+    if description.schema is None:
+        raise ModelError(
+            "a classifier that does not say which attributes it rates gets no template of ours\n"
+            "  cure: leave --template out to change dtype or shard size only"
+        )
+    if "reward_bias" in reader.shapes:
+        raise ModelError(
+            "the reward head has a bias, which servers would drop\n  cure: train with config.head.use_bias=False"
+        )
+    if description.readout != "last":
+        raise ModelError(
+            f"the reward is read with readout '{description.readout}', and every server reads at the last token\n"
+            "  cure: train with config.head.readout='last'"
+        )
+    if "pad_token_id" not in ids:
+        raise ModelError("the tokenizer has no token to pad with, and a classifier needs one\n  cure: add a <pad>")
 
 
 def convert_folder(source: Path, output: Path, *, dtype: str = "auto", max_shard_size: str = "5GB") -> None:
@@ -134,11 +106,9 @@ def convert_folder(source: Path, output: Path, *, dtype: str = "auto", max_shard
         ModelError: as `export_model`, or the source is none that we read.
     """
     config = read_config(source)
-    stored = folder_tensors(source, config, config.architecture)
+    reader = FolderReader(source, config)
     with new_folder(output) as folder:
-        write_weights(folder, stored, dtype, max_shard_size)
-        main = config.dtype if dtype == "auto" else dtype
-        _write_json(folder / "config.json", write_config(dataclasses.replace(config, dtype=main)))
+        write_model(folder, config, reader, dtype, max_shard_size)
         for file in (file for pattern in _SIDE_FILES for file in source.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
 
@@ -158,54 +128,60 @@ def new_folder(output: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         os.replace(partial, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"'{output}' cannot be written: {error}\n  cure: a writable place with room") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_weights(folder: Path, stored: Mapping[str, Stored], dtype: str, max_shard_size: str) -> None:
-    """model.safetensors, or several files and an index. One file at a time is in memory.
+def write_model(folder: Path, config: HuggingFaceConfig, reader, dtype: str, max_shard_size: str) -> None:
+    """config.json, and model.safetensors, or several files and an index. One file at a time is in memory.
 
     Raises:
         ConfigError: a dtype or size that is none.
-        ModelError: a number that is finite and would not be in `dtype`; names the tensor.
+        ModelError: parameters that are not the config's, or a finite number that would be none in `dtype`.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"--dtype {dtype!r}; cure: auto, {', '.join(DTYPES)}")
     if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
         raise ConfigError(f"--max-shard-size {max_shard_size!r}; cure: a size such as 5GB or 500MB")
-    dtypes = {name: _NUMPY[tensor.dtype if dtype == "auto" else dtype] for name, tensor in stored.items()}
+    prefix = "" if config.architecture == BARE else "model."
+    known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
+    if wrong := [path for path, _ in stacked_shapes(known).items() ^ reader.shapes.items()]:
+        raise ModelError(
+            f"parameter {min(wrong)} does not fit the checkpoint's config\n  cure: another step of the run"
+        )
+    dtypes = {t.name: np.dtype(reader.dtypes[t.path] if dtype == "auto" else dtype) for t in known}
+    by_name = {t.name: t for t in known}
     plan = split_state_dict_into_shards_factory(
-        {name: (name, tensor.shape) for name, tensor in stored.items()},
-        get_storage_size=lambda tensor: math.prod(tensor[1]) * dtypes[tensor[0]].itemsize,
+        by_name,
+        get_storage_size=lambda t: math.prod(t.shape) * dtypes[t.name].itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
     for file, names in ((folder / file, names) for file, names in plan.filename_to_tensors.items()):
-        arrays = {name: _cast(stored[name].read(), dtypes[name], name) for name in names}
+        arrays = {name: _read(reader, by_name[name], dtypes[name]) for name in names}
         file.touch()
         mode = file.stat().st_mode
-        try:
-            save_file(arrays, file, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{file.name}: {error}") from error
+        save_file(arrays, file, metadata={"format": "pt"})
         file.chmod(mode)  # safetensors lets nobody but the owner read it
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(folder / "model.safetensors.index.json", index)
+    main = dtypes[known[0].name].name  # the embedding's
+    _write_json(folder / "config.json", write_config(dataclasses.replace(config, dtype=main)))
 
 
-def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def _read(reader, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
+    array = tensor.to_hf(reader.read(tensor.path, tensor.whole, reader.dtypes[tensor.path]))
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
     if cast is not array and (lost := array[np.isfinite(array) & ~np.isfinite(cast)]).size:
         raise ModelError(
-            f"{name} holds {float(np.abs(lost).max()):g}, which overflows in {dtype.name}\n"
+            f"{tensor.name} holds {float(np.abs(lost).max()):g}, which overflows in {dtype.name}\n"
             "  cure: --dtype bfloat16 or float32"
         )
     return cast

@@ -7,6 +7,7 @@ on axis 0 here.
 
 from __future__ import annotations
 
+import collections
 import math
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class Tensor(NamedTuple):
         path: ours, e.g. "llama/layers/attention/q/kernel".
         layer: place in our stack; None where our array is not stacked.
         ours: our shape, of one layer.
-        split: our first dimensions, so many, are one there, and the others the other one; a vector has no others.
+        split: so many of our first dimensions are one there, and the others, if there are any, another.
         turned: the others come first there.
     """
 
@@ -49,6 +50,12 @@ class Tensor(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Hugging Face's."""
         return self._there(self.ours, math.prod)
+
+    @property
+    def whole(self) -> Index:
+        """Where it lies in our array."""
+        layer = () if self.layer is None else (slice(self.layer, self.layer + 1),)
+        return layer + tuple(slice(0, size) for size in self.ours)
 
     def hf_index(self, index: Index) -> Index:
         """The part to read there for the part `index` of our array.
@@ -70,38 +77,36 @@ class Tensor(NamedTuple):
         return (block.T if self.turned else block).reshape(sizes)[tuple(inner)]
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """Hugging Face's tensor, contiguous, from our whole array."""
+        """Hugging Face's tensor, contiguous, from our array at `whole`."""
         return np.ascontiguousarray(array.reshape(self.shape[::-1]).T if self.turned else array.reshape(self.shape))
 
 
 def tensors(config: LlamaConfig, architecture: str, labels: int = 0, *, prefix: str = "model.") -> list[Tensor]:
     """Every tensor of a folder, in the order of the computation.
 
-    Args:
-        architecture: CAUSAL_LM, CLASSIFIER or BARE.
-        labels: outputs of a classifier.
-        prefix: before the backbone's names; "" in a bare model's own files.
+    `labels` is the number of a classifier's outputs, `prefix` stands before the backbone's names ("" in a bare model's
+    own files).
     """
     D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
     q, kv = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-    maps = (  # theirs, ours, inputs, outputs, bias
-        ("self_attn.q_proj", "attention/q", (D,), q, config.attention_bias),
-        ("self_attn.k_proj", "attention/k", (D,), kv, config.attention_bias),
-        ("self_attn.v_proj", "attention/v", (D,), kv, config.attention_bias),
-        ("self_attn.o_proj", "attention/o", q, (D,), config.attention_bias),
-        ("mlp.gate_proj", "mlp/gate", (D,), (F,), config.mlp_bias),
-        ("mlp.up_proj", "mlp/up", (D,), (F,), config.mlp_bias),
-        ("mlp.down_proj", "mlp/down", (F,), (D,), config.mlp_bias),
-    )
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+    maps = {  # theirs: ours, inputs, outputs
+        "self_attn.q_proj": ("attention/q", (D,), q),
+        "self_attn.k_proj": ("attention/k", (D,), kv),
+        "self_attn.v_proj": ("attention/v", (D,), kv),
+        "self_attn.o_proj": ("attention/o", q, (D,)),
+        "mlp.gate_proj": ("mlp/gate", (D,), (F,)),
+        "mlp.up_proj": ("mlp/up", (D,), (F,)),
+        "mlp.down_proj": ("mlp/down", (F,), (D,)),
+    }
     found = [Tensor(f"{prefix}embed_tokens.weight", "llama/embedding", None, (V, D))]
     for layer in range(config.num_layers):
         theirs, ours = f"{prefix}layers.{layer}.", "llama/layers/"
-        found.append(Tensor(f"{theirs}input_layernorm.weight", f"{ours}attention_norm/scale", layer, (D,)))
-        found.append(Tensor(f"{theirs}post_attention_layernorm.weight", f"{ours}mlp_norm/scale", layer, (D,)))
-        for name, path, into, out, bias in maps:
+        found += [Tensor(f"{theirs}{n}.weight", f"{ours}{path}/scale", layer, (D,)) for n, path in norms.items()]
+        for name, (path, into, out) in maps.items():
             kernel = f"{ours}{path}/kernel"
             found.append(Tensor(f"{theirs}{name}.weight", kernel, layer, into + out, len(into), turned=True))
-            if bias:
+            if config.mlp_bias if path.startswith("mlp") else config.attention_bias:
                 found.append(Tensor(f"{theirs}{name}.bias", f"{ours}{path}/bias", layer, out, len(out)))
     found.append(Tensor(f"{prefix}norm.weight", "llama/final_norm/scale", None, (D,)))
     if architecture == CAUSAL_LM and not config.tie_word_embeddings:
@@ -109,3 +114,9 @@ def tensors(config: LlamaConfig, architecture: str, labels: int = 0, *, prefix: 
     if architecture == CLASSIFIER:
         found.append(Tensor("score.weight", "reward_head", None, (D, labels), turned=True))
     return found
+
+
+def stacked_shapes(known: list[Tensor]) -> dict[str, tuple[int, ...]]:
+    """Our path -> shape, with the layers."""
+    layers = collections.Counter(t.path for t in known)
+    return {t.path: t.ours if t.layer is None else (layers[t.path], *t.ours) for t in known}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes  # noqa: F401 (with it numpy knows bfloat16)
 import numpy as np
 import pydantic
 
 from steerjax.errors import ModelError
 from steerjax.hf.config_json import HuggingFaceConfig
-from steerjax.hf.keys import Index, Tensor, tensors
+from steerjax.hf.keys import Index, Tensor, stacked_shapes, tensors
 from steerjax.typed import read_json
 
 # Safetensors' names -> ours.
@@ -50,16 +50,16 @@ class _ShardIndex:
     weight_map: dict[str, str]  # tensor -> file
 
 
-class Stored(NamedTuple):
-    """A tensor and how to get it, or the part of it at an index."""
+class Header(NamedTuple):
+    """What a file says of a tensor."""
 
+    file: Path
     shape: tuple[int, ...]
     dtype: str
-    read: Callable[..., np.ndarray]
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder by name; values are read when asked for, in the dtype that they are stored in.
+def read_headers(folder: Path) -> dict[str, Header]:
+    """The tensors of a folder by name.
 
     Raises:
         ModelError: no safetensors, a file that is not whole, an index that is wrong, a dtype that is not read.
@@ -70,90 +70,104 @@ def read_headers(folder: Path) -> dict[str, Stored]:
             names = set(opened.keys())
             if wrong := listed and names ^ {name for name in listed if listed[name] == file.name}:
                 raise ModelError(f"'{folder / _INDEX}' is wrong about {_some(wrong)} in {file.name}{_AGAIN}")
-            for name, view in ((name, opened.get_slice(name)) for name in names):
-                if view.get_dtype() not in _DTYPES:
+            for name in names:
+                view = opened.get_slice(name)
+                if (dtype := view.get_dtype()) not in _DTYPES:
                     raise ModelError(
-                        f"'{file}': {name} has dtype {view.get_dtype()}, which is not read\n"
+                        f"'{file}': {name} has dtype {dtype}, which is not read\n"
                         "  cure: a model that is not quantized, in float32, bfloat16 or float16"
                     )
-                read = functools.partial(read_tensor, file, name)
-                found[name] = Stored(tuple(view.get_shape()), _DTYPES[view.get_dtype()], read)
+                found[name] = Header(file, tuple(view.get_shape()), _DTYPES[dtype])
     return found
 
 
-def read_tensor(file: Path, name: str, index: Index | None = None) -> np.ndarray:
+def read_tensor(file: Path, name: str, index: Index = ()) -> np.ndarray:
+    """A tensor, or the part of it at `index`, in the dtype that it is stored in."""
     # Opened anew each time: the pages of a mapped file count as resident memory for as long as it is open.
     with _opened(file) as opened:
         return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
 
-def read_folder(folder: Path, config: HuggingFaceConfig) -> list[tuple[Tensor, Stored]]:
-    """The architecture's tensors, in the order of the computation.
+class FolderReader:
+    """A folder's parameters under our names, as `bundle.reader.CheckpointReader` has a checkpoint's.
+
+    Attributes:
+        directory: the folder.
+        shapes: path ("llama/layers/attention/q/kernel") -> shape.
+        dtypes: path -> "float32", "bfloat16" or "float16"; where layers differ, "float32".
 
     Raises:
-        ModelError: as `read_headers`, or the folder lacks one, has others or another shape.
+        ModelError: as `read_headers`, or the folder lacks a tensor of its architecture, has others or another shape.
     """
-    stored = read_headers(folder)
-    prefix = "model." if any(name.startswith("model.") for name in stored) else ""
-    known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
-    have, want = {name: tensor.shape for name, tensor in stored.items()}, {t.name: t.shape for t in known}
-    if "lm_head.weight" in have.keys() - want.keys() and config.model.tie_word_embeddings:
-        # A tied model may store its head a second time, but only the same numbers.
-        if stored["lm_head.weight"].read().tobytes() != stored[f"{prefix}embed_tokens.weight"].read().tobytes():
-            raise ModelError(
-                f"'{folder}': lm_head.weight is not the embedding, and config.json says tie_word_embeddings\n"
-                "  cure: set it to false if the head was trained, else remove the tensor"
+
+    def __init__(self, folder: Path, config: HuggingFaceConfig):
+        self.directory, headers = folder, read_headers(folder)
+        prefix = "model." if any(name.startswith("model.") for name in headers) else ""
+        known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
+        have, want = {name: header.shape for name, header in headers.items()}, {t.name: t.shape for t in known}
+        if "lm_head.weight" in have.keys() - want.keys() and config.model.tie_word_embeddings:
+            # A tied model may store its head a second time, but only the same numbers.
+            head, embedding = (
+                read_tensor(headers[n].file, n) for n in ("lm_head.weight", f"{prefix}embed_tokens.weight")
             )
-        del have["lm_head.weight"]
-    # Old files hold RoPE's frequencies, which follow from the config.
-    wrong = {n for n, _ in have.items() ^ want.items() if not n.endswith("rotary_emb.inv_freq")}
-    if wrong:
-        shown = [f"{n} is {have.get(n, 'absent')}, not {want.get(n, 'absent')}" for n in wrong]
-        raise ModelError(
-            f"'{folder}' is not the {config.architecture} of its config.json: {_some(shown)}\n"
-            "  cure: the whole model, with the config.json that belongs to it; adapters must be merged first"
-        )
-    return [(tensor, stored[tensor.name]) for tensor in known]
+            if head.tobytes() != embedding.tobytes():
+                raise ModelError(
+                    f"'{folder}': lm_head.weight is not the embedding, and config.json says tie_word_embeddings\n"
+                    "  cure: set it to false if the head was trained, else remove the tensor"
+                )
+            del have["lm_head.weight"]
+        # Old files hold RoPE's frequencies, which follow from the config.
+        if wrong := {n for n, _ in have.items() ^ want.items() if not n.endswith("rotary_emb.inv_freq")}:
+            shown = [f"{n} is {have.get(n, 'absent')}, not {want.get(n, 'absent')}" for n in wrong]
+            raise ModelError(
+                f"'{folder}' is not the {config.architecture} of its config.json: {_some(shown)}\n"
+                "  cure: the whole model, with the config.json that belongs to it; adapters must be merged first"
+            )
+        self._stacks: dict[str, list[tuple[Tensor, Header]]] = {}
+        for tensor in known:
+            self._stacks.setdefault(tensor.path, []).append((tensor, headers[tensor.name]))
+        self.shapes = stacked_shapes(known)
+        dtypes = {path: {header.dtype for _, header in stack} for path, stack in self._stacks.items()}
+        self.dtypes = {path: found.pop() if len(found) == 1 else "float32" for path, found in dtypes.items()}
+
+    def read(self, path: str, index: Index, dtype) -> np.ndarray:
+        """The part of a parameter at `index`, read layer by layer.
+
+        Orbax's SafetensorsLayout reads whole flat tensors, which would then be stacked and turned: twice the memory.
+        """
+        stack = self._stacks[path]
+        stacked = stack[0][0].layer is not None
+        layers, part = (stack[index[0]], index[1:]) if stacked else (stack, index)
+        out = np.empty((len(layers), *(one.stop - one.start for one in part)), dtype)
+        for place, (tensor, header) in enumerate(layers):
+            out[place] = tensor.to_ours(read_tensor(header.file, tensor.name, tensor.hf_index(part)), part)
+        return out if stacked else out[0]
 
 
-def load_parameters(folder: Path, config: HuggingFaceConfig, abstract: Mapping, layers: int | None = None) -> dict:
-    """The parameters of a folder in our tree, each process reading only what its devices hold.
+def load_parameters(reader, abstract: Mapping) -> dict:
+    """A folder's or checkpoint's parameters as global arrays, each process reading only what its devices hold.
 
     Args:
-        config: `read_config(folder)`.
-        abstract: ShapeDtypeStructs with shardings under our names; groups that are not wanted may be left out.
-        layers: so many first layers only; None is all.
+        reader: FolderReader or `bundle.reader.CheckpointReader`.
+        abstract: ShapeDtypeStructs with shardings under our names. Groups that are not wanted may be left out, and of
+            the layers only the first be wanted.
 
     Raises:
-        ModelError: the folder and the architecture do not fit, or a group is asked for that the folder lacks.
-    """
-    stacks: dict[str, list[tuple[Tensor, Stored]]] = {}
-    for tensor, stored in read_folder(folder, config):
-        if layers is None or tensor.layer is None or tensor.layer < layers:
-            stacks.setdefault(tensor.path, []).append((tensor, stored))
-
-    def reader(path: str, leaf) -> Callable[[Index], np.ndarray]:
-        if path not in stacks:
-            raise ModelError(f"'{folder}' is a {config.architecture} and has no {path}\n  cure: another model")
-        tensor, stack = stacks[path][0][0], stacks[path]
-        shape = tensor.ours if tensor.layer is None else (len(stack), *tensor.ours)
-        if leaf.shape != shape:
-            raise ModelError(f"'{folder}': {path} has shape {list(shape)}, and {list(leaf.shape)} is asked for")
-        return functools.partial(_read_stack, stack, leaf.dtype)
-
-    return load_tree(abstract, reader)
-
-
-def load_tree(abstract: Mapping, reader: Callable[[str, object], Callable[[Index], np.ndarray]]) -> dict:
-    """A tree of global arrays, made shard by shard.
-
-    Args:
-        abstract: ShapeDtypeStructs with shardings.
-        reader: (path, leaf) -> what reads the leaf's part at an index; all are asked for before the first one reads.
+        ModelError: a parameter that is not there, or has another shape.
     """
     import jax
 
-    def load(leaf, read: Callable[[Index], np.ndarray]):
+    def check(path, leaf) -> str:
+        path = jax.tree_util.keystr(path, simple=True, separator="/")
+        found, stacked = reader.shapes.get(path, ()), path.startswith("llama/layers/")
+        if found[stacked:] != leaf.shape[stacked:] or found[0] < leaf.shape[0]:
+            raise ModelError(
+                f"'{reader.directory}': {path} has shape {found or None}, and {leaf.shape} is expected\n"
+                "  cure: another model, or another step of the run"
+            )
+        return path
+
+    def load(leaf, path: str):
         """jax.make_array_from_callback would hold the parts of all local devices in host memory."""
         places: dict[tuple, list[jax.Device]] = {}
         for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
@@ -161,28 +175,13 @@ def load_tree(abstract: Mapping, reader: Callable[[str, object], Callable[[Index
             places.setdefault(bounds, []).append(device)
         shards = []
         for bounds, devices in places.items():
-            part = read(tuple(slice(*pair) for pair in bounds))
+            part = reader.read(path, tuple(slice(*pair) for pair in bounds), leaf.dtype)
             copies = [jax.device_put(part, device, may_alias=False) for device in devices]
             shards += jax.block_until_ready(copies)  # so that `part` can go before the next one comes
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
 
-    readers = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: reader(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), abstract
-    )
-    return jax.tree.map(load, abstract, readers)
-
-
-def _read_stack(stack: list[tuple[Tensor, Stored]], dtype, index: Index) -> np.ndarray:
-    """Our array at `index`, layer by layer.
-
-    Orbax's SafetensorsLayout reads whole flat tensors, which would then be stacked and turned: twice the memory.
-    """
-    stacked = stack[0][0].layer is not None
-    layers, part = (stack[index[0]], index[1:]) if stacked else (stack, index)
-    out = np.empty((len(layers), *(one.stop - one.start for one in part)), dtype)
-    for place, (tensor, stored) in enumerate(layers):
-        out[place] = tensor.to_ours(stored.read(tensor.hf_index(part)), part)
-    return out if stacked else out[0]
+    paths = jax.tree_util.tree_map_with_path(check, abstract)  # all, before the first is read
+    return jax.tree.map(load, abstract, paths)
 
 
 def _listed(folder: Path) -> dict[str, str]:

@@ -77,8 +77,8 @@ class ModelConfig(LlamaConfig):
     """The Llama that is trained.
 
     Attributes:
-        source: where its parameters come from: `random`, a Hugging Face folder, a hub id, or a run of ours. With a
-            source the architecture is the source's, and all other keys of this group stay at their defaults.
+        source: `random`, or where parameters and architecture come from: a Hugging Face folder, a hub id, or a run of
+            ours. All other keys of this group then stay at their defaults.
         keep_layers: the first layers of the source that are kept; 0 is all. The middle layers of a small model can
             predict ratings better than the last, which are about the next token.
     """
@@ -109,13 +109,12 @@ class ComputeConfig:
             float32 on CPU.
         remat: what a layer keeps for its backward pass: all (`none`), matrix products (`dots`), nothing (`full`).
         unroll: layers a step of the scan over layers, for compile time; 0 is all on a CPU and 1 elsewhere.
-        attention: `blockwise` (skips all that the mask forbids), `splash` (the same on TPU, by a kernel), `cudnn` (GPU,
-            by a kernel) or `chunked` (dense, skips the future); all are the same function. `auto` takes blockwise on
-            CPU, splash on TPU and cudnn on GPU where they fit, else chunked, and a run's summary says why.
-        attention_chunk: queries a chunk (chunked) or block (blockwise) of the attention, in tokens.
+        attention: `chunked` (dense, skips the future), `blockwise` (skips all that the mask forbids), or a kernel,
+            `splash` (TPU) or `cudnn` (GPU); all are one function. `auto` takes blockwise on CPU, splash on TPU and
+            cudnn on GPU where they fit, else chunked, and a run's summary says why.
+        attention_chunk: queries a chunk (chunked) or block (blockwise), in tokens.
         loss_chunk: tokens of a row whose logits are held at a time (chat models).
-        cache_frozen: run the frozen layers once over all data and keep their outputs in the host's memory (needs
-            optimizer.frozen_layers).
+        cache_frozen: run the frozen layers once over all data and keep their outputs in the host's memory.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -12,9 +12,9 @@ from steerjax.parallel.rules import constrain, mesh_ways, partition_spec
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the table. On a mesh tokens and rows travel: XLA, left alone, gathers the table or its gradient.
 
-    The table lies as vocab over `tensor` and embed over `fsdp`. Each device looks the tokens of its whole fsdp group up
-    in its own piece, with zeros for tokens that are not in it; then the group swaps pieces of rows for rows, and the
-    zeros are added away over `tensor`. Shapes that the mesh does not divide are left to XLA.
+    Each device looks the tokens of its whole `fsdp` group up in its own piece of the table, with zeros for tokens that
+    are not in it; then the group swaps pieces of rows for rows, and the zeros are added away over `tensor`. Shapes that
+    the mesh does not divide are left to XLA.
     """
 
     def local(table, tokens):

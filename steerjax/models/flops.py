@@ -10,21 +10,13 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device, from its vendor's data sheet.
+    """One device, from its vendor's data sheet. Bandwidths are bytes/s in one direction, over all links of the chip."""
 
-    Attributes:
-        peak_flops: dense bfloat16 FLOP/s.
-        hbm_bytes: what a program can use of it; for a TPU what its compiler says, less than the data sheet's.
-        hbm_bandwidth: bytes/s.
-        link_bandwidth: bytes/s in one direction, over all links of the chip to its slice (ICI) or node (NVLink).
-        network_bandwidth: the same to other nodes; 0 where a slice has no nodes to leave.
-    """
-
-    peak_flops: float
-    hbm_bytes: float = 0.0
+    peak_flops: float  # dense bfloat16 FLOP/s
+    hbm_bytes: float = 0.0  # what a program can use; for a TPU what its compiler says, less than the data sheet's
     hbm_bandwidth: float = 0.0
-    link_bandwidth: float = 0.0
-    network_bandwidth: float = 0.0
+    link_bandwidth: float = 0.0  # to its slice (ICI) or node (NVLink)
+    network_bandwidth: float = 0.0  # to other nodes; 0 where a slice has no nodes to leave
 
 
 # By the words in `jax.Device.device_kind`; the first that is found counts.
@@ -50,13 +42,13 @@ def training_flops(
     """Model FLOPs of forward and backward pass.
 
     6 a token and parameter of the layers (2 forward, 4 backward), and 12 N H a layer for each (query, key) pair that
-    the mask allows, so that packing does not flatter. The embedding look-up is free.
+    the mask allows, so that packing does not flatter. The embedding look-up is free. Frozen layers have no backward
+    pass, and `cached` no forward pass either.
 
     Args:
         tokens: without padding.
         attention_pairs: the sum of until[j] - j over these tokens.
         head_outputs: width of the head times the share of tokens it reads, e.g. the vocabulary for a language model.
-        frozen_layers: so many of the layers have no backward pass, and, `cached`, no forward pass either.
     """
     layer = 6.0 * tokens * config.block_parameters + 12.0 * attention_pairs * config.num_heads * config.head_dim
     layers = config.num_layers - frozen_layers + (0 if cached else frozen_layers / 3)

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from steerjax.bundle.build import abstract_parameters
-from steerjax.bundle.reader import CheckpointReader, is_checkpoint, load_checkpoint
-from steerjax.errors import CheckpointError
+from steerjax.bundle.reader import CheckpointReader, is_checkpoint
+from steerjax.errors import CheckpointError, ModelError
 from steerjax.hf.config_json import read_config
+from steerjax.hf.weights import load_parameters
 from steerjax.models.config import LlamaConfig
 from steerjax.models.llama import CausalLM
 from steerjax.parallel.mesh import MeshConfig, make_mesh
@@ -85,10 +86,10 @@ def test_the_first_layers_of_a_stack(layers, tmp_path):
     config = dataclasses.replace(read_config(folder).model, num_layers=layers)
     abstract = abstract_parameters(CausalLM(config), make_mesh(MeshConfig(data=2, fsdp=4)))
     if layers > 3:
-        with pytest.raises(CheckpointError, match=r"has shape \(3, 32.*, and \(4, 32.* is expected"):
-            load_checkpoint(reader, abstract)
+        with pytest.raises(ModelError, match=r"has shape \(3, 32.*, and \(4, 32.* is expected"):
+            load_parameters(reader, abstract)
         return
-    found = jax.tree_util.tree_leaves_with_path(load_checkpoint(reader, abstract))
+    found = jax.tree_util.tree_leaves_with_path(load_parameters(reader, abstract))
     expected = oracle(tensors, TINY)
     assert len(found) == len(expected)
     for path, leaf in found:

@@ -27,27 +27,18 @@ _MASK = {"chunked": (), "blockwise": _ROWS, "splash": _PAIRS, "cudnn": _PAIRS}
 
 @struct.dataclass
 class Plan:
-    """What `self_attention` needs of a batch, made once for all layers.
-
-    Attributes:
-        until: see `mask.allowed`.
-        mask: in the form of the back end `name`; `chunked` needs none.
-        chunk: queries a chunk (chunked) or block (blockwise), in tokens.
-    """
+    """What `self_attention` needs of a batch, made once for all layers."""
 
     until: Int[Array, "B T"]
-    mask: Any
+    mask: Any  # in the form of the back end; `chunked` needs none
     name: str = struct.field(pytree_node=False)
     chunk: int = struct.field(pytree_node=False)
 
 
 def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype) -> Plan:
-    """The plan of a batch, on the mesh that is set.
+    """The plan of a batch, on the mesh that is set, for queries of this dtype.
 
-    Args:
-        name: of `choose_backend`; where the rows cannot be cut as it and the mesh need (a model is initialised with
-            one token), it is `chunked` all the same.
-        dtype: of the queries.
+    Where the rows cannot be cut as the back end and the mesh need (rows to rate have any length), it is `chunked`.
     """
     part = until.shape[1] // _context_size()
     if name == "chunked" or part % {"splash": LANES, "cudnn": 2}.get(name, chunk) or not _divides(until.shape, _ROWS):
@@ -125,9 +116,7 @@ def choose_backend(name: str, platform: str, dtype, head_dim: int, length: int, 
     """The back end that runs: the named one, or for `auto` the machine's own where it fits, else `chunked`.
 
     Args:
-        name: `config.compute.attention`.
         platform: `cpu`, `tpu`; any other is a GPU.
-        dtype: of the computation.
         length, chunk: of a row, and `config.compute.attention_chunk`, in tokens.
         context: devices along the context axis; -1 where it is not known yet.
 

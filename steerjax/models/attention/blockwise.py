@@ -1,9 +1,8 @@
 """Attention that computes only the blocks the mask allows, in plain JAX.
 
-For packed trees most of the score matrix is forbidden: other trees, other branches, the future. The bounds of `until`
-in a block of keys tell whether a block is empty, full or mixed; loops visit the full ones without a mask and the mixed
-ones with it, forward with a running softmax and backward from the saved log-sum-exp (FlashAttention-2,
-arXiv 2307.08691, algorithms 1 and 2).
+The bounds of `until` in a block of keys tell whether a block is empty, full or mixed; loops visit the full ones without
+a mask and the mixed ones with it, forward with a running softmax and backward from the saved log-sum-exp
+(FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
 """
 
 from __future__ import annotations
@@ -20,19 +19,12 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class BlockPlan(NamedTuple):
-    """For each block of queries, the blocks of keys to visit. n is T / block, m is S / block.
+    """For each block of queries, the blocks of keys to visit. n is T / block, m is S / block."""
 
-    Attributes:
-        queries: number of the block in its row.
-        keys: block numbers: those allowed throughout, then those allowed in part, each ascending, then the others.
-        full: how many are allowed throughout.
-        visited: how many are allowed at all.
-    """
-
-    queries: Int[Array, "B n"]
-    keys: Int[Array, "B n m"]
-    full: Int[Array, "B n"]
-    visited: Int[Array, "B n"]
+    queries: Int[Array, "B n"]  # number of the block in its row
+    keys: Int[Array, "B n m"]  # numbers: allowed throughout, then in part, each ascending, then not at all
+    full: Int[Array, "B n"]  # how many are allowed throughout
+    visited: Int[Array, "B n"]  # how many are allowed at all
 
 
 def block_plan(

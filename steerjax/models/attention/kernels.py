@@ -1,8 +1,7 @@
 """Attention by kernels that know no trees, and are given the mask as data, once for all layers.
 
-Splash (TPU): its segment ids cannot say "what is above me in my tree", and they skip no block. Its dynamic mask can say
-anything: blocks without an allowed pair are skipped, blocks that are allowed throughout are not masked. It costs
-2 bytes a (query, key) pair of a row: 32 MiB at 4096 tokens.
+Splash (TPU): its segment ids skip no block. Its dynamic mask does, and masks no block that is allowed throughout. It
+costs 2 bytes a (query, key) pair of a row: 32 MiB at 4096 tokens.
 
 cuDNN (GPU, bfloat16 or float16): the mask is a bias, at 4 bytes a pair: the bias, and its gradient, which cuDNN always
 writes. The future is skipped; other forbidden pairs are computed and masked.
