@@ -19,6 +19,13 @@ def small_llama_spm(train_tokenizer, texts, tmp_path_factory):
     return load_tokenizer(path)
 
 
+def sentencepiece_of(tokenizer):
+    """SentencePiece's own processor of the model."""
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.files[0]))
+
+
 def renderer(tokenizer, template, **options):
     return Renderer(tokenizer, TEMPLATES[template], STEERLM, **options)
 

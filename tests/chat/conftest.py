@@ -4,6 +4,7 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -107,11 +108,33 @@ def llama_hf(texts, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def nfkc_spm(train_tokenizer, texts, tmp_path_factory):
-    """A SentencePiece model that turns full-width characters into ASCII, as many do."""
-    path = tmp_path_factory.mktemp("nfkc") / "nfkc.model"
-    path.write_bytes(train_tokenizer.train(texts, 1000, normalization_rule_name="nmt_nfkc"))
-    return load_tokenizer(path)
+def nfkc(texts, tmp_path_factory):
+    """A tokenizer.json that turns full-width characters into ASCII and drops U+0001, as transformers converts many
+    SentencePiece models; its markers are added tokens that are not special, as user-defined pieces become."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    dropped = normalizers.Replace(Regex("[\u0001-\u0008]"), "")
+    tokenizer.normalizer = normalizers.Sequence([dropped, normalizers.NFKC(), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    controls = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000,
+        special_tokens=[*controls, *(f"<0x{byte:02X}>" for byte in range(256))],
+        initial_alphabet=["\n"],
+        max_token_length=12,
+        show_progress=False,
+    )
+    words = (word for text in texts for word in re.findall(r"\s*\S+", text))
+    tokenizer.train_from_iterator(words, trainer)
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in controls]
+    tokenizer = Tokenizer.from_str(json.dumps(content))
+    markers = control_strings("extra_id", "chatml")
+    tokenizer.add_tokens([AddedToken(string, special=False, normalized=True) for string in markers])
+    folder = tmp_path_factory.mktemp("nfkc")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return load_tokenizer(folder)
 
 
 @pytest.fixture(scope="session")

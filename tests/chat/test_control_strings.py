@@ -47,8 +47,8 @@ def variants(string):
 @pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize(("template", "string"), EVERY)
 @pytest.mark.parametrize("name", ["gpt2", "embedded", "spm", "llama_hf", "nfkc"])
-def test_text_is_text(tokenizers, nfkc_spm, llama_hf, name, template, string, where):
-    tokenizer = {**tokenizers, "llama_hf": llama_hf, "nfkc": nfkc_spm}[name]
+def test_text_is_text(tokenizers, nfkc, llama_hf, name, template, string, where):
+    tokenizer = {**tokenizers, "llama_hf": llama_hf, "nfkc": nfkc}[name]
     render = renderer(tokenizer, template)
     plain = conversation(where, "innocent")
     innocent = markers(tokenizer, template, render.render(plain, LABELS).tokens)
@@ -72,8 +72,8 @@ BITS = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3)), max_siz
 
 @settings(max_examples=60, deadline=None)
 @given(prompt=BITS, response=BITS, system=st.none() | BITS)
-def test_any_text_is_text(gpt2_like, llama_hf, nfkc_spm, embedded, prompt, response, system):
-    for tokenizer in (gpt2_like, llama_hf, nfkc_spm, embedded):
+def test_any_text_is_text(gpt2_like, llama_hf, nfkc, embedded, prompt, response, system):
+    for tokenizer in (gpt2_like, llama_hf, nfkc, embedded):
         for template in TEMPLATES:
             render = renderer(tokenizer, template)
             quiet = render.render(talk("a", "b", system=None if system is None else "c"), LABELS)
@@ -120,11 +120,11 @@ def test_innocent_brackets_stay(embedded):
 
 
 @pytest.mark.parametrize("text", ["x <extra_id_1> y".translate(FULL_WIDTH), "x <extra\x01_id_1> y"])
-def test_what_a_normalisation_makes_a_control_token_is_broken(nfkc_spm, text):
+def test_what_a_normalisation_makes_a_control_token_is_broken(nfkc, text):
     """Look-alikes become ASCII, and U+0001 is dropped by nmt_nfkc: no search of the text finds that one."""
-    token = nfkc_spm.token_id("<extra_id_1>")
-    assert token in nfkc_spm.encode(text)
-    render = renderer(nfkc_spm, "extra_id")
+    token = nfkc.token_id("<extra_id_1>")
+    assert token in nfkc.encode(text)
+    render = renderer(nfkc, "extra_id")
     tokens = render.render(talk(text)).tokens
     assert np.count_nonzero(tokens == token) == np.count_nonzero(render.render(talk("x")).tokens == token) == 1
     assert render.broken(talk(text)) == 1
@@ -158,8 +158,8 @@ def test_half_a_surrogate_never_hides_anything(gpt2_like):
         renderer(gpt2_like, "chatml").render(talk("<\udc00|im_end|>"))
 
 
-def test_many_of_them_take_no_time(nfkc_spm, gpt2_like):
-    for tokenizer in (nfkc_spm, gpt2_like):
+def test_many_of_them_take_no_time(nfkc, gpt2_like):
+    for tokenizer in (nfkc, gpt2_like):
         for string in control_strings("extra_id", "chatml"):
             rendered = renderer(tokenizer, "extra_id").render(talk(string * 3000))
             assert set(rendered.roles) == {TokenRole.PROMPT}

@@ -94,13 +94,7 @@ def runs(conversation, tokenizer, template):
     edges = np.flatnonzero(np.diff(trained)) + 1  # masked, trained, masked, ..., trained
     parts = np.split(rendered.tokens[:stop], edges)
     masked = [tokenizer.decode(part, continuation=number > 0) for number, part in enumerate(parts[::2])]
-    return masked, [[piece(tokenizer, index) for index in part] for part in parts[1::2]]
-
-
-def piece(tokenizer, index):
-    if hasattr(tokenizer, "processor"):
-        return tokenizer.processor.id_to_piece(int(index))
-    return tokenizer.backend.id_to_token(int(index))
+    return masked, [[tokenizer.backend.id_to_token(int(index)) for index in part] for part in parts[1::2]]
 
 
 @pytest.mark.short

@@ -2,7 +2,7 @@ import os
 
 import numpy as np
 import pytest
-from chat_helpers import TOKENIZERS, renderer, small_llama_spm, talk
+from chat_helpers import TOKENIZERS, renderer, sentencepiece_of, small_llama_spm, talk
 
 from steerjax.chat.render import Renderer, TokenRole
 from steerjax.chat.templates import STEERLM_SYSTEM_PROMPT, TEMPLATES, get_template
@@ -86,7 +86,7 @@ def test_llama2_bos_and_eos_are_control_pieces(llama_spm):
 def test_llama2_as_metas_code_tokenises_it(llama_spm):
     """Each exchange encoded on its own as BOS + text + EOS, as the reference code of Llama 2 does."""
     tokens = renderer(llama_spm, "llama2").render(SFT).tokens.tolist()
-    encode = llama_spm.processor.encode
+    encode = sentencepiece_of(llama_spm).encode
     one = encode("[INST] <<SYS>>\nSYS\n<</SYS>>\n\nHi [/INST] Yo ")
     two = encode("[INST] More [/INST] OK ")
     bos, eos = llama_spm.bos_id, llama_spm.eos_id
@@ -293,12 +293,12 @@ def test_smollm2_chatml_equals_one_go(smollm2, sample_rows):
 def test_llama_sentencepiece_token_for_token(llama_spm, train_tokenizer, texts, sample_rows, tmp_path_factory):
     """extra_id with a dummy prefix: the text in one go, which is how the reference tokenises rewards (2.6)."""
     for tokenizer in (llama_spm, small_llama_spm(train_tokenizer, texts, tmp_path_factory)):
-        render = renderer(tokenizer, "extra_id")
+        render, oracle = renderer(tokenizer, "extra_id"), sentencepiece_of(tokenizer)
         for row in sample_rows:
             conversation = talk(row["prompt"], row["response"])
             tokens = render.reward_tokens(conversation, 1)[0].tolist()
             text = render.render(conversation).text.removesuffix("<extra_id_1>") + "<extra_id_2>"
-            assert tokens == tokenizer.processor.encode(text)
+            assert tokens == oracle.encode(text)
 
 
 @pytest.mark.parity

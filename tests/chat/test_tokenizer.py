@@ -1,8 +1,10 @@
+import hashlib
 import json
+import random
 import shutil
 
 import pytest
-from chat_helpers import TOKENIZERS, small_llama_spm
+from chat_helpers import TOKENIZERS, sentencepiece_of, small_llama_spm
 
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import EMBEDDED, copy_tokenizer, load_tokenizer, missing_markers
@@ -57,17 +59,51 @@ def test_dummy_prefix_only_at_the_start(llama_spm, train_tokenizer, texts, tmp_p
     for tokenizer in (llama_spm, small_llama_spm(train_tokenizer, texts, tmp_path_factory)):
         assert tokenizer.encode("the") != tokenizer.encode("the", continuation=True)
         assert tokenizer.encode(" the", continuation=True) == tokenizer.encode("the")
-        assert tokenizer.encode("the") == tokenizer.processor.encode("the")
+        assert tokenizer.encode("the") == sentencepiece_of(tokenizer).encode("the")
 
 
-def test_a_newline_that_joins_what_follows_is_refused(train_tokenizer, texts, tmp_path):
-    # A dummy prefix, and pieces that begin with a newline: a continuation has no tokens of its own.
-    path = tmp_path / "joins.model"
-    path.write_bytes(
-        train_tokenizer.train(texts, 1000, add_dummy_prefix=True, user_defined_symbols=["\n", "\nx"], pad_id=-1)
-    )
-    tokenizer = load_tokenizer(path)
-    assert tokenizer.encode("y", continuation=True)
+@pytest.mark.parametrize("name", ["embedded", "spm", "small", "digits"])
+def test_ids_and_text_are_sentencepieces(tokenizers, train_tokenizer, texts, tmp_path, tmp_path_factory, name):
+    """SentencePiece itself on the sample, on any characters, and on its own ids in any order."""
+    if name == "digits":
+        path = tmp_path / "digits.model"
+        symbols = ["1", "2", "  ", "<x>", "\n", " a b", "\u2581\u2581", "\u2581a\u2581b"]
+        path.write_bytes(train_tokenizer.train(texts, 1000, user_defined_symbols=symbols, pad_id=-1))
+        tokenizer = load_tokenizer(path)
+    else:
+        small = name == "small"
+        tokenizer = small_llama_spm(train_tokenizer, texts, tmp_path_factory) if small else tokenizers[name]
+    oracle, choose = sentencepiece_of(tokenizer), random.Random(0)
+    alphabet = sorted(set("".join(texts))) + list(" \n\t\0é😀<>|12xab\u2581\ufeff") * 5
+    mixed = ["".join(choose.choices(alphabet, k=choose.randint(0, 60))) for _ in range(1000)]
+    pieces = [oracle.id_to_piece(i) for i in range(oracle.vocab_size()) if not oracle.is_byte(i)]
+    spelt = ["".join(choose.choices(pieces, k=20)).replace("\u2581", " ") for _ in range(500)]
+    runs = [" " * i + "x" + " " * j for i in range(40) for j in range(5)] + ["=" * i for i in range(100)]
+    for text in (*TEXTS, *texts, *mixed, *spelt, *runs):
+        ids = oracle.encode(text)
+        assert tokenizer.encode(text) == ids, text
+        assert tokenizer.decode(ids) == oracle.decode(ids), text
+    whole = [i for i in range(oracle.vocab_size()) if not (oracle.is_byte(i) or oracle.is_control(i))]
+    whole.remove(oracle.unk_id())
+    for _ in range(500):
+        ids = choose.choices(whole, k=10)
+        assert tokenizer.decode(ids) == oracle.decode(ids)
+    own = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id if oracle.pad_id() >= 0 else -1)
+    assert own == (oracle.bos_id(), oracle.eos_id(), oracle.pad_id())
+    assert tokenizer.vocab_size == oracle.vocab_size()
+    assert tokenizer.hash == hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest()
+
+
+def test_a_newline_that_joins_what_follows_is_refused(tmp_path):
+    # A dummy prefix, and a token that begins with a newline: a continuation has no tokens of its own.
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {"\u2581": 0, "\n": 1, "x": 2, "y": 3, "\nx": 4, "a": 5}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("\n", "x")]))
+    backend.normalizer, backend.decoder = normalizers.Prepend("\u2581"), decoders.Fuse()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("y", continuation=True) == [3]
     with pytest.raises(ModelError, match="joins a newline"):
         tokenizer.encode("x", continuation=True)
 
@@ -81,7 +117,7 @@ def test_control_pieces_only_when_asked_for(embedded, llama_spm):
         hi, you = tokenizer.encode("hi "), tokenizer.encode("you")
         assert ids == [bos, *hi, eos, bos, *you]  # a fresh text, with its prefix, after each
         assert tokenizer.decode(ids) == "<s>hi </s><s>you"
-        assert tokenizer.restarts_after("<s>")
+        assert tokenizer.restarts_after("<s>") == bool(tokenizer.head)
         assert not tokenizer.restarts_after("hi")
 
 
@@ -155,14 +191,17 @@ def test_a_file_by_its_name(gpt2_like):
     ("make", "message"),
     [
         (lambda d: d / "missing", "no tokenizer at"),
-        (lambda d: d, "neither tokenizer.json"),
+        (lambda d: d, "no tokenizer.json and 0 .model"),
         (lambda d: write(d / "tokenizer.model", b"no model"), "no SentencePiece model"),
         (lambda d: write(d / "tokenizer.model", b""), "SentencePiece model"),
         (lambda d: write(d / "tokenizer.json", b'{"a": 1}'), "no tokenizer.json"),
         (lambda d: write(d / "pytorch_model.bin", b"\x80\x02"), "pickle"),
         (lambda d: write(d / "tokenizer.pkl", b"\x80\x02"), "pickle"),
         (lambda d: write(d / "vocab.txt", b"a"), "no tokenizer that is read"),
-        (lambda d: write(write(d / "a.model", b"a").with_name("b.model"), b"b").parent, "several .model"),
+        (
+            lambda d: write(write(d / "a.model", b"a").with_name("b.model"), b"b").parent,
+            "and 2 .model",
+        ),
     ],
 )
 def test_errors_name_the_cure(tmp_path, make, message):
@@ -220,7 +259,6 @@ def test_added_tokens_beside_a_model(llama_spm, tmp_path):
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode(text) == llama_spm.encode(text)  # text never becomes one
     assert missing_markers(tokenizer, TEMPLATES["chatml"]) == ("<|attributes|>",)
-    assert [tokenizer.spelling(index) for index in (size, size + 2)] == ["<|im_end|>", "[PAD]"]
 
 
 @pytest.mark.parity

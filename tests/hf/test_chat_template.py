@@ -287,8 +287,6 @@ def test_settings_are_checked():
         chat("chatml", default_ratings={"humor": 1})
     with pytest.raises(DataError, match=r"outside 0\.\.4"):
         chat("chatml", default_ratings={"verbosity": 5})
-    with pytest.raises(ValueError, match="kind is 'sft'"):
-        chat_template(TEMPLATES["chatml"], HELPSTEER, kind="sft")
 
 
 def test_variables_that_a_server_passes_on():

@@ -9,7 +9,6 @@ import pytest
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ModelError
-from steerjax.hf import tokenizer_files
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from tests.hf.serving import export, tokenizer_of
 
@@ -200,7 +199,7 @@ def test_characters_that_are_no_piece(texts, tmp_path, prefix):
     for text in ("a 日本語 b", "日", "x日本 語y\n", "😀</s>😀😀"):
         ids = tokenizer.encode(text, controls=frozenset({"</s>"}))
         assert backend.encode(text).ids == ids
-        assert tokenizer.processor.unk_id() in ids
+        assert tokenizer.token_id("<unk>") in ids
 
 
 @pytest.mark.parametrize(
@@ -214,18 +213,19 @@ def test_characters_that_are_no_piece(texts, tmp_path, prefix):
     ],
 )
 def test_models_that_cannot_be_converted(options, reason, texts, tmp_path):
-    tokenizer = train(tmp_path / "m.model", texts[:40], **options)
-    with pytest.raises(ModelError, match=f"m.model' cannot become a tokenizer.json with equal ids: it .*{reason}"):
-        write_tokenizer(tmp_path, tokenizer, TEMPLATES["llama2"], "")
+    with pytest.raises(ModelError, match=f"m.model' cannot become a tokenizer.json with equal ids: it .*{reason}") as e:
+        train(tmp_path / "m.model", texts[:40], **options)
+    assert "cure:" in str(e.value)
 
 
 def test_a_conversion_is_compared(texts, tmp_path, monkeypatch):
-    tokenizer = train(tmp_path / "m.model", texts[:40])
-    written(tmp_path / "good", tokenizer, "llama2")
-    merges = tokenizer_files._merges
-    monkeypatch.setattr(tokenizer_files, "_merges", lambda scores: merges(scores)[::-1])
+    import tokenizers
+
+    train(tmp_path / "m.model", texts[:40])
+    bpe = tokenizers.models.BPE
+    monkeypatch.setattr(tokenizers.models, "BPE", lambda merges, **rest: bpe(merges=merges[::-1], **rest))
     with pytest.raises(ModelError, match="other ids for"):
-        write_tokenizer(tmp_path, tokenizer, TEMPLATES["llama2"], "")
+        load_tokenizer(tmp_path / "m.model")
 
 
 def test_added_tokens_beside_a_model_are_exported(texts, tmp_path):
