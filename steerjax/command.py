@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-if TYPE_CHECKING:
-    from steerjax.inference.scorer import Scorer
+from steerjax.errors import reported_errors
+
+MODEL = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id"
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """How a model is opened."""
     add = parser.add_argument
     add("--template", help="of a Hugging Face folder that does not name it: extra_id, chatml, llama3 or llama2")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
@@ -18,7 +20,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_row_options(parser: argparse.ArgumentParser) -> None:
-    """How a file's rows are read."""
     add = parser.add_argument
     add("--format", default="auto", metavar="NAME", help="of the rows (docs/formats.md); default: told from their keys")
     add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in a .skipped.jsonl")
@@ -34,15 +35,21 @@ def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
 
 
-def open_scorer(model: str, options: argparse.Namespace) -> Scorer:
-    """A reward model, ready to score.
-
-    Raises:
-        SteerjaxError: no such model, or options that do not fit it.
-    """
+def open_scorer(model: str, options: argparse.Namespace):
+    """The `Scorer` of a reward model; SteerjaxError: no such model, or options that do not fit it."""
     from steerjax.bundle import open_bundle
     from steerjax.inference.scorer import Scorer
     from steerjax.parallel.mesh import parse_mesh
 
     bundle = open_bundle(model, parse_mesh(options.mesh), template=options.template, dtype=options.dtype)
     return Scorer(bundle, row_length=options.row_length, rows=options.rows)
+
+
+@contextmanager
+def resumable_command() -> Iterator[None]:
+    """Errors as `reported_errors` prints them; an interrupt without a traceback."""
+    try:
+        with reported_errors():
+            yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")

@@ -4,22 +4,12 @@ steerjax generate --model DIR --prompt TEXT --attributes helpfulness=4,verbosity
 steerjax generate --model DIR --prompt TEXT --sweep verbosity=0..4
 steerjax generate --model DIR --input FILE --output FILE.jsonl [--samples N]
 
-With --server URL an OpenAI-compatible server that serves an exported model answers instead.
-
 Attributes and their ranges are the model's; those that are not named have its default ratings. A file's rows are
 conversations that end with a user turn (docs/formats.md), or {"prompt": ...}. An interrupted job goes on where it was,
-run again.
+run again. With --server URL an OpenAI-compatible server that serves an exported model answers instead.
 
-Bootstrapping (step 4 of SteerLM, arXiv 2310.05344): --combinations FILE asks for a combination of ratings that FILE
-has at top quality, drawn anew for each row, and samples with top-k 50. The whole round, with A a model of ratings,
-M the first chat model and D the annotated data:
-
-  steerjax generate --model M --input D --replace-answer --combinations D --samples 4 --output new.jsonl
-  steerjax annotate --model A --input new.jsonl --output round2.jsonl
-  steerjax train --config configs/sft.py --config.data.train='("round2.jsonl",)' \\
-      --config.sft.ratings=predicted --workdir M2
-
-The second model is trained on the ratings that A predicts for the new answers, not on those that were asked for.
+Bootstrapping (step 4 of SteerLM, docs/steerlm.md): --combinations FILE asks for a combination of ratings that FILE has
+at top quality, drawn anew for each row, and samples with top-k 50.
 """
 
 from __future__ import annotations
@@ -28,8 +18,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steerjax.command import add_model_options, add_row_options
-from steerjax.errors import ConfigError, reported_errors
+from steerjax.command import MODEL, add_model_options, add_row_options, resumable_command
+from steerjax.errors import ConfigError
+from steerjax.schema import SCHEMAS
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,10 +28,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="steerjax generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", help="a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id")
+    add("--model", metavar="DIR", help=MODEL)
     add("--prompt", metavar="TEXT", help="answer this one; - reads standard input")
     add("--system", metavar="TEXT", help="system text of conversations that have none")
-    add("--input", metavar="FILE", help="rows: a file, hub:... or embedded:... (docs/formats.md)")
+    add("--input", metavar="FILE", help="rows: a file, hub:... or embedded:...")
     add("--output", metavar="FILE", help=".jsonl; a row for each setting and sample, with what was asked for")
     add("--attributes", default="", metavar="NAME=N,...", help="NAME=none leaves one out, none alone all")
     add("--sweep", action="append", default=[], metavar="NAME[=LOW..HIGH]", help="one answer each; repeatable")
@@ -53,9 +44,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=8, metavar="N", help="answers at a time, or requests to a server; default 8")
     add("--combinations", metavar="FILE", help="bootstrapping: rated conversations whose best ratings are asked for")
     add("--quality", metavar="NAME", help="what is best there; default quality, helpfulness or the first attribute")
-    add("--replace-answer", action="store_true",
-        help="rows may end with an answer, which is dropped; each prompt is answered once")  # fmt: skip
-    add("--schema", help="of a model that does not name it: helpsteer, oasst or steerlm")
+    add("--replace-answer", action="store_true", help="drop answers that rows end with; each prompt is answered once")
+    add("--schema", choices=SCHEMAS, help="of a model that does not name it")
     add("--server", metavar="URL", help="e.g. http://localhost:8000; --model then only says what its model knows")
     add("--server-model", metavar="NAME", help="default: the one model that it serves")
     add_row_options(parser)
@@ -65,36 +55,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    try:
-        with reported_errors():
-            run(options)
-    except KeyboardInterrupt:
-        sys.exit("interrupted" + ("; the same command goes on from here" if options.output else ""))
+    with resumable_command():
+        check_options(options)
+        from steerjax.inference.session import Session
+
+        session = Session(options)
+        if options.prompt is None:
+            session.answer_file()
+        else:
+            session.answer_prompt(sys.stdin.read() if options.prompt == "-" else options.prompt)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Checks the options, opens the model, answers.
-
-    Raises:
-        SteerjaxError: options, rows or a model that do not fit.
-    """
-    check_options(options)
-    from steerjax.inference.session import Session
-
-    session = Session(options)
-    if options.prompt is None:
-        session.answer_file()
-    else:
-        session.answer_prompt(sys.stdin.read() if options.prompt == "-" else options.prompt)
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Which options go together.
-
-    Raises:
-        ConfigError: some that do not.
-    """
-    o = options
+def check_options(o: argparse.Namespace) -> None:
+    """Which options go together; ConfigError: some that do not."""
     for holds, message in (
         (o.model or o.server, "neither --model nor --server; cure: one of them"),
         ((o.prompt is None) != (o.input is None), "either --prompt or --input; cure: one of them"),

@@ -19,7 +19,6 @@ import pytest
 from steerjax.annotate import main, parse_part
 from steerjax.data.readers import read_conversations
 from steerjax.errors import ConfigError, DataError
-from steerjax.inference import annotation
 from steerjax.inference.scorer import Scorer
 from steerjax.schema import STEERLM
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
@@ -137,7 +136,7 @@ def test_bad_rows_stop_the_job_or_are_listed(model, tmp_path):
     control = {"prompt": "p <extra_id_1>", "response": "r"}
     half = {"prompt": "p", "response": "half \ud83d"}
     source = ascii_rows(tmp_path / "in.jsonl", [good, {"prompt": "p"}, control, half, good])
-    assert re.search(f"(?s){source}:2: .*'response'.*--on-bad-row", refusal(model, source, tmp_path / "a.jsonl"))
+    assert re.search(f"(?s){source}:2: .*'response'.*on_bad_row", refusal(model, source, tmp_path / "a.jsonl"))
     annotate(model, source, tmp_path / "out.jsonl", "--on-bad-row", "skip", "--chunk-rows", 1)
     rows = read_rows(tmp_path / "out.jsonl")
     assert [row["id"] for row in rows] == ["7", f"{source}:3", "7"]
@@ -233,7 +232,7 @@ def test_parts_together_are_the_whole(model, tmp_path, order):
     for name in ("", LISTED):
         assert (tmp_path / f"out.jsonl{name}").read_bytes() == (tmp_path / f"whole.jsonl{name}").read_bytes()
     assert {entry["line"] for entry in read_rows(tmp_path / ("out.jsonl" + LISTED))} == {5, 21}
-    assert output.with_name("out.part-2-of-3.jsonl") == annotation.part_path(output, 2, 3)
+    assert (tmp_path / "out.part-2-of-3.jsonl").exists()
     annotate(model, source, output, *options)  # there is nothing left to do
     assert "other settings: rows" in refusal(model, source, output, *options, "--rows", 16)
 

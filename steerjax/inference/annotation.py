@@ -1,209 +1,95 @@
-"""Annotation as a job: chunks of rows in, the same rows with predicted ratings out, in parts, again after a kill."""
+"""What `steerjax annotate` does: chunks of rows in, the same rows with predicted ratings out, in parts."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from steerjax.data.conversation import Conversation
+from steerjax.bundle import describe
 from steerjax.data.formats import conversation_from_row
-from steerjax.data.loading import Skipped
-from steerjax.data.readers import iter_rows
+from steerjax.data.loading import Skipped, file_hashes
+from steerjax.data.readers import source_format
 from steerjax.errors import DataError
-from steerjax.files import atomic, json_line, write_atomic
-from steerjax.inference.job import ResumableOutput, carried, read_settings, skipped_path, write_settings
-from steerjax.schema import Schema
-
-if TYPE_CHECKING:
-    from steerjax.inference.scorer import Chunk, Scorer
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Source:
-    """The input, and what of it is rated.
-
-    Attributes:
-        path: as `iter_rows` takes it.
-        format: of its rows.
-        schema: of the ratings that it may hold.
-        last_turn_only: rate only the last of the assistant's turns.
-        skip: leave rows out that cannot be used, and list them, rather than raise.
-    """
-
-    path: str
-    format: str
-    schema: Schema
-    last_turn_only: bool
-    skip: bool
-
-    def check(self) -> int:
-        """Number of rows, after a look at each, so that no bad one is found after hours.
-
-        Raises:
-            DataError: the first bad row, or no usable row at all.
-        """
-        rows, usable, first = 0, 0, "none"
-        for rows, (_, row) in enumerate(self.rows(), start=1):
-            if not isinstance(row, DataError):
-                usable += 1
-            elif not self.skip:
-                raise _stopping(row)
-            elif rows == 1:
-                first = f"line {row.line}, {_reason(row)}"
-        if not usable:
-            cure = "check that this is the file you meant, or name its --format"
-            raise DataError(f"no usable row in {rows}; the first: {first}", file=self.path, cure=cure)
-        return rows
-
-    def rows(self) -> Iterator[tuple[int, tuple[dict, Conversation] | DataError]]:
-        """(line, (what passes through, conversation)) of each row; a row that cannot be used is a DataError."""
-        for line, row in iter_rows(self.path):
-            try:
-                if isinstance(row, DataError):
-                    raise row
-                yield line, self._row(row, line)
-            except DataError as error:
-                yield line, error.at(self.path, line)
-
-    def _row(self, row: dict, line: int) -> tuple[dict, Conversation]:
-        unrated = {self.schema.names[0]: None} | row  # prompt and response alone are enough here
-        read = conversation_from_row(unrated, self.schema, self.format)
-        conversation = replace(read, file=self.path, line=line, id=read.id or f"{self.path}:{line}")
-        own = "turns" in row and self.format in ("auto", "conversation")
-        return carried(row) if own else conversation.to_json(), conversation
+from steerjax.inference.job import (
+    InputRow,
+    atomic,
+    beside,
+    carried,
+    check_settings,
+    input_rows,
+    resumable,
+    write_settings,
+)
+from steerjax.inference.scorer import Chunk, Scorer, assistant_turns, model_schema, predicted_keys, reading_schema
 
 
-class Read(NamedTuple):
-    """A chunk of the input: its usable rows (what passes through, conversation), and the bad ones."""
-
-    first: int  # place of the first row in the output
-    rows: list[tuple[dict, Conversation]]
-    bad: list[DataError]
-    ready: Chunk | None  # for the model; None where the rows are written already
-
-
-def run(source: Source, scorer: Scorer, part: range, output: Path, settings: Mapping[str, Any], size: int) -> None:
-    """Writes the rows of a part, with ratings, or what an interrupted run left of them.
-
-    Args:
-        part: indices of input rows, read in chunks of `size`.
-        settings: all that the rows depend on.
+def annotate(options: argparse.Namespace, number: int, parts: int, open_scorer: Callable[[], Scorer]) -> None:
+    """Looks at all rows, so that no bad one is found after hours, then rates part `number` (from 1) of `parts`.
 
     Raises:
-        DataError: a row that cannot be used, a prediction that is not finite, an output of another job.
+        SteerjaxError: options, rows or a model that do not fit.
     """
-    with ResumableOutput(output, settings) as file:
+    o, skipped = options, []
+    schema = reading_schema(model_schema(describe(o.model, template=o.template)))
+
+    def read(row: dict, line: int) -> InputRow:
+        conversation = conversation_from_row(row, schema, source_format(o.input, o.format), rated=False)
+        conversation = replace(conversation, file=o.input, line=line, id=conversation.id or f"{o.input}:{line}")
+        own = "turns" in row and o.format in ("auto", "conversation")
+        return InputRow(conversation, carried(row) if own else conversation.to_json())
+
+    total = sum(1 for _ in input_rows(o.input, read, skipped, on_bad_row=o.on_bad_row))
+    scorer = open_scorer()
+    size = o.chunk_rows or 128 * scorer.rows
+    settings = {
+        "command": "annotate", "source": o.input, "input": file_hashes([o.input])[o.input], "chunk_rows": size,
+        "model": model_digest(scorer.description.path), "attributes": scorer.schema.to_json(),
+        "row_length": scorer.row_length, "rows": scorer.rows,
+        **{key: vars(o)[key] for key in ("turns", "format", "template", "dtype")},
+    }  # fmt: skip
+    chunks = -(-total // size)
+    part = range(chunks * (number - 1) // parts * size, min(total, chunks * number // parts * size))
+    output = part_path(o.output, number, parts)
+    with resumable(output, settings | {"part": f"{number}/{parts}"}) as file:
         if file.finished:
             print(f"{output} is finished")
         else:
-            listing, usable = SkippedList(skipped_path(output), fresh=not file.done), 0
-            with tqdm(total=len(part), unit="row", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-                for chunk in ahead(chunks(source, scorer, part, size, file.done)):
-                    seen, usable = len(chunk.rows) + len(chunk.bad), usable + len(chunk.rows)
-                    if chunk.ready is None:
-                        bar.initial += seen  # no part of the speed
-                    else:
-                        rows, skipped = annotated(chunk, scorer)
-                        listing.add(skipped)
-                        for place in reversed(range(len(rows))):  # so that they are written at once
-                            file.put(chunk.first + place, rows[place])
-                    bar.update(seen)
-            file.finish(usable)
-            print(f"{usable} rows in {output}; {scorer.counts}")
-    if skipped_path(output).exists():
-        print(f"turns or rows that were left out are listed in {skipped_path(output)}")
+            file.skip(skipped if number == 1 else ())
+            begin = file.done // size * size
+            left = islice(input_rows(o.input, read, [], on_bad_row=o.on_bad_row), part.start + begin, part.stop)
+            pause = 0.1 if sys.stderr.isatty() else 10
+            with tqdm(total=len(part), initial=begin, unit="row", mininterval=pause) as bar:
+                for rows, chunk in _ahead(_chunks(left, size, scorer, o.turns == "last", o.on_bad_row == "skip")):
+                    annotated = _annotated(rows, chunk, scorer)
+                    file.skip(Skipped(*refused[2:]) for refused in chunk.refused)
+                    for place, row in enumerate(annotated, start=bar.n):
+                        file.put(place, row)
+                    bar.update(len(rows))
+            file.finish(len(part))
+            print(f"{len(part)} rows in {output}; {scorer.counts}")
+        if file.listed:
+            print(f"turns or rows that were left out are listed in {beside(output, 'skipped.jsonl')}")
+    if parts > 1:
+        _join(o.output, parts, settings)
 
 
-def chunks(source: Source, scorer: Scorer, part: range, size: int, done: int) -> Iterator[Read]:
-    """The part in chunks; those that are not written yet are made ready."""
-    from steerjax.inference.scorer import assistant_turns
-
-    left, first = islice(source.rows(), part.start, part.stop), 0
-    while items := [row for _, row in islice(left, size)]:
-        bad = [row for row in items if isinstance(row, DataError)]
-        if bad and not source.skip:
-            raise _stopping(bad[0])
-        rows = [row for row in items if not isinstance(row, DataError)]
-        ready = None
-        if not rows or first + len(rows) > done:
-            conversations = [conversation for _, conversation in rows]
-            turns = [assistant_turns(conversation) for conversation in conversations]
-            wanted = [each[-1:] for each in turns] if source.last_turn_only else turns
-            ready = scorer.prepare(conversations, wanted, skip=source.skip)
-        yield Read(first, rows, bad, ready)
-        first += len(rows)
+def _chunks(left: Iterator[InputRow], size: int, scorer: Scorer, last: bool, skip: bool) -> Iterator[tuple]:
+    while rows := list(islice(left, size)):
+        conversations = [row.conversation for row in rows]
+        turns = [assistant_turns(conversation)[-1 if last else 0 :] for conversation in conversations]
+        yield rows, scorer.prepare(conversations, turns, skip=skip)
 
 
-def annotated(chunk: Read, scorer: Scorer) -> tuple[list[dict], list[Skipped]]:
-    """The output rows of a chunk, and what was left out."""
-    from steerjax.inference.scorer import predicted_keys
-
-    predicted, refused = scorer.score(chunk.ready), chunk.ready.refused
-    rows = [row | {"turns": [dict(turn) for turn in row["turns"]], "id": c.id} for row, c in chunk.rows]
-    for place, turn in (*chunk.ready.examples, *((r.conversation, r.turn) for r in refused)):
-        for key in ("predicted_ratings", "predicted_label"):
-            rows[place]["turns"][turn].pop(key, None)
-    places = [(conversation.file, conversation.line) for _, conversation in chunk.rows]
-    for (place, turn), values in zip(chunk.ready.examples, predicted, strict=True):
-        try:
-            rows[place]["turns"][turn] |= predicted_keys(values, scorer.schema)
-        except DataError as error:
-            raise error.at(*places[place]) from None
-    skipped = [Skipped(error.file, error.line, _reason(error)) for error in chunk.bad]
-    skipped += [Skipped(*places[r.conversation], r.reason) for r in refused]
-    return rows, sorted(skipped, key=lambda entry: entry.line)
-
-
-class SkippedList:
-    """`OUTPUT.skipped.jsonl`, in the order of the input. A chunk that is computed again adds nothing twice.
-
-    Args:
-        fresh: no row is written yet, so what is there is of another job.
-    """
-
-    def __init__(self, path: Path, fresh: bool):
-        self._path = path
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() and not fresh else []
-        lines = [line for line in lines if line.endswith(b"\n")]  # without a last one that is not whole
-        self._known = set(lines)
-        if lines:
-            write_atomic(path, b"".join(lines))
-        else:
-            path.unlink(missing_ok=True)
-
-    def add(self, entries: list[Skipped]) -> None:
-        """On disk when it returns."""
-        new = [line for line in dict.fromkeys(json_line(asdict(e)) for e in entries) if line not in self._known]
-        if new:
-            self._known.update(new)
-            with self._path.open("ab") as file:
-                file.write(b"".join(new))
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def _reason(error: DataError) -> str:
-    return f"field '{error.field}': {error.message}" if error.field else error.message
-
-
-def _stopping(error: DataError) -> DataError:
-    cure = f"{error.cure}; or --on-bad-row skip, which lists such rows, and goes on where a job was"
-    return DataError(error.message, file=error.file, line=error.line, field=error.field, cure=cure)
-
-
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def _ahead(items: Iterator[tuple]) -> Iterator[tuple]:
     """The items, each made while the caller works on the one before."""
     with ThreadPoolExecutor(1) as pool:
         item = pool.submit(next, items, None)
@@ -212,10 +98,19 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield ready
 
 
-def part_rows(rows: int, size: int, number: int, parts: int) -> range:
-    """The rows of part `number` (from 1) of `parts`: whole chunks of `size`."""
-    chunks = -(-rows // size)
-    return range(chunks * (number - 1) // parts * size, min(rows, chunks * number // parts * size))
+def _annotated(rows: Sequence[InputRow], chunk: Chunk, scorer: Scorer) -> list[dict]:
+    """The output rows of a chunk."""
+    new = {refused[:2]: {} for refused in chunk.refused}
+    for (place, turn), values in zip(chunk.examples, scorer.score(chunk), strict=True):
+        try:
+            new[place, turn] = predicted_keys(values, scorer.schema)
+        except DataError as error:
+            raise error.at(rows[place].conversation.file, rows[place].conversation.line) from None
+    out = [row.carried | {"turns": [dict(t) for t in row.carried["turns"]], "id": row.conversation.id} for row in rows]
+    for (place, turn), keys in new.items():
+        old = out[place]["turns"][turn]
+        out[place]["turns"][turn] = {k: old[k] for k in old if k not in ("predicted_ratings", "predicted_label")} | keys
+    return out
 
 
 def part_path(output: Path, number: int, parts: int) -> Path:
@@ -224,40 +119,32 @@ def part_path(output: Path, number: int, parts: int) -> Path:
 
 
 def model_digest(folder: Path) -> str:
-    """Tells models apart: name, size, and a sample of the bytes of every file."""
+    """Tells models apart: the name, size, and a sample of the bytes of every file."""
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(folder)}:{size}:".encode())
-        with file.open("rb") as handle:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}:{size}:".encode())
+        with path.open("rb") as file:
             for place in (0, size // 2, max(0, size - 65536)):
-                handle.seek(place)
-                digest.update(handle.read(65536))
+                file.seek(place)
+                digest.update(file.read(65536))
     return digest.hexdigest()
 
 
-def join_parts(output: Path, parts: int, settings: dict) -> None:
-    """Joins the parts' outputs and lists of what was skipped, once all are there.
-
-    Raises:
-        DataError: a part was made with other settings.
-    """
+def _join(output: Path, parts: int, settings: dict) -> None:
+    """Joins the parts' outputs and lists of what was skipped, once all are there and made alike."""
     paths = [part_path(output, number, parts) for number in range(1, parts + 1)]
     if missing := [path.name for path in paths if not path.exists()]:
         print(f"not there yet: {', '.join(missing)}")
         return
     for number, path in enumerate(paths, start=1):
-        if read_settings(path) != settings | {"part": f"{number}/{parts}"}:
-            raise DataError("was made with other settings than this part", file=str(path), cure="make all parts alike")
-    if lists := [skipped_path(path) for path in paths if skipped_path(path).exists()]:
-        _join(lists, skipped_path(output))
+        check_settings(path, settings | {"part": f"{number}/{parts}"})
     write_settings(output, settings | {"part": "1/1"})
-    _join(paths, output)
+    lists = [path for path in (beside(path, "skipped.jsonl") for path in paths) if path.exists()]
+    for whole, pieces in ((beside(output, "skipped.jsonl"), lists), (output, paths)):
+        if pieces:
+            with atomic(whole) as file:
+                for piece in pieces:
+                    with piece.open("rb") as read:
+                        shutil.copyfileobj(read, file)
     print(f"joined {parts} parts in {output}")
-
-
-def _join(parts: list[Path], whole: Path) -> None:
-    with atomic(whole) as file:
-        for path in parts:
-            with path.open("rb") as part:
-                shutil.copyfileobj(part, file)

@@ -1,181 +1,193 @@
-"""A JSONL output that a long job writes line by line, and that the next run goes on with after any interruption."""
+"""What annotate and generate share: rows in, and an output that the next run goes on with after any interruption."""
 
 from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from steerjax.data.conversation import Conversation
+from steerjax.data.loading import Skipped, usable_rows
+from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
-from steerjax.files import json_line, sync_folder, write_atomic
 from steerjax.typed import read_json
 
 _OTHER = "name another output, remove the old one, or run with the settings that it was made with"
 
 
-def settings_path(output: Path) -> Path:
-    """Where it stands what a `ResumableOutput` was made with."""
-    return output.with_name(output.name + ".settings.json")
+@dataclass(frozen=True)
+class InputRow:
+    """A conversation with its place, what else of the row passes through, and what the model is asked."""
+
+    conversation: Conversation
+    carried: dict[str, Any]
+    request: Any = None
+
+    def content(self) -> list:
+        return self.conversation.content()
 
 
-def skipped_path(output: Path) -> Path:
-    """Where rows and turns that were left out are listed."""
-    return output.with_name(output.name + ".skipped.jsonl")
+def input_rows(
+    source: str, read: Callable[[dict, int], InputRow], skipped: list[Skipped], **options: str
+) -> Iterator[InputRow]:
+    """`read(row, line)` of each row; the rest as `usable_rows`."""
+
+    def rows(source: str) -> Iterator[tuple[int, InputRow | DataError]]:
+        for line, row in iter_rows(source):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                yield line, read(row, line)
+            except DataError as error:
+                yield line, error.at(source, line)
+
+    return usable_rows([source], rows, skipped, **options)
 
 
-def read_settings(output: Path) -> dict[str, Any]:
-    """What an output was made with.
-
-    Raises:
-        DataError: the file is missing or no JSON object.
-    """
-    return read_json(dict[str, Any], settings_path(output), DataError, _OTHER)
-
-
-def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """The inverse of `read_settings`."""
-    write_atomic(settings_path(output), json.dumps(settings, indent=2) + "\n")
-
-
-def carried(value: Any, key: str = "") -> Any:
-    """A value of a row that is passed through, as JSON can carry it: NaN, a table's gap, is null.
+def carried(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What passes through, as JSON can carry it: NaN, a table's gap, is null.
 
     Raises:
         DataError: bytes, an infinite number or the like; names the key.
     """
-    if isinstance(value, Mapping):
-        return {name: carried(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [carried(inner, f"{key}[{index}]") for index, inner in enumerate(value)]
-    if isinstance(value, float) and math.isnan(value):
-        return None
-    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    cure = "remove the key, or write it as a text or a finite number"
-    raise DataError(f"JSON cannot carry {value!r:.40}", field=key, cure=cure)
-
-
-class ResumableOutput:
-    """One JSON object a line, one for each input row, in the input's order. A context manager, for one process.
-
-    The lines stand in `OUTPUT.partial`, and `OUTPUT.settings.json` says what they were made with. `finish` gives the
-    file its name, so a file called OUTPUT is whole. After a kill at any moment the next run finds the lines that were
-    written, less a last one that is not whole.
-
-    Attributes:
-        done: rows that are written; the next is input row `done` (from 0).
-        finished: OUTPUT is there already, made with these settings; nothing is left to do.
-
-    Args:
-        path: OUTPUT; a plain `.jsonl`.
-        settings: everything that the lines depend on, as JSON: options, hash of the input file, model.
-
-    Raises:
-        DataError: an output that was made with other settings, or that another process is writing; not writable.
-    """
-
-    def __init__(self, path: Path | str, settings: Mapping[str, Any]):
-        self.path = Path(path)
-        self._partial = self.path.with_name(self.path.name + ".partial")
-        self._settings = json.loads(json.dumps(settings))  # as they will be read back: tuples are lists
-        self._waiting: dict[int, Mapping] = {}
-        self._file = None
-        self.finished, self.done = False, 0
-        if self.path.suffix != ".jsonl":
-            raise DataError("lines are added to a plain .jsonl file only", file=str(path), cure="name it .jsonl")
+    out = {}
+    for key, value in row.items():
         try:
-            if self.path.exists():
-                self._check_settings(self.path)
-                with self.path.open("rb") as file:
-                    self.finished, self.done = True, sum(1 for _ in file)
-            else:
-                self._open()
-        except (OSError, DataError) as error:
-            self.__exit__()  # a notebook keeps the error, and the error this object, and this object the lock
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"cannot write: {error}", file=str(path), cure="name a place that is writable") from None
+            out[key] = json.loads(json.dumps(value), parse_constant={"NaN": None}.__getitem__)
+        except (TypeError, ValueError, KeyError) as error:
+            cure = "remove the key, or write it as a text or a finite number"
+            raise DataError(f"JSON cannot carry it: {error}", field=key, cure=cure) from None
+    return out
+
+
+def beside(output: Path, what: str) -> Path:
+    """OUTPUT.partial, OUTPUT.settings.json (what it was made with) or OUTPUT.skipped.jsonl (what was left out)."""
+    return output.with_name(f"{output.name}.{what}")
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes the place of `path` when the block ends; after an error `path` is as it was."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            _sync(file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
+    """Says what an output is made with; for `check_settings`."""
+    with atomic(beside(output, "settings.json")) as file:
+        file.write(json.dumps(settings, indent=2).encode() + b"\n")
+
+
+def check_settings(output: Path, settings: Mapping[str, Any]) -> None:
+    """Raises DataError where an output was made with other settings; names them."""
+    then = read_json(dict[str, Any], beside(output, "settings.json"), DataError, _OTHER)
+    now = json.loads(json.dumps(settings))  # which makes lists of tuples
+    if differing := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
+        key = differing[0]
+        message = f"was made with other settings: {', '.join(differing)} ({key}: then {then.get(key)!r}, "
+        raise DataError(f"{message}now {now.get(key)!r})", file=str(output), cure=_OTHER)
+
+
+@dataclass
+class Output:
+    """One JSON object a line, in the input's order; `resumable` opens it."""
+
+    path: Path
+    finished: bool  # OUTPUT is there already; nothing is left to do
+    file: IO[bytes]
+    done: int  # rows that are written
+    listed: set[bytes]  # lines of OUTPUT.skipped.jsonl
+    _waiting: dict[int, bytes] = field(default_factory=dict)
 
     def put(self, index: int, row: Mapping[str, Any]) -> None:
-        """The output of input row `index`. It is on disk once all rows before it are; any order of calls will do.
-
-        A row that was written before (computed again as part of a batch) is ignored.
-        """
-        if index < self.done:
-            return
-        self._waiting[index] = row
-        lines = []
+        """Row `index`, in any order: it is on disk once all before it are. One that was written before is ignored."""
+        if index >= self.done:
+            self._waiting[index] = _line(row)
         while self.done in self._waiting:
-            lines.append(json_line(self._waiting.pop(self.done)))
+            self.file.write(self._waiting.pop(self.done))
             self.done += 1
-        if lines:
-            self._file.write(b"".join(lines))
-            self._sync()
+        _sync(self.file)
+
+    def skip(self, entries: Iterable[Skipped]) -> None:
+        """Lists what was left out; what is listed already is not again."""
+        if new := [line for line in dict.fromkeys(_line(asdict(e)) for e in entries) if line not in self.listed]:
+            self.listed.update(new)
+            with beside(self.path, "skipped.jsonl").open("ab") as file:
+                file.writelines(new)
+                _sync(file)
 
     def finish(self, total: int) -> None:
         """Gives the output its name, once all `total` rows are there."""
         if self.done != total or self._waiting:
             raise RuntimeError(f"{self.done} of {total} rows are written")
         if not self.finished:
-            self._partial.rename(self.path)
-            sync_folder(self.path.parent)
-            self.finished = True
+            beside(self.path, "partial").rename(self.path)
 
-    def __enter__(self) -> ResumableOutput:
-        return self
 
-    def __exit__(self, *_) -> None:
-        if self._file is not None:
-            self._file.close()
+@contextmanager
+def resumable(path: Path | str, settings: Mapping[str, Any]) -> Iterator[Output]:
+    """Opens an output, for one process, with what an earlier run has written.
 
-    def _open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("ab+")
+    The lines stand in OUTPUT.partial until `Output.finish`, so a file called OUTPUT is whole. `settings` are all that
+    the lines depend on, as JSON: options, hash of the input file, model.
+
+    Raises:
+        DataError: an output that was made with other settings, or that another process is writing; not writable.
+    """
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        raise DataError("lines are added to a plain .jsonl file only", file=str(path), cure="name it .jsonl")
+    finished, listing, listed = path.exists(), beside(path, "skipped.jsonl"), set()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = (path if finished else beside(path, "partial")).open("ab+")
+    except OSError as error:
+        raise DataError(f"cannot write: {error}", file=str(path), cure="name a place that is writable") from None
+    with file:
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             cure = "wait for it, or name another output"
-            raise DataError("another process is writing it", file=str(self.path), cure=cure) from None
-        if self._file.seek(0, os.SEEK_END):
-            self._check_settings(self._partial)
-            self._repair()
+            raise DataError("another process is writing it", file=str(path), cure=cure) from None
+        done = sum(1 for _ in _whole_lines(file))
+        if done or finished:
+            check_settings(path, settings)
+            if listing.exists():
+                with listing.open("ab+") as lines:
+                    listed.update(_whole_lines(lines))
         else:
-            write_settings(self.path, self._settings)
-
-    def _check_settings(self, file: Path) -> None:
-        then, now = read_settings(self.path), self._settings
-        differing = sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key))
-        if differing:
-            key = differing[0]
-            message = f"was made with other settings: {', '.join(differing)} ({key}: then {then.get(key)!r}, "
-            raise DataError(f"{message}now {now.get(key)!r})", file=str(file), cure=_OTHER)
-
-    def _repair(self) -> None:
-        """Counts the whole lines and cuts off what a killed process left of the next one."""
-        self._file.seek(0)
-        end = 0
-        for line in self._file:
-            if not line.endswith(b"\n") or not _is_object(line):
-                break
-            end += len(line)
-            self.done += 1
-        if self._file.read():  # more lines after a broken one: no interruption leaves that
-            cure = "remove it, and run again from the start"
-            raise DataError("broken line", file=str(self._partial), line=self.done + 1, cure=cure)
-        self._file.truncate(end)
-        self._sync()
-
-    def _sync(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            listing.unlink(missing_ok=True)  # of another job
+            write_settings(path, settings)
+        yield Output(path, finished, file, done, listed)
 
 
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a file that is added to; what a killed process left of a last one is cut off."""
+    file.seek(0)
+    for line in file:
+        if line.endswith(b"\n"):
+            yield line
+        else:
+            file.truncate(file.tell() - len(line))
+
+
+def _line(value: Any) -> bytes:
+    """A line of JSON; half a surrogate pair as its escape, which UTF-8 cannot carry itself."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.inference.answers import Sampling
+from steerjax.inference.steering import Sampling
 
 
 def nucleus(probabilities: Float[Array, " V"], top_p: float) -> Bool[Array, " V"]:
     """The fewest most likely entries that add up to at least `top_p`; among equal ones the first.
 
-    Without sorting, which is slow on a CPU: bisection over the bits of the least probability that is kept (positive
-    floats are ordered as their bits are).
+    Sorting is slow on a CPU, so: bisection over the bits, ordered as positive floats are, of the least one kept.
     """
 
     def probability(bits):
@@ -33,10 +32,7 @@ def nucleus(probabilities: Float[Array, " V"], top_p: float) -> Bool[Array, " V"
 
 
 def candidates(logits: Float[Array, " V"], sampling: Sampling) -> tuple[Float[Array, " C"], Int[Array, " C"]]:
-    """Tokens to draw from and their logits over the temperature; -inf for those that top-p leaves out.
-
-    With top-k the C = k most likely first, else all in order of their ids.
-    """
+    """Logits over the temperature, -inf for what top-p leaves out, and their tokens: with top-k only the C = k best."""
     logits = logits.astype(jnp.float32) / sampling.temperature
     if 0 < sampling.top_k < logits.shape[0]:
         logits, tokens = jax.lax.top_k(logits, sampling.top_k)
@@ -48,12 +44,7 @@ def candidates(logits: Float[Array, " V"], sampling: Sampling) -> tuple[Float[Ar
 
 
 def draw(logits: Float[Array, "B V"], keys: Array, position: Int[Array, ""], sampling: Sampling) -> Int[Array, " B"]:
-    """The next token of each row.
-
-    Args:
-        keys: of each row, see `row_keys`.
-        position: how many tokens were drawn before.
-    """
+    """The next token of each row; `keys` as `row_keys` makes them, `position` tokens were drawn before."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -65,7 +56,7 @@ def draw(logits: Float[Array, "B V"], keys: Array, position: Int[Array, ""], sam
 
 
 def row_keys(seed: int, prompts: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:
-    """A key for each row, from nothing but the seed, its prompt (a hash, uint32) and the number of the sample."""
+    """A key for each row, from the seed, a hash of its prompt and the number of the sample."""
 
     def one(prompt, sample):
         return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)

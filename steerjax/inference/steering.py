@@ -1,42 +1,67 @@
-"""What a model is asked for: attributes, sweeps over them, and combinations seen at top quality."""
+"""What a model is asked for and what comes back: settings of the ratings, sampling, answers. No jax."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated
 
+import pydantic.dataclasses
+from pydantic import Field
+
+from steerjax.chat.templates import Template
 from steerjax.data.conversation import Conversation
 from steerjax.errors import ConfigError, DataError
-from steerjax.schema import Schema, check_rating, round_rating
+from steerjax.schema import Schema, check_rating, parse_label, round_rating
+from steerjax.typed import STRICT
 
 # Attribute -> whole rating; None leaves the attribute out of the label line. Over the model's default ratings.
 Setting = Mapping[str, int | None]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Sampling:
+    """How tokens are drawn. Of tokens of equal probability the one with the lower id comes first."""
+
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # 0 takes the most likely token
+    top_k: Annotated[int, Field(ge=0)] = 0  # 0 is all
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the tokens that top-k left
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # the same seed and prompt give the same text
+    max_new_tokens: Annotated[int, Field(ge=1)] = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A response, without its end."""
+
+    text: str
+    finish: str  # "stop", the model ended its turn; "length", it was cut at `max_new_tokens`; a server has more words
+    tokens: int | None  # drawn, the end included; None where a server does not say
+    ids: tuple[int, ...] = ()  # those tokens; empty from a server
+
+
+def end_space(template: Template) -> str:
+    """The white space that the end of a response begins with."""
+    return template.end[: len(template.end) - len(template.end.lstrip())]
 
 
 def parse_attributes(text: str, schema: Schema) -> dict[str, int | None]:
     """`helpfulness=4,verbosity=1`; `humor=none` leaves an attribute out, `none` alone leaves out the label line.
 
     Raises:
-        ConfigError: a name outside the schema or twice, no number, or a rating out of range.
+        ConfigError: an unknown name, no number, or a rating out of range.
     """
     if text.strip() == "none":
         return dict.fromkeys(schema.names)
-    asked: dict[str, int | None] = {}
-    for entry in text.split(","):
-        name, _, value = (part.strip() for part in entry.partition("="))
-        try:
-            attribute = schema[name]
-            if name in asked:
-                raise DataError("stands twice", field=name, cure="keep one")
-            given = value != "none"
-            asked[name] = round_rating(check_rating(float(value), attribute), attribute) if given else None
-        except ValueError:
-            cure = f"NAME=NUMBER or NAME=none, e.g. {name}={attribute.labels[-1]}"
-            raise ConfigError(f"--attributes {text}: '{entry}'; cure: {cure}") from None
-        except DataError as error:
-            raise ConfigError(f"--attributes {text}: {error}") from None
-    return asked
+    entries = [[part.strip() for part in entry.split("=")] for entry in text.split(",")]
+    try:
+        given = parse_label(",".join(":".join(entry) for entry in entries if entry[-1] != "none"), schema)
+        left_out = {schema[entry[0]].name: None for entry in entries if entry[-1] == "none"}
+    except DataError as error:
+        raise ConfigError(f"--attributes {text}: {error}") from None
+    return {name: round_rating(rating, schema[name]) for name, rating in given.items()} | left_out
 
 
 def parse_sweep(text: str, schema: Schema) -> dict[str, list[int]]:
@@ -50,19 +75,14 @@ def parse_sweep(text: str, schema: Schema) -> dict[str, list[int]]:
         attribute = schema[name]
         if not equals:
             return {name: list(attribute.labels)}
-        separator = ".." if ".." in values else ","
-        ratings = [int(check_rating(int(value), attribute)) for value in values.split(separator)]
-        if separator == "..":
+        between = ".." in values
+        ratings = [int(check_rating(int(value), attribute)) for value in values.split(".." if between else ",")]
+        if between:
             first, last = ratings
-            step = 1 if first <= last else -1
-            ratings = list(range(first, last + step, step))
+            ratings = list(range(first, last + 1) or range(first, last - 1, -1))
         return {name: ratings}
-    except ValueError:
-        low, high = attribute.labels[0], attribute.labels[-1]
-        cure = f"e.g. {name}={low}..{high} or {name}={low},{high}"
-        raise ConfigError(f"--sweep {text}: not whole numbers; cure: {cure}") from None
-    except DataError as error:
-        raise ConfigError(f"--sweep {text}: {error}") from None
+    except (ValueError, DataError) as error:
+        raise ConfigError(f"--sweep {text}: {error}\n  cure: e.g. verbosity=0..4, in the attribute's range") from None
 
 
 def swept(base: Setting, sweeps: Sequence[Mapping[str, Sequence[int]]]) -> list[dict[str, int | None]]:
@@ -79,16 +99,10 @@ def label_of(setting: Setting, defaults: Mapping[str, float] | None) -> dict[str
 def top_combinations(
     conversations: Iterable[Conversation], schema: Schema, quality: str | None = None
 ) -> list[dict[str, int | None]]:
-    """The combinations of ratings that occur with the highest rating of one attribute that occurs at all.
+    """The combinations of ratings that occur with the highest rating of `quality` that occurs, sorted.
 
-    Step 4a of the SteerLM paper (arXiv 2310.05344, section 3.4). A turn's predicted ratings count, rounded as in a
-    label line; human ones where there are none.
-
-    Args:
-        quality: the attribute; None takes the first that is rated of quality, helpfulness and the schema's first.
-
-    Returns:
-        Settings of the whole schema, sorted; attributes that a combination lacks are left out (None).
+    Step 4a of the SteerLM paper (arXiv 2310.05344, section 3.4). A turn's predicted ratings count, else its human ones,
+    rounded as in a label line. Without `quality`, the first that is rated of quality, helpfulness, the schema's first.
 
     Raises:
         DataError: no turn has a rating of the attribute.
@@ -106,11 +120,11 @@ def top_combinations(
             top = [ratings for ratings in seen if ratings[place] == max(values)]
             top.sort(key=lambda ratings: [(value is not None, value or 0) for value in ratings])
             return [dict(zip(schema.names, ratings, strict=True)) for ratings in top]
-    raise DataError(f"no turn has a rating of {' or '.join(dict.fromkeys(names))}",
-                    cure="annotate the file first, or use --quality")  # fmt: skip
+    cure = "annotate the file first, or use --quality"
+    raise DataError(f"no turn has a rating of {' or '.join(dict.fromkeys(names))}", cure=cure)
 
 
 def chosen(combinations: Sequence[Setting], seed: int, name: str) -> Setting:
-    """One of the combinations, uniformly; follows from the seed and the name of the row."""
+    """One of the combinations, uniformly, drawn by the seed and the name of the row."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return combinations[int.from_bytes(digest) % len(combinations)]

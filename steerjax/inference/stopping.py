@@ -1,16 +1,12 @@
-"""Where a response ends.
+"""Where a response ends: at the template's end of turn (`<|im_end|>`, `"\\n<extra_id_1>"`) or any control string.
 
-The end of a turn is a string of the template (`<|im_end|>`, `"\\n<extra_id_1>"`). With most tokenizers it is one token,
-with others several, and those may join what stands before it. So the device looks for the token sequences that the
-end is usually written with, and the host looks for the strings, which decides.
-
-Any other control string ends a response too: what the model writes after it is no text of this turn.
+With most tokenizers that is one token, with others several, and those may join what stands before it. So the device
+looks for the token sequences that it is usually written with, and the host looks for the strings, which decides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,21 +14,11 @@ from jaxtyping import Array, Bool, Int
 
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer
-
-
-class Ending(NamedTuple):
-    """The text of a response, and whether its end was found in it."""
-
-    text: str
-    stopped: bool
+from steerjax.inference.steering import end_space
 
 
 class Stops:
-    """The ends of a response, for one tokenizer and template.
-
-    Attributes:
-        tokens: ids that are an end by themselves.
-    """
+    """The ends of a response, for one tokenizer and template. `tokens`: ids that are an end by themselves."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template):
         self._tokenizer, self._template = tokenizer, template
@@ -58,20 +44,19 @@ class Stops:
             found |= same.all(-1).any(-1)
         return found
 
-    def find(self, tokens: Sequence[int]) -> Ending:
-        """The response that these tokens spell, without its end."""
+    def find(self, tokens: Sequence[int]) -> tuple[str, bool]:
+        """The response that these tokens spell, without its end, and whether that was found."""
         tokens = list(map(int, tokens))
         stopped = bool(tokens) and tokens[-1] in self._ids
         text = self._tokenizer.decode(tokens[:-1] if stopped else tokens, continuation=True)
         places = [text.index(string) for string in self._strings if string in text]
         if places:
-            end = self._template.end  # may begin with white space
-            text, stopped = text[: min(places)].removesuffix(end[: len(end) - len(end.lstrip())]), True
-        return Ending(text.strip() if self._template.strip else text, stopped)
+            text, stopped = text[: min(places)].removesuffix(end_space(self._template)), True
+        return text.strip() if self._template.strip else text, stopped
 
-    def settled(self, ending: Ending) -> str:
+    def settled(self, text: str) -> str:
         """As much of an unfinished response as later tokens cannot change."""
-        text = ending.text.rstrip("\ufffd")  # half of a character
+        text = text.rstrip("\ufffd")  # half of a character
         for string in self._strings:
             overlap = next((n for n in range(len(string) - 1, 0, -1) if text.endswith(string[:n])), 0)
             text = text[: len(text) - overlap]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,17 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from steerjax.bundle import Bundle, open_bundle
 from steerjax.chat.templates import CHATML, EXTRA_ID
 from steerjax.chat.tokenizer import load_tokenizer
-from steerjax.inference.answers import Sampling
-from steerjax.inference.engine import Engine, Request, arrange, bucket, common_length, empty_cache, extend
+from steerjax.data.conversation import Conversation, Turn
+from steerjax.hf.description import Description
+from steerjax.inference.engine import Engine, Request, arrange, bucket, common_length, empty_cache
+from steerjax.inference.steering import Sampling
 from steerjax.models.config import LlamaConfig, RopeScaling
 from steerjax.models.llama import CausalLM, Compute
 from steerjax.parallel.mesh import MeshConfig, make_mesh
+from steerjax.schema import HELPSTEER
 
 TINY = LlamaConfig(
     vocab_size=4096, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -31,14 +36,24 @@ def tiny(**changes):
     return model, meta.unbox(model.init(jax.random.key(0), one, one, one)["params"])
 
 
-def engine(sampling, model_and_params=None, **options):
+def engine(sampling, model_and_params=None, template=EXTRA_ID, mesh=None, **options):
     model, params = model_and_params or tiny()
-    return Engine(model, params, TOKENIZER, EXTRA_ID, sampling, **options)
+    about = Description(Path(), "chat", model.config, TOKENIZER, template, HELPSTEER, None, "last", None, {})
+    bundle = Bundle(about, model, params, mesh or make_mesh(MeshConfig(), jax.devices()[:1]))
+    return Engine(bundle, HELPSTEER, sampling, **options)
+
+
+def extend(model, params, *arguments):
+    return model.apply({"params": params}, *arguments, method="extend")
 
 
 def generate(decoder, requests):
     """Answers [request][setting][sample]."""
-    return [answers for _, answers in sorted(decoder.run(requests), key=lambda item: item[0])]
+    found = dict(decoder.run(requests))
+    return [
+        [found[i][n : n + request.samples] for n in range(0, len(found[i]), request.samples)]
+        for i, request in enumerate(requests)
+    ]
 
 
 def prompts(count, seed=0, longest=32):  # their prefixes fill one bucket, so that one shape is compiled
@@ -149,8 +164,7 @@ def test_stops_at_the_end_of_turn():
 
 
 def test_stream_is_the_text_in_pieces():
-    model, params = tiny()
-    decoder = Engine(model, params, TOKENIZER, CHATML, Sampling(1.0, seed=2, max_new_tokens=20))
+    decoder = engine(Sampling(1.0, seed=2, max_new_tokens=20), template=CHATML)
     (prompt,) = prompts(1)
     *pieces, answer = decoder.stream(Request((prompt,)))
     assert answer == generate(decoder, [Request((prompt,))])[0][0][0]
@@ -174,8 +188,6 @@ def test_shapes():
     assert common_length([a]) == 4
     assert common_length([a, a[:3]]) == 2
     assert common_length([a, np.array([0, 1, 9, 3])]) == 2
-    with pytest.raises(ValueError, match="same number"):
-        arrange([Request((a,)), Request((a,), 2)], 2)
 
 
 SMOLLM2 = os.environ.get("STEERJAX_SMOLLM2", "")
@@ -189,21 +201,16 @@ def test_smollm2_greedy_equals_transformers():
     import torch
     from transformers import LlamaForCausalLM
 
-    from steerjax.bundle import open_bundle
-    from steerjax.chat.render import Renderer
-    from steerjax.data.conversation import Conversation, Turn
     from steerjax.data.formats import prompt_turns
     from steerjax.data.readers import iter_rows
-    from steerjax.schema import HELPSTEER
 
     bundle = open_bundle(SMOLLM2, template="chatml", dtype="float32")
-    about, model, params, mesh = bundle.description, bundle.module, bundle.params, bundle.mesh
-    renderer = Renderer(about.tokenizer, about.template, HELPSTEER)
+    model, params, renderer = bundle.module, bundle.params, bundle.renderer(HELPSTEER)
     texts = list(dict.fromkeys(row["prompt"] for _, row in iter_rows("embedded:helpsteer")))
     conversations = [Conversation(prompt_turns({"prompt": text})) for text in texts if len(text) < 1200]
     conversations = [*conversations[:: len(conversations) // 19][:19], Conversation((Turn("user", "Name a prime."),))]
     mixed = [renderer.render(c, generation_prompt=True).tokens for c in conversations]
-    decoder = Engine(model, params, about.tokenizer, about.template, Sampling(max_new_tokens=64), mesh)
+    decoder = Engine(bundle, HELPSTEER, Sampling(max_new_tokens=64))
     ours = [request[0][0] for request in generate(decoder, [Request((prompt,)) for prompt in mixed])]
 
     theirs = LlamaForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32, attn_implementation="eager").eval()

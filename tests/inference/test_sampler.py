@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from steerjax.errors import ConfigError
-from steerjax.inference.answers import Sampling
 from steerjax.inference.sampler import candidates, draw, nucleus, row_keys
+from steerjax.inference.steering import Sampling
 from steerjax.typed import typed
 
 pytestmark = pytest.mark.short

@@ -51,17 +51,17 @@ def test_other_ends():
     assert ends_at(stops, eos) == len(eos) - 1
     assert stops.find(eos) == ("hi\n", True)  # only the template's end takes a newline with it
     assert stops.find(ids("hi\n<extra_id_0>System", EXTRA_ID)) == ("hi", True)
-    assert stops.find(ids(" hi \n", CHATML)).text == " hi \n"
-    assert Stops(TOKENIZER, CHATML).find(ids(" hi \n", CHATML)).text == "hi"
+    assert stops.find(ids(" hi \n", CHATML))[0] == " hi \n"
+    assert Stops(TOKENIZER, CHATML).find(ids(" hi \n", CHATML))[0] == "hi"
 
 
 @TEMPLATES
 def test_what_is_shown_stays(template):
     stops = Stops(TOKENIZER, template)
     tokens = ids("A 😀 b <\nc <|x|> <extra\n\nd" + template.end, template)
-    final, shown = stops.find(tokens).text, ""
+    final, shown = stops.find(tokens)[0], ""
     for count in range(len(tokens)):
-        ready = stops.settled(stops.find(tokens[:count]))
+        ready = stops.settled(stops.find(tokens[:count])[0])
         assert final.startswith(ready)
         shown = max(shown, ready, key=len)
     assert len(shown) > 10
