@@ -4,8 +4,6 @@ Turns raw data into the conversation format, one JSON object a line, and prints 
 each SOURCE reads: docs/formats.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import json

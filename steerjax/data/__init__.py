@@ -1,1 +1,1 @@
-"""Rows of any source -> conversations; prompt groups -> packed batches. Knows nothing of tokens or models."""
+"""Rows of any source -> conversations; examples -> trees -> packed batches. Knows nothing of models."""

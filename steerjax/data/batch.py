@@ -1,7 +1,5 @@
 """The batch at step s as a pure function of (data, seed, s), and how it gets to the devices."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math
@@ -17,36 +15,23 @@ from steerjax.data.trees import Tree
 
 
 class Batch(NamedTuple):
-    """Packed rows as arrays: B rows, T tokens; a step's have [M, B/M] in front in place of B.
+    """Packed rows as arrays: B rows, T tokens; a step's have [M, B/M] in front in place of B."""
 
-    Attributes:
-        tokens: int32 [B, T], 0 in the padding.
-        positions: int32 [B, T], of each token in its own text, from 0.
-        until: int32 [B, T], the first place in the row where a token is no longer seen.
-        targets: of each objective what it has put there (`Objective.arrays`), by its name.
-        states: float32 [B, T, D], outputs of the frozen layers where they are kept, else None.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    until: np.ndarray
-    targets: Mapping[str, Mapping[str, np.ndarray]]
-    states: np.ndarray | None = None
+    tokens: np.ndarray  # int32 [B, T], 0 in the padding
+    positions: np.ndarray  # int32 [B, T], of each token in its own text, from 0
+    until: np.ndarray  # int32 [B, T], the first place in the row where a token is no longer seen
+    targets: Mapping[str, Mapping[str, np.ndarray]]  # what each objective has put there (`Objective.arrays`)
+    states: np.ndarray | None = None  # float32 [B, T, D], outputs of the frozen layers where they are kept
 
 
 @dataclass(frozen=True, eq=False)
 class RowBuilder:
-    """Rows of trees as arrays.
-
-    Attributes:
-        arrays: of each objective: a row's layout -> its arrays.
-        states: (tree, node) -> float32 [size, D], where the frozen layers' outputs are kept; `width` is its D.
-    """
+    """Rows of trees as arrays."""
 
     trees: Sequence[Tree]
     row_length: int
-    arrays: Mapping[str, Callable[[Layout], Mapping[str, np.ndarray]]]
-    states: Callable[[int, int], np.ndarray] | None = None
+    arrays: Mapping[str, Callable[[Layout], Mapping[str, np.ndarray]]]  # of each objective
+    states: Callable[[int, int], np.ndarray] | None = None  # (tree, node) -> [size, D], as `FrozenStates`
 
     def layout(self, row: Row) -> Layout:
         return lay_out(self.trees, row, self.row_length, tuple(self.arrays))
@@ -65,15 +50,10 @@ class RowBuilder:
 
 @dataclass(frozen=True, eq=False)
 class Feeder:
-    """Puts packed rows on the mesh. Each process builds only the rows that its devices hold.
-
-    Attributes:
-        spec: logical axes -> the sharding of an array that has them (`parallel.rules`).
-        micro_batches: M.
-    """
+    """Puts packed rows on the mesh. Each process builds only the rows that its devices hold."""
 
     build: RowBuilder
-    spec: Callable[[tuple[str | None, ...]], object]
+    spec: Callable[[tuple[str | None, ...]], object]  # logical axes -> a sharding (`parallel.rules`)
     micro_batches: int = 1
 
     @functools.cached_property

@@ -1,7 +1,5 @@
 """The checks that all formats share. A DataError names the field and the cure."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager

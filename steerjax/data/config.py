@@ -1,7 +1,5 @@
 """The config groups `data` and `batch`."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
@@ -57,19 +55,12 @@ class DataConfig:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class BatchConfig:
-    """Packed rows.
+    """Packed rows."""
 
-    Attributes:
-        rows: a step, over all devices.
-        row_length: tokens a row.
-        micro_batches: parts a step is computed in, one after the other; the result is the same, the memory less.
-        evaluation_rows: a step of evaluation; 0 is rows / micro_batches.
-    """
-
-    rows: Annotated[int, Field(ge=1)] = 8
-    row_length: Annotated[int, Field(ge=1)] = 2560
-    micro_batches: Annotated[int, Field(ge=1)] = 1
-    evaluation_rows: Annotated[int, Field(ge=0)] = 0
+    rows: Annotated[int, Field(ge=1)] = 8  # a step, over all devices
+    row_length: Annotated[int, Field(ge=1)] = 2560  # tokens
+    micro_batches: Annotated[int, Field(ge=1)] = 1  # a step is computed in, one after the other; same result
+    evaluation_rows: Annotated[int, Field(ge=0)] = 0  # a step of evaluation; 0 is rows / micro_batches
 
     def __post_init__(self):
         if self.rows % self.micro_batches:

@@ -1,7 +1,5 @@
 """The conversation: what every reader produces and every later stage consumes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,38 +8,24 @@ ROLES = ("user", "assistant")
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said.
+    """What one side said."""
 
-    Attributes:
-        role: "user" or "assistant".
-        ratings: human ratings by attribute name; a missing name is a missing rating.
-        predicted_ratings: a model's ratings. Never mixed with human ones.
-        id: the message's own name, where the data has one: threads of one tree that share it share this turn.
-    """
-
-    role: str
+    role: str  # "user" or "assistant"
     content: str
-    ratings: Mapping[str, float] | None = None
-    predicted_ratings: Mapping[str, float] | None = None
-    id: str = ""
+    ratings: Mapping[str, float] | None = None  # of people, by attribute name; a missing name is a missing rating
+    predicted_ratings: Mapping[str, float] | None = None  # a model's; never mixed with human ones
+    id: str = ""  # the message's own name, where the data has one: threads of one tree that share it share this turn
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order, with where they came from.
+    """Turns in order, with where they came from."""
 
-    Attributes:
-        turns: at least one; roles alternate, from either side.
-        system: the system text; None means the template's default, "" an empty one.
-        id: the row's own name, or "FILE:LINE".
-        file, line: the place in the source, for error messages; line counts from 1.
-    """
-
-    turns: tuple[Turn, ...]
-    system: str | None = None
-    id: str = ""
+    turns: tuple[Turn, ...]  # at least one; roles alternate, from either side
+    system: str | None = None  # None means the template's default, "" an empty one
+    id: str = ""  # the row's own name, or "FILE:LINE"
     file: str = ""
-    line: int = 0
+    line: int = 0  # from 1
 
     def content(self) -> list:
         """What a duplicate has in common with it: system, roles, contents and human ratings."""

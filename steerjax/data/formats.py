@@ -3,8 +3,6 @@
 The formats: docs/formats.md; NeMo-Aligner `examples/nlp/data/steerlm/`.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re
@@ -21,7 +19,7 @@ from steerjax.data.checks import (
     name_of,
     text_of,
     value_of,
-)  # fmt: skip
+)
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import STEERLM, Schema, check_rating, parse_label
@@ -62,9 +60,8 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
     if not turns:
         raise DataError("no turn beside a system text", field=key, cure="write at least one turn, or remove the row")
     if rated and key == "prompt" and not row.keys() & set(schema.names):
-        cure = "name the columns that are rated in data.attributes, or take the preset that has them (data.schema)"
-        message = f"no attribute of the schema is there: {', '.join(schema.names)}"
-        raise DataError(message, field=schema.names[0], cure=cure)
+        cure = "name the rated columns in data.attributes, or take the preset that has them (data.schema)"
+        raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", field=schema.names[0], cure=cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
     return Conversation(tuple(turns), system, name_of(row))
@@ -82,16 +79,9 @@ def _detect_format(row: Row) -> str:
     return names[0]
 
 
-def _helpsteer(row: Row, schema: Schema) -> list[Turn]:
-    return [Turn("user", text_of(row, "prompt")), _response(row, schema)]
-
-
-def _helpsteer2(row: Row, schema: Schema) -> list[Turn]:
-    return [*prompt_turns(row), _response(row, schema)]
-
-
-def _response(row: Row, schema: Schema) -> Turn:
-    return Turn("assistant", text_of(row, "response"), _columns(row, schema))
+def _helpsteer(row: Row, schema: Schema, split: bool = False) -> list[Turn]:
+    prompt = prompt_turns(row) if split else (Turn("user", text_of(row, "prompt")),)
+    return [*prompt, Turn("assistant", text_of(row, "response"), _columns(row, schema))]
 
 
 def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
@@ -103,7 +93,7 @@ def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
     return checked_ratings(columns, schema)
 
 
-def prompt_turns(row: Row, key: str = "prompt") -> list[Turn]:
+def prompt_turns(row: Row, key: str = "prompt") -> tuple[Turn, ...]:
     """HelpSteer2's `{user}\\n<extra_id_1>Assistant\\n{assistant}\\n<extra_id_1>User\\n{user}` as turns.
 
     A text whose markers do not alternate up to a user turn stays whole.
@@ -112,7 +102,7 @@ def prompt_turns(row: Row, key: str = "prompt") -> list[Turn]:
     pieces = _PROMPT_MARKER.split(text)
     if pieces[1::2] != ["Assistant", "User"] * (len(pieces) // 4):
         pieces = [text]
-    return [Turn(ROLES[i % 2], text_of({key: content}, key)) for i, content in enumerate(pieces[::2])]
+    return tuple(Turn(ROLES[i % 2], text_of({key: content}, key)) for i, content in enumerate(pieces[::2]))
 
 
 def _regression(row: Row, schema: Schema) -> list[Turn]:
@@ -174,7 +164,7 @@ def _dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = 
             content = _content(entry, content_key)
             if role != "system":
                 text_of({content_key: content}, content_key)
-            ratings = _label(entry, schema) or _ratings(entry, "ratings", schema)
+            ratings = _ratings(entry, "label", schema) or _ratings(entry, "ratings", schema)
             predicted = _ratings(entry, "predicted_ratings", _finite(schema))
             turns.append(Turn(role, content, ratings, predicted, name_of(entry) if own else ""))
     return turns
@@ -193,18 +183,14 @@ def _content(entry: Row, key: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def _label(entry: Row, schema: Schema) -> dict[str, float]:
-    """The reference's `helpfulness:4,correctness:3`."""
-    label = value_of(entry, "label", str, "")
-    with inside("label."):
-        check_names([pair.partition(":")[0].strip() for pair in label.split(",") if ":" in pair], schema)
-        return parse_label(label, schema)
-
-
 def _ratings(entry: Row, key: str, schema: Schema) -> dict[str, float] | None:
-    ratings = value_of(entry, key, dict, {})
+    """Ratings by name; a `label` is the reference's `helpfulness:4,correctness:3`."""
+    given = value_of(entry, key, str if key == "label" else dict, None)
     with inside(f"{key}."):
-        return checked_ratings(ratings, schema)
+        if isinstance(given, str):
+            check_names([pair.partition(":")[0].strip() for pair in given.split(",") if ":" in pair], schema)
+            return parse_label(given, schema)
+        return checked_ratings(given or {}, schema)
 
 
 @functools.cache
@@ -226,7 +212,7 @@ def _alpaca(row: Row, schema: Schema) -> list[Turn]:
 
 FORMATS = {  # name -> (the key that tells it, row -> turns)
     "helpsteer": ("prompt", _helpsteer),
-    "helpsteer2": ("prompt", _helpsteer2),
+    "helpsteer2": ("prompt", functools.partial(_helpsteer, split=True)),
     "regression": ("text", _regression),
     "reference": ("conversations", _reference),
     "conversation": ("turns", functools.partial(_dialogue, key="turns")),

@@ -1,7 +1,5 @@
 """Sources -> a list of conversations, with what was skipped; splits by prompt."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,8 +39,7 @@ def load_conversations(
 ) -> Loaded:  # fmt: skip
     """All conversations of the sources; the options are `DataConfig`'s.
 
-    A duplicate has the same system, roles, contents and ratings as an earlier row. The same response with other
-    ratings is rater noise, and no duplicate.
+    A duplicate equals an earlier row in system, roles, contents and ratings; with other ratings it is rater noise.
 
     Raises:
         DataError: a bad row, a duplicate, a source without a usable row. ConfigError: an unknown format.
@@ -93,17 +90,13 @@ def usable_rows(
 
 
 def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:
-    """Writes file, line and reason of each skipped row, one JSON object a line."""
+    """One JSON object a line."""
     lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
     Path(path).write_bytes(lines.encode("utf-8", "backslashreplace"))  # half a surrogate pair as JSON's own escape
 
 
 def file_hashes(sources: Sequence[str]) -> dict[str, str]:
-    """SHA-256 (hex) of each source's bytes as stored; of a hub source the fingerprint that `datasets` gives it.
-
-    Raises:
-        DataError: no such file or dataset.
-    """
+    """SHA-256 (hex) of each source's bytes as stored; of a hub source the fingerprint that `datasets` gives it."""
     paths = {source: source_path(source) for source in sources}
     return {
         source: hashlib.sha256(path.read_bytes()).hexdigest() if path else hub_dataset(source)._fingerprint
@@ -111,14 +104,8 @@ def file_hashes(sources: Sequence[str]) -> dict[str, str]:
     }
 
 
-# Splits
-
-
 def prompt_key(conversation: Conversation) -> str:
-    """Names the prompt: equal for equal first user turns, whatever their case, white space and system text.
-
-    Neither later turns count nor an assistant's opening, so all branches of a thread have one key. 32 hex digits.
-    """
+    """Names the prompt: the first user turn, whatever its case and white space, so a tree's threads have one key."""
     turns = conversation.turns
     prompt = next((turn for turn in turns if turn.role == "user"), turns[0])
     return _digest([" ".join(prompt.content.casefold().split())])
@@ -127,8 +114,8 @@ def prompt_key(conversation: Conversation) -> str:
 def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed: int) -> Split:
     """(train, validation), where validation has `round(fraction * prompts)` prompts, at least one.
 
-    The choice follows from the prompts and the seed, not from the order of rows; in each part rows keep their order.
-    Where all rows have one prompt, rows take the prompts' place; `shared_prompts` of the parts is 1 then, else 0.
+    The choice follows from the prompts and the seed, not from the order of rows, which each part keeps. Where all rows
+    have one prompt, rows take the prompts' place; `shared_prompts` of the parts is 1 then, else 0.
 
     Raises:
         ConfigError: fraction outside (0, 1). DataError: a part would be empty.
@@ -139,9 +126,7 @@ def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed
 
 
 def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int, seed: int) -> Split:
-    """(train, validation) of fold `fold` (from 0) of `folds`; each prompt is in the validation part of exactly one.
-
-    Where all rows have one prompt, as `split_by_prompt`.
+    """(train, validation) of fold `fold` (from 0) of `folds`; each prompt is held out in exactly one.
 
     Raises:
         ConfigError: fold or folds out of range. DataError: fewer prompts than folds.

@@ -3,8 +3,6 @@
 Rules: NeMo-Aligner `examples/nlp/data/steerlm/preprocess_openassistant_data.py`.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -25,14 +23,12 @@ def read_threads(
 
     A turn has its ratings and its message's id in each of its threads. Labels are scaled to the schema's range and
     rounded half to even. Only quality, toxicity, humor and creativity are taken: OASST's `helpfulness` is another scale
-    than HelpSteer's. Threads of one message are dropped.
+    than HelpSteer's. Threads of one message, deleted messages and other languages than `lang` are dropped, with the
+    replies to them, and counted in `dropped` by reason.
 
     Args:
         source: trees (`{"prompt": {..., "replies": [...]}}` or the root message itself), or messages one by one
             (`message_id`, `parent_id`), as the hub has them.
-        lang: keep only messages in this language, e.g. "en"; the replies to others go with them.
-        keep_deleted: keep deleted messages; else they and their replies are left out.
-        dropped: counts the messages and threads that are left out, by reason.
 
     Raises:
         DataError: the source cannot be read at all, or no thread is left. ConfigError: the schema has none of the four.

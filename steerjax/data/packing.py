@@ -2,11 +2,8 @@
 
 A row is a sequence of trees, each laid out depth first, so that all that a token is seen by stands right behind it:
 `until[j]` is the first place in the row where token j is no longer seen. A tree too large for a row is cut between
-units, and the path from the root is written again. The plan of an epoch is a pure function of (trees, row length, seed,
-epoch).
+units, and the path from the root is written again.
 """
-
-from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
@@ -22,26 +19,19 @@ _OPEN = 16  # rows that a large tree's units are offered to
 
 
 class Part(NamedTuple):
-    """What of a tree stands together in a row.
-
-    Attributes:
-        tree: number of the tree.
-        examples: numbers of its examples, in the order in which their branches are written.
-        length: tokens.
-        pairs: (query, key) pairs that the mask allows; what attention costs.
-    """
+    """What of a tree (its number) stands together in a row."""
 
     tree: int
-    examples: tuple[int, ...]
-    length: int
-    pairs: int
+    examples: tuple[int, ...]  # their numbers, in the order in which their branches are written
+    length: int  # tokens
+    pairs: int  # (query, key) pairs that the mask allows; what attention costs
 
 
 Row = tuple[Part, ...]
 
 
 def check_fits(tokens: int, row_length: int) -> None:
-    """Raises DataError when an example is too long for a row of its own. Nothing is ever cut."""
+    """Raises DataError where an example is too long for a row of its own: nothing is ever cut."""
     if tokens > row_length:
         cure = "raise config.batch.row_length, or set config.data.on_bad_row='skip' to leave such rows out"
         raise DataError(f"{tokens} tokens do not fit a row of {row_length}", cure=cure)
@@ -111,17 +101,13 @@ def fill(parts: Sequence[Part], row_length: int, random: np.random.Generator | N
 
 
 def pack(trees: Sequence[Tree], row_length: int, random: np.random.Generator | None = None) -> list[Row]:
-    """Every example of the trees once, in rows of at most `row_length` tokens.
-
-    Raises:
-        DataError: a unit that no row can hold.
-    """
+    """Every example of the trees once, in rows of at most `row_length` tokens. Raises DataError as `parts_of`."""
     parts = [part for number, tree in enumerate(trees) for part in parts_of(number, tree, row_length, random)]
     return fill(parts, row_length, random)
 
 
 def epoch_rows(trees: Sequence[Tree], row_length: int, seed: int, epoch: int) -> list[Row]:
-    """The rows of an epoch in the order in which they are trained."""
+    """The rows of an epoch in the order in which they are trained; a pure function of the arguments."""
     random = np.random.default_rng((seed, epoch))
     rows = pack(trees, row_length, random)
     return [rows[i] for i in random.permutation(len(rows))]
@@ -133,25 +119,15 @@ def unshared_rows(trees: Sequence[Tree]) -> list[Row]:
 
 
 class Layout(NamedTuple):
-    """A row as arrays of T tokens.
+    """A row as arrays of T tokens."""
 
-    Attributes:
-        tokens: int32 [T], 0 in the padding.
-        positions: int32 [T], of each token in its own text, from 0.
-        until: int32 [T]; a token of the padding sees itself.
-        targets: by objective, int32 [T], -1 where nothing is learnt.
-        weights: by objective, float32 [T].
-        ends: each example and the place of its last token.
-        nodes: (tree, node, place) of each piece that is written.
-    """
-
-    tokens: np.ndarray
-    positions: np.ndarray
-    until: np.ndarray
-    targets: dict[str, np.ndarray]
-    weights: dict[str, np.ndarray]
-    ends: list[tuple[Example, int]]
-    nodes: list[tuple[int, int, int]]
+    tokens: np.ndarray  # int32 [T], 0 in the padding
+    positions: np.ndarray  # int32 [T], of each token in its own text, from 0
+    until: np.ndarray  # int32 [T]; a token of the padding sees itself
+    targets: dict[str, np.ndarray]  # by objective, int32 [T], -1 where nothing is learnt
+    weights: dict[str, np.ndarray]  # by objective, float32 [T]
+    ends: list[tuple[Example, int]]  # each example and the place of its last token
+    nodes: list[tuple[int, int, int]]  # (tree, node, place) of each piece that is written
 
 
 def lay_out(trees: Sequence[Tree], row: Row, row_length: int, objectives: Sequence[str]) -> Layout:

@@ -1,10 +1,7 @@
-"""Rows of any source -> `Conversation`s.
+"""Rows of any source (a file, `embedded:NAME`, `hub:ID[:SPLIT]`) -> `Conversation`s.
 
-A source is a file, `embedded:NAME` or `hub:ID[:SPLIT]`. A row that cannot be used is handed on as a `DataError` in its
-place, so that the caller may skip it; a file that cannot be read as a whole raises.
+A row that cannot be used is handed on as a `DataError` in its place; a file that cannot be read as a whole raises.
 """
-
-from __future__ import annotations
 
 import codecs
 import csv
@@ -19,7 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from steerjax.data.checks import Row
-from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
 from steerjax.errors import DataError
 from steerjax.schema import Schema
@@ -31,9 +27,7 @@ _SAMPLES = Path(__file__).with_name("samples")
 _TEXT_COLUMNS = ("id", "prompt", "response", "system", "instruction", "input", "output")
 
 
-def read_conversations(
-    source: str, schema: Schema, format: str = "auto"
-) -> Iterator[tuple[int, Conversation | DataError]]:
+def read_conversations(source: str, schema: Schema, format: str = "auto") -> Iterator[tuple[int, Any]]:
     """(line, conversation) of a source; a row that cannot be used is a DataError with its file and line.
 
     Raises:
@@ -57,7 +51,7 @@ def source_format(source: str, format: str) -> str:
 
 
 def iter_rows(source: str) -> Rows:
-    """(line, row) of a source; a row that does not parse is a DataError in the row's place.
+    """(line, row) of a source; a row that does not parse is a DataError in its place.
 
     Lines count from 1: a physical line of .jsonl, .csv and .tsv (a record's first one), the row elsewhere. Dates of a
     table are text in the row; bytes and NaN stay what they are.
@@ -76,11 +70,7 @@ def iter_rows(source: str) -> Rows:
 
 
 def source_path(source: str) -> Path | None:
-    """The file behind a source; None for a hub id.
-
-    Raises:
-        DataError: there is no such file or embedded sample.
-    """
+    """The file behind a source; None for a hub id. Raises DataError: there is none."""
     if source.startswith("hub:"):
         return None
     if source.startswith("embedded:"):
@@ -95,18 +85,14 @@ def source_path(source: str) -> Path | None:
 
 
 def hub_dataset(source: str):
-    """The `datasets.Dataset` of `hub:OWNER/NAME[/FOLDER][:SPLIT]` (split `train` if none is named).
-
-    Raises:
-        DataError: it cannot be loaded.
-    """
+    """The `datasets.Dataset` of `hub:OWNER/NAME[/FOLDER][:SPLIT]` (else split `train`). Raises DataError: it cannot."""
     import datasets
 
     name, _, split = source.removeprefix("hub:").partition(":")
-    owner, name, *folder = name.split("/", 2) if "/" in name else ("", name)
-    options = {"data_dir": folder[0]} if folder else {}
+    parts = name.split("/")
+    folder = {"data_dir": "/".join(parts[2:])} if parts[2:] else {}
     try:
-        return datasets.load_dataset(f"{owner}/{name}".lstrip("/"), split=split or "train", **options)
+        return datasets.load_dataset("/".join(parts[:2]), split=split or "train", **folder)
     except Exception as error:  # network, unknown id, unknown split, broken files: each its own type
         cure = "check the id, the split and the network, or download the file and name its path"
         raise DataError(f"cannot load from the hub: {error}", file=source, cure=cure) from error
@@ -118,8 +104,10 @@ def _file_rows(path: Path, extension: str, source: str) -> Rows:
             if file.peek(2)[:2] == b"\x1f\x8b":  # gzip's, whatever the name says
                 file = gzip.GzipFile(fileobj=file)
             if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # Excel's "Unicode text"
-                file = io.BytesIO(file.read().decode("utf-16").encode("utf-8"))
+                file = io.BufferedReader(io.BytesIO(file.read().decode("utf-16").encode("utf-8")))
             for line, row in _FILE_READERS[extension](file):
+                if not isinstance(row, dict | DataError):
+                    row = DataError(f"expected an object, got {type(row).__name__}", cure="write a row as {...}")
                 yield line, row.at(source, line) if isinstance(row, DataError) else row
     except DataError as error:
         raise error.at(source, error.line) from error
@@ -137,7 +125,8 @@ def _decode(raw: bytes) -> str:
         raise DataError(f"not UTF-8: byte 0x{raw[error.start]:02x}", line=line, cure=cure) from None
 
 
-def _parse(raw: bytes, cure: str) -> Any:
+def _parse(raw: bytes) -> Any:
+    cure = "write a list of objects, or one whole object a line"
     try:
         return json.loads(_decode(raw), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -156,33 +145,22 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> Row:
     return row
 
 
-def _checked_row(value: Any) -> Row | DataError:
-    if isinstance(value, dict):
-        return value
-    return DataError(f"expected an object, got {type(value).__name__}", cure='write a row as {"prompt": ..., ...}')
-
-
-def _jsonl_rows(file: IO[bytes]) -> Rows:
+def _json_rows(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    """A list of objects, or one object a line, of which a broken one does not end the file."""
+    if file.peek(16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        yield from enumerate(_parse(file.read()), start=1)
+        return
     for line, raw in enumerate(file, start=1):
         if raw.strip():
             try:
-                yield line, _checked_row(_parse(raw, "write one object a line; a list belongs in a .json file"))
+                yield line, _parse(raw)
             except DataError as error:
                 yield line, error
 
 
-def _json_rows(file: IO[bytes]) -> Rows:
-    rows = _parse(file.read(), "write a list of objects; one object a line belongs in a .jsonl file")
-    if not isinstance(rows, list):
-        raise DataError("expected a list of objects", line=1, cure="write [{...}, {...}], or use a .jsonl file")
-    yield from enumerate(map(_checked_row, rows), start=1)
-
-
 def _csv_rows(file: IO[bytes]) -> Rows:
-    """Strictly: after a record that is broken nothing says where the next begins, so the file is refused.
-
-    (pandas' and pyarrow's readers join the rows from a quote that is left open to the next one.)
-    """
+    """Strictly: after a broken record nothing says where the next begins, so the file is refused. (pandas' and
+    pyarrow's readers join the rows from a quote that is left open to the next one.)"""
     text = _decode(file.read())
     separator = max(",\t;", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -196,7 +174,7 @@ def _csv_rows(file: IO[bytes]) -> Rows:
                 rows.append((line, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}))
             header, line = header or list(_object((name, None) for name in cells)), reader.line_num + 1
     except csv.Error as error:
-        cure = "quote cells with separators or line breaks, double the quotes in them, and close each quote before it"
+        cure = "quote cells with separators or line breaks, double quotes in them, and close each quote before it"
         raise DataError(f"broken CSV: {error}", line=line, cure=cure) from None
     finally:
         csv.field_size_limit(limit)
@@ -216,11 +194,12 @@ def _table_rows(file: IO[bytes]) -> Rows:
     import pyarrow.ipc
     import pyarrow.parquet
 
-    raw = pyarrow.py_buffer(file.read())
-    formats = {b"PAR1": pyarrow.parquet.ParquetFile, b"ARRO": pyarrow.ipc.open_file}
+    raw = file.read()
     try:
-        opened = formats.get(raw[:4].to_pybytes(), pyarrow.ipc.open_stream)(pyarrow.BufferReader(raw))
-        table = opened.read() if isinstance(opened, pyarrow.parquet.ParquetFile) else opened.read_all()
+        if raw.startswith(b"PAR1"):
+            table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
+        else:
+            table = (pyarrow.ipc.open_file if raw.startswith(b"ARROW1") else pyarrow.ipc.open_stream)(raw).read_all()
         _object((name, None) for name in table.column_names)
         batches = table.to_batches(max_chunksize=1024)
         yield from enumerate((_plain(row) for batch in batches for row in batch.to_pylist()), start=1)
@@ -240,7 +219,7 @@ def _plain(value: Any) -> Any:
 
 
 _FILE_READERS = {
-    ".jsonl": _jsonl_rows,
+    ".jsonl": _json_rows,
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".tsv": _csv_rows,

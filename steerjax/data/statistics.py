@@ -3,8 +3,6 @@
 As in Table 2 of HelpSteer, arXiv 2311.09528.
 """
 
-from __future__ import annotations
-
 from array import array
 
 import numpy as np
@@ -64,18 +62,17 @@ def _summary(column: np.ndarray, reference: np.ndarray | None) -> dict:
 
 def format_statistics(statistics: dict) -> str:
     """The result of `to_json` as plain text: the counts on a line each, then the table of values."""
-    counts = {name.replace("_", " "): v for name, v in statistics.items() if name not in ("values", "reference")}
-    width = max(map(len, counts))
     lines = []
-    for name, value in counts.items():
+    for name, value in statistics.items():
         if isinstance(value, dict):
             value = ", ".join(f"{key}: {count}" for key, count in value.items()) or "none"
-        lines.append(f"{name:{width}}  {value}")
+        if name not in ("values", "reference"):
+            lines.append(f"{name.replace('_', ' '):15}  {value}")
     title = f"r with {statistics['reference']}" if statistics["reference"] else ""
     width = max(map(len, ("", *statistics["values"])))
-    lines += ["", f"{'':{width}}  {'count':>7}  {'mean':>10}  {'std':>10}  {title}".rstrip()]
+    lines += ["", f"{'':{width}}  {'count':>7}  {'mean':>10}  {'std':>10}  {title}"]
     for name, value in statistics["values"].items():
-        pearson = "-" if value["pearson"] is None else f"{value['pearson']:.4f}"
+        r = "-" if value["pearson"] is None else f"{value['pearson']:.4f}"
         row = f"{name:{width}}  {value['count']:7}  {value['mean']:10.4f}  {value['std']:10.4f}"
-        lines.append(f"{row}  {pearson:>{len(title)}}" if title else row)
-    return "\n".join(lines)
+        lines.append(f"{row}  {r:>{len(title)}}" if title else row)
+    return "\n".join(map(str.rstrip, lines))

@@ -16,27 +16,16 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What one row would hold.
-
-    Attributes:
-        objective: whose it is.
-        number: of the example in the objective's data, from 0.
-        tokens: int32 [P].
-        root: how many first tokens an example must share to stand in one tree with this one.
-        places: int32 [n], ascending: where something is learnt.
-        targets: int32 [n], what; an objective knows what its numbers mean.
-        weights: float32 [n]; those of places that examples share add up.
-        unit: examples of one unit stay in one row. None is a unit of its own.
-    """
+    """What one row would hold."""
 
     objective: str
-    number: int
-    tokens: np.ndarray
-    root: int
-    places: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    unit: Hashable = None
+    number: int  # in the objective's data, from 0
+    tokens: np.ndarray  # int32 [P]
+    root: int  # how many first tokens an example must share to stand in one tree with this one
+    places: np.ndarray  # int32 [n], ascending: where something is learnt
+    targets: np.ndarray  # int32 [n], what; an objective knows what its numbers mean
+    weights: np.ndarray  # float32 [n]; those of places that examples share add up
+    unit: Hashable = None  # examples of one unit stay in one row; None is a unit of its own
 
     def between(self, start: int, stop: int) -> slice:
         """The part of `places` that lies in [start, stop)."""
@@ -45,21 +34,13 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """Examples that share their beginnings.
-
-    Attributes:
-        examples: in the order of the data.
-        pieces: tokens of each node, int32; a parent stands before its children.
-        parents: number of each node's parent; -1 for a first one.
-        paths: of each example, its nodes from the first one on; it ends where the last one ends.
-        units: numbers of examples that stay together.
-    """
+    """Examples that share their beginnings, in the order of the data."""
 
     examples: tuple[Example, ...]
-    pieces: tuple[np.ndarray, ...]
-    parents: tuple[int, ...]
-    paths: tuple[tuple[int, ...], ...]
-    units: tuple[tuple[int, ...], ...]
+    pieces: tuple[np.ndarray, ...]  # tokens of each node, int32; a parent stands before its children
+    parents: tuple[int, ...]  # number of each node's parent; -1 for a first one
+    paths: tuple[tuple[int, ...], ...]  # of each example, its nodes from the first on; it ends where the last ends
+    units: tuple[tuple[int, ...], ...]  # numbers of examples that stay together
 
     @property
     def length(self) -> int:

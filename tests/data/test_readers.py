@@ -96,6 +96,12 @@ def test_byte_order_mark_is_tolerated(tmp_path, extension, encode, encoding):
     assert [conversation.turns for conversation in converted(path)] == TURNS
 
 
+def test_lists_and_lines_are_told_by_the_first_character(tmp_path):
+    for name, content in (("rows.json", as_jsonl(ROWS)), ("rows.jsonl", b" \n" + as_json(ROWS))):
+        (tmp_path / name).write_bytes(content)
+        assert [conversation.turns for conversation in converted(tmp_path / name)] == TURNS
+
+
 def test_blank_lines_count_and_crlf_is_no_content(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\r\n" + as_jsonl(ROWS[:1]).replace(b"\n", b"\r\n") + b"  \n" + as_jsonl(ROWS[1:]).rstrip())
@@ -510,7 +516,7 @@ def test_conversations_in_parquet(tmp_path):
 def test_documented_example(example):
     row = json.loads(example)
     if row.keys() == {"prompt"}:  # to answer
-        assert prompt_turns(row) == [Turn("user", "Name a prime.")]
+        assert prompt_turns(row) == (Turn("user", "Name a prime."),)
         return
     answer = conversation_from_row(row, HELPSTEER).turns[-1]
     rated = {"helpfulness": 4.0, "verbosity": 2.0}
