@@ -1,7 +1,5 @@
 """How a conversation becomes tokens, as an experiment says it."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
@@ -18,9 +16,7 @@ class ChatConfig:
     """The group `config.chat`.
 
     Attributes:
-        tokenizer: `embedded`, a SentencePiece .model, a tokenizer.json, or a folder with one of them; `auto` is the
-            model source's own, and the embedded one for a random model.
-        template: extra_id, chatml, llama3 or llama2.
+        tokenizer: as `load_tokenizer`; `auto` is the model source's own, and the embedded one for a random model.
         system_prompt: for conversations without one; "default" is the template's own.
     """
 

@@ -1,15 +1,10 @@
 """The one renderer: conversation (with ratings) -> text -> token ids and what each token is.
 
 Tokens are made segment by segment. A segment ends after the header of an assistant turn, after its label line, and
-after the end of the response, so a prompt's tokens never depend on the response, and a generation starts from the
-very tokens that training saw. Within a segment the text is encoded in one go; a response is encoded with its end.
-
-Tokenising the whole text at once gives the same tokens, except where a tokenizer joins characters across a boundary:
-
-* `extra_id`, whose texts are not stripped: a response that begins with whitespace, joined to the header's newline.
-* `llama2`: an empty response, whose two spaces may be joined.
-* a template whose control strings are ordinary text to the tokenizer: the last `>` after a response, joined to what
-  follows (Llama 3 may join it to a letter or a newline, Llama 2 to a `<`).
+after the end of the response, so a prompt's tokens never depend on the response, and a generation starts from the very
+tokens that training saw. The whole text in one go has the same tokens, except where a tokenizer joins characters across
+a boundary: whitespace at the start of a response of `extra_id`, which is not stripped, to the header's newline; the two
+spaces of an empty response of `llama2`; and the last `>` of a control string that is ordinary text to the tokenizer.
 
 A person's or a model's text never becomes a control token, whatever it spells (design, decision 11): where the
 tokenizer can be told, its tokens are those of ordinary text (`HIDE`); where not, U+2060 breaks the control string.
@@ -75,7 +70,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Segment:
-    """Text that is encoded in one go; `end` and `turn` belong to responses, `asks` says that a user speaks in it."""
+    """Text that is encoded in one go, with its end where it is a response; `asks`: a user speaks in it."""
 
     role: TokenRole
     text: str
@@ -90,8 +85,7 @@ class Renderer:
 
     Attributes:
         schema: names and order of the attributes in label lines.
-        system_prompt: the system text of conversations that have none (`system` is None); None means the template's
-            default. An empty text ("") is written as an empty system part.
+        system_prompt: of conversations whose `system` is None; None means the template's default, "" an empty part.
     """
 
     tokenizer: Tokenizer
@@ -110,14 +104,13 @@ class Renderer:
         """The whole conversation.
 
         Args:
-            labels: the ratings to write before the response of each turn, one entry a turn; None or an empty mapping
-                writes no label line.
+            labels: one for each turn: the ratings to write before a response; None or an empty mapping writes none.
             generation_prompt: append the header of an assistant turn.
             generation_label: ratings of the turn that is to be generated.
 
         Raises:
             DataError: half a surrogate in a text, an unknown role, turns that the template cannot write in this order,
-                a label of a user turn or with an unknown attribute.
+                a label with an unknown attribute.
         """
         if generation_label is not None and not generation_prompt:
             raise ValueError("generation_label needs generation_prompt=True")
@@ -135,8 +128,7 @@ class Renderer:
         """
         turns = conversation.turns
         if not 0 <= turn_index < len(turns) or turns[turn_index].role != "assistant":
-            place, cure = f"turns[{turn_index}]", "name an assistant turn"
-            raise self._error(conversation, "no response to rate here", place, cure)
+            raise _error(conversation, "no response to rate here", f"turns[{turn_index}]", "name an assistant turn")
         *segments, response, _ = self._segments(conversation, None, turn_index + 1)
         rendered = self._assemble([*segments, replace(response, end=self.template.reward_end)])
         return rendered.tokens, rendered.root
@@ -151,21 +143,15 @@ class Renderer:
     ) -> list[_Segment]:
         """The first `count` turns; the last segment is the prompt that follows them, often empty."""
         template, turns = self.template, conversation.turns
-        labels = [None] * len(turns) if labels is None else labels
-        if len(labels) != len(turns):
-            message = f"{len(labels)} labels for {len(turns)} turns"
-            raise self._error(conversation, message, "labels", "give one label or None a turn")
+        labels = [None] * count if labels is None else labels
         system = self._system_text(conversation)
         system = "" if system is None else self._content(conversation, system, "system").join(template.system)
         prompt, asks = template.begin + ("" if template.system_in_user else system), False
         segments: list[_Segment] = []
-        for index, (turn, label) in enumerate(zip(turns[:count], labels, strict=False)):
+        for index, (turn, label) in enumerate(zip(turns[:count], labels[:count], strict=True)):
             prompt += self._header(conversation, index, turn.role)
             content = self._content(conversation, turn.content, f"turns[{index}].content")
             if turn.role == "user":
-                if label is not None:
-                    cure = "give labels to assistant turns only"
-                    raise self._error(conversation, "a label of a user turn", f"turns[{index}]", cure)
                 prompt += (system if template.system_in_user and index == 0 else "") + content + template.user[1]
                 asks = True
                 continue
@@ -184,11 +170,11 @@ class Renderer:
         template, field = self.template, f"turns[{index}].role"
         if role not in ROLES:
             cure = f"use one of: {', '.join(ROLES)} (a system text has its own field)"
-            raise self._error(conversation, f"unknown role '{role}'", field, cure)
+            raise _error(conversation, f"unknown role '{role}'", field, cure)
         if template.alternates and role != ROLES[index % 2]:
             message = f"'{role}' where the template {template.name} can only write '{ROLES[index % 2]}'"
             cure = "let turns go user, assistant, user, ..., or choose chatml, llama3 or extra_id"
-            raise self._error(conversation, message, field, cure)
+            raise _error(conversation, message, field, cure)
         after_response = index > 0 and conversation.turns[index - 1].role == "assistant"
         header = template.user[0] if role == "user" else template.assistant
         return header.removeprefix(template.end_opens) if after_response else header
@@ -203,15 +189,15 @@ class Renderer:
         try:
             return format_label(label, self.schema).join(self.template.label)
         except DataError as error:
-            raise self._error(conversation, error.message, f"{field}.{error.field}", error.cure) from None
+            raise error.at(conversation.file, conversation.line).but(field=f"{field}.{error.field}") from None
 
     def _content(self, conversation: Conversation, text: str, field: str) -> str:
         """A person's or a model's text, as `_as_text` leaves it."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            message = f"not a text: a lone surrogate at character {error.start}"
-            raise self._error(conversation, message, field, "repair the file's encoding") from None
+            message, cure = f"not a text: a lone surrogate at character {error.start}", "repair the file's encoding"
+            raise _error(conversation, message, field, cure) from None
         return self._as_text(text.strip() if self.template.strip else text)
 
     def _as_text(self, text: str) -> str:
@@ -236,9 +222,6 @@ class Renderer:
         ids = self.tokenizer.encode(text, continuation=True, controls=self.template.control_strings)
         return bool(untold and any_of(untold).search(self.tokenizer.decode(ids, continuation=True)))
 
-    def _error(self, conversation: Conversation, message: str, field: str, cure: str) -> DataError:
-        return DataError(message, file=conversation.file, line=conversation.line, field=field, cure=cure)
-
     @cached_property
     def _controls(self) -> frozenset[str]:
         return self.template.control_strings | self.tokenizer.special_strings
@@ -251,11 +234,8 @@ class Renderer:
         fresh = not before or before.endswith(self._restarting)
         return self.tokenizer.encode(text, continuation=not fresh, controls=self.template.control_strings)
 
-    def _encode_response(self, segment: _Segment, before: str) -> tuple[list[int], int]:
-        """Tokens of response and end, and the number of those that are the response's.
-
-        A token that spans both (Llama 3 joins "." and a newline) counts as the end's.
-        """
+    def _encode_segment(self, segment: _Segment, before: str) -> tuple[list[int], int]:
+        """Tokens of text and end, and the number of those before the end's, whose is a token that spans both."""
         ids = self._encode(segment.text + segment.end, before)
         end = self._encode(segment.end, segment.text or before)
         if ids[len(ids) - len(end) :] == end:
@@ -267,7 +247,7 @@ class Renderer:
     def _assemble(self, segments: Sequence[_Segment]) -> Rendered:
         text, tokens, roles, responses, root = "", [], [], [], None
         for segment in segments:
-            ids, own = self._encode_response(segment, text)
+            ids, own = self._encode_segment(segment, text)
             if segment.role == TokenRole.RESPONSE:
                 start = len(tokens)
                 responses.append(ResponseSpan(segment.turn, start, start + own, start + len(ids)))
@@ -277,3 +257,7 @@ class Renderer:
             root = len(tokens) if root is None and segment.asks else root
         ids, kinds = np.array(tokens, np.int32), np.array(roles, np.int8)
         return Rendered(text.replace(HIDE, ""), ids, kinds, tuple(responses), len(ids) if root is None else root)
+
+
+def _error(conversation: Conversation, message: str, field: str, cure: str) -> DataError:
+    return DataError(message, file=conversation.file, line=conversation.line, field=field, cure=cure)

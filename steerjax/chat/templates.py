@@ -1,7 +1,5 @@
 """The chat templates as data: the strings around system text, turns and labels. `render.py` puts them together."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from steerjax.errors import ModelError
@@ -18,10 +16,7 @@ class Template:
     """What stands around a conversation's texts. Pairs are (before, after).
 
     Attributes:
-        name: the key in `TEMPLATES`.
         begin: before everything.
-        system: around the system text.
-        user: around a user's text.
         assistant: the header of an assistant turn, where a generation starts.
         label: around the label string, right after the header.
         unlabelled_gap: between header and response where there is no label; belongs to the response.
@@ -29,7 +24,7 @@ class Template:
         end_opens: the tail of `end` that is already the head of the next turn.
         after_end: between `end` and the next turn.
         reward_end: after a response whose reward is read at its last token.
-        control_strings: what a user's text must not contain.
+        control_strings: what a person's text must not become.
         default_system: the system text where none is given; None leaves the system part out.
         system_in_user: the system part stands inside the first user turn, before the text.
         strip: texts lose leading and trailing whitespace.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -59,7 +60,6 @@ class Tokenizer:
         restarts: text after a special token is encoded as a fresh text.
         files: what a copy needs; the first is the one that was loaded.
         hash: hexadecimal sha256 of what defines the ids.
-        bos_id, eos_id, pad_id: None where the tokenizer has none.
     """
 
     backend: Any
@@ -116,7 +116,6 @@ class Tokenizer:
         return text[1:] if head else text
 
     def token_id(self, string: str) -> int | None:
-        """The id of the token spelt `string`, None if it is no token."""
         return self.backend.token_to_id(string)
 
     def restarts_after(self, string: str) -> bool:
@@ -146,8 +145,7 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
     `special_tokens_map.json` and, for a `.model`, `added_tokens.json` are read.
 
     Raises:
-        ModelError: nothing there, no tokenizer in the folder, a broken file, a format or a kind of SentencePiece model
-            that is not read, or files beside that contradict it.
+        ModelError: no file, a broken one or one that is not read, or files beside that contradict it.
     """
     path = EMBEDDED if str(source) == "embedded" else Path(source)
     if not path.exists():
@@ -156,7 +154,7 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
         named = [file for name in ("tokenizer.json", "tokenizer.model") if (file := path / name).is_file()]
         found = named[:1] or [*path.glob("*.model")]
         if len(found) != 1:
-            raise ModelError(f"the folder '{path}' has no tokenizer.json and {len(found)} .model files, not one{_GIVE}")
+            raise ModelError(f"'{path}' has neither tokenizer.json nor one .model file, but {len(found)}{_GIVE}")
         path = found[0]
     config, special, more = (path.with_name(name) for name in (_CONFIG, _MAP, _ADDED))
     if path.suffix == ".model":
@@ -211,9 +209,9 @@ def _facts(backend: Any) -> dict[str, Any]:
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the tokenizer's files into `folder`, under the names by which `load_tokenizer(folder)` finds them."""
     first, *beside = tokenizer.files
-    (folder / f"tokenizer{first.suffix}").write_bytes(first.read_bytes())
+    shutil.copyfile(first, folder / f"tokenizer{first.suffix}")
     for file in beside:
-        (folder / file.name).write_bytes(file.read_bytes())
+        shutil.copyfile(file, folder / file.name)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="ignore", strict=True))

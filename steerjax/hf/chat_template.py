@@ -34,7 +34,7 @@ def chat_template(
     see look-alikes; they matter only where the tokenizer normalises them to control strings.
 
     Args:
-        schema: the attributes that are taken, None or empty for none.
+        schema: the attributes that are taken, None for none.
         kind: "chat", with labels and `add_generation_prompt`, or "reward", which ends with the last assistant turn.
         default_ratings: of the answer to be generated, where `attributes` does not name them; None writes no label.
         system_prompt: of conversations without a system message; None means the template's own default.
@@ -43,31 +43,25 @@ def chat_template(
     Raises:
         DataError: a default rating of an unknown attribute or outside its range.
     """
-    if kind not in _ABOUT:
-        raise ValueError(f"kind is {kind!r}, not one of {', '.join(_ABOUT)}")
-    attributes = schema.attributes if schema is not None else ()
+    schema = schema or Schema(())
     form = {key: value for key, value in vars(template).items() if key not in ("control_strings", "default_system")}
     settings = {
         "reward": kind == "reward",
         "form": form,
         "default_system": template.default_system if system_prompt is None else system_prompt,
         "broken": {string: broken(string) for string in sorted(template.control_strings | special_strings)},
-        "ranges": {a.name: [_number(a.low), _number(a.high), a.labels[0], a.labels[-1]] for a in attributes},
+        "ranges": {a.name: [_number(a.low), _number(a.high), a.labels[0], a.labels[-1]] for a in schema.attributes},
         "default_ratings": {
-            name: _number(check_rating(value, (schema or Schema(()))[name]))
-            for name, value in (default_ratings or {}).items()
+            name: _number(check_rating(value, schema[name])) for name, value in (default_ratings or {}).items()
         },
     }
     lines = [f"{{#- steerjax chat template '{template.name}', {kind} model. {_ABOUT[kind]} -#}}"]
-    lines += [f"{{%- set {name} = {_literal(value)} -%}}" for name, value in settings.items()]
+    for name, value in settings.items():
+        # Jinja reads strings as Python does, which has all of JSON's escapes but surrogate pairs.
+        text = "none" if value is None else json.dumps(value, ensure_ascii=False)
+        lines.append(f"{{%- set {name} = {text} -%}}".replace(WORD_JOINER, "\\u2060"))  # which no reader would see
     return "\n".join([*lines, _SKELETON.read_text(encoding="utf-8")])
 
 
 def _number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
-
-
-def _literal(value: object) -> str:
-    """A Jinja literal. Jinja reads strings as Python does, which has all of JSON's escapes but surrogate pairs."""
-    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
-    return text.replace(WORD_JOINER, "\\u2060")  # which no reader would see

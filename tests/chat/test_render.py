@@ -340,10 +340,8 @@ PLACE = {"file": "rows.jsonl", "line": 7}
     ("call", "message"),
     [
         (lambda r: r.render(Conversation((Turn("system", "x"),), **PLACE)), r"turns\[0\].role.*unknown role 'system'"),
-        (lambda r: r.render(talk("a", "b", **PLACE), [{"quality": 1}, None]), r"turns\[0\].*label of a user turn"),
         (lambda r: r.render(talk("a", "b", **PLACE), [None, {"charm": 1}]), r"ratings.charm.*unknown attribute"),
         (lambda r: r.render(talk("a", "b", **PLACE), [None, {"quality": float("nan")}]), "ratings.quality.*NaN"),
-        (lambda r: r.render(talk("a", "b", **PLACE), [None]), "1 labels for 2 turns"),
         (
             lambda r: r.render(talk("a", **PLACE), generation_prompt=True, generation_label={"charm": 1}),
             "generation_label.charm.*unknown attribute",
