@@ -18,13 +18,13 @@ class DataError(SteerjaxError):
 
     Args:
         message: what is wrong.
-        file: path of the file, where known.
-        line: line in the file (row in a table), counted from 1.
         field: the field of the row.
         cure: what the user can do.
+        file: path of the file, where known.
+        line: line in the file (row in a table), counted from 1.
     """
 
-    def __init__(self, message: str, *, file: str = "", line: int = 0, field: str = "", cure: str = ""):
+    def __init__(self, message: str, field: str = "", cure: str = "", *, file: str = "", line: int = 0):
         self.message, self.file, self.line, self.field, self.cure = message, file, line, field, cure
         where = f"{file}:{line}" if file and line else file or (f"line {line}" if line else "")
         super().__init__((f"{where}: " if where else "") + self.reason + (f"\n  cure: {cure}" if cure else ""))

@@ -27,32 +27,26 @@ SOURCES = {  # a format of rows, or oasst -> its schema
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
-    with reported_errors():
-        _prepare(options)
-
-
-def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="steerjax prepare", description=__doc__.split("\n\n")[1])
     add = parser.add_argument
     add("source", choices=SOURCES, metavar="SOURCE", help=f"one of: {', '.join(SOURCES)}")
     add("--input", action="append", required=True, metavar="PATH",
         help="a file, embedded:NAME or hub:OWNER/NAME[/FOLDER][:SPLIT]; may stand several times")  # fmt: skip
     add("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file; gzipped where it ends in .gz")
-    add("--schema", choices=tuple(SCHEMAS), help="attributes that are taken (default: what SOURCE has)")
+    add("--schema", choices=SCHEMAS, help="attributes that are taken (default: what SOURCE has)")
     add("--attribute", action="append", nargs=3, default=[], metavar=("NAME", "LOW", "HIGH"),
-        help="an attribute of your own, in place of the schema's; may stand several times")  # fmt: skip
-    add("--on-bad-row", choices=("error", "skip"), default="error",
-        help="skip lists them in OUTPUT.skipped.jsonl (default: error)")  # fmt: skip
-    add("--on-duplicate", choices=("keep", "skip", "error"), default="keep",
-        help="what a row that stands twice is (default: keep)")  # fmt: skip
+        help="one of your own, in place of the schema's; may stand several times")  # fmt: skip
+    add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in OUTPUT.skipped.jsonl")
+    add("--on-duplicate", choices=("keep", "skip", "error"), default="keep", help="of a row that stands twice")
     add("--validation-output", type=Path, metavar="FILE", help="hold out a part of the prompts, into this file")
     add("--validation-fraction", type=float, metavar="PART", help="of the prompts, e.g. 0.05")
     add("--seed", type=int, default=0, help="of the hold-out (default: 0)")
     add("--statistics", type=Path, metavar="FILE", help="write the statistics as JSON, too")
     add("--lang", metavar="CODE", help="oasst: only messages in this language, e.g. en")
     add("--keep-deleted", action="store_true", help="oasst: keep deleted messages")
-    return parser
+    options = parser.parse_args(arguments)
+    with reported_errors():
+        _prepare(options)
 
 
 def _prepare(o: argparse.Namespace) -> None:
@@ -79,10 +73,11 @@ def _prepare(o: argparse.Namespace) -> None:
     listing = o.output.with_name(o.output.name + ".skipped.jsonl")
     with ExitStack() as stack:
         for file, part in zip([stack.enter_context(_complete_file(path)) for path in paths], parts, strict=True):
-            counts.append(0)
-            for counts[-1], row in enumerate(part, start=1):
+            count = 0
+            for count, row in enumerate(part, start=1):
                 statistics.add(row)
                 file.write(json.dumps(row.to_json(), ensure_ascii=False).encode() + b"\n")
+            counts.append(count)
         result = statistics.to_json()
         result |= {"dropped": dict(+dropped), "duplicates": len(duplicates), "skipped": len(skipped)}
         if o.statistics:

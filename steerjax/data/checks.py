@@ -27,13 +27,13 @@ def check_kind(kind: type, value: object, field: str) -> None:
     """Refuses what is no `kind` (str, list or dict), or no whole Unicode text."""
     if not isinstance(value, kind):
         what = f"expected {_KINDS[kind]}, got {type(value).__name__}"
-        raise DataError(what, field=field, cure=f"write {_KINDS[kind]} (docs/formats.md)")
+        raise DataError(what, field, f"write {_KINDS[kind]} (docs/formats.md)")
     try:
         if kind is str:
             value.encode("utf-8")
     except UnicodeEncodeError:
         cure = "write the whole character; a lone half of a \\uD83D\\uDE00 pair is none"
-        raise DataError("contains half a surrogate pair", field=field, cure=cure) from None
+        raise DataError("contains half a surrogate pair", field, cure) from None
 
 
 check_text = functools.partial(check_kind, str)
@@ -43,7 +43,7 @@ def value_of(row: Row, key: str, kind: type, *default: Any) -> Any:
     """The value of a key, a `kind`; null is missing, and refused unless there is a default."""
     value = row.get(key)
     if value is None and not default:
-        raise DataError("missing", field=key, cure=f"add '{key}', or remove the row")
+        raise DataError("missing", key, f"add '{key}', or remove the row")
     if value is None:
         return default[0]
     check_kind(kind, value, key)
@@ -54,7 +54,7 @@ def text_of(row: Row, key: str) -> str:
     """The text of a key, not blank."""
     text = value_of(row, key, str)
     if not text.strip():
-        raise DataError("empty", field=key, cure="fill it in, or remove the row")
+        raise DataError("empty", key, "fill it in, or remove the row")
     return text
 
 
@@ -76,7 +76,7 @@ def check_names(names: Collection[str], schema: Schema) -> None:
     if unknown := [name for name in names if name not in schema.names]:
         having = [title for title, preset in SCHEMAS.items() if set(names) <= set(preset.names)]
         cure = f"take the schema {' or '.join(having)} (data.schema)" if having else "add it to data.attributes"
-        raise DataError("the schema has no such attribute", field=unknown[0], cure=f"{cure}; or remove the rating")
+        raise DataError("the schema has no such attribute", unknown[0], f"{cure}; or remove the rating")
 
 
 def check_turns(turns: Sequence[Turn], field: str) -> None:
@@ -84,7 +84,7 @@ def check_turns(turns: Sequence[Turn], field: str) -> None:
     for index, turn in enumerate(turns):
         if index and turn.role in ("system", turns[index - 1].role):
             message = f"{turn.role} after {turns[index - 1].role}: roles must alternate, a system text stands first"
-            raise DataError(message, field=f"{field}[{index}]", cure="merge turns of one side, or remove the row")
+            raise DataError(message, f"{field}[{index}]", "merge turns of one side, or remove the row")
         if turn.role == "user" and (turn.ratings or turn.predicted_ratings):
             cure = "rate the assistant's turn that answers it"
-            raise DataError("a user turn is rated", field=f"{field}[{index}]", cure=cure)
+            raise DataError("a user turn is rated", f"{field}[{index}]", cure)

@@ -55,13 +55,13 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
     check_turns(turns, key)
     if turns and turns[0].role == "system":
         if system not in (None, turns[0].content):
-            raise DataError("the row has two system texts", field=f"{key}[0]", cure="keep one, or remove the row")
+            raise DataError("the row has two system texts", f"{key}[0]", "keep one, or remove the row")
         system, *turns = turns[0].content, *turns[1:]
     if not turns:
-        raise DataError("no turn beside a system text", field=key, cure="write at least one turn, or remove the row")
+        raise DataError("no turn beside a system text", key, "write at least one turn, or remove the row")
     if rated and key == "prompt" and not row.keys() & set(schema.names):
         cure = "name the rated columns in data.attributes, or take the preset that has them (data.schema)"
-        raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", field=schema.names[0], cure=cure)
+        raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", schema.names[0], cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
     return Conversation(tuple(turns), system, name_of(row))
@@ -112,10 +112,10 @@ def _regression(row: Row, schema: Schema) -> list[Turn]:
     whole = text.startswith(_START) and text.endswith(_END) and parts and parts[-1][0] == "Assistant"
     if not whole or any(speaker not in ("User", "Assistant") for speaker, _, _ in parts):
         cure = "write <extra_id_0>System\\n..\\n<extra_id_1>User\\n..\\n<extra_id_1>Assistant\\n..\\n<extra_id_2>"
-        raise DataError("is no text of the reference that ends with the Assistant", field="text", cure=cure)
+        raise DataError("is no text of the reference that ends with the Assistant", "text", cure)
     if len(label) != len(STEERLM):
         cure = f"order: {', '.join(STEERLM.names)}; {_MISSING_LABEL} where not rated"
-        raise DataError(f"expected a list of {len(STEERLM)} numbers", field="label", cure=cure)
+        raise DataError(f"expected a list of {len(STEERLM)} numbers", "label", cure)
     rated = {name: value for name, value in zip(STEERLM.names, label, strict=True) if value != _MISSING_LABEL}
     *before, last = [Turn(name.lower(), text_of({"text": content}, "text")) for name, _, content in parts]
     with inside("label."):
@@ -126,7 +126,7 @@ def _reference(row: Row, schema: Schema) -> list[Turn]:
     """Markers in a user's text are HelpSteer2's, which the reference's conversion leaves in place."""
     masked = [name.strip().casefold() for name in value_of(row, "mask", str, "User").split(",")]  # the user's side
     if "assistant" in masked:
-        raise DataError("masks the assistant, the side that is rated", field="mask", cure='write "mask": "User"')
+        raise DataError("masks the assistant, the side that is rated", "mask", 'write "mask": "User"')
     turns = _dialogue(row, schema, "conversations", _SPEAKERS | dict.fromkeys(masked, "user"))
     split = (prompt_turns({"value": t.content}, "value") if t.role == "user" and not t.ratings else [t] for t in turns)
     return list(itertools.chain.from_iterable(split))
@@ -139,7 +139,7 @@ def _messages(row: Row, schema: Schema) -> list[Turn]:
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
         if last is None or turns[last].ratings:
             what = "no assistant turn" if last is None else "the last assistant turn is rated twice"
-            raise DataError(what, field="messages", cure="rate the last assistant turn, beside the messages or in it")
+            raise DataError(what, "messages", "rate the last assistant turn, beside the messages or in it")
         turns[last] = replace(turns[last], ratings=rated)
     return turns
 
@@ -152,15 +152,15 @@ def _dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = 
         with inside(f"{key}[{index}]."):
             check_kind(dict, entry, "")
             for name, value in entry.items():
-                if (name not in _OWN_KEYS) if own else (name in _UNREAD and value not in (None, 1, [], {})):
+                if (name not in _OWN_KEYS) if own else (name in _UNREAD and value not in (None, 1, "", [], {})):
                     cure = (
                         f"remove it, or the row; keys are {', '.join(sorted(_OWN_KEYS))}" if own else "remove the row"
                     )
-                    raise DataError("a key that we do not read", field=name, cure=cure)
+                    raise DataError("a key that we do not read", name, cure)
             role = speakers.get(text_of(entry, role_key).casefold())
             if role is None or (own and role not in ROLES):
                 cure = f"use one of: {', '.join(speakers)}; a system text may stand in the row, under 'system'"
-                raise DataError(f"unknown role '{entry[role_key]}'", field=role_key, cure=cure)
+                raise DataError(f"unknown role '{entry[role_key]}'", role_key, cure)
             content = _content(entry, content_key)
             if role != "system":
                 text_of({content_key: content}, content_key)
@@ -178,7 +178,7 @@ def _content(entry: Row, key: str) -> str:
     for index, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text":
             cure = "images and audio are not read; remove the row"
-            raise DataError("a part that is no text", field=f"{key}[{index}]", cure=cure)
+            raise DataError("a part that is no text", f"{key}[{index}]", cure)
         check_kind(str, part.get("text"), f"{key}[{index}].text")
     return "".join(part["text"] for part in content)
 
@@ -204,7 +204,7 @@ def _alpaca(row: Row, schema: Schema) -> list[Turn]:
     question, more = text_of(row, "instruction"), value_of(row, "input", str, "")
     history = value_of(row, "history", list, [])
     if any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-        raise DataError("expected a list of [question, answer]", field="history", cure="write pairs, or remove it")
+        raise DataError("expected a list of [question, answer]", "history", "write pairs, or remove it")
     said = [text_of({"history": content}, "history") for pair in history for content in pair]
     said += [f"{question}\n{more}" if more else question, text_of(row, "output")]
     return [Turn(ROLES[i % 2], content) for i, content in enumerate(said)]

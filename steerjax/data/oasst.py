@@ -71,7 +71,7 @@ def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
             cure = "write trees with 'prompt' and 'replies', or messages with 'message_id' and 'parent_id'"
             yield line, DataError(f"no message tree with keys {list(row)}", cure=cure)
         elif name in flat:
-            yield line, DataError("stands twice", field="message_id", cure="keep one")
+            yield line, DataError("stands twice", "message_id", "keep one")
         else:
             flat[name] = line, {**row, "replies": []}
     for _, row in flat.values():
@@ -82,7 +82,7 @@ def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
     yield from roots
     for name in flat.keys() - reached:
         cure = "add the messages that it answers, or remove it"
-        yield flat[name][0], DataError("the message leads to no root", field="parent_id", cure=cure)
+        yield flat[name][0], DataError("the message leads to no root", "parent_id", cure)
 
 
 def _all(root: Row) -> list[Row]:
@@ -122,7 +122,7 @@ def _turn(message: Row, schema: Schema) -> Turn:
     name = text_of(message, "message_id")
     with inside(f"message {name}."):
         if (speaker := text_of(message, "role")) not in _ROLES:
-            raise DataError(f"unknown role '{speaker}'", field="role", cure=f"use {' or '.join(_ROLES)}")
+            raise DataError(f"unknown role '{speaker}'", "role", f"use {' or '.join(_ROLES)}")
         labels, ratings = value_of(message, "labels", dict, {}), {}
         if isinstance(labels.get("name"), list):
             values = zip(labels["name"], value_of(labels, "value", list), strict=False)

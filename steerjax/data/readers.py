@@ -140,7 +140,7 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> Row:
     row: Row = {}
     for key, value in pairs:
         if key in row:
-            raise DataError("stands twice", field=key, cure="keep one of the two")
+            raise DataError("stands twice", key, "keep one of the two")
         row[key] = value
     return row
 
