@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -44,22 +45,23 @@ def resident_peak() -> int:
 def make(folder: Path, gigabytes: float, shard_size: str) -> None:
     """A folder with random weights, written by our exporter from a generator of random tensors."""
     from steerjax.chat.tokenizer import EMBEDDED
-    from steerjax.hf.config_json import parse_config, write_config
-    from steerjax.hf.export import Stored, write_weights
-    from steerjax.hf.keys import CAUSAL_LM, tensors
+    from steerjax.hf.config_json import parse_config
+    from steerjax.hf.export import write_model
+    from steerjax.hf.keys import CAUSAL_LM, stacked_shapes, tensors
 
     one = parse_config(CONFIG | {"num_hidden_layers": 1}).model
     ends = 2 * one.vocab_size * one.hidden_size
     layers = max(1, round((gigabytes * 1e9 / 4 - ends) / one.block_parameters))
     config = parse_config(CONFIG | {"num_hidden_layers": layers})
     random = np.random.default_rng(0)
-    stored = [
-        Stored(t.name, t.shape, "float32", lambda t=t: random.standard_normal(t.shape, np.float32))
-        for t in tensors(config.model, CAUSAL_LM)
-    ]
+    shapes = stacked_shapes(tensors(config.model, CAUSAL_LM))
+
+    def read(path, index, dtype):
+        return random.standard_normal([part.stop - part.start for part in index], np.float32)
+
+    reader = SimpleNamespace(shapes=shapes, dtypes=dict.fromkeys(shapes, "float32"), read=read)
     folder.mkdir(parents=True)
-    write_weights(folder, stored, "auto", shard_size)
-    (folder / "config.json").write_text(json.dumps(write_config(config)))
+    write_model(folder, config, reader, "auto", shard_size)
     shutil.copyfile(EMBEDDED, folder / "tokenizer.model")
 
 

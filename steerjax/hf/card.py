@@ -12,20 +12,17 @@ from steerjax.hf.tokenizer_files import special_tokens
 
 _TEXT = Path(__file__).with_name("model_card.jinja")
 _EMBEDDED = {"embedded:helpsteer": "nvidia/HelpSteer", "embedded:helpsteer2": "nvidia/HelpSteer2"}
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str, float]] | None = None) -> str:
     """README.md with its YAML head. What the provenance does not say is not claimed.
 
-    Args:
-        description: its provenance may be empty.
-        evaluation: metrics of the run, by attribute and name of the metric.
+    `evaluation` are metrics of the run, by attribute and name of the metric.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
     reward, template, provenance = description.kind == "reward", description.template, description.provenance
-    attributes = description.schema.attributes if description.schema is not None else ()
+    attributes = description.schema.attributes if description.schema else ()
     base, data = provenance.get("base_model"), provenance.get("data") or {}
     head = ModelCardData(
         library_name="transformers",
@@ -34,7 +31,8 @@ def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str
         license_name="see-base-model-and-data",
         tags=["steerjax", "steerlm", "reward-model" if reward else "conversational"],
         base_model=base if base and _is_hub_id(base) else None,
-        datasets=sorted({_dataset(source) for source in data} - {None}) or None,
+        datasets=sorted(filter(None, {s[4:].split(":")[0] if s[:4] == "hub:" else _EMBEDDED.get(s) for s in data}))
+        or None,
     )
     stop = template.end.strip()
     card = ModelCard.from_template(
@@ -57,13 +55,9 @@ def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str
 
 
 def _is_hub_id(source: str) -> bool:
-    return bool(_HUB_ID.fullmatch(source)) and not Path(source).exists()
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
 
 
 def _public(source: str) -> str:
     """A hub id or packaged name as it is, a path without its folders."""
     return source if _is_hub_id(source) or source.startswith(("hub:", "embedded:")) else Path(source).name
-
-
-def _dataset(source: str) -> str | None:
-    return source.split(":")[1] if source.startswith("hub:") else _EMBEDDED.get(source)

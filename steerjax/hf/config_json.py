@@ -95,21 +95,13 @@ _HARMLESS = (
 
 @dataclasses.dataclass(frozen=True)
 class HuggingFaceConfig:
-    """A `config.json`.
-
-    Attributes:
-        model: our architecture.
-        architecture: LlamaForCausalLM, LlamaForSequenceClassification or LlamaModel; Mistral's are read as Llama's.
-        labels: what a classifier calls its outputs, in order (any names), else ().
-        dtype: of the stored weights, as the file says: float32, bfloat16 or float16.
-        raw: the file as it stands.
-    """
+    """A `config.json`."""
 
     model: LlamaConfig
-    architecture: str
-    labels: tuple[str, ...]
-    dtype: str
-    raw: Mapping[str, Any]
+    architecture: str  # CAUSAL_LM, CLASSIFIER or BARE; Mistral's are read as Llama's
+    labels: tuple[str, ...]  # what a classifier calls its outputs, in order (any names), else ()
+    dtype: str  # of the stored weights, as the file says, one of DTYPES
+    raw: Mapping[str, Any]  # the file as it stands
 
 
 def read_config(folder: Path) -> HuggingFaceConfig:
@@ -134,10 +126,8 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> HuggingF
         if value not in _REQUIRED.get(key, (value,)):
             raise _not_implemented(where, key, value, f"a model with {_REQUIRED[key][0]!r}")
         if key not in _REQUIRED and not any(fnmatch.fnmatchcase(key, pattern) for pattern in known):
-            raise ModelError(
-                f"{where}: unknown key {key!r} ({reprlib.repr(value)}), which may mean another computation; "
-                "cure: remove it from the file if it does not change what the model computes"
-            )
+            cure = "remove it from the file if it does not change what the model computes"
+            raise ModelError(f"{where}: unknown key {key!r} ({reprlib.repr(value)}); cure: {cure}")
     values, said = dataclasses.asdict(_typed(family, raw, where)), _typed(_Folder, raw, where)
     window, longest = values.pop("sliding_window", None), values["max_position_embeddings"]
     if window is not None and window < longest:
@@ -169,7 +159,7 @@ def write_config(config: HuggingFaceConfig) -> dict[str, Any]:
     written |= {key: getattr(model, _OUR_NAMES.get(key, key)) for key in _names(_Llama)}
     scaled = {"rope_type": "llama3"} | {name: getattr(scaling, name) for name in _ROPES["llama3"]}
     written |= {"rope_theta": model.rope_theta, "rope_scaling": scaled if scaling.factor != 1 else None}
-    written |= {"torch_dtype": config.dtype, "use_cache": True}
+    written["torch_dtype"] = config.dtype
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", *(("problem_type",) if config.labels else ()))
     written |= {key: config.raw[key] for key in kept if config.raw.get(key) is not None}
     if config.labels:

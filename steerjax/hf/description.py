@@ -21,30 +21,18 @@ from steerjax.typed import STRICT, read_json
 
 @dataclass(frozen=True)
 class Description:
-    """A model that can be opened. No arrays, and no jax to make one.
+    """A model that can be opened. No arrays, and no jax to make one."""
 
-    Attributes:
-        path: a Hugging Face folder, or `checkpoints/STEP` of a run.
-        kind: "reward", or "chat" (any causal language model).
-        model: the architecture.
-        tokenizer, template: how a conversation becomes tokens.
-        schema: the attributes in order; None for a model that says nothing about them.
-        system_prompt: of conversations without one; None is the template's own.
-        readout: where a reward is read, "last" or "mean".
-        default_ratings: what a chat model is asked for where a request names nothing.
-        provenance: what the checkpoint or export says about its making; empty for a model that is not ours.
-    """
-
-    path: Path
-    kind: str
+    path: Path  # a Hugging Face folder, or `checkpoints/STEP` of a run
+    kind: str  # "reward", or "chat" (any causal language model)
     model: LlamaConfig
     tokenizer: Tokenizer
     template: Template
-    schema: Schema | None
-    system_prompt: str | None
-    readout: str
-    default_ratings: Mapping[str, float] | None
-    provenance: Mapping[str, Any]
+    schema: Schema | None  # None for a model that says nothing about its attributes
+    system_prompt: str | None  # of conversations without one; None is the template's own
+    readout: str  # where a reward is read, "last" or "mean"
+    default_ratings: Mapping[str, float] | None  # what a chat model is asked for where a request names nothing
+    provenance: Mapping[str, Any]  # what is known about its making; empty for a model that is not ours
 
     def to_json(self) -> dict[str, Any]:
         """What `read_about` reads."""
@@ -56,10 +44,7 @@ class Description:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class About:
-    """`steerjax.json`: what opens an export again, and where it comes from. Fields as those of `Description`.
-
-    Only the first two are needed, so that a folder of somebody else's can be given one by hand.
-    """
+    """`steerjax.json`. Only the first two are needed: a folder of somebody else's can be given one by hand."""
 
     kind: Literal["reward", "chat"]
     template: str
@@ -76,11 +61,7 @@ class About:
 
 
 def read_about(folder: Path) -> About | None:
-    """An export's `steerjax.json`; None where there is none.
-
-    Raises:
-        ModelError: names the file and the key.
-    """
+    """An export's `steerjax.json`; None where there is none. Raises ModelError, which names the file and the key."""
     file = folder / "steerjax.json"
     if not file.is_file():
         return None

@@ -22,7 +22,7 @@ from steerjax.hf.config_json import DTYPES, HuggingFaceConfig, read_config, writ
 from steerjax.hf.description import Description
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, stacked_shapes, tensors
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
-from steerjax.hf.weights import FolderReader
+from steerjax.hf.weights import FolderReader, unfit
 
 # What a folder keeps when only its weights are written anew.
 _SIDE_FILES = (
@@ -82,19 +82,13 @@ def export_model(
 def _check_servable(description: Description, reader, ids: Mapping) -> None:
     """What a server needs of a reward model."""
     if description.schema is None:
-        raise ModelError(
-            "a classifier that does not say which attributes it rates gets no template of ours\n"
-            "  cure: leave --template out to change dtype or shard size only"
-        )
+        cure = "leave --template out to change dtype or shard size only"
+        raise ModelError(f"a classifier that does not say which attributes it rates gets no template\n  cure: {cure}")
     if "reward_bias" in reader.shapes:
-        raise ModelError(
-            "the reward head has a bias, which servers would drop\n  cure: train with config.head.use_bias=False"
-        )
+        raise ModelError("the reward head has a bias, which no server reads\n  cure: config.head.use_bias=False")
     if description.readout != "last":
-        raise ModelError(
-            f"the reward is read with readout '{description.readout}', and every server reads at the last token\n"
-            "  cure: train with config.head.readout='last'"
-        )
+        said = f"the reward is read with readout '{description.readout}', and servers read at the last token"
+        raise ModelError(f"{said}\n  cure: train with config.head.readout='last'")
     if "pad_token_id" not in ids:
         raise ModelError("the tokenizer has no token to pad with, and a classifier needs one\n  cure: add a <pad>")
 
@@ -150,10 +144,9 @@ def write_model(folder: Path, config: HuggingFaceConfig, reader, dtype: str, max
         raise ConfigError(f"--max-shard-size {max_shard_size!r}; cure: a size such as 5GB or 500MB")
     prefix = "" if config.architecture == BARE else "model."
     known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
-    if wrong := [path for path, _ in stacked_shapes(known).items() ^ reader.shapes.items()]:
-        raise ModelError(
-            f"parameter {min(wrong)} does not fit the checkpoint's config\n  cure: another step of the run"
-        )
+    shapes = stacked_shapes(known)
+    if wrong := [path for path, _ in shapes.items() ^ reader.shapes.items()]:
+        raise unfit(reader, min(wrong), shapes.get(min(wrong)))
     dtypes = {t.name: np.dtype(reader.dtypes[t.path] if dtype == "auto" else dtype) for t in known}
     by_name = {t.name: t for t in known}
     plan = split_state_dict_into_shards_factory(
@@ -180,10 +173,8 @@ def _read(reader, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
     if cast is not array and (lost := array[np.isfinite(array) & ~np.isfinite(cast)]).size:
-        raise ModelError(
-            f"{tensor.name} holds {float(np.abs(lost).max()):g}, which overflows in {dtype.name}\n"
-            "  cure: --dtype bfloat16 or float32"
-        )
+        said = f"{tensor.name} holds {float(np.abs(lost).max()):g}, which overflows in {dtype.name}"
+        raise ModelError(f"{said}\n  cure: --dtype bfloat16 or float32")
     return cast
 
 

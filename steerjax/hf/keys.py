@@ -23,23 +23,14 @@ BARE = "LlamaModel"
 
 
 class Tensor(NamedTuple):
-    """One tensor of a Hugging Face folder and where it lies in our parameters.
+    """One tensor of a Hugging Face folder and where it lies in our parameters."""
 
-    Attributes:
-        name: Hugging Face's.
-        path: ours, e.g. "llama/layers/attention/q/kernel".
-        layer: place in our stack; None where our array is not stacked.
-        ours: our shape, of one layer.
-        split: so many of our first dimensions are one there, and the others, if there are any, another.
-        turned: the others come first there.
-    """
-
-    name: str
-    path: str
-    layer: int | None
-    ours: tuple[int, ...]
-    split: int = 1
-    turned: bool = False
+    name: str  # Hugging Face's
+    path: str  # ours, e.g. "llama/layers/attention/q/kernel"
+    layer: int | None  # place in our stack; None where our array is not stacked
+    ours: tuple[int, ...]  # our shape, of one layer
+    split: int = 1  # so many of our first dimensions are one there, and the others, if there are any, another
+    turned: bool = False  # the others come first there
 
     def _there(self, parts: tuple, flat) -> tuple:
         """`flat` of each group of dimensions, in their order there."""

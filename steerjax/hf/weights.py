@@ -25,24 +25,21 @@ _AGAIN = "\n  cure: download it again"
 def resolve_source(source: str) -> Path:
     """A local folder, or that of a hub id "owner/name", downloaded where it is not yet: no pickle, no code.
 
-    Raises:
-        ModelError: neither, or it cannot be had.
+    Raises ModelError where it is neither, or cannot be had.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise ModelError(f"no model folder '{source}'\n  cure: give a Hugging Face folder or a hub id owner/name")
+        raise ModelError(f"no model folder '{source}'\n  cure: a Hugging Face folder, or a hub id owner/name")
     import huggingface_hub
 
     patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's errors share no base: HTTP, offline, gated, not found
-        raise ModelError(
-            f"'{source}' is no folder here, and cannot be had from the hub: {error}\n"
-            "  cure: check the name, log in with `hf auth login` for a gated model, or download it and give the folder"
-        ) from error
+        cure = "check the name, log in with `hf auth login` for a gated model, or download it and give the folder"
+        raise ModelError(f"'{source}' cannot be had from the hub: {error}\n  cure: {cure}") from error
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True))
@@ -61,8 +58,7 @@ class Header(NamedTuple):
 def read_headers(folder: Path) -> dict[str, Header]:
     """The tensors of a folder by name.
 
-    Raises:
-        ModelError: no safetensors, a file that is not whole, an index that is wrong, a dtype that is not read.
+    Raises ModelError: no safetensors, a file that is not whole, an index that is wrong, a dtype that is not read.
     """
     found, listed = {}, _listed(folder)
     for file in sorted({folder / name for name in listed.values()}) or [folder / _SINGLE]:
@@ -73,10 +69,8 @@ def read_headers(folder: Path) -> dict[str, Header]:
             for name in names:
                 view = opened.get_slice(name)
                 if (dtype := view.get_dtype()) not in _DTYPES:
-                    raise ModelError(
-                        f"'{file}': {name} has dtype {dtype}, which is not read\n"
-                        "  cure: a model that is not quantized, in float32, bfloat16 or float16"
-                    )
+                    cure = "a model that is not quantized, in float32, bfloat16 or float16"
+                    raise ModelError(f"'{file}': {name} has dtype {dtype}, which is not read\n  cure: {cure}")
                 found[name] = Header(file, tuple(view.get_shape()), _DTYPES[dtype])
     return found
 
@@ -91,13 +85,9 @@ def read_tensor(file: Path, name: str, index: Index = ()) -> np.ndarray:
 class FolderReader:
     """A folder's parameters under our names, as `bundle.reader.CheckpointReader` has a checkpoint's.
 
-    Attributes:
-        directory: the folder.
-        shapes: path ("llama/layers/attention/q/kernel") -> shape.
-        dtypes: path -> "float32", "bfloat16" or "float16"; where layers differ, "float32".
+    `shapes` and `dtypes` are by path ("llama/layers/attention/q/kernel"); where layers differ, the dtype is "float32".
 
-    Raises:
-        ModelError: as `read_headers`, or the folder lacks a tensor of its architecture, has others or another shape.
+    Raises ModelError: as `read_headers`, or the folder lacks a tensor of its architecture, has others or another shape.
     """
 
     def __init__(self, folder: Path, config: HuggingFaceConfig):
@@ -105,12 +95,10 @@ class FolderReader:
         prefix = "model." if any(name.startswith("model.") for name in headers) else ""
         known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
         have, want = {name: header.shape for name, header in headers.items()}, {t.name: t.shape for t in known}
-        if "lm_head.weight" in have.keys() - want.keys() and config.model.tie_word_embeddings:
+        tied = {"lm_head.weight", f"{prefix}embed_tokens.weight"}
+        if config.model.tie_word_embeddings and tied <= have.keys():
             # A tied model may store its head a second time, but only the same numbers.
-            head, embedding = (
-                read_tensor(headers[n].file, n) for n in ("lm_head.weight", f"{prefix}embed_tokens.weight")
-            )
-            if head.tobytes() != embedding.tobytes():
+            if len({read_tensor(headers[name].file, name).tobytes() for name in tied}) > 1:
                 raise ModelError(
                     f"'{folder}': lm_head.weight is not the embedding, and config.json says tie_word_embeddings\n"
                     "  cure: set it to false if the head was trained, else remove the tensor"
@@ -144,6 +132,11 @@ class FolderReader:
         return out if stacked else out[0]
 
 
+def unfit(reader, path: str, expected: tuple[int, ...] | None) -> ModelError:
+    said = f"'{reader.directory}': parameter {path} has shape {reader.shapes.get(path)}, and {expected} is expected"
+    return ModelError(f"{said}\n  cure: another model, or another step of the run")
+
+
 def load_parameters(reader, abstract: Mapping) -> dict:
     """A folder's or checkpoint's parameters as global arrays, each process reading only what its devices hold.
 
@@ -161,10 +154,7 @@ def load_parameters(reader, abstract: Mapping) -> dict:
         path = jax.tree_util.keystr(path, simple=True, separator="/")
         found, stacked = reader.shapes.get(path, ()), path.startswith("llama/layers/")
         if found[stacked:] != leaf.shape[stacked:] or found[0] < leaf.shape[0]:
-            raise ModelError(
-                f"'{reader.directory}': {path} has shape {found or None}, and {leaf.shape} is expected\n"
-                "  cure: another model, or another step of the run"
-            )
+            raise unfit(reader, path, leaf.shape)
         return path
 
     def load(leaf, path: str):
@@ -192,10 +182,8 @@ def _listed(folder: Path) -> dict[str, str]:
     if not index.is_file():
         pickles = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")}
         found = f", only {_some(pickles)}, which may be pickles and could run code" if pickles else ""
-        raise ModelError(
-            f"'{folder}' has neither {_SINGLE} nor {_INDEX}{found}\n"
-            "  cure: the whole folder; transformers' save_pretrained writes safetensors"
-        )
+        cure = "the whole folder; transformers' save_pretrained writes safetensors"
+        raise ModelError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}{found}\n  cure: {cure}")
     return read_json(_ShardIndex, index, ModelError, "download it again").weight_map
 
 

@@ -316,7 +316,7 @@ ERRORS = {
     no_config: "has no config.json",
     pickle_only: "only pytorch_model.bin",
     big_tokenizer: "4096 tokens and the embedding 4095 rows",
-    no_tokenizer: "has neither tokenizer.json nor",
+    no_tokenizer: "has no tokenizer.json",
 }
 
 
