@@ -1,12 +1,11 @@
 """A reward model's predictions against people's ratings, beside two trivial predictors fitted on --train-data.
 
-The output holds metrics.json, report.md, plots, predictions.jsonl and, where rows were left out, skipped.jsonl.
+The output holds metrics.json, report.md, plots, predictions.jsonl and skipped.jsonl (the rows that were left out).
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Sequence
 
 from steerjax.command import add_scoring_options, open_scorer
@@ -39,40 +38,35 @@ def run(options: argparse.Namespace) -> dict:
     require_matplotlib()
     scorer = open_scorer(options.model, options)
     names, schema = scorer.schema.names, reading_schema(scorer.schema)
-    load = functools.partial(load_conversations, schema=schema, format=options.format, on_bad_row=options.on_bad_row)
-    loaded = load(options.data)
-    conversations, skipped = loaded.conversations, loaded.skipped
-    train = load(options.train_data).conversations if options.train_data else []
-    turns = [_rated_turns(conversation, names) for conversation in conversations]
+
+    def load(files):
+        """Conversations, the indices of their turns with a rating of one of the attributes, and what was left out."""
+        loaded = load_conversations(files, schema, format=options.format, on_bad_row=options.on_bad_row)
+        rated = [[i for i, t in enumerate(c.turns) if set(names) & set(t.ratings or ())] for c in loaded.conversations]
+        return loaded.conversations, rated, loaded.skipped
+
+    conversations, turns, skipped = load(options.data)
+    train, train_turns, _ = load(options.train_data) if options.train_data else ([], [], [])
     examples, predicted = predict(scorer, conversations, turns, skipped, skip=options.on_bad_row == "skip")
     if not examples:
         raise DataError("no rated response to evaluate", file=options.data[0], cure=f"rate {' or '.join(names)}")
-    trained = [(conversation, turn) for conversation in train for turn in _rated_turns(conversation, names)]
+    trained = [(conversation, turn) for conversation, rated in zip(train, train_turns, strict=True) for turn in rated]
     ids = [conversation.id for conversation, _ in examples]
     result = evaluate_predictions(scorer.schema, predicted, *_arrays(examples, names), ids, *_arrays(trained, names))
     summary = {
-        "model": str(scorer.description.path),
+        "model": scorer.description.path,
         "data": ", ".join(options.data),
         "baselines fitted on": ", ".join(options.train_data) or "nothing",
         "responses": f"{len(examples)} rated, {len(skipped)} rows or turns left out",
     }
-    settings = "\n".join(f"{name}: {value}" for name, value in vars(options).items())
-    write_report(options.output, result, [], summary, settings)
-    print(f"{format_table(result)}\n\n{scorer.counts}")
-    listing = options.output / "skipped.jsonl"
-    listing.unlink(missing_ok=True)
-    if skipped:
-        write_skipped(listing, skipped)
-        print(f"{len(skipped)} rows or turns were left out, listed in {listing}")
+    write_report(options.output, result, [], summary, "\n".join(f"{k}: {v}" for k, v in vars(options).items()))
+    write_skipped(options.output / "skipped.jsonl", skipped)
+    print(f"{format_table(result)}\n\n{scorer.counts}\n{len(skipped)} rows or turns left out (skipped.jsonl)")
     print(f"report with plots: {options.output / 'report.md'}")
     return {
         "responses": len(examples), "skipped": len(skipped), "attributes": result.metrics,
         "baselines": result.baselines, "average_mse": result.average_mse(),
     }  # fmt: skip
-
-
-def _rated_turns(conversation, names: Sequence[str]) -> list[int]:
-    return [i for i, turn in enumerate(conversation.turns) if any(name in (turn.ratings or {}) for name in names)]
 
 
 def _arrays(examples: Sequence[tuple], names: Sequence[str]) -> tuple:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pydantic.dataclasses
 from pydantic import ConfigDict
-from scipy.stats import rankdata
+from scipy.stats import rankdata, zscore
 
 from steerjax.command import add_scoring_options, open_scorer
 from steerjax.data.conversation import Conversation, Turn
@@ -52,12 +52,10 @@ class Answer:
 
     @property
     def prompt(self) -> Hashable:
-        """Equal for answers to one prompt."""
         return self.conversation.system, self.conversation.turns[:-1]
 
     @property
     def text(self) -> str:
-        """An empty one has a length, but cannot be rated."""
         return self.conversation.turns[-1].content
 
 
@@ -112,11 +110,7 @@ class _Row:
 
 
 def read_answers(source: str) -> Iterator[Answer]:
-    """What `generate` wrote: the last turn of each row, with `generation.attributes` as the request.
-
-    Raises:
-        DataError: a row that is no answer; names file and line.
-    """
+    """What `generate` wrote. Raises DataError: a row that is no answer; names file and line."""
     for line, row in iter_rows(source):
         if isinstance(row, DataError):
             raise row
@@ -138,21 +132,20 @@ def requested_schema(answers: Sequence[Answer], known: Iterable[Attribute]) -> S
     Raises:
         DataError: a request outside its range; names file and line.
     """
-    asked = [(name, value, answer) for answer in answers for name, value in answer.requested.items()]
-    found = {attribute.name: attribute for attribute in known}
-    for name in {name: None for name, *_ in asked if name not in found}:
-        values = [x for n, value, answer in asked if n == name for x in (value, answer.predicted.get(name, value))]
-        low, high = math.floor(min(values)), math.ceil(max(values))
+    found, told = {attribute.name: attribute for attribute in known}, {}
+    for answer in answers:
+        for name, value in answer.requested.items():
+            told.setdefault(name, []).extend((value, answer.predicted.get(name, value)))
+            if name in found and not found[name].low <= value <= found[name].high:
+                message = f"{value:g} was asked for, outside {found[name].low:g}..{found[name].high:g}"
+                where = {"file": answer.conversation.file, "line": answer.conversation.line, "field": name}
+                cure = "name the model that answered with --model, or its preset with --schema"
+                raise DataError(message, **where, cure=cure)
+    for name in [name for name in told if name not in found]:
+        low, high = math.floor(min(told[name])), math.ceil(max(told[name]))
         entry = {"name": name, "low": low, "high": max(low + 1, high)}
         found[name] = typed(Attribute, entry, "generation.attributes", DataError)
-    for name, value, answer in asked:
-        low, high = found[name].low, found[name].high
-        if not low <= value <= high:
-            where = {"file": answer.conversation.file, "line": answer.conversation.line, "field": name}
-            cure = "name the model that answered with --model, or its preset with --schema"
-            raise DataError(f"{value:g} was asked for, outside {low:g}..{high:g}", **where, cure=cure)
-    names = {name for name, *_ in asked}
-    return Schema(tuple(attribute for name, attribute in found.items() if name in names))
+    return Schema(tuple(attribute for name, attribute in found.items() if name in told))
 
 
 def _rated(answers: Sequence[Answer], scorer, skip: bool) -> list[Answer]:
@@ -164,20 +157,21 @@ def _rated(answers: Sequence[Answer], scorer, skip: bool) -> list[Answer]:
     examples, predicted = predict(scorer, conversations, turns, skipped, skip=skip)
     for entry in skipped:
         print(f"no prediction for {entry.file}:{entry.line}: {entry.reason}")
-    rows = zip(examples, predicted.tolist(), strict=True)
-    ratings = {conversation.line: dict(zip(scorer.schema.names, row, strict=True)) for (conversation, _), row in rows}
+    ratings = {
+        conversation.line: dict(zip(scorer.schema.names, row, strict=True))
+        for (conversation, _), row in zip(examples, predicted.tolist(), strict=True)
+    }
     return [replace(answer, predicted=ratings.get(answer.conversation.line, {})) for answer in answers]
 
 
 def steerability(answers: Sequence[Answer], schema: Schema, seed: int = 0) -> dict:
-    """What requests did, attribute by attribute; `seed` is that of the permutations.
+    """What requests did; `seed` is that of the permutations.
 
     Returns:
-        `answers`, their number; `attributes`, by name in the schema's order, those that were requested: `values`, for
-        each requested rating n and the means of `characters`, `words`, `predicted` rating and `exact` (the share whose
-        rounded prediction is the request), None without predictions; `trends`, where two ratings or more were
-        requested, see `trend`, of each of the first three. `distance`: mean over the n answers with predictions, and
-        the attributes that it counts.
+        `answers`, their number; `attributes`, by name, those that were requested: `values`, for each requested rating n
+        and the means of `characters`, `words`, `predicted` rating and `exact` (the share whose rounded prediction is
+        the request), None without predictions; `trends`, see `trend`, of the first three, where two ratings or more
+        were requested. `distance`: mean over the n answers with predictions, and the attributes that it counts.
     """
     attributes, exact = {}, np.full((len(answers), len(schema)), np.nan)
     for a, attribute in enumerate(schema.attributes):
@@ -213,21 +207,20 @@ def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[Hashabl
     Returns:
         `n`; `spearman` and `p`, None where either side is constant.
     """
-    seen = np.flatnonzero(~np.isnan(measured))
-    if correlation(requested[seen], measured[seen]) is None:
-        return {"n": len(seen), "spearman": None, "p": None}
-    groups = [prompts[i] for i in seen]
-    if len({*zip(groups, requested[seen], strict=True)}) == len({*groups}):
-        groups = [None] * len(seen)
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    strata = np.array([numbers[group] for group in groups])
-    order = np.argsort(strata, kind="stable")
-    x, y = (rankdata(values[seen])[order] for values in (requested, measured))
-    x, y = ((ranks - ranks.mean()) / np.linalg.norm(ranks - ranks.mean()) for ranks in (x, y))
-    strata, random = strata[order], np.random.default_rng(seed)
-    by_chance = [x[np.lexsort((random.random(len(x)), strata))] @ y for _ in range(PERMUTATIONS)]
-    extreme = int(np.sum(np.abs(by_chance) >= abs(x @ y) - 1e-12))
-    return {"n": len(x), "spearman": float(x @ y), "p": (1 + extreme) / (1 + PERMUTATIONS)}
+    seen = ~np.isnan(measured)
+    x, y, random = requested[seen], measured[seen], np.random.default_rng(seed)
+    if correlation(x, y) is None:
+        return {"n": len(x), "spearman": None, "p": None}
+    numbers = {prompt: number for number, prompt in enumerate(prompts)}
+    strata = np.array([numbers[prompt] for prompt in prompts])[seen]
+    if len(np.unique([strata, x], axis=1).T) == len(np.unique(strata)):
+        strata[:] = 0
+    order = np.argsort(strata)
+    x, y = (zscore(rankdata(values)[order]) for values in (x, y))
+    strata, spearman = strata[order], np.mean(x * y)
+    by_chance = [np.mean(x[np.lexsort((random.random(len(x)), strata))] * y) for _ in range(PERMUTATIONS)]
+    extreme = int(np.sum(np.abs(by_chance) >= abs(spearman) - 1e-12))
+    return {"n": len(x), "spearman": float(spearman), "p": (1 + extreme) / (1 + PERMUTATIONS)}
 
 
 def format_steerability(result: Mapping) -> str:
@@ -243,10 +236,8 @@ def format_steerability(result: Mapping) -> str:
             sentences.append(f"{name}, Spearman of the request with {words}")
     distance = result["distance"]
     if distance["n"]:
-        sentences.append(
-            f"distance: {distance['mean']:.2f} of {len(distance['attributes'])} attributes differ from the request on "
-            f"average ({distance['n']} answers)"
-        )
+        many = f"{distance['mean']:.2f} of {len(distance['attributes'])} attributes"
+        sentences.append(f"distance: {many} differ from the request on average ({distance['n']} answers)")
     return "\n".join([*text_table(rows, "<>>>>>>"), "", *sentences]).rstrip()
 
 

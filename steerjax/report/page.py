@@ -6,7 +6,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from steerjax.report.plots import plot_correlations, plot_losses, plot_predictions, require_matplotlib
@@ -16,15 +16,14 @@ FEW_RESPONSES = 500  # below it a report says first what so few can show
 
 _BASELINE_WORDS = {MEAN_RATING: "mean-rating baseline", LOG_LENGTH: "length baseline"}
 _PLOTS = {
-    "loss.png": "Training loss and validation error against the step",
+    "loss.png": "Loss against the step",
     "predictions.png": "Predicted against human ratings, a panel an attribute",
     "correlations.png": "Correlations between attributes, human and predicted",
 }
 _EXPLANATION = (
-    "MSE, MAE, Pearson and Spearman are the model's. MSE is the mean of (predicted - human)², in rating², so lower is "
-    "better; MAE is in ratings; Pearson and Spearman (-1 to 1) say how well responses are ordered, whatever the scale. "
-    "The mean-rating baseline always answers an attribute's mean in the training split; the length baseline sees "
-    "nothing but the response's length: a model that does not beat it has not been shown to read more than length."
+    "MSE is the mean of (predicted - human)², in rating², so lower is better; Pearson and Spearman (-1 to 1) say how "
+    "well responses are ordered. The mean-rating baseline always answers an attribute's mean in the training split; "
+    "the length baseline knows nothing but the response's length."
 )
 
 
@@ -48,10 +47,9 @@ def few_rows_note(result: EvaluationResult) -> str:
     if count >= FEW_RESPONSES:
         return ""
     return (
-        f"Only {count} responses were evaluated. They can show that the model has learnt something and beats the "
-        "baselines clearly. They cannot show small differences, nor which of two similar recipes is better: a "
-        f"correlation is known to about ±{min(1.0, 2 / math.sqrt(max(count, 1))):.2f}, and a few percent of MSE may be "
-        "chance."
+        f"Only {count} responses were evaluated. They can show that the model beats the baselines clearly, not which "
+        "of two similar recipes is better: a correlation is known to about "
+        f"±{min(1, 2 / math.sqrt(max(count, 1))):.2f}, and a few percent of MSE may be chance."
     )
 
 
@@ -60,10 +58,7 @@ def comparison_sentences(result: EvaluationResult) -> list[str]:
     averages, schema = result.average_mse(), result.schema
     sentences = [_compare(averages[MODEL], averages[name], words) for name, words in _BASELINE_WORDS.items()]
     if left_out := [name for name in schema.names if name not in result.compared]:
-        sentences.append(
-            f"Averages leave out {', '.join(left_out)}: no rating in the validation split or no baseline for want of "
-            "ratings in the training split."
-        )
+        sentences.append(f"Averages leave out {', '.join(left_out)}: no rating in the validation or training split.")
     if len({schema[name].high - schema[name].low for name in result.compared}) > 1:
         sentences.append("Ranges differ, and the average MSE is mostly that of the attributes with the widest.")
     return sentences
@@ -72,30 +67,27 @@ def comparison_sentences(result: EvaluationResult) -> list[str]:
 def write_report(
     directory: str | Path,
     result: EvaluationResult,
-    records: Iterable[Mapping],
+    records: Sequence[Mapping],
     summary: Mapping[str, str],
     config_text: str,
 ) -> None:
     """Writes `report.md`, `predictions.jsonl` and the plots; files of an earlier report are replaced.
 
     Args:
-        directory: created if missing.
         records: the objects of `metrics.jsonl`; empty for a model that was not trained here: no `loss.png` then.
         summary: facts of the run for the list at the top.
-        config_text: the resolved config.
 
     Raises:
         SteerjaxError: matplotlib is missing. Nothing is written then.
     """
     require_matplotlib()
-    directory, records, names = Path(directory), list(records), result.schema.names
+    directory, names = Path(directory), result.schema.names
     directory.mkdir(parents=True, exist_ok=True)
     for plot in _PLOTS:  # not all are part of every report
         (directory / plot).unlink(missing_ok=True)
     plot_predictions(result, directory / "predictions.png")
     if records:
-        baselines = {who: value for who, value in result.average_mse().items() if who != MODEL}
-        plot_losses(records, directory / "loss.png", baselines, result.compared)
+        plot_losses(records, directory / "loss.png")
     if len(names) > 1:
         plot_correlations(result, directory / "correlations.png")
     with (directory / "predictions.jsonl").open("w", encoding="utf-8") as file:

@@ -6,14 +6,14 @@ matplotlib is optional and imported only when a plot is drawn, and never pyplot,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from steerjax.errors import SteerjaxError
-from steerjax.report.results import LOG_LENGTH, EvaluationResult, attribute_correlations
+from steerjax.report.results import EvaluationResult, attribute_correlations
 from steerjax.schema import Attribute
 
 BLUE, ORANGE, INK, GREY, FAINT = "#0072B2", "#D55E00", "#222222", "#6E6E6E", "#E3E3E3"
@@ -48,51 +48,35 @@ def new_figure(path: str | Path, width: float, height: float, title: str | None 
         figure.savefig(path, format="png")
 
 
-def plot_losses(
-    records: Iterable[Mapping],
-    path: str | Path,
-    baselines: Mapping[str, float | None] | None = None,
-    names: Sequence[str] | None = None,
-) -> None:
-    """Training loss and validation error against the step.
-
-    Args:
-        records: the objects of `metrics.jsonl`.
-        baselines: average MSE by name, drawn as horizontal lines.
-        names: attributes to average over in validation records; default: all that a record has.
+def plot_losses(records: Sequence[Mapping], path: str | Path) -> None:
+    """Loss of training and of the validation split against the step, from the objects of `metrics.jsonl`.
 
     Raises:
         SteerjaxError: matplotlib is missing.
     """
-    records = list(records)
-    train = _by_step((r["step"], r.get("loss")) for r in records if r.get("split") == "train")
-    validation = _by_step((r["step"], _validation_error(r, names)) for r in records if r.get("split") == "validation")
-    levels = {name: value for name, value in (baselines or {}).items() if value is not None and math.isfinite(value)}
-    with new_figure(path, 8.4, 4.6, "Training loss and validation error" if len(validation) else "Training loss") as f:
-        axes = f.add_subplot()
+    train, validation = (
+        np.array([(r["step"], r["loss"]) for r in records if r["split"] == split and r["loss"] is not None])
+        for split in ("train", "validation")
+    )
+    with new_figure(path, 8.4, 4.6) as figure:
+        axes = figure.subplots()
+        axes.set(title="Loss against the step", xlabel="step", ylabel="loss")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if len(train):
             window = np.ones(max(1, len(train) // 12) | 1)
             smooth = np.convolve(train[:, 1], window, "same") / np.convolve(np.ones(len(train)), window, "same")
             axes.plot(*train.T, color=BLUE, alpha=0.25, linewidth=0.9)
-            label = f"training loss (bold: mean of {len(window)})" if len(window) > 1 else "training loss"
-            axes.plot(train[:, 0], smooth, color=BLUE, linewidth=2, label=label)
+            axes.plot(train[:, 0], smooth, color=BLUE, linewidth=2, label=f"training, mean of {len(window)}")
         if len(validation):
-            label = f"validation, last {validation[-1, 1]:.3f}"
-            axes.plot(*validation.T, color=INK, linewidth=1, marker="o", markersize=5.5, label=label)
-        for name, level in levels.items():
-            colour = ORANGE if name == LOG_LENGTH else GREY
-            axes.axhline(level, color=colour, linestyle=_DASHED, zorder=1, label=f"{name} baseline {level:.3f}")
-        rated = any(key.endswith("/mse") for r in records for key in r)
-        axes.set(xlabel="step", ylabel="mean squared error (rating²)" if rated or levels else "loss")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(train) or len(validation) or levels:
-            f.legend(loc="outside lower center", ncols=2)
+            axes.plot(*validation.T, color=INK, marker="o", label=f"validation, last {validation[-1, 1]:.3f}")
+        if len(train) or len(validation):
+            axes.legend()
 
 
 def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
     """Predicted against human ratings, one panel an attribute. Raises SteerjaxError if matplotlib is missing."""
     count = len(result.schema)
-    columns = min(count, 2 if count in (2, 4) else 3)
+    columns = min(count, 3)
     rows = -(-count // columns)
     title = "Predicted against human ratings, validation split"
     with new_figure(path, max(3.15 * columns, 8.0), 3.25 * rows + 0.9, title) as figure:
@@ -137,17 +121,12 @@ def plot_correlations(result: EvaluationResult, path: str | Path) -> None:
 
 
 def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute, what: str) -> None:
-    """Points `[n]`, each a `what`, over ratings `x`, and their means.
-
-    A mean is of equal ratings where those are whole numbers and few, else of a tenth of the range.
-    """
+    """Points `[n]`, each a `what`, over ratings `x`, and their means, one a rating or of a twelfth of the range."""
     low, span = attribute.low, attribute.high - attribute.low
     # The golden ratio's multiples are spread evenly and are the same in every run.
     sideways = (np.arange(len(x)) * 0.6180339887 % 1.0 - 0.5) * 0.09 * span
-    alpha = min(0.5, max(0.12, 40 / max(len(x), 1)))
-    axes.scatter(x + sideways, y, s=13, color=BLUE, linewidths=0, alpha=alpha, label=f"one {what} (spread sideways)")
-    whole = len(attribute.labels) <= 12 and (x == np.round(x)).all()
-    bins = x if whole else np.floor(10 * (x - low) / span)
+    axes.scatter(x + sideways, y, s=13, color=BLUE, linewidths=0, alpha=0.3, label=f"one {what} (spread sideways)")
+    bins = np.round(x * min(1, 12 / span))
     groups = [(x[bins == value], y[bins == value]) for value in np.unique(bins)]
     axes.errorbar(
         [g.mean() for g, _ in groups], [h.mean() for _, h in groups],
@@ -157,16 +136,3 @@ def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute,
     axes.set_xlim(low - 0.075 * span, attribute.high + 0.075 * span)
     if 3 <= len(attribute.labels) <= 10:
         axes.set_xticks(attribute.labels)
-
-
-def _by_step(pairs: Iterable[tuple[int, float | None]]) -> np.ndarray:
-    """`[n, 2]` of step and finite value, sorted by step, the last value of a step."""
-    latest = {step: value for step, value in pairs if value is not None and math.isfinite(value)}
-    return np.asarray(sorted(latest.items()), np.float64).reshape(-1, 2)
-
-
-def _validation_error(record: Mapping, names: Sequence[str] | None) -> float | None:
-    """Mean MSE over the attributes of an evaluation record, or its loss where it has none (language models)."""
-    found = {key.split("/")[1]: value for key, value in record.items() if key.endswith("/mse") and value is not None}
-    values = [value for name, value in found.items() if names is None or name in names]
-    return float(np.mean(values)) if values else record.get("loss")

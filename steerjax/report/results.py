@@ -20,17 +20,16 @@ AttributeMetrics = dict[str, dict[str, float | int | None]]
 
 
 def attribute_metrics(predicted: np.ndarray, ratings: np.ndarray, names: Sequence[str]) -> AttributeMetrics:
-    """Errors and correlations of each attribute over the examples that have a rating for it; both `[E, A]`.
+    """Of each attribute by name, over the examples that have a rating for it; both arguments are `[E, A]`.
 
-    Returns:
-        By name: `mse` (rating squared) and `mae` (rating), None without a rating, not finite where a prediction is not;
-        `pearson` and `spearman` (average ranks for ties), None where `correlation` is; `count` of ratings.
+    `mse` (rating squared) and `mae` (rating): None without a rating, not finite where a prediction is not. `pearson`
+    and `spearman` (average ranks for ties): None where `correlation` is. `count` of ratings.
     """
     found = {}
     for name, x, y in zip(names, predicted.T, ratings.T, strict=True):
         x, y = x[np.isfinite(y)], y[np.isfinite(y)]
         pearson = correlation(x, y)
-        # Of a column that is constant up to rounding, Spearman's ranks would be ranks of the rounding.
+        # The ranks of a column that is constant up to rounding would be ranks of the rounding.
         spearman = None if pearson is None else correlation(rankdata(x), rankdata(y))
         mse, mae = (float(np.mean(np.abs(x - y) ** power)) if len(y) else None for power in (2, 1))
         found[name] = {"mse": mse, "mae": mae, "pearson": pearson, "spearman": spearman, "count": len(y)}
@@ -84,7 +83,6 @@ class EvaluationResult:
         predicted, ratings: `[E, A]`.
         metrics: the model's `attribute_metrics`.
         baselines: the same of "mean rating" and "log length", fitted on the training split.
-        ids: the E examples' ids.
     """
 
     schema: Schema
@@ -96,10 +94,7 @@ class EvaluationResult:
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The attributes that averages are over: those that the model and every baseline have a count for.
-
-        A baseline without any count (no training ratings at all) does not limit them.
-        """
+        """The attributes that averages are over: those that the model and each baseline that has any counts for."""
         usable = [m for m in self.baselines.values() if any(entry["count"] for entry in m.values())]
         return tuple(name for name in self.schema.names if all(m[name]["count"] for m in (self.metrics, *usable)))
 
@@ -126,8 +121,8 @@ def evaluate_predictions(
 
     Args:
         predicted, ratings: `[E, A]`. mask: `[E, A]`, True where there is a rating. lengths: `[E]`, characters.
-        train_ratings, train_mask, train_lengths: the same of the training split, which may be empty; an attribute
-            without a training rating has no baseline (count 0).
+        train_ratings, train_mask, train_lengths: the same of the training split; an attribute without a rating there
+            has no baseline (count 0).
     """
     predicted = np.asarray(predicted, np.float64)
     ratings, train_ratings = (

@@ -7,7 +7,7 @@ import pytest
 
 from steerjax.errors import SteerjaxError
 from steerjax.report.page import comparison_sentences, few_rows_note, format_table, write_report
-from steerjax.report.plots import _by_step, plot_losses, require_matplotlib
+from steerjax.report.plots import plot_losses, require_matplotlib
 from steerjax.report.records import read_metrics, write_json
 from steerjax.report.results import evaluate_predictions, lowest
 from steerjax.schema import HELPSTEER, STEERLM, Attribute, Schema, make_schema
@@ -125,7 +125,7 @@ NINE = Schema(tuple(Attribute(f"quality_{i}", 1.0, 4.0) for i in range(9)))
 @pytest.mark.parametrize("schema", [HELPSTEER, STEERLM, OWN, NINE, _schema(("helpfulness",))])
 def test_report_files(tmp_path, schema):
     directory, result = tmp_path / "new" / "report", _random_result(schema)
-    write_report(directory, result, iter(_records(schema.names)), {"base model": "x\ny"}, "{'k': '```'}")
+    write_report(directory, result, _records(schema.names), {"base model": "x\ny"}, "{'k': '```'}")
     text = (directory / "report.md").read_text(encoding="utf-8")
     plots = ("loss.png", "predictions.png", *(["correlations.png"] if len(schema) > 1 else []))
     assert sorted(plots) == sorted(path.name for path in directory.glob("*.png"))
@@ -190,8 +190,7 @@ def test_predictions_hold_no_nan(tmp_path):
     ],
 )
 def test_loss_plot_of_little_data(tmp_path, records):
-    plot_losses(records, tmp_path / "loss.png", {"mean rating": 0.7, "log length": None})
-    plot_losses(records, tmp_path / "plain.png")
+    plot_losses(records, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
@@ -199,10 +198,6 @@ def test_loss_plot_of_little_data(tmp_path, records):
 def test_report_of_an_empty_split(tmp_path):
     write_report(tmp_path, _result(np.empty((0, 1)), np.empty((0, 1))), _records(("a",)), {}, "{}")
     assert (tmp_path / "predictions.jsonl").read_text() == ""
-
-
-def test_a_resumed_step_counts_once():
-    np.testing.assert_array_equal(_by_step([(2, 1.0), (1, 3.0), (2, 5.0), (3, None)]), [[1, 3], [2, 5]])
 
 
 def test_records(tmp_path):
