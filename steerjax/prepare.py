@@ -73,11 +73,11 @@ def _prepare(o: argparse.Namespace) -> None:
     listing = o.output.with_name(o.output.name + ".skipped.jsonl")
     with ExitStack() as stack:
         for file, part in zip([stack.enter_context(_complete_file(path)) for path in paths], parts, strict=True):
-            count = 0
-            for count, row in enumerate(part, start=1):
+            counts.append(0)
+            for row in part:
                 statistics.add(row)
                 file.write(json.dumps(row.to_json(), ensure_ascii=False).encode() + b"\n")
-            counts.append(count)
+                counts[-1] += 1
         result = statistics.to_json()
         result |= {"dropped": dict(+dropped), "duplicates": len(duplicates), "skipped": len(skipped)}
         if o.statistics:

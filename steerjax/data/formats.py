@@ -44,7 +44,7 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         rated: a row of prompt and response must have a column of an attribute, null or not.
 
     Raises:
-        DataError: the row cannot be used; names the field. ConfigError: unknown format.
+        DataError: names the field. ConfigError: unknown format.
     """
     if format == "auto":
         format = _detect_format(row)
@@ -153,10 +153,7 @@ def _dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = 
             check_kind(dict, entry, "")
             for name, value in entry.items():
                 if (name not in _OWN_KEYS) if own else (name in _UNREAD and value not in (None, 1, "", [], {})):
-                    cure = (
-                        f"remove it, or the row; keys are {', '.join(sorted(_OWN_KEYS))}" if own else "remove the row"
-                    )
-                    raise DataError("a key that we do not read", name, cure)
+                    raise DataError("a key that we do not read", name, "remove it, or the row (docs/formats.md)")
             role = speakers.get(text_of(entry, role_key).casefold())
             if role is None or (own and role not in ROLES):
                 cure = f"use one of: {', '.join(speakers)}; a system text may stand in the row, under 'system'"

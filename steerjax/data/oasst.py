@@ -65,8 +65,10 @@ def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
     """(line, root message) of each tree, replies nested under `replies`; messages one by one come last."""
     flat: dict[str, tuple[int, Row]] = {}
     for line, row in iter_rows(source):
-        if isinstance(row, DataError) or isinstance(row.get("prompt"), dict) or "replies" in row:
-            yield line, row if isinstance(row, DataError) else row.get("prompt", row)
+        if isinstance(row, DataError) or "replies" in row:
+            yield line, row
+        elif isinstance(row.get("prompt"), dict):
+            yield line, row["prompt"]
         elif not isinstance(name := row.get("message_id"), str) or not isinstance(row.get("parent_id"), str | None):
             cure = "write trees with 'prompt' and 'replies', or messages with 'message_id' and 'parent_id'"
             yield line, DataError(f"no message tree with keys {list(row)}", cure=cure)
@@ -80,9 +82,10 @@ def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
     roots = [(line, row) for line, row in flat.values() if not row.get("parent_id")]
     reached = {message["message_id"] for _, root in roots for message in _all(root)}
     yield from roots
-    for name in flat.keys() - reached:
-        cure = "add the messages that it answers, or remove it"
-        yield flat[name][0], DataError("the message leads to no root", "parent_id", cure)
+    for name, (line, _) in flat.items():
+        if name not in reached:
+            cure = "add the messages that it answers, or remove it"
+            yield line, DataError("the message leads to no root", "parent_id", cure)
 
 
 def _all(root: Row) -> list[Row]:
@@ -101,7 +104,7 @@ def _replies(message: Row) -> list[Row]:
     return replies
 
 
-def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], dropped: Counter[str]) -> Iterator[tuple[Turn]]:
+def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], dropped: Counter[str]) -> Iterator[tuple]:
     """The paths from the root to each leaf, depth first, replies in their order."""
     below: list[tuple[Row, tuple[Turn, ...]]] = [(root, ())] if kept(root) else []
     while below:
