@@ -1,7 +1,7 @@
-"""python -m steerjax.plan --config configs/rm_llama3_70b.py --topology v5p:4x4x8 [--config.KEY=VALUE ...]
+"""steerjax plan --config configs/rm_llama3_70b.py --topology v5p:4x4x8 [--config.KEY=VALUE ...]
 
 Compiles the real train step for a machine that is not here (v5e, v5p, v6e with libtpu; h100 with jax's CUDA plugin) and
-prints what the compiler says: memory a device, collectives, fits or not; where it does not fit, it tries changes until
+prints what the compiler says: memory a device, fits or not; where it does not fit, it tries changes until
 one does. No data and no weights are read. A config with model.vocab_size is planned as written; without it, the model
 source's config.json is read. Exit status: 0 if it fits as it is, 1 if only with changes or not at all, 2 on an error.
 
@@ -34,8 +34,7 @@ def plan(experiment, topology_name: str, search: bool, text: str | None) -> int:
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"] or None)  # jax was loaded with the recipe
 
     from steerjax.planning.compile import compile_step, plannable
-    from steerjax.planning.fit import find_cure
-    from steerjax.planning.text import attempt_text, verdict_text
+    from steerjax.planning.fit import attempt_text, find_cure, verdict_text
 
     devices = topology_devices(topology)
     experiment = plannable(experiment, len(devices))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
@@ -13,29 +14,10 @@ from steerjax.chat.config import make_renderer
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ConfigError
 from steerjax.parallel.mesh import AXES, make_mesh, mesh_shape
-from steerjax.planning.hlo import Collective, collectives
 from steerjax.training.config import Experiment
 from steerjax.training.input import check_batch, make_feeder
 from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import with_source
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device.
-
-    Attributes:
-        arguments: state and batch.
-        outputs: the new state and the metrics; `aliased` of them lie where the old state lay.
-        temporaries: activations, gathered parameters, gradients; the most that is held at a time.
-        peak: all of it together, and the program itself.
-    """
-
-    arguments: float
-    outputs: float
-    aliased: float
-    temporaries: float
-    peak: float
 
 
 @dataclass(frozen=True)
@@ -46,21 +28,20 @@ class Compiled:
         seconds: compile time.
         parameters: of the model.
         flops: model FLOPs of a step whose rows are full, each with one text.
-        tokens: a step.
         attention: the back end that was chosen for the machine.
-        used: bytes on one device. Where that is more than the device has, there is no `memory` and no `text`.
-        text: "", too, where XLA fails to print a program; `collectives` are then not known.
+        used: bytes on one device. Where that is more than the device has, there are no `parts` and no `text`.
+        parts: of them: `argument`s (state and batch), `output`s, of which `alias` lie where the old state lay, and the
+            most `temp`oraries that are held at a time (activations, gathered parameters, gradients).
+        text: "", too, where XLA fails to print a program (libtpu 0.0.52: an INTERNAL error).
     """
 
     seconds: float
     parameters: int
     flops: float
-    tokens: int
     attention: str
-    memory: Memory | None
     used: float
+    parts: Mapping[str, float]
     text: str
-    collectives: tuple[Collective, ...]
 
 
 def plannable(experiment: Experiment, devices: int) -> Experiment:
@@ -106,37 +87,19 @@ def compile_step(experiment: Experiment, devices: Sequence[jax.Device]) -> Compi
     tokens = e.batch.rows * e.batch.row_length
     flops = program.flops(tokens, tokens * (e.batch.row_length + 1) // 2, e.batch.rows)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.whole))
-    start = time.perf_counter()
+    start, text, parts = time.perf_counter(), "", {}
     with jax.set_mesh(mesh):
         lowered = program.train_step.lower(program.abstract, feed.abstract(e.batch.rows))
         try:
             compiled = lowered.compile()
+            stats = compiled.memory_analysis()
+            parts = {name: getattr(stats, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
+            used = sum(parts.values()) - 2 * parts["alias"] + stats.generated_code_size_in_bytes
+            with contextlib.suppress(jax.errors.JaxRuntimeError):
+                text = compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
-            compiled, used = None, used_bytes(error)
-    seconds = time.perf_counter() - start
-    facts = (seconds, parameters, flops, tokens, program.attention.name)
-    if compiled is None:
-        return Compiled(*facts, None, used, "", ())
-    memory, text = _memory(compiled.memory_analysis()), _text(compiled)
-    return Compiled(*facts, memory, memory.peak, text, tuple(collectives(text, mesh.size)) if text else ())
-
-
-def _text(compiled) -> str:
-    """The compiled program's text; "" where XLA cannot print what it compiled (libtpu 0.0.52: an INTERNAL error)."""
-    try:
-        return compiled.as_text()
-    except jax.errors.JaxRuntimeError as error:
-        if "INTERNAL" not in str(error):
-            raise
-        return ""
-
-
-def _memory(stats) -> Memory:
-    arguments, outputs, aliased, temporaries = (
-        getattr(stats, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")
-    )
-    peak = arguments + outputs - aliased + temporaries + stats.generated_code_size_in_bytes
-    return Memory(arguments, outputs, aliased, temporaries, peak)
+            used = used_bytes(error)
+    return Compiled(time.perf_counter() - start, parameters, flops, program.attention.name, used, parts, text)
 
 
 def used_bytes(error: Exception) -> float:

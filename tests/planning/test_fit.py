@@ -5,15 +5,14 @@ from dataclasses import replace
 import pytest
 
 from steerjax.config import Experiment, default_config, resolve
-from steerjax.planning.compile import Compiled, Memory
+from steerjax.planning.compile import Compiled
 from steerjax.planning.fit import RESERVE, find_cure, fits
 
 pytestmark = pytest.mark.short
 
 
 def compiled(used: float, *, runs: bool = True) -> Compiled:
-    memory = Memory(used, 0.0, 0.0, 0.0, used) if runs else None
-    return Compiled(1.0, 10, 1e12, 1024, "chunked", memory, used, "", ())
+    return Compiled(1.0, 10, 1e12, "chunked", used, {"argument": used} if runs else {}, "")
 
 
 def needs(e: Experiment) -> Compiled:

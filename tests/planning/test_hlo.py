@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from steerjax.planning.hlo import collectives
+from tests.planning.hlo import collectives
 
 pytestmark = pytest.mark.short
 
