@@ -69,7 +69,7 @@ def _message(found: pydantic.ValidationError, kind: Any, where: str) -> str:
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"unknown key {key}; cure: {_near(kind, problem['loc'])}"
     if problem["type"] in ("missing", "missing_argument"):
-        return f"{key} is missing"
+        return f"{key} is missing; cure: add it"
     said = problem["msg"].removeprefix("Value error, ")
     said = said[0].lower() + said[1:] if said[:1].isupper() and not said[:2].isupper() else said
     value = repr(problem["input"])

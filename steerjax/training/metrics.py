@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from tqdm import tqdm
+
 from steerjax.report.records import read_metrics
 
 
@@ -60,30 +62,23 @@ class Progress:
     """A bar on a terminal, a line now and then elsewhere; silent but on process 0."""
 
     def __init__(self, first: int, steps: int, *, active: bool):
-        self._active, self._steps = active, steps
-        self._bar = None
-        if active and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True)
-        self._every = max(1, steps // 20)
+        self._active, self._every = active, max(1, steps // 20)
+        self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=None if active else True)
 
     def step(self, step: int, loss: float, examples_per_second: float) -> None:
         """Says that a step is done."""
         words = f"loss {loss:.4f}, {examples_per_second:.1f} examples/s"
-        if self._bar is not None:
+        if not self._bar.disable:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(words)
-        elif self._active and (step % self._every == 0 or step == self._steps):
-            print(f"step {step}/{self._steps}: {words}", flush=True)
+        elif step % self._every == 0 or step == self._bar.total:
+            self.say(f"step {step}/{self._bar.total}: {words}")
 
     def say(self, words: str) -> None:
         """Prints a line without breaking the bar."""
-        if self._bar is not None:
-            self._bar.write(words)
-        elif self._active:
-            print(words, flush=True)
+        if self._active:
+            tqdm.write(words)
+            sys.stdout.flush()
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()

@@ -15,7 +15,7 @@ from steerjax.models.flops import training_flops
 from steerjax.objectives import Objective, Setting, find_objective
 from steerjax.schema import Schema
 from steerjax.training.config import Experiment
-from steerjax.training.optimizer import make_optimizer
+from steerjax.training.optimizer import join, make_optimizer
 from steerjax.training.schedules import make_schedule
 from steerjax.training.state import abstract_state, shardings_of
 from steerjax.training.step import forward, make_train_step, over_micro_batches
@@ -71,8 +71,6 @@ class Program:
         )
 
     def _evaluate(self, trained: dict, frozen: dict, batch: Batch) -> dict[str, Any]:
-        from steerjax.training.optimizer import join
-
         batch = jax.tree.map(lambda x: x[0], batch)
         model, hidden = forward(self.module, join(trained, frozen), batch, self._frozen)
         return {o.name: o.outputs(model, hidden, batch, batch.targets[o.name]) for o in self.objectives}

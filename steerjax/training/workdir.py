@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from steerjax import __version__
@@ -20,7 +20,7 @@ from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 
 # What a second start may change: the machine, how long and how loudly it trains. All else would not be a resume.
-RESUME_MAY_CHANGE = ("mesh", "compute", "train")
+RESUME_MAY_CHANGE = ("mesh.", "compute.", "train.")
 
 
 def claim_workdir(workdir: Path, experiment: Experiment) -> None:
@@ -42,27 +42,24 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
 
 
 def _check_same(old: dict, new: dict, workdir: Path) -> None:
-    def differences(old, new, path):
-        if isinstance(old, dict) and isinstance(new, dict):
-            for key in sorted(old.keys() | new.keys()):
-                yield from differences(old.get(key), new.get(key), f"{path}.{key}")
-        elif old != new:
-            yield path, old, new
-
     if "task" in old:
-        raise CheckpointError(
-            f"'{workdir}' is a run of edition 1 of steerjax, which this does not read; cure: another --workdir"
-        )
-    for group in old.keys() | new.keys():
-        if group in RESUME_MAY_CHANGE:
-            continue
-        for path, before, now in differences(old.get(group), new.get(group), f"config.{group}"):
+        raise CheckpointError(f"'{workdir}' is a run of edition 1 of steerjax; cure: another --workdir")
+    before, now = dict(_leaves(old)), dict(_leaves(new))
+    for key in sorted(before.keys() | now.keys()):
+        free = key.startswith(RESUME_MAY_CHANGE) and key != "train.seed"
+        if before.get(key) != now.get(key) and not free:
             raise CheckpointError(
-                f"{workdir} holds a run with {path} {before!r}, and now it is {now!r}; "
+                f"{workdir} holds a run with config.{key} {before.get(key)!r}, and now it is {now.get(key)!r}; "
                 "cure: the old value to resume, or another --workdir"
             )
-    if old["train"]["seed"] != new["train"]["seed"]:
-        raise CheckpointError(f"{workdir} holds a run with another config.train.seed; cure: another --workdir")
+
+
+def _leaves(config: dict, path: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield path + key, value
 
 
 def make_provenance(
@@ -73,8 +70,7 @@ def make_provenance(
     source: Description | None,
 ) -> Provenance:
     """What the run's checkpoints say (design, decision 13)."""
-    e = experiment
-    facts = {key: value for objective in objectives for key, value in objective.facts().items()}
+    e, facts = experiment, {key: value for o in objectives for key, value in o.facts().items()}
     if "rated_attributes" in facts:
         rated = set(facts["rated_attributes"])
         if source and output_names(source) == schema.names:  # its head goes on, and what that had learned counts
@@ -98,10 +94,10 @@ def make_provenance(
 
 
 def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Provenance:
-    """The provenance of what a resumed run saves: `now`, with the changes that were accepted.
+    """`now` with the changes of data and tokenizer since the checkpoint that were accepted.
 
     Raises:
-        CheckpointError: data or tokenizer are not those of the checkpoint, and the user has not accepted that.
+        CheckpointError: there are some, and the user has not accepted them.
     """
     before = read_provenance(checkpoint)
     changed = [source for source in now.data if before.data.get(source) != now.data[source]]
@@ -113,7 +109,7 @@ def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Proven
             "  cure: put the old files back, use another --workdir, or accept it (it is recorded) with "
             "--config.train.accept_changes=True"
         )
-    accepted = before.accepted + tuple(f"before step {checkpoint.name} done: {name}" for name in changed)
+    accepted = before.accepted + tuple(f"after step {checkpoint.name}: {name}" for name in changed)
     return dataclasses.replace(now, accepted=accepted)
 
 
