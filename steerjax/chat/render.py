@@ -13,7 +13,8 @@ tokenizer can be told, its tokens are those of ordinary text (`HIDE`); where not
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -22,7 +23,7 @@ import numpy as np
 
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import HIDE, WORD_JOINER, Tokenizer, any_of, broken
-from steerjax.data.conversation import ROLES, Conversation
+from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import DataError
 from steerjax.schema import Schema, format_label
 
@@ -114,11 +115,12 @@ class Renderer:
         """
         if generation_label is not None and not generation_prompt:
             raise ValueError("generation_label needs generation_prompt=True")
-        count = len(conversation.turns)
-        *segments, last = self._segments(conversation, labels, count)
-        if generation_prompt:  # in one segment with what stands before it, as in training
-            last = replace(last, text=last.text + self._header(conversation, count, "assistant"))
-        label = self._label(conversation, generation_label, "generation_label")
+        turns = conversation.turns
+        with _placed(conversation):
+            *segments, last = self._segments(conversation, labels, len(turns))
+            if generation_prompt:  # in one segment with what stands before it, as in training
+                last = replace(last, text=last.text + self._header(turns, len(turns), "assistant"))
+            label = self._label(generation_label, "generation_label")
         return self._assemble([*segments, last, _Segment(TokenRole.LABEL, label)])
 
     def reward_tokens(self, conversation: Conversation, turn_index: int) -> tuple[np.ndarray, int]:
@@ -126,10 +128,11 @@ class Renderer:
 
         No label is written. Raises DataError as `render`, and where the turn is not an assistant's.
         """
-        turns = conversation.turns
-        if not 0 <= turn_index < len(turns) or turns[turn_index].role != "assistant":
-            raise _error(conversation, "no response to rate here", f"turns[{turn_index}]", "name an assistant turn")
-        *segments, response, _ = self._segments(conversation, None, turn_index + 1)
+        turns, field = conversation.turns, f"turns[{turn_index}]"
+        with _placed(conversation):
+            if not 0 <= turn_index < len(turns) or turns[turn_index].role != "assistant":
+                raise DataError("no response to rate here", field=field, cure="name an assistant turn")
+            *segments, response, _ = self._segments(conversation, None, turn_index + 1)
         rendered = self._assemble([*segments, replace(response, end=self.template.reward_end)])
         return rendered.tokens, rendered.root
 
@@ -145,17 +148,17 @@ class Renderer:
         template, turns = self.template, conversation.turns
         labels = [None] * count if labels is None else labels
         system = self._system_text(conversation)
-        system = "" if system is None else self._content(conversation, system, "system").join(template.system)
+        system = "" if system is None else self._content(system, "system").join(template.system)
         prompt, asks = template.begin + ("" if template.system_in_user else system), False
         segments: list[_Segment] = []
         for index, (turn, label) in enumerate(zip(turns[:count], labels[:count], strict=True)):
-            prompt += self._header(conversation, index, turn.role)
-            content = self._content(conversation, turn.content, f"turns[{index}].content")
+            prompt += self._header(turns, index, turn.role)
+            content = self._content(turn.content, f"turns[{index}].content")
             if turn.role == "user":
                 prompt += (system if template.system_in_user and index == 0 else "") + content + template.user[1]
                 asks = True
                 continue
-            line = self._label(conversation, label, f"turns[{index}].ratings")
+            line = self._label(label, f"turns[{index}].ratings")
             response = content if line else template.unlabelled_gap + content
             segments += [
                 _Segment(TokenRole.PROMPT, prompt, asks=asks),
@@ -165,17 +168,17 @@ class Renderer:
             prompt, asks = template.after_end, False
         return [*segments, _Segment(TokenRole.PROMPT, prompt, asks=asks)]
 
-    def _header(self, conversation: Conversation, index: int, role: str) -> str:
+    def _header(self, turns: Sequence[Turn], index: int, role: str) -> str:
         """What opens turn `index`, less what the end of the response before it has written already."""
         template, field = self.template, f"turns[{index}].role"
         if role not in ROLES:
             cure = f"use one of: {', '.join(ROLES)} (a system text has its own field)"
-            raise _error(conversation, f"unknown role '{role}'", field, cure)
+            raise DataError(f"unknown role '{role}'", field=field, cure=cure)
         if template.alternates and role != ROLES[index % 2]:
             message = f"'{role}' where the template {template.name} can only write '{ROLES[index % 2]}'"
             cure = "let turns go user, assistant, user, ..., or choose chatml, llama3 or extra_id"
-            raise _error(conversation, message, field, cure)
-        after_response = index > 0 and conversation.turns[index - 1].role == "assistant"
+            raise DataError(message, field=field, cure=cure)
+        after_response = index > 0 and turns[index - 1].role == "assistant"
         header = template.user[0] if role == "user" else template.assistant
         return header.removeprefix(template.end_opens) if after_response else header
 
@@ -183,21 +186,21 @@ class Renderer:
         choices = (conversation.system, self.system_prompt, self.template.default_system)
         return next((choice for choice in choices if choice is not None), None)
 
-    def _label(self, conversation: Conversation, label: Label | None, field: str) -> str:
+    def _label(self, label: Label | None, field: str) -> str:
         if not label:
             return ""
         try:
             return format_label(label, self.schema).join(self.template.label)
         except DataError as error:
-            raise error.at(conversation.file, conversation.line).but(field=f"{field}.{error.field}") from None
+            raise error.but(field=f"{field}.{error.field}") from None
 
-    def _content(self, conversation: Conversation, text: str, field: str) -> str:
+    def _content(self, text: str, field: str) -> str:
         """A person's or a model's text, as `_as_text` leaves it."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             message, cure = f"not a text: a lone surrogate at character {error.start}", "repair the file's encoding"
-            raise _error(conversation, message, field, cure) from None
+            raise DataError(message, field=field, cure=cure) from None
         return self._as_text(text.strip() if self.template.strip else text)
 
     def _as_text(self, text: str) -> str:
@@ -259,5 +262,10 @@ class Renderer:
         return Rendered(text.replace(HIDE, ""), ids, kinds, tuple(responses), len(ids) if root is None else root)
 
 
-def _error(conversation: Conversation, message: str, field: str, cure: str) -> DataError:
-    return DataError(message, file=conversation.file, line=conversation.line, field=field, cure=cure)
+@contextmanager
+def _placed(conversation: Conversation) -> Iterator[None]:
+    """An error in the block names the conversation's place."""
+    try:
+        yield
+    except DataError as error:
+        raise error.at(conversation.file, conversation.line) from None

@@ -29,7 +29,7 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
 
     Raises:
         ModelError: no SentencePiece model, an id that two tokens have, or what a `tokenizers.Tokenizer` cannot express
-            exactly: its ids are compared with SentencePiece's for every piece.
+            exactly: its ids are compared with SentencePiece's for every piece and for runs of characters.
     """
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -47,9 +47,12 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
     trainer, normalizer = (dict(_fields(model.get(number, b""))) for number in (2, 3))
     found = [dict(_fields(value)) for number, value in _fields(data) if number == 1]
     pieces = [piece[1].decode() for piece in found]
-    kinds = [piece.get(3, _NORMAL) for piece in found]
+
+    def of(kind: int) -> list[str]:
+        return [name for name, piece in zip(pieces, found, strict=True) if piece.get(3, _NORMAL) == kind]
+
     # No text, whose spaces are U+2581 to the model, becomes a piece with a space.
-    defined = [name for name, kind in zip(pieces, kinds, strict=True) if kind == _DEFINED and " " not in name]
+    defined = [name for name in of(_DEFINED) if " " not in name]
     prefix = bool(normalizer.get(3, 1))
     for wrong, what in (
         (trainer.get(3, 1) != 2, "is not of the type BPE"),
@@ -57,7 +60,7 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
         (normalizer.get(4, 1), "removes extra white space"),
         (not normalizer.get(5, 1), "does not escape white space"),
         (trainer.get(24), "writes a space as a suffix"),
-        (_UNUSED in kinds, "has unused pieces"),
+        (of(_UNUSED), "has unused pieces"),
         (prefix and defined, "has a dummy prefix and user-defined pieces"),
     ):
         if wrong:
@@ -71,35 +74,30 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
     if added and legacy is False:
         raise ModelError(f"'{path.parent}' adds tokens and is not \"legacy\", which is not implemented{_CURE}")
 
-    scores = {name: piece[2] for name, piece, kind in zip(pieces, found, kinds, strict=True) if kind == _NORMAL}
-    cuts = ((name[:cut], name[cut:]) for name in scores for cut in range(1, len(name)))
-    merges = [pair for pair in cuts if pair[0] in scores and pair[1] in scores]
-    backend = Tokenizer(
-        models.BPE(
-            vocab={name: index for index, name in enumerate(pieces)} | added,
-            merges=sorted(merges, key=lambda pair: -scores["".join(pair)]),
-            unk_token=pieces[processor.unk_id()],
-            fuse_unk=True,
-            byte_fallback=_BYTE in kinds,
-        )
-    )
+    vocab = {name: index for index, name in enumerate(pieces)}
+    normal = dict.fromkeys(of(_NORMAL))
+    cuts = ((name[:cut], name[cut:]) for name in normal for cut in range(1, len(name)))
+    merges = [pair for pair in cuts if pair[0] in normal and pair[1] in normal]
+    merges.sort(key=lambda pair: -found[vocab["".join(pair)]][2])
+    bpe = {"merges": merges, "unk_token": of(_UNKNOWN)[0], "fuse_unk": True, "byte_fallback": bool(of(_BYTE))}
+    backend = Tokenizer(models.BPE(vocab=vocab | added, **bpe))
     before, strip = ([normalizers.Prepend(SPACE)], [decoders.Strip(" ", 1, 0)]) if prefix else ([], [])
     backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
     joined = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*joined, *strip])
-    controls = [name for name, kind in zip(pieces, kinds, strict=True) if kind == _CONTROL]
-    backend.add_special_tokens([AddedToken(name, normalized=False) for name in (*controls, *added)])
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in (*of(_CONTROL), *added)])
     # A piece with spaces is found where they are U+2581.
     backend.add_tokens([AddedToken(name, normalized=SPACE in name) for name in defined])
 
     backend.encode_special_tokens = True  # as SentencePiece does
-    names = sorted([*scores, *defined])
+    names = sorted([*normal, *defined])
     random.Random(0).shuffle(names)
-    for start in range(0, len(names), 50):
-        text = "".join(names[start : start + 50]).replace(SPACE, " ")
+    runs = (character * count + "x" for character in " =\n" for count in range(64))
+    for text in (*runs, *("".join(names[start : start + 50]) for start in range(0, len(names), 50))):
+        text = text.replace(SPACE, " ")
         if backend.encode(text).ids != processor.encode(text):
             raise refuse(f"has other ids for {text!r}")
-    strings = {name.replace(SPACE, " ") for name in defined if len(name) > 1}
+    strings = (name.replace(SPACE, " ") for name in defined if len(name) > 1)
     own = {"bos_id": processor.bos_id(), "eos_id": processor.eos_id(), "pad_id": processor.pad_id()}
     return {
         "backend": backend,
