@@ -173,22 +173,18 @@ def steerability(answers: Sequence[Answer], schema: Schema, seed: int = 0) -> di
         the request), None without predictions; `trends`, see `trend`, of the first three, where two ratings or more
         were requested. `distance`: mean over the n answers with predictions, and the attributes that it counts.
     """
-    attributes, exact = {}, np.full((len(answers), len(schema)), np.nan)
+    attributes, exact, prompts = {}, np.full((len(answers), len(schema)), np.nan), [answer.prompt for answer in answers]
     for a, attribute in enumerate(schema.attributes):
-        asked = [i for i, answer in enumerate(answers) if attribute.name in answer.requested]
-        if not asked:
-            continue
-        measured = _measured([answers[i] for i in asked], attribute)
-        requested, exact[asked, a] = measured.pop(REQUESTED), measured[EXACT]
+        measured = _measured(answers, attribute)
+        requested, exact[:, a] = measured.pop(REQUESTED), measured[EXACT]
         values = []
-        for level in np.unique(requested):
+        for level in np.unique(requested[~np.isnan(requested)]):
             here = requested == level
             means = {key: _mean(column[here]) for key, column in measured.items()}
             values.append({REQUESTED: float(level), "n": int(here.sum()), **means})
-        trends, prompts = {}, [answers[i].prompt for i in asked]
-        if len(values) > 1:
-            trends = {k: trend(requested, measured[k], prompts, seed) for k in (CHARACTERS, WORDS, PREDICTED)}
-        attributes[attribute.name] = {"values": values, "trends": trends}
+        trends = {k: trend(requested, measured[k], prompts, seed) for k in (CHARACTERS, WORDS, PREDICTED)}
+        if values:
+            attributes[attribute.name] = {"values": values, "trends": trends if len(values) > 1 else {}}
     rated = ~np.isnan(exact)
     differing = (exact == 0).sum(1)[rated.any(1)]
     counted = [name for name, some in zip(schema.names, rated.any(0), strict=True) if some]
@@ -243,8 +239,7 @@ def format_steerability(result: Mapping) -> str:
 
 def plot_steerability(answers: Sequence[Answer], attribute: Attribute, path: str | Path) -> None:
     """Characters, and where there are predictions the predicted rating, against the requested rating."""
-    name = attribute.name
-    measured = _measured([answer for answer in answers if name in answer.requested], attribute)
+    name, measured = attribute.name, _measured(answers, attribute)
     titles = {CHARACTERS: "length of the answer (characters)", PREDICTED: f"predicted {name}"}
     keys = [key for key in titles if not np.isnan(measured[key]).all()]
     with new_figure(path, 4.6 * len(keys), 4.0) as figure:
@@ -256,14 +251,14 @@ def plot_steerability(answers: Sequence[Answer], attribute: Attribute, path: str
 
 
 def _measured(answers: Sequence[Answer], attribute: Attribute) -> dict[str, np.ndarray]:
-    """[n] of each measurement of answers to requests for the attribute; NaN without a prediction."""
-    rows = []
-    for answer in answers:
-        requested, predicted = answer.requested[attribute.name], answer.predicted.get(attribute.name, math.nan)
-        unrated = math.isnan(predicted)
-        exact = math.nan if unrated else round_rating(predicted, attribute) == round_rating(requested, attribute)
-        rows.append((requested, len(answer.text), len(answer.text.split()), predicted, exact))
-    return dict(zip((REQUESTED, CHARACTERS, WORDS, PREDICTED, EXACT), np.array(rows, np.float64).T, strict=True))
+    """[n] of each measurement; NaN where an answer lacks what it needs: a request for the attribute, a prediction."""
+    table = np.full((len(answers), 5), np.nan)
+    for row, answer in zip(table, answers, strict=True):
+        if (requested := answer.requested.get(attribute.name)) is not None:
+            row[:3] = requested, len(answer.text), len(answer.text.split())
+            if (predicted := answer.predicted.get(attribute.name)) is not None:
+                row[3:] = predicted, round_rating(predicted, attribute) == round_rating(requested, attribute)
+    return dict(zip((REQUESTED, CHARACTERS, WORDS, PREDICTED, EXACT), table.T, strict=True))
 
 
 def _mean(values: np.ndarray) -> float | None:
