@@ -27,7 +27,6 @@ EMBEDDED = Path(__file__).with_name("embedded.model")  # made by scripts/train_t
 WORD_JOINER = "\u2060"  # zero-width, breaks no line, and NFKC keeps it
 HIDE = "\udc00"  # half a surrogate, which no text contains; see `Tokenizer.encode`
 
-_CONFIG, _MAP, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _GIVE = "\n  cure: give 'embedded', a SentencePiece .model file, a tokenizer.json, or a downloaded model's folder"
 _AGAIN = "download it again"
 _Spelling = Annotated[
@@ -156,25 +155,25 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
         if len(found) != 1:
             raise ModelError(f"'{path}' has neither tokenizer.json nor one .model file, but {len(found)}{_GIVE}")
         path = found[0]
-    config, special, more = (path.with_name(name) for name in (_CONFIG, _MAP, _ADDED))
+    *named, more = map(path.with_name, ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"))
+    sides = {file: read_json(_SideFile, file, ModelError, _AGAIN) for file in named if file.is_file()}
     if path.suffix == ".model":
-        side = _side_file(config)
-        added = {string: index for index, string in side.added_tokens_decoder.items()}
+        config = sides.get(named[1], _SideFile())
+        added = {string: index for index, string in config.added_tokens_decoder.items()}
         added |= read_json(dict[str, int], more, ModelError, _AGAIN) if more.is_file() else {}
-        known = convert(path, added, side.legacy)
+        known = convert(path, added, config.legacy)
     elif path.suffix == ".json":
         known = {"backend": _read_huggingface(path), "hash": hashlib.sha256(path.read_bytes()).hexdigest()}
     else:
         raise ModelError(f"'{path}' is no tokenizer that is read (a pickle could run code){_GIVE}")
-    backend, beside = known["backend"], (special, config) if path.suffix == ".json" else (more, special, config)
-    for file in (special, config):  # the second goes first
-        side = _side_file(file)
+    for file, side in sides.items():  # what the second says goes before the first
         for key, string in (("bos_id", side.bos_token), ("eos_id", side.eos_token), ("pad_id", side.pad_token)):
             if string is not None:
-                known[key] = backend.token_to_id(string)
+                known[key] = known["backend"].token_to_id(string)
                 if known[key] is None:
                     raise ModelError(f"'{file}': the {key[:3]}_token '{string}' is no token\n  cure: correct it")
-    return Tokenizer(**_facts(backend) | known, files=(path, *filter(Path.is_file, beside)))
+    files = path, *sides, *([more] if path.suffix == ".model" and more.is_file() else [])
+    return Tokenizer(**_facts(known["backend"]) | known, files=files)
 
 
 def _read_huggingface(path: Path) -> Any:
@@ -223,7 +222,3 @@ class _SideFile:
     pad_token: _Spelling | None = None
     added_tokens_decoder: dict[int, _Spelling] = field(default_factory=dict)
     legacy: bool | None = None
-
-
-def _side_file(path: Path) -> _SideFile:
-    return read_json(_SideFile, path, ModelError, _AGAIN) if path.is_file() else _SideFile()
