@@ -177,7 +177,7 @@ def test_refusals_name_what_is_wrong(model, prompts, tmp_path, capsys):
         (["--prompt", "x", "--attributes", "kindness=4"], "unknown attribute 'kindness'"),
         (["--prompt", "x", "--attributes", "verbosity=9"], r"outside 0\.\.4"),
         (["--prompt", "x", "--sweep", "verbosity=0..9"], r"(?s)--sweep .*0\.\.4.*cure"),
-        (["--prompt", "half \ud83d"], "(?s)--prompt.*surrogate.*cure"),
+        (["--prompt", "half \ud83d"], "(?s)prompt.*surrogate.*cure"),
         (["--prompt", "long " * 600], "512.*\n.*--max-new-tokens"),
         (["--prompt", "x", "--mesh", "depth=2"], "--mesh"),
         (["--prompt", "x", "--template", "chatml"], "extra_id"),

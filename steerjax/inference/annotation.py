@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import shutil
 import sys
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,16 +20,7 @@ from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import Skipped, file_hashes
 from steerjax.data.readers import source_format
 from steerjax.errors import DataError
-from steerjax.inference.job import (
-    InputRow,
-    atomic,
-    beside,
-    carried,
-    check_settings,
-    input_rows,
-    resumable,
-    write_settings,
-)
+from steerjax.inference.job import InputRow, beside, carried, check_settings, input_rows, resumable, write_settings
 from steerjax.inference.scorer import Chunk, Scorer, assistant_turns, model_schema, predicted_keys, reading_schema
 
 
@@ -143,8 +135,10 @@ def _join(output: Path, parts: int, settings: dict) -> None:
     lists = [path for path in (beside(path, "skipped.jsonl") for path in paths) if path.exists()]
     for whole, pieces in ((beside(output, "skipped.jsonl"), lists), (output, paths)):
         if pieces:
-            with atomic(whole) as file:
+            partial = beside(whole, uuid.uuid4().hex)  # another process may be joining too
+            with partial.open("wb") as file:
                 for piece in pieces:
                     with piece.open("rb") as read:
                         shutil.copyfileobj(read, file)
+            partial.replace(whole)
     print(f"joined {parts} parts in {output}")

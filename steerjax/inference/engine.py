@@ -8,7 +8,6 @@ cache's slots: [0, P) prefix, [P, P + Q) suffix, then new tokens. Padding is mas
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -21,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 from steerjax.bundle import Bundle
 from steerjax.data.conversation import Conversation
 from steerjax.errors import DataError, ModelError
-from steerjax.inference.sampler import draw, row_keys
-from steerjax.inference.steering import Answer, Sampling, Setting, label_of
+from steerjax.inference.sampler import draw
+from steerjax.inference.steering import Answer, Sampling, Setting, hashed, label_of
 from steerjax.inference.stopping import Stops
 from steerjax.models.attention import Cache
 from steerjax.models.llama import CausalLM
@@ -46,8 +45,7 @@ class Inputs(NamedTuple):
     prefix_lengths: Int[np.ndarray, " R"]
     suffix: Int[np.ndarray, "B Q"]
     suffix_lengths: Int[np.ndarray, " B"]  # at least 1; 0 in rows that fill the batch
-    prompts: Int[np.ndarray, " B"]  # uint32, a hash of the whole prompt, for the keys of the sampler
-    samples: Int[np.ndarray, " B"]  # number of the sample
+    seeds: Int[np.ndarray, " B"]  # of the row's draws
 
 
 class State(NamedTuple):
@@ -55,7 +53,7 @@ class State(NamedTuple):
 
     cache: Cache  # keys and values [L B S K H]
     seen: Bool[Array, "B P+Q"]  # which slots of prefix and suffix hold a token
-    keys: Array  # of the sampler
+    keys: Array  # of the rows' draws
     tokens: Int[Array, "B M"]  # those drawn so far; after a row's end they mean nothing
     drawn: Int[Array, " B"]  # how many in each row, its end included
     done: Bool[Array, " B"]  # rows that have ended
@@ -139,7 +137,7 @@ class Engine:
 
     def _steps(self, requests: Sequence[Request], size: int, interval: int) -> Iterator[list[tuple[np.ndarray, bool]]]:
         """(tokens, ended) of each row, after every `interval` steps."""
-        inputs = arrange(requests, size)
+        inputs = arrange(requests, size, self.sampling.seed)
         with jax.set_mesh(self.mesh):
             state = self._start(self.params, inputs)
             while True:
@@ -154,24 +152,18 @@ class Engine:
         return Answer(text, "stop" if ended or stopped else "length", len(tokens), tuple(tokens.tolist()))
 
 
-def arrange(requests: Sequence[Request], size: int) -> Inputs:
+def arrange(requests: Sequence[Request], size: int, seed: int = 0) -> Inputs:
     """Requests as a batch of `size`, lengths rounded up so that few shapes are compiled."""
-    samples = requests[0].samples
-    prefixes, suffixes, prompts = [], [], []
+    prefixes, suffixes, seeds = [], [], []
     for request in requests:
         shared = common_length(request.prompts)
         prefixes.append(request.prompts[0][:shared])
         for prompt in request.prompts:
-            suffixes += [prompt[shared:]] * samples
-            digest = hashlib.blake2b(prompt.astype("<i4").tobytes(), digest_size=4).digest()
-            prompts += [int.from_bytes(digest)] * samples
-    rows = size * len(prompts) // len(requests)
-    return Inputs(
-        *_padded(prefixes, size, least=32),
-        *_padded(suffixes, rows, least=1),
-        prompts=np.array(prompts + [0] * (rows - len(prompts)), np.uint32),
-        samples=np.arange(rows, dtype=np.uint32) % samples,
-    )
+            suffixes += [prompt[shared:]] * request.samples
+            seeds += [hashed(seed, prompt.tolist(), sample) for sample in range(request.samples)]
+    rows = size * len(seeds) // len(requests)
+    seeds += [0] * (rows - len(seeds))
+    return Inputs(*_padded(prefixes, size, least=32), *_padded(suffixes, rows, least=1), np.array(seeds, np.int32))
 
 
 def common_length(prompts: Sequence[np.ndarray]) -> int:
@@ -209,7 +201,7 @@ def start(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, input
     state = State(
         cache=jax.tree.map(lambda x: placed(jnp.pad(x, room)), cache),
         seen=seen,
-        keys=row_keys(sampling.seed, inputs.prompts, inputs.samples),
+        keys=jax.vmap(jax.random.key)(inputs.seeds),
         tokens=jnp.zeros((B, M), jnp.int32),
         drawn=jnp.zeros(B, jnp.int32),
         done=inputs.suffix_lengths == 0,

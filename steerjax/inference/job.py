@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -71,23 +70,9 @@ def beside(output: Path, what: str) -> Path:
     return output.with_name(f"{output.name}.{what}")
 
 
-@contextmanager
-def atomic(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` when the block ends; after an error `path` is as it was."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            _sync(file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_settings(output: Path, settings: Mapping[str, Any]) -> None:
-    """Says what an output is made with; for `check_settings`."""
-    with atomic(beside(output, "settings.json")) as file:
-        file.write(json.dumps(settings, indent=2).encode() + b"\n")
+    """Says what an output is made with, before its first line."""
+    beside(output, "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def check_settings(output: Path, settings: Mapping[str, Any]) -> None:

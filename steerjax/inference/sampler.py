@@ -44,7 +44,7 @@ def candidates(logits: Float[Array, " V"], sampling: Sampling) -> tuple[Float[Ar
 
 
 def draw(logits: Float[Array, "B V"], keys: Array, position: Int[Array, ""], sampling: Sampling) -> Int[Array, " B"]:
-    """The next token of each row; `keys` as `row_keys` makes them, `position` tokens were drawn before."""
+    """The next token of each row, which has a key of its own; `position` tokens were drawn before."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
@@ -53,12 +53,3 @@ def draw(logits: Float[Array, "B V"], keys: Array, position: Int[Array, ""], sam
         return tokens[jax.random.categorical(jax.random.fold_in(key, position), chosen)].astype(jnp.int32)
 
     return jax.vmap(one)(logits, keys)
-
-
-def row_keys(seed: int, prompts: Int[Array, " B"], samples: Int[Array, " B"]) -> Array:
-    """A key for each row, from the seed, a hash of its prompt and the number of the sample."""
-
-    def one(prompt, sample):
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), sample)
-
-    return jax.vmap(one)(prompts, samples)

@@ -23,7 +23,7 @@ from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.hf.config_json import read_config
 from steerjax.hf.description import Description
 from steerjax.parallel.rules import mesh_ways, partition_spec
-from steerjax.schema import SCHEMAS, STEERLM, Schema, format_label
+from steerjax.schema import STEERLM, Schema, format_label
 
 _SHORTEST_ROW = 1024  # tokens; shorter conversations share a row of this length
 _LONGEST_ROW = 4096  # tokens, unless the user says otherwise
@@ -76,14 +76,13 @@ def model_schema(description: Description) -> Schema:
         raise ModelError(f"'{description.path}' is a {description.kind} model\n  cure: give a reward model")
     if description.schema is not None:
         return description.schema
-    known = {attribute.name: attribute for schema in SCHEMAS.values() for attribute in schema.attributes}
     labels = read_config(description.path).labels
-    if unknown := [label for label in labels if label not in known]:
+    if unknown := [label for label in labels if label not in STEERLM.names]:
         raise ModelError(
             f"'{description.path}': its outputs are {', '.join(labels)}, and the range of {unknown[0]} is not known\n"
             "  cure: a steerjax.json with the attributes"
         )
-    return Schema(tuple(known[label] for label in labels))
+    return Schema(tuple(STEERLM[label] for label in labels))
 
 
 def reading_schema(schema: Schema) -> Schema:

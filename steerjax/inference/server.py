@@ -7,8 +7,6 @@ are: the exported template breaks the control strings in them.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,7 +16,7 @@ from typing import Any
 from steerjax.chat.templates import Template
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import ConfigError, ModelError
-from steerjax.inference.steering import Answer, Sampling, Setting, end_space
+from steerjax.inference.steering import Answer, Sampling, Setting, end_space, hashed
 from steerjax.schema import Schema, round_rating
 
 
@@ -74,9 +72,7 @@ class Server:
             body["stop"] = sorted(self._template.control_strings)
         bodies = []
         for setting in settings:
-            # As with our own decoder: one seed, and still other draws for other prompts and settings.
-            text = json.dumps([s.seed, messages, ratings, sorted(setting.items())])
-            seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()) >> 1
+            seed = hashed(s.seed, messages, ratings, sorted(setting.items()))
             asked = {"attributes": dict(setting)} if setting else {}
             asked |= {"message_attributes": ratings} if any(ratings) else {}
             ours = {"top_k": s.top_k, "chat_template_kwargs": asked}  # OpenAI itself has neither

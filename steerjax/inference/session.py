@@ -13,24 +13,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from steerjax.chat.templates import get_template
-from steerjax.data.checks import check_text
-from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import Skipped, file_hashes, load_conversations
 from steerjax.data.readers import source_format
 from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
-from steerjax.inference.steering import (
-    Answer,
-    Sampling,
-    Setting,
-    chosen,
-    label_of,
-    parse_attributes,
-    parse_sweep,
-    swept,
-    top_combinations,
-)  # fmt: skip
+from steerjax.inference.steering import Answer, Sampling, Setting, hashed, label_of, swept, top_combinations
 from steerjax.schema import SCHEMAS, Schema, round_rating
 from steerjax.typed import typed
 
@@ -53,8 +42,7 @@ class Session:
         if own is None and not o.schema and not o.server and (o.attributes or o.sweep or o.combinations):
             raise ModelError(f"'{o.model}' does not say which attributes it takes\n  cure: --schema")
         self.schema = own or SCHEMAS[o.schema or "steerlm"]
-        base = parse_attributes(o.attributes, self.schema) if o.attributes else {}
-        self.settings = swept(base, [parse_sweep(text, self.schema) for text in o.sweep])
+        self.settings = swept(o.attributes, o.sweep, self.schema)
         self.combinations: list[dict] = []
         if o.combinations:
             rated = load_conversations([o.combinations], self.schema, on_bad_row=o.on_bad_row)
@@ -76,22 +64,20 @@ class Session:
 
     def answer_prompt(self, prompt: str) -> None:
         """Prints the answer as it comes, or, of several, each with its length."""
-        samples, system = self.options.samples, self.options.system
-        for text, option in ((prompt, "--prompt"), (system or "", "--system")):
-            check_text(text, option)
-        conversation = Conversation((Turn("user", prompt),), system, id="--prompt")
-        request = self.backend.prepare(conversation, self.settings, samples)
+        samples = self.options.samples
+        row = self._read({"prompt": prompt, "system": self.options.system}, 0)
         if len(self.settings) * samples == 1:
-            for piece in self.backend.stream(request):
+            for piece in self.backend.stream(row.request):
                 print(piece if isinstance(piece, str) else "\n", end="", flush=True)
             if piece.finish == "length":
                 print(f"[cut at {self.sampling.max_new_tokens} tokens]", file=sys.stderr)
             return
-        ((_, answers),) = self.backend.run([request], 0)
+        ((_, answers),) = self.backend.run([row.request], 0)
         lines = []
-        for (setting, number), answer in zip(self._each(self.settings), answers, strict=True):
-            name = " ".join(f"{key}={value}" for key, value in self._asked(setting).items()) or "no ratings"
-            name += f" #{number}" if samples > 1 else ""
+        for made, answer in zip(self._answered(row, answers), answers, strict=True):
+            made = made["generation"]
+            name = " ".join(f"{key}={value}" for key, value in made["attributes"].items()) or "no ratings"
+            name += f" #{made['sample']}" if samples > 1 else ""
             length = f"{len(answer.text.split())} words" + (f", {answer.tokens} tokens" if answer.tokens else "")
             lines.append(f"{name}: {length}" + (", cut" if answer.finish == "length" else ""))
             print(f"--- {lines[-1]}\n{answer.text}\n")
@@ -122,11 +108,10 @@ class Session:
             print(f"skipped {len(skipped)} rows, listed in {beside(output, 'skipped.jsonl')}")
 
     def _read(self, row: dict, line: int) -> InputRow:
-        o = self.options
-        read = prompt_of(row, self.schema, o.replace_answer, source_format(o.input, o.format))
+        o, source = self.options, self.options.input or "--prompt"
+        read = prompt_of(row, self.schema, o.replace_answer, source_format(source, o.format))
         system = o.system if read.system is None else read.system
-        place = {"id": read.id or f"{o.input}:{line}", "file": o.input, "line": line}
-        conversation = replace(read, system=system, **place)
+        conversation = replace(read, system=system, file=source, line=line, id=read.id or f"{source}:{line}")
         rest = {key: row[key] for key in row.keys() - {"system", "turns", "id"}} if "turns" in row else {}
         request = self.backend.prepare(conversation, self._settings(conversation), o.samples)
         return InputRow(conversation, carried(rest), request)
@@ -134,31 +119,24 @@ class Session:
     def _settings(self, conversation: Conversation) -> list[Setting]:
         if not self.combinations:
             return self.settings
-        return [chosen(self.combinations, self.sampling.seed, conversation.id)]
-
-    def _each(self, settings: list[Setting]) -> list[tuple[Setting, int]]:
-        """(setting, number of the sample) of each answer."""
-        return list(itertools.product(settings, range(self.options.samples)))
+        return [self.combinations[hashed(self.sampling.seed, conversation.id) % len(self.combinations)]]
 
     def _answered(self, row: InputRow, answers: list[Answer]) -> Iterator[dict]:
         """The output rows of an input row: the conversation with an answer each, and how it was made."""
-        each = self._each(self._settings(row.conversation))
+        each = itertools.product(self._settings(row.conversation), range(self.options.samples))
         for count, ((setting, number), answer) in enumerate(zip(each, answers, strict=True)):
             new = row.conversation.to_json()
             new["turns"].append({"role": "assistant", "content": answer.text})
-            new["id"] += f"/{count}" if len(each) > 1 else ""
-            asked = {"attributes": self._asked(setting), "sampling": asdict(self.sampling), "sample": number}
+            new["id"] += f"/{count}" if len(answers) > 1 else ""
+            # The ratings in the label line, as far as we know: a server's model may have defaults of its own.
+            label = {name: round_rating(r, self.schema[name]) for name, r in label_of(setting, self.defaults).items()}
+            asked = {"attributes": label, "sampling": asdict(self.sampling), "sample": number}
             made = {"model": self.backend.model, "finish": answer.finish, "tokens": answer.tokens}
             yield {**new, **row.carried, "generation": asked | made}
 
-    def _asked(self, setting: Setting) -> dict[str, int]:
-        """Ratings in the label line, as far as we know (a server's model may have defaults of its own)."""
-        return {name: round_rating(r, self.schema[name]) for name, r in label_of(setting, self.defaults).items()}
 
-
-def sampling_of(options: argparse.Namespace) -> Sampling:
+def sampling_of(o: argparse.Namespace) -> Sampling:
     """How to sample: greedy, unless something asks for more. ConfigError: a value out of range."""
-    o = options
     top_k = o.top_k if o.top_k is not None else BOOTSTRAP_TOP_K if o.combinations else 0
     drawing = o.samples > 1 or top_k or o.top_p < 1
     temperature = o.temperature if o.temperature is not None else 1.0 if drawing else 0.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import pydantic.dataclasses
 from pydantic import Field
@@ -85,10 +86,11 @@ def parse_sweep(text: str, schema: Schema) -> dict[str, list[int]]:
         raise ConfigError(f"--sweep {text}: {error}\n  cure: e.g. verbosity=0..4, in the attribute's range") from None
 
 
-def swept(base: Setting, sweeps: Sequence[Mapping[str, Sequence[int]]]) -> list[dict[str, int | None]]:
-    """`base` with every combination of the swept ratings."""
-    sweeping = {name: ratings for sweep in sweeps for name, ratings in sweep.items()}
-    return [dict(base) | dict(zip(sweeping, each, strict=True)) for each in itertools.product(*sweeping.values())]
+def swept(attributes: str, sweeps: Sequence[str], schema: Schema) -> list[dict[str, int | None]]:
+    """The settings that --attributes asks for with every combination of the ratings of each --sweep."""
+    base = parse_attributes(attributes, schema) if attributes else {}
+    sweeping = {name: ratings for text in sweeps for name, ratings in parse_sweep(text, schema).items()}
+    return [base | dict(zip(sweeping, each, strict=True)) for each in itertools.product(*sweeping.values())]
 
 
 def label_of(setting: Setting, defaults: Mapping[str, float] | None) -> dict[str, float]:
@@ -107,24 +109,24 @@ def top_combinations(
     Raises:
         DataError: no turn has a rating of the attribute.
     """
-    rated = (turn.predicted_ratings or turn.ratings for c in conversations for turn in c.turns)
-    seen = {
-        tuple(round_rating(ratings[a.name], a) if a.name in ratings else None for a in schema.attributes)
-        for ratings in rated
-        if ratings
-    }
+    rated = [
+        {a.name: round_rating(ratings[a.name], a) for a in schema.attributes if a.name in ratings}
+        for conversation in conversations
+        for turn in conversation.turns
+        if (ratings := turn.predicted_ratings or turn.ratings)
+    ]
     names = (schema[quality].name,) if quality else ("quality", "helpfulness", schema.names[0])
-    for place in (schema.names.index(name) for name in names if name in schema.names):
-        values = [ratings[place] for ratings in seen if ratings[place] is not None]
-        if values:
-            top = [ratings for ratings in seen if ratings[place] == max(values)]
-            top.sort(key=lambda ratings: [(value is not None, value or 0) for value in ratings])
-            return [dict(zip(schema.names, ratings, strict=True)) for ratings in top]
+    for name in names:
+        best = max((ratings[name] for ratings in rated if name in ratings), default=None)
+        if best is not None:
+            top = {tuple(map(ratings.get, schema.names)) for ratings in rated if ratings.get(name) == best}
+            ordered = sorted(top, key=lambda each: [(value is not None, value or 0) for value in each])
+            return [dict(zip(schema.names, each, strict=True)) for each in ordered]
     cure = "annotate the file first, or use --quality"
     raise DataError(f"no turn has a rating of {' or '.join(dict.fromkeys(names))}", cure=cure)
 
 
-def chosen(combinations: Sequence[Setting], seed: int, name: str) -> Setting:
-    """One of the combinations, uniformly, drawn by the seed and the name of the row."""
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return combinations[int.from_bytes(digest) % len(combinations)]
+def hashed(*values: Any) -> int:
+    """A number from 0 to 2^31 - 1 that follows from plain values: one seed gives other draws for other prompts."""
+    digest = hashlib.blake2b(json.dumps(values).encode(), digest_size=4).digest()
+    return int.from_bytes(digest) >> 1

@@ -1,6 +1,5 @@
 """A resumable output: in order, never a line twice or lost, whatever the moment of the kill."""
 
-import contextlib
 import json
 import os
 import random
@@ -12,7 +11,7 @@ import textwrap
 import pytest
 
 from steerjax.errors import DataError
-from steerjax.inference.job import atomic, carried, resumable
+from steerjax.inference.job import carried, resumable
 
 pytestmark = pytest.mark.short
 
@@ -92,13 +91,6 @@ def test_what_json_can_carry(tmp_path):
     for value in (b"x", float("inf"), {1}):
         with pytest.raises(DataError, match=r"(?s)field 'deep': .*cure"):
             carried({"deep": [{"n": value}]})
-
-
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    for content in (b"old", 1):
-        with contextlib.suppress(TypeError), atomic(tmp_path / "a") as file:
-            file.write(content)
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a", "old")]
 
 
 def test_settings_alone_are_no_output(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import ConfigError, DataError
-from steerjax.inference.steering import chosen, label_of, parse_attributes, parse_sweep, swept, top_combinations
+from steerjax.inference.steering import hashed, label_of, parse_attributes, parse_sweep, swept, top_combinations
 from steerjax.schema import HELPSTEER, STEERLM, make_schema
 
 pytestmark = pytest.mark.short
@@ -36,11 +36,11 @@ def test_sweep():
     assert parse_sweep("verbosity=4,0", HELPSTEER) == {"verbosity": [4, 0]}
     assert parse_sweep("verbosity=4..2", HELPSTEER) == {"verbosity": [4, 3, 2]}
     assert parse_sweep("verbosity=3..3", HELPSTEER) == {"verbosity": [3]}
-    settings = swept({"helpfulness": 4}, [{"verbosity": [0, 4]}, {"complexity": [1, 2]}])
+    settings = swept("helpfulness=4", ["verbosity=0,4", "complexity=1..2"], HELPSTEER)
     assert [(s["helpfulness"], s["verbosity"], s["complexity"]) for s in settings] == [
         (4, 0, 1), (4, 0, 2), (4, 4, 1), (4, 4, 2),
     ]  # fmt: skip
-    assert swept({}, []) == [{}]
+    assert swept("", [], HELPSTEER) == [{}]
     for text in (
         "verbosity=0..9",
         "verbosity=0..1000000000000",
@@ -91,10 +91,8 @@ def test_combinations_at_top_quality():
         top_combinations(lower, HELPSTEER, "coherence")
 
 
-def test_chosen_evenly_and_by_name():
-    combinations = [{"quality": n} for n in range(4)]
-    counts = Counter(chosen(combinations, 0, f"row {i}")["quality"] for i in range(4000))
+def test_hashed_evenly_and_by_what_is_given():
+    counts = Counter(hashed(0, f"row {i}") % 4 for i in range(4000))
     assert all(900 < counts[n] < 1100 for n in range(4))
-    assert chosen(combinations, 0, "row 5") == chosen(combinations, 0, "row 5")
-    rows = [f"row {i}" for i in range(9)]
-    assert [chosen(combinations, 1, row) for row in rows] != [chosen(combinations, 0, row) for row in rows]
+    assert hashed(0, [5, 6], 1) == hashed(0, [5, 6], 1)
+    assert len({hashed(*values) for values in ((0, "a"), (1, "a"), (0, "b"), (0, "a", 0), (0, "a", 1))}) == 5
