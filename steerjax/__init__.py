@@ -1,3 +1,3 @@
 """steerjax: SteerLM in JAX. Reward models that predict human ratings, and chat models steered by them."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
