@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from steerjax.errors import ConfigError, DataError, reported_errors
-from steerjax.schema import SCHEMAS, Schema, parse_label, schema_from_json
-
-if TYPE_CHECKING:
-    from steerjax.hf.description import Description
+from steerjax.schema import SCHEMAS, parse_label
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -31,9 +26,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="auto: a folder's own, float32 for a checkpoint")  # fmt: skip
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file; default 5GB")
     add("--template", help="give a plain Hugging Face folder this chat template: extra_id, chatml, llama3 or llama2")
-    own = parser.add_mutually_exclusive_group()
-    own.add_argument("--schema", choices=tuple(SCHEMAS), help="attributes that a plain chat model's template takes")
-    own.add_argument("--attributes", metavar="NAME:LOW..HIGH,...", help="the same, attributes of your own")
+    add("--schema", choices=tuple(SCHEMAS), help="attributes that a plain chat model's template takes")
     add("--default-ratings", metavar="NAME=N,...",
         help="what a chat model is asked for where a request names nothing; '' is no ratings")  # fmt: skip
     return parser.parse_args(arguments)
@@ -46,7 +39,7 @@ def export(
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     template: str | None = None,
-    schema: Schema | None = None,
+    schema: str | None = None,
     default_ratings: str | None = None,
 ) -> None:
     """Exports a checkpoint, or writes a Hugging Face folder anew.
@@ -65,48 +58,23 @@ def export(
     if template is schema is default_ratings is None and not is_checkpoint(folder):
         convert_folder(folder, output, **sizes)
         return
-    description = _steered(describe(checkpoint, template=template), schema, default_ratings)
+    about = describe(checkpoint, template=template)
+    if schema or default_ratings is not None:
+        own = about.schema or SCHEMAS.get(schema)
+        if about.kind != "chat" or own is None or (schema and own != SCHEMAS[schema]):
+            raise ConfigError(
+                "--schema gives attributes to a chat model without any, --default-ratings wants a chat model with some; "
+                "cure: leave out what this model has, and name what it lacks"
+            )
+        about = dataclasses.replace(about, schema=own)
+    if default_ratings is not None:
+        try:
+            ratings = parse_label(default_ratings.replace("=", ":"), about.schema)
+        except DataError as error:
+            raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
+        about = dataclasses.replace(about, default_ratings=ratings)
     evaluation = _metrics(folder) if is_checkpoint(folder) else None
-    export_model(description, open_reader(folder), output, evaluation=evaluation, **sizes)
-
-
-def _steered(description: Description, schema: Schema | None, default_ratings: str | None) -> Description:
-    """The chat model with the attributes and default ratings that the user names."""
-    if schema is default_ratings is None:
-        return description
-    if description.kind != "chat":
-        raise ConfigError(
-            "--schema, --attributes and --default-ratings steer a chat model, and this one rates; cure: leave them out"
-        )
-    if schema is None and description.schema is None:
-        raise ConfigError(
-            "--default-ratings of a model without attributes; cure: name them with --schema or --attributes"
-        )
-    if None not in (schema, description.schema) and schema != description.schema:
-        raise ConfigError("the model has attributes of its own; cure: leave --schema and --attributes out")
-    description = dataclasses.replace(description, schema=schema or description.schema)
-    if default_ratings is None:
-        return description
-    try:
-        ratings = parse_label(default_ratings.replace("=", ":"), description.schema)
-    except DataError as error:
-        raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
-    return dataclasses.replace(description, default_ratings=ratings)
-
-
-def parse_schema(text: str) -> Schema:
-    """`wit:1..5,depth:1..10` as attributes with these ranges.
-
-    Raises:
-        ConfigError: it is not of that form, a range holds no whole number, or a name stands twice.
-    """
-    entries = []
-    for entry in text.split(","):
-        found = re.fullmatch(r"\s*([\w.-]+):(-?\d+(?:\.\d+)?)\.\.(-?\d+(?:\.\d+)?)\s*", entry)
-        if not found:
-            raise ConfigError(f"--attributes: '{entry}'; cure: NAME:LOW..HIGH with commas between, e.g. wit:1..5")
-        entries.append({"name": found[1], "low": float(found[2]), "high": float(found[3])})
-    return schema_from_json(entries, "--attributes", ConfigError)
+    export_model(about, open_reader(folder), output, evaluation=evaluation, **sizes)
 
 
 def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
@@ -124,14 +92,10 @@ def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parse_arguments(arguments)
+    options = vars(parse_arguments(arguments))
     with reported_errors():
-        schema = parse_schema(options.attributes) if options.attributes else SCHEMAS.get(options.schema)
-        export(
-            options.checkpoint, options.output, dtype=options.dtype, max_shard_size=options.max_shard_size,
-            template=options.template, schema=schema, default_ratings=options.default_ratings,
-        )  # fmt: skip
-    print(f"wrote {options.output}")
+        export(options.pop("checkpoint"), output := options.pop("output"), **options)
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":
