@@ -63,7 +63,7 @@ def export(
         own = about.schema or SCHEMAS.get(schema)
         if about.kind != "chat" or own is None or (schema and own != SCHEMAS[schema]):
             raise ConfigError(
-                "--schema gives attributes to a chat model without any, --default-ratings wants a chat model with some; "
+                "--schema gives attributes to a chat model without any, --default-ratings wants one with some; "
                 "cure: leave out what this model has, and name what it lacks"
             )
         about = dataclasses.replace(about, schema=own)
