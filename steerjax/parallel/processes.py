@@ -11,8 +11,6 @@ Environment (and that of cluster.py):
     STEERJAX_CPU_DEVICES: virtual devices of a process on a CPU.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -49,12 +47,12 @@ class Processes:
         self._place, self._moves, self._leaving = "start", 0, False
         self._used: Counter[str] = Counter()
         self._values: dict[int | str, tuple[object, float]] = {}  # see `_unchanged`
-        self._others = list(range(1, count)) if index == 0 else []  # those that process 0 has heard of lately
+        self._others = range(1, count if index == 0 else 0)  # those that process 0 has heard of lately
         self._watch = threading.Thread(target=self._watch_others, daemon=True)
         if count > 1:
             self._watch.start()
-        if count > 1 and index > 0:
-            threading.Thread(target=self._hold_line, args=_address(coordinator), daemon=True).start()
+            if index > 0:
+                threading.Thread(target=self._hold_line, args=_address(coordinator), daemon=True).start()
 
     def at(self, place: str) -> None:
         """Says where this process is; an error about it will. Each call counts as getting on."""
@@ -75,7 +73,7 @@ class Processes:
             return
         self.at(name)
         self._used[name] += 1
-        seconds = self._wait if seconds is None else seconds
+        seconds = seconds or self._wait
         folder = f"steerjax/barrier/{name}/{self._used[name]}/"
         leaves = jax.tree_util.tree_leaves_with_path(dict(facts), is_leaf=lambda x: x is None)
         flat = {jax.tree_util.keystr(path, simple=True, separator="."): repr(leaf) for path, leaf in leaves}
@@ -90,8 +88,16 @@ class Processes:
                 f"'{name}': {self._last_seen(late, self._read(ALIVE))} did not come within {seconds:g} s\n"
                 "  cure: look into its log; STEERJAX_WAIT_SECONDS gives it more time"
             ) from error
-        if facts:
-            _check_same(name, {i: json.loads(value) for i, value in sorted(self._read(folder).items())})
+        if not facts:
+            return
+        found, said = [json.loads(value) for _, value in sorted(self._read(folder).items())], []
+        for key in found[0]:
+            values = [own.get(key) for own in found]
+            usual = Counter(values).most_common(1)[0][0]  # process 0's, if it is a draw
+            said += [f"process {i} has {key} = {v}, the others {usual}" for i, v in enumerate(values) if v != usual]
+        if said:
+            cure = "the same command, code and files on every machine"
+            raise TrainingError(f"'{name}': the processes do not do the same. {'; '.join(said[:5])}\n  cure: {cure}")
 
     def finish(self) -> None:
         """Waits for all at the end; from here on each may leave, and nobody is missed."""
@@ -109,14 +115,14 @@ class Processes:
         sys.stdout.flush()
         ours, text = isinstance(error, SteerjaxError), str(error)
         shown = text if ours else "".join(traceback.format_exception(error)).strip()
-        _say(f"error: {self._name(self.index)}: {shown}")
+        _say(f"error: {self._name()}: {shown}")
         if not ours:
             if PEER_LOST.search(text):
                 _say("it may be that another process is gone; looking for it ...")
                 time.sleep(LOST + 3 * BEAT)  # the watch ends this process as soon as it knows who
             text = "\n".join(f"{type(error).__name__}: {text}".splitlines()[:3])
         self._leaving = True  # so that the watch does not say it again
-        self._tell(f"{self._name(self.index)} failed: {text}")
+        self._tell(f"{self._name()} failed: {text}")
         self._leave()
 
     def _read(self, folder: str) -> dict[int, str]:
@@ -142,7 +148,7 @@ class Processes:
                     news = FIRST_GONE
                 time.sleep(BEAT)
         if news != DONE and not self._leaving:
-            _say(f"error: {self._name(self.index)} ends, because {news}")
+            _say(f"error: {self._name()} ends, because {news}")
             self._leave()
 
     def _hold_line(self, host: str, port: int) -> None:
@@ -155,7 +161,7 @@ class Processes:
                         pass
             except ConnectionRefusedError:
                 if not self._leaving:
-                    _say(f"error: {self._name(self.index)} ends, because {FIRST_GONE}")
+                    _say(f"error: {self._name()} ends, because {FIRST_GONE}")
                     os._exit(1)
             except ConnectionError:
                 pass  # at once again: jax aborts as soon as it sees the same
@@ -201,8 +207,8 @@ class Processes:
                 self._client.blocking_key_value_get(f"{LEFT}{i}", 10_000)
         os._exit(1)
 
-    def _name(self, i: int) -> str:
-        return f"process {i} of {self.count}"
+    def _name(self, i: int | None = None) -> str:
+        return f"process {self.index if i is None else i} of {self.count}"
 
     def _last_seen(self, numbers: Iterable[int], signs: Mapping[int, str]) -> str:
         return ", ".join(f"{self._name(i)} (last at '{_place(signs.get(i))}')" for i in numbers)
@@ -226,26 +232,11 @@ def _say(text: str) -> None:
     os.write(2, (text + "\n").encode())
 
 
-def _check_same(name: str, facts: Mapping[int, Mapping[str, str]]) -> None:
-    """Raises TrainingError where a process's facts differ from most others' (from process 0's, if it is a draw)."""
-    differences = []
-    for key in facts[0]:
-        values = {i: own.get(key) for i, own in facts.items()}
-        usual = Counter(values.values()).most_common(1)[0][0]
-        differences += [f"process {i} has {key} = {v}, the others {usual}" for i, v in values.items() if v != usual]
-    if differences:
-        said, cure = "; ".join(differences[:5]), "the same command, code and files on every machine"
-        raise TrainingError(f"'{name}': the processes do not do the same. {said}\n  cure: {cure}")
-
-
 @contextmanager
 def connect(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
     """Joins the run's other processes, if the environment names any; to be entered before jax looks for devices.
 
-    When the block fails in one of several processes, all end, with an error that names it.
-
-    Raises:
-        ConfigError: an environment that makes no sense.
+    When the block fails in one, all end, with an error that names it. Raises ConfigError: an environment without sense.
     """
     if environment.get("STEERJAX_CPU_DEVICES"):
         jax.config.update("jax_num_cpu_devices", whole_number(environment, "STEERJAX_CPU_DEVICES", 1))
