@@ -6,8 +6,8 @@ Rules: NeMo-Aligner `examples/nlp/data/steerlm/preprocess_openassistant_data.py`
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from steerjax.data.checks import Row, check_kind, check_turns, inside, text_of, value_of
 from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.formats import Row, check_kind, check_turns, inside, text_of, value_of
 from steerjax.data.readers import iter_rows
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import OASST, Attribute, Schema, check_rating

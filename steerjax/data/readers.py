@@ -15,8 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from steerjax.data.checks import Row
-from steerjax.data.formats import conversation_from_row
+from steerjax.data.formats import Row, conversation_from_row
 from steerjax.errors import DataError
 from steerjax.schema import Schema
 
