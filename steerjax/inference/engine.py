@@ -8,6 +8,7 @@ cache's slots: [0, P) prefix, [P, P + Q) suffix, then new tokens. Padding is mas
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -168,9 +169,7 @@ def arrange(requests: Sequence[Request], size: int, seed: int = 0) -> Inputs:
 
 def common_length(prompts: Sequence[np.ndarray]) -> int:
     """Tokens that all prompts begin with, leaving at least one to each."""
-    most = min(map(len, prompts)) - 1
-    same = np.all([prompt[:most] == prompts[0][:most] for prompt in prompts], axis=0)
-    return int(np.logical_and.accumulate(same).sum())
+    return len(os.path.commonprefix([prompt[:-1].tolist() for prompt in prompts]))  # noqa: RUF071 - tokens, no paths
 
 
 def bucket(length: int, least: int) -> int:

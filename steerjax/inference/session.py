@@ -150,13 +150,11 @@ def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "au
     Raises:
         DataError: the row cannot be read, or ends with an answer, which `replace_answer` drops.
     """
-    bare, answered = "prompt" in row and not row.keys() & _DIALOGUES, row.get("response") is not None
-    if bare:
-        row = {"response": "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row}
-    conversation = conversation_from_row(row, schema, format, rated=False)
+    bare = "prompt" in row and not row.keys() & _DIALOGUES
+    read = {"response": "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row} if bare else row
+    conversation = conversation_from_row(read, schema, format, rated=False)
     turns = conversation.turns
-    if not bare:
-        answered = turns[-1].role == "assistant"
+    answered = row.get("response") is not None if bare else turns[-1].role == "assistant"
     if answered and not replace_answer:
         cure = "end on the user's turn, or use --replace-answer to drop the answer"
         raise DataError("the row has an answer already", field="turns", cure=cure)
