@@ -75,7 +75,7 @@ def write_report(
 
     Args:
         records: the objects of `metrics.jsonl`; empty for a model that was not trained here: no `loss.png` then.
-        summary: facts of the run for the list at the top.
+        summary: facts of the run.
 
     Raises:
         SteerjaxError: matplotlib is missing. Nothing is written then.
@@ -101,19 +101,15 @@ def write_report(
     # A fence longer than any in the config, so that the config cannot end it.
     fence = max(re.findall("`{3,}", config_text), key=len, default="``") + "`"
     parts = [
-        "# Evaluation of predicted ratings",
-        few_rows_note(result),
-        "\n".join(f"- {key}: {' '.join(str(value).split())}" for key, value in summary.items()),
-        "## Metrics on the validation split",
-        "\n".join(["```", *_table(result), "```"]),
-        "\n".join(f"- {sentence}" for sentence in comparison_sentences(result)),
+        "# Predicted ratings on the validation split",
+        f"```\n{format_table(result)}\n```",
         _EXPLANATION,
-        "## Plots",
+        "\n".join(f"- {key}: {' '.join(str(value).split())}" for key, value in summary.items()),
         *(f"![{words}]({plot})" for plot, words in _PLOTS.items() if (directory / plot).exists()),
         "Every validation example with its human and predicted ratings: [predictions.jsonl](predictions.jsonl).",
         f"<details>\n<summary>Config</summary>\n\n{fence}\n{config_text.rstrip()}\n{fence}\n\n</details>",
     ]
-    (directory / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    (directory / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _table(result: EvaluationResult) -> list[str]:

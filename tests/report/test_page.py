@@ -136,7 +136,7 @@ def test_report_files(tmp_path, schema):
         assert part in text
     for sentence in comparison_sentences(result):
         assert sentence in text
-    assert text.splitlines()[2] == few_rows_note(result)
+    assert text.splitlines()[2:4] == ["```", format_table(result).splitlines()[0]]
 
 
 def test_axes_are_the_attributes_own(tmp_path, monkeypatch):
