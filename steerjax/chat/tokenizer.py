@@ -153,7 +153,7 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
         named = [file for name in ("tokenizer.json", "tokenizer.model") if (file := path / name).is_file()]
         found = named[:1] or [*path.glob("*.model")]
         if len(found) != 1:
-            raise ModelError(f"'{path}' has neither tokenizer.json nor one .model file, but {len(found)}{_GIVE}")
+            raise ModelError(f"'{path}' has no tokenizer.json and {len(found)} .model files, not one{_GIVE}")
         path = found[0]
     *named, more = map(path.with_name, ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"))
     sides = {file: read_json(_SideFile, file, ModelError, _AGAIN) for file in named if file.is_file()}

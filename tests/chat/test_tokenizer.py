@@ -191,7 +191,7 @@ def test_a_file_by_its_name(gpt2_like):
     ("make", "message"),
     [
         (lambda d: d / "missing", "no tokenizer at"),
-        (lambda d: d, "neither tokenizer.json nor one .model file, but 0"),
+        (lambda d: d, "has no tokenizer.json and 0 .model"),
         (lambda d: write(d / "tokenizer.model", b"no model"), "no SentencePiece model"),
         (lambda d: write(d / "tokenizer.model", b""), "SentencePiece model"),
         (lambda d: write(d / "tokenizer.json", b'{"a": 1}'), "no tokenizer.json"),
@@ -200,7 +200,7 @@ def test_a_file_by_its_name(gpt2_like):
         (lambda d: write(d / "vocab.txt", b"a"), "no tokenizer that is read"),
         (
             lambda d: write(write(d / "a.model", b"a").with_name("b.model"), b"b").parent,
-            "one .model file, but 2",
+            "and 2 .model files, not one",
         ),
     ],
 )
