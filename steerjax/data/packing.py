@@ -131,7 +131,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(trees: Sequence[Tree], row: Row, row_length: int, objectives: Sequence[str]) -> Layout:
-    """Writes a row's trees depth first."""
+    """Writes a row's trees depth first, with the targets of these objectives."""
     tokens, positions = np.zeros((2, row_length), np.int32)
     targets = {name: np.full(row_length, -1, np.int32) for name in objectives}
     weights = {name: np.zeros(row_length, np.float32) for name in objectives}
@@ -175,7 +175,8 @@ def _learn(example: Example, path: list[tuple[int, int]], out: Layout) -> None:
     """Targets and weights of an example whose nodes lie at these (place, size)."""
     start = 0
     for place, size in path:
-        if (part := example.between(start, start + size)).start < part.stop:
+        part = example.between(start, start + size)
+        if part.start < part.stop and example.objective in out.targets:
             where = example.places[part] + (place - start)
             out.targets[example.objective][where] = example.targets[part]
             out.weights[example.objective][where] += example.weights[part]

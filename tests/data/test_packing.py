@@ -98,6 +98,14 @@ def test_one_row_an_example():
     check_rows(TREES, rows, 64)
 
 
+def test_targets_of_other_objectives_are_left_out():
+    trees = grow(random_examples(0))
+    for row in pack(trees, 100):
+        whole, alone = lay_out(trees, row, 100, "ab"), lay_out(trees, row, 100, "a")
+        np.testing.assert_array_equal(alone.targets["a"], whole.targets["a"])
+        assert alone.targets.keys() == alone.weights.keys() == {"a"}
+
+
 def test_a_tree_that_fits_is_written_once():
     rows = pack(TREES, 200)
     assert sorted(part.tree for row in rows for part in row) == list(range(len(TREES)))
