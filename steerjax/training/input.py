@@ -11,7 +11,6 @@ from steerjax.chat.render import Renderer
 from steerjax.chat.tokenizer import missing_markers
 from steerjax.data.batch import BatchPlan, Feeder, RowBuilder
 from steerjax.data.config import BatchConfig, DataConfig
-from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, load_conversations, shared_prompts, split_by_prompt
 from steerjax.data.packing import Row, pack
 from steerjax.data.trees import Example, Tree, grow
@@ -21,38 +20,6 @@ from steerjax.objectives.objective import TRAIN, VALIDATION
 from steerjax.parallel.rules import mesh_ways, partition_spec
 from steerjax.schema import Schema
 from steerjax.training.config import Experiment
-
-
-@dataclass(frozen=True)
-class Splits:
-    """Conversations of both splits, rows that were left out, and what a user should hear of them (`said`)."""
-
-    train: Sequence[Conversation]
-    validation: Sequence[Conversation]
-    skipped: list[Skipped]
-    said: dict[str, str]
-
-
-def load_splits(data: DataConfig, schema: Schema) -> Splits:
-    """Training and validation conversations.
-
-    Raises:
-        DataError: a row that cannot be used, unless the config says to skip such rows.
-    """
-    options = {"format": data.format, "on_bad_row": data.on_bad_row, "on_duplicate": data.on_duplicate}
-    loaded = [load_conversations(part, schema, **options) for part in (data.train, data.validation) if part]
-    splits = [part.conversations for part in loaded]
-    train, validation = (
-        splits if data.validation else split_by_prompt(*splits, data.validation_fraction, data.split_seed)
-    )
-    said = {}
-    if both := shared_prompts(train, validation):
-        said["warning"] = f"{both} prompts are in both training and validation rows"
-        if not data.validation:
-            said["warning"] = "all rows have one prompt, so rows are held out"
-    if duplicates := sum(part.duplicates for part in loaded):
-        said["duplicates"] = f"{duplicates} rows stand twice ({data.on_duplicate})"
-    return Splits(train, validation, [row for part in loaded for row in part.skipped], said)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,31 +33,50 @@ class Input:
     said: dict[str, str]
 
 
-def make_input(splits: Splits, objectives: Sequence[Objective], renderer: Renderer, e: Experiment) -> Input:
+def load_splits(data: DataConfig, schema: Schema) -> tuple[list, list[Skipped], dict[str, str]]:
+    """[training, validation] conversations, rows that were left out, and facts for the summary.
+
+    Raises:
+        DataError: a row that cannot be used, unless the config says to skip such rows.
+    """
+    options = {"format": data.format, "on_bad_row": data.on_bad_row, "on_duplicate": data.on_duplicate}
+    loaded = [load_conversations(part, schema, **options) for part in (data.train, data.validation) if part]
+    splits, said = [part.conversations for part in loaded], {}
+    if not data.validation:
+        splits = split_by_prompt(*splits, data.validation_fraction, data.split_seed)
+    if both := shared_prompts(*splits):
+        said["warning"] = f"{both} prompts are in both training and validation rows"
+        if not data.validation:
+            said["warning"] = "all rows have one prompt, so rows are held out"
+    if duplicates := sum(part.duplicates for part in loaded):
+        said["duplicates"] = f"{duplicates} rows stand twice ({data.on_duplicate})"
+    return list(splits), [row for part in loaded for row in part.skipped], said
+
+
+def make_input(e: Experiment, schema: Schema, objectives: Sequence[Objective], renderer: Renderer) -> Input:
     """Every objective's examples of both splits, as trees.
 
     Raises:
         DataError: names the row; or nothing is left, or nothing that an objective can learn from.
     """
-    skipped, trees = list(splits.skipped), []
-    for split, conversations in ((TRAIN, splits.train), (VALIDATION, splits.validation)):
+    splits, skipped, said = load_splits(e.data, schema)
+    trees = []
+    for split, conversations in zip((TRAIN, VALIDATION), splits, strict=True):
         examples: list[Example] = []
         for conversation in conversations:
             try:
                 for objective in objectives:
                     examples += objective.examples(conversation, split)
             except DataError as error:
-                error = error.at(conversation.file, conversation.line)
                 if e.data.on_bad_row == "error":
-                    raise error from None
-                skipped.append(Skipped(conversation.file, conversation.line, str(error)))
+                    raise error.at(conversation.file, conversation.line) from None
+                skipped.append(Skipped(conversation.file, conversation.line, error.reason))
         trees.append(grow(examples))
     for objective in objectives:
         objective.check_data()
-    said = dict(splits.said)
     if missing := missing_markers(renderer.tokenizer, renderer.template):
         said["markers"] = f"{', '.join(missing)}: plain text to this tokenizer"
-    if changed := sum(map(renderer.broken, (*splits.train, *splits.validation))):
+    if changed := sum(renderer.broken(conversation) for split in splits for conversation in split):
         said["control strings"] = f"{changed} texts spell one; a zero-width character breaks it"
     plan = BatchPlan(trees[0], e.batch.rows, e.batch.row_length, e.train.seed)
     return Input(plan, trees[1], pack(trees[1], e.batch.row_length), skipped, said)

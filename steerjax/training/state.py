@@ -41,32 +41,26 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def abstract_state(whole: dict, optimizer: optax.GradientTransformation, config: OptimizerConfig, mesh: Mesh):
-    """Shapes, dtypes and shardings of the state. Optimizer moments lie as their parameters.
-
-    Args:
-        whole: abstract parameters.
-    """
-    params, frozen = _with_shardings(jax.eval_shape(lambda p: partition(p, config), whole), whole)
+    """Shapes, dtypes and shardings of the state of abstract parameters. Optimizer moments lie as their parameters."""
     replicated = NamedSharding(mesh, PartitionSpec())
-    moments = jax.eval_shape(optimizer.init, params)
-    shardings = optax.tree.map_params(
-        optimizer, lambda _, p: p.sharding, moments, params, transform_non_params=lambda _: replicated
+
+    def sharded(part, sharding):
+        return None if part is None else jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding)
+
+    parts = jax.eval_shape(lambda p: partition(p, config), whole)  # leaves are cut into layers, never across devices
+    params, frozen = (
+        jax.tree.map(lambda part, leaf: sharded(part, leaf.sharding), tree, whole, is_leaf=lambda x: x is None)
+        for tree in parts
+    )
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda m, p: sharded(m, p.sharding),
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda m: sharded(m, replicated),
     )
     counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(counter, params, frozen, jax.tree.map(_sharded, moments, shardings), counter, counter)
-
-
-def _with_shardings(parts, whole):
-    """The shardings of whole leaves on the parts that they were cut into (never across devices)."""
-
-    def one(part, leaf):
-        return None if part is None else _sharded(part, leaf.sharding)
-
-    return tuple(jax.tree.map(one, part, whole, is_leaf=lambda x: x is None) for part in parts)
-
-
-def _sharded(array, sharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+    return TrainState(counter, params, frozen, moments, counter, counter)
 
 
 def shardings_of(abstract):
@@ -81,11 +75,7 @@ def make_state(
     config: OptimizerConfig,
     rest: dict | None = None,
 ) -> TrainState:
-    """The state before the first step, or with `rest` the one that a checkpoint holds.
-
-    Args:
-        whole: parameters; given away, as nothing but the state should hold them.
-    """
+    """The state before the first step, or with `rest` the one that a checkpoint holds. `whole` is given away."""
     cut = jax.jit(lambda p: partition(p, config), out_shardings=shardings_of((abstract.params, abstract.frozen)))
     params, frozen = cut(whole) if config.frozen_layers else partition(whole, config)
     if rest is None:

@@ -29,7 +29,7 @@ from steerjax.report.plots import require_matplotlib
 from steerjax.report.records import read_metrics
 from steerjax.training.cache import FrozenStates, frozen_states
 from steerjax.training.config import Experiment
-from steerjax.training.input import Input, check_batch, load_splits, make_feeder, make_input
+from steerjax.training.input import Input, check_batch, make_feeder, make_input
 from steerjax.training.metrics import MetricsWriter, Progress
 from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import initial_parameters, with_source, with_vocabulary
@@ -59,7 +59,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     mesh = make_mesh(e.mesh)
     check_batch(e.batch, mesh)
     objectives = make_objectives(e, schema, renderer)
-    data = make_input(load_splits(e.data, schema), objectives, renderer, e)
+    data = make_input(e, schema, objectives, renderer)
     caches = [FrozenStates(e.model.hidden_size) if e.compute.cache_frozen else None for _ in range(2)]
     feed, feed_validation = (
         make_feeder(trees, objectives, e.batch.row_length, mesh, parts, cache)
