@@ -1,8 +1,7 @@
 """The errors a user meets. Each message says what is wrong, where, and what cures it."""
 
+import contextlib
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class SteerjaxError(Exception):
@@ -14,15 +13,7 @@ class ConfigError(SteerjaxError):
 
 
 class DataError(SteerjaxError):
-    """A row of a data file cannot be used.
-
-    Args:
-        message: what is wrong.
-        field: the field of the row.
-        cure: what the user can do.
-        file: path of the file, where known.
-        line: line in the file (row in a table), counted from 1.
-    """
+    """A row of a data file cannot be used: `field` of the row at `line` of `file` (both where known; from 1)."""
 
     def __init__(self, message: str, field: str = "", cure: str = "", *, file: str = "", line: int = 0):
         self.message, self.file, self.line, self.field, self.cure = message, file, line, field, cure
@@ -39,7 +30,7 @@ class DataError(SteerjaxError):
         return DataError(**(vars(self) | changes))
 
     def at(self, file: str, line: int = 0) -> "DataError":
-        """The same error with its place filled in (for code that knows the row but not the file)."""
+        """The same error with its place filled in, for code that knows the row but not the file."""
         return self.but(file=file, line=line)
 
 
@@ -55,8 +46,8 @@ class TrainingError(SteerjaxError):
     """Training cannot go on, e.g. gradients stay non-finite."""
 
 
-@contextmanager
-def reported_errors() -> Iterator[None]:
+@contextlib.contextmanager
+def reported_errors():
     """A SteerjaxError is printed without a traceback, and the exit status is 2."""
     try:
         yield

@@ -1,16 +1,17 @@
 """The rating schema as data: attribute names, order, range, meaning, label string and scalar weights.
 
-A *rating* is the number a person or a model gives to an *attribute* of a response. The order of a schema is the order
-of the reward head's outputs and of the label string. Source: NeMo-Aligner `examples/nlp/data/steerlm/common.py`;
-HelpSteer, arXiv 2311.09528, section 3.
+A *rating* is the number a person or a model gives to an *attribute* of a response. Source: NeMo-Aligner
+`examples/nlp/data/steerlm/common.py`; HelpSteer, arXiv 2311.09528, section 3.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Annotated
 
 import pydantic.dataclasses
 
@@ -49,7 +50,7 @@ class Attribute:
 
 @dataclass(frozen=True)
 class Schema:
-    """An ordered set of attributes; the order is the order of the reward head's outputs."""
+    """An ordered set of attributes; the order is that of the reward head's outputs and of label strings."""
 
     attributes: tuple[Attribute, ...]
 
@@ -72,42 +73,33 @@ class Schema:
         return [asdict(attribute) for attribute in self.attributes]
 
 
-def schema_from_json(entries: Iterable[Mapping], where: str, error: type[SteerjaxError]) -> Schema:
-    """The inverse of `Schema.to_json`.
+def _distinct(attributes: tuple[Attribute, ...]) -> tuple[Attribute, ...]:
+    names = [attribute.name for attribute in attributes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"'{twice[0]}' stands twice; cure: one name an attribute")
+    return attributes
 
-    Raises:
-        error: an entry that is no attribute, or a name that stands twice; `where` stands before its place.
-    """
-    return _distinct(typed(tuple[Attribute, ...], tuple(entries), where, error), where, error)
+
+Attributes = Annotated[tuple[Attribute, ...], pydantic.AfterValidator(_distinct)]
+
+
+def schema_from_json(entries: Iterable[Mapping], where: str, error: type[SteerjaxError]) -> Schema:
+    """The inverse of `Schema.to_json`. Raises `error`, as `typed`: no attribute, or a name that stands twice."""
+    return Schema(typed(Attributes, tuple(entries), where, error))
 
 
 def make_schema(preset: str, attributes: Sequence[Sequence]) -> Schema:
-    """The schema of an experiment.
+    """The schema of these `(name, low, high[, meaning])`, or where there are none, the preset of that name.
 
-    Args:
-        preset: a key of `SCHEMAS`; counts where `attributes` is empty.
-        attributes: of each its name, least and greatest rating, and maybe its meaning.
-
-    Raises:
-        ConfigError: names the attribute.
+    Raises ConfigError, which names the attribute.
     """
-    if not attributes:
-        return SCHEMAS[preset]
-    fields = ("name", "low", "high", "meaning")
     for entry in attributes:
-        if not 3 <= len(entry) <= 4:
-            raise ConfigError(
-                f"config.data.attributes: {entry!r}; cure: (name, low, high) or (name, low, high, meaning)"
-            )
+        if len(entry) not in (3, 4):
+            cure = "(name, low, high) or (name, low, high, meaning)"
+            raise ConfigError(f"config.data.attributes: {entry!r}; cure: {cure}")
+    fields = ("name", "low", "high", "meaning")
     entries = [dict(zip(fields, entry, strict=False)) for entry in attributes]
-    return schema_from_json(entries, "config.data.attributes", ConfigError)
-
-
-def _distinct(attributes: tuple[Attribute, ...], where: str, error: type[SteerjaxError]) -> Schema:
-    names = [attribute.name for attribute in attributes]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise error(f"{where}: '{twice[0]}' stands twice; cure: one name an attribute")
-    return Schema(attributes)
+    return schema_from_json(entries, "config.data.attributes", ConfigError) if entries else SCHEMAS[preset]
 
 
 _HELPSTEER = (
@@ -124,10 +116,8 @@ _OASST = (
     Attribute("creativity", meaning="creative"),
 )
 
-HELPSTEER = Schema(_HELPSTEER)
-OASST = Schema(_OASST)
+HELPSTEER, OASST = Schema(_HELPSTEER), Schema(_OASST)
 STEERLM = Schema(_OASST + _HELPSTEER)  # the reference's head order
-
 SCHEMAS: dict[str, Schema] = {"helpsteer": HELPSTEER, "oasst": OASST, "steerlm": STEERLM}
 
 # HelpSteer2 (arXiv 2406.08673), appendix H. Attributes that are not named weigh 0.
@@ -143,31 +133,24 @@ SCALAR_WEIGHTS: dict[str, dict[str, float]] = {
 
 
 def check_rating(value: object, attribute: Attribute) -> float:
-    """`value` as a float inside the attribute's range.
-
-    Raises:
-        DataError: not a number, not finite, or out of range; the message names the attribute.
-    """
+    """`value` as a float. Raises DataError, which names the attribute: no number, not finite, or out of range."""
+    low, high = attribute.low, attribute.high
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError(
-            f"rating {value!r} is not a number", field=attribute.name, cure="write a number, or leave the field out"
-        )
-    if not abs(value) < 1e300:  # an integer may be beyond any float
-        raise DataError(f"rating {value!r:.20} is not finite", field=attribute.name, cure="leave a missing rating out")
-    if not attribute.low <= value <= attribute.high:
-        raise DataError(
-            f"rating {value:g} is outside {attribute.low:g}..{attribute.high:g}",
-            field=attribute.name,
-            cure=f"rescale to {attribute.low:g}..{attribute.high:g}, or leave the rating out",
-        )
-    return float(value)
+        wrong = f"{value!r:.80} is not a number"
+    elif not abs(value) < 1e300:  # an integer may be beyond any float
+        wrong = f"{value!r:.20} is not finite"
+    elif not low <= value <= high:
+        wrong = f"{value:g} is outside {low:g}..{high:g}"
+    else:
+        return float(value)
+    cure = f"a number from {low:g} to {high:g} (rescale), or leave a missing rating out"
+    raise DataError(f"rating {wrong}", field=attribute.name, cure=cure)
 
 
 def round_rating(value: float, attribute: Attribute) -> int:
     """A rating as a label: clipped to the attribute's range, then rounded half to even (the reference's rule).
 
-    Raises:
-        DataError: NaN. (The reference turns it into 0.)
+    Raises DataError for NaN, which the reference turns into 0.
     """
     if math.isnan(value):
         raise DataError("predicted rating is NaN", field=attribute.name, cure="check the model that predicted it")
@@ -176,27 +159,18 @@ def round_rating(value: float, attribute: Attribute) -> int:
 
 
 def format_label(ratings: Mapping[str, float], schema: Schema) -> str:
-    """Ratings as the label string `helpfulness:4,correctness:3`, in the schema's order, missing ones left out.
+    """The label string `helpfulness:4,correctness:3` in the schema's order: rounded, missing ratings left out.
 
-    Ratings are rounded by `round_rating`.
-
-    Raises:
-        DataError: a name outside the schema, or NaN.
+    Raises DataError: a name outside the schema, or NaN.
     """
-    for name in ratings:
-        schema[name]
-    return ",".join(
-        f"{attribute.name}:{round_rating(ratings[attribute.name], attribute)}"
-        for attribute in schema.attributes
-        if attribute.name in ratings
-    )
+    labels = {name: round_rating(value, schema[name]) for name, value in ratings.items()}
+    return ",".join(f"{name}:{labels[name]}" for name in schema.names if name in labels)
 
 
 def parse_label(label: str, schema: Schema) -> dict[str, float]:
     """The inverse of `format_label`; any order of names is read.
 
-    Raises:
-        DataError: an entry that is not `name:number`, a name outside the schema or twice, a rating out of range.
+    Raises DataError: an entry that is not `name:number`, a name outside the schema or twice, a rating out of range.
     """
     ratings: dict[str, float] = {}
     for entry in label.split(",") if label.strip() else ():
@@ -206,21 +180,14 @@ def parse_label(label: str, schema: Schema) -> dict[str, float]:
         attribute = schema[name]
         if name in ratings:
             raise DataError(f"'{name}' stands twice in '{label}'", field=name, cure="keep one")
-        try:
-            number = float(value)
-        except ValueError:
-            raise DataError(f"rating '{value}' is not a number", field=name, cure="write a number") from None
-        ratings[name] = check_rating(number, attribute)
+        with contextlib.suppress(ValueError):  # what is no number is refused as one
+            value = float(value)
+        ratings[name] = check_rating(value, attribute)
     return ratings
 
 
 def scalarize(ratings: Mapping[str, float], weights: Mapping[str, float]) -> float:
-    """One number from several ratings: the weighted sum (HelpSteer2, appendix H).
-
-    Raises:
-        DataError: a weighted attribute has no rating.
-    """
-    missing = [name for name in weights if name not in ratings]
-    if missing:
+    """The weighted sum of ratings (HelpSteer2, appendix H). Raises DataError: a weighted attribute has no rating."""
+    if missing := [name for name in weights if name not in ratings]:
         raise DataError(f"no rating for {', '.join(missing)}", field=missing[0], cure="use weights of rated attributes")
     return sum(weight * ratings[name] for name, weight in weights.items())

@@ -92,4 +92,4 @@ def test_scalar_weights_are_the_published_vectors():
 
 
 def test_schema_survives_json():
-    assert schema_from_json(STEERLM.to_json()) == STEERLM
+    assert schema_from_json(STEERLM.to_json(), "attributes", DataError) == STEERLM
