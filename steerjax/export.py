@@ -44,11 +44,8 @@ def export(
 ) -> None:
     """Exports a checkpoint, or writes a Hugging Face folder anew.
 
-    Args:
-        template, schema, default_ratings: for a plain chat model, which gets our chat template by them.
-
-    Raises:
-        SteerjaxError: see `steerjax.hf.export`, or options that do not fit the model.
+    `template`, `schema` and `default_ratings` are for a plain chat model, which gets our chat template by them.
+    Raises SteerjaxError: see `steerjax.hf.export`, or options that do not fit the model.
     """
     from steerjax.bundle import describe, locate
     from steerjax.bundle.reader import is_checkpoint, open_reader
@@ -61,11 +58,13 @@ def export(
     about = describe(checkpoint, template=template)
     if schema or default_ratings is not None:
         own = about.schema or SCHEMAS.get(schema)
-        if about.kind != "chat" or own is None or (schema and own != SCHEMAS[schema]):
+        if about.kind != "chat" or (schema and own != SCHEMAS[schema]):
             raise ConfigError(
-                "--schema gives attributes to a chat model without any, --default-ratings wants one with some; "
-                "cure: leave out what this model has, and name what it lacks"
+                "--schema and --default-ratings steer a chat model without attributes of its own, and this one rates "
+                "or has some; cure: leave them out"
             )
+        if own is None:
+            raise ConfigError("--default-ratings of a model without attributes; cure: name them with --schema")
         about = dataclasses.replace(about, schema=own)
     if default_ratings is not None:
         try:
@@ -83,11 +82,10 @@ def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
 
     found: dict[str, dict[str, float]] = {}
     for record in read_metrics(checkpoint.absolute().parent.parent / "metrics.jsonl"):
-        if str(record["step"]) == checkpoint.name and record["split"] == "validation":
-            for key, value in record.items():
-                if key.startswith("attributes/"):
-                    _, name, metric = key.split("/")
-                    found.setdefault(name, {})[metric] = value
+        if (str(record["step"]), record["split"]) == (checkpoint.name, "validation"):
+            for key in (key for key in record if key.startswith("attributes/")):
+                _, name, metric = key.split("/")
+                found.setdefault(name, {})[metric] = record[key]
     return found or None
 
 
