@@ -14,7 +14,6 @@ from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL, EvaluationRe
 
 FEW_RESPONSES = 500  # below it a report says first what so few can show
 
-_BASELINE_WORDS = {MEAN_RATING: "mean-rating baseline", LOG_LENGTH: "length baseline"}
 _PLOTS = {
     "loss.png": "Loss against the step",
     "predictions.png": "Predicted against human ratings, a panel an attribute",
@@ -29,9 +28,19 @@ _EXPLANATION = (
 
 def format_table(result: EvaluationResult) -> str:
     """The metrics as plain text, a row an attribute and one for the average, then the comparison in words."""
+    rows = [["attribute", "ratings", "MSE", "MAE", "Pearson", "Spearman"]]
+    rows[0] += [f"MSE {MEAN_RATING}", f"MSE {LOG_LENGTH}", "lowest MSE"]
+    for title, names in [*((name, [name]) for name in result.schema.names), ("average", result.compared)]:
+        errors = result.mse(*names)
+        model = [mean_metric(result.metrics, key, names) for key in ("mse", "mae", "pearson", "spearman")]
+        cells = ["-" if x is None else f"{x:.3f}" for x in (*model, errors[MEAN_RATING], errors[LOG_LENGTH])]
+        count = sum(result.metrics[name]["count"] for name in names)
+        rows.append([title, str(count), *cells, " = ".join(lowest(errors)) or "-"])
+    header, *lines, last = text_table(rows, "<>>>>>>><")
+    rule = "-" * max(map(len, (header, *lines, last)))
     note = few_rows_note(result)
     first = [textwrap.fill(note, 100), ""] if note else []
-    return "\n".join([*first, *_table(result), "", *comparison_sentences(result)])
+    return "\n".join([*first, header, rule, *lines, rule, last, "", *comparison_sentences(result)])
 
 
 def text_table(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:
@@ -43,8 +52,7 @@ def text_table(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:
 
 def few_rows_note(result: EvaluationResult) -> str:
     """What a split of few responses can and cannot show; "" for `FEW_RESPONSES` or more."""
-    count = len(result.ids)
-    if count >= FEW_RESPONSES:
+    if (count := len(result.ids)) >= FEW_RESPONSES:
         return ""
     return (
         f"Only {count} responses were evaluated. They can show that the model beats the baselines clearly, not which "
@@ -56,12 +64,26 @@ def few_rows_note(result: EvaluationResult) -> str:
 def comparison_sentences(result: EvaluationResult) -> list[str]:
     """One sentence a baseline: does the model beat it on average MSE; and what the average leaves out or mixes."""
     averages, schema = result.average_mse(), result.schema
-    sentences = [_compare(averages[MODEL], averages[name], words) for name, words in _BASELINE_WORDS.items()]
+    baselines = ((MEAN_RATING, "mean-rating baseline"), (LOG_LENGTH, "length baseline"))
+    sentences = [_compare(averages[MODEL], averages[name], words) for name, words in baselines]
     if left_out := [name for name in schema.names if name not in result.compared]:
         sentences.append(f"Averages leave out {', '.join(left_out)}: no rating in the validation or training split.")
     if len({schema[name].high - schema[name].low for name in result.compared}) > 1:
         sentences.append("Ranges differ, and the average MSE is mostly that of the attributes with the widest.")
     return sentences
+
+
+def _compare(model: float | None, baseline: float | None, words: str) -> str:
+    if model is None or baseline is None:
+        return f"No comparison with the {words}: no attribute has ratings in both the training and validation split."
+    if not math.isfinite(model):
+        return f"No comparison with the {words}: some of the model's predictions are NaN or infinite."
+    numbers = f"{model:.3f} to {baseline:.3f}"
+    if round(model, 3) == round(baseline, 3):
+        return f"The model is level with the {words} on average MSE ({numbers})."
+    verb, side = ("beats", "lower") if model < baseline else ("loses to", "higher")
+    change = f", {abs(model / baseline - 1):.1%} {side}" if baseline else ""
+    return f"The model {verb} the {words} on average MSE ({numbers}{change})."
 
 
 def write_report(
@@ -73,12 +95,10 @@ def write_report(
 ) -> None:
     """Writes `report.md`, `predictions.jsonl` and the plots; files of an earlier report are replaced.
 
-    Args:
-        records: the objects of `metrics.jsonl`; empty for a model that was not trained here: no `loss.png` then.
-        summary: facts of the run.
+    `records` are the objects of `metrics.jsonl`, none for a model that was not trained here: no `loss.png` then.
+    `summary` are facts of the run.
 
-    Raises:
-        SteerjaxError: matplotlib is missing. Nothing is written then.
+    Raises SteerjaxError: matplotlib is missing. Nothing is written then.
     """
     require_matplotlib()
     directory, names = Path(directory), result.schema.names
@@ -110,31 +130,3 @@ def write_report(
         f"<details>\n<summary>Config</summary>\n\n{fence}\n{config_text.rstrip()}\n{fence}\n\n</details>",
     ]
     (directory / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def _table(result: EvaluationResult) -> list[str]:
-    """Lines: the header, a row an attribute, and the average."""
-    rows = [["attribute", "ratings", "MSE", "MAE", "Pearson", "Spearman"]]
-    rows[0] += [f"MSE {MEAN_RATING}", f"MSE {LOG_LENGTH}", "lowest MSE"]
-    for title, names in [*((name, [name]) for name in result.schema.names), ("average", result.compared)]:
-        errors = result.mse(*names)
-        model = [mean_metric(result.metrics, key, names) for key in ("mse", "mae", "pearson", "spearman")]
-        cells = ["-" if x is None else f"{x:.3f}" for x in (*model, errors[MEAN_RATING], errors[LOG_LENGTH])]
-        count = sum(result.metrics[name]["count"] for name in names)
-        rows.append([title, str(count), *cells, " = ".join(lowest(errors)) or "-"])
-    header, *lines, last = text_table(rows, "<>>>>>>><")
-    rule = "-" * max(map(len, (header, *lines, last)))
-    return [header, rule, *lines, rule, last]
-
-
-def _compare(model: float | None, baseline: float | None, words: str) -> str:
-    if model is None or baseline is None:
-        return f"No comparison with the {words}: no attribute has ratings in both the training and validation split."
-    if not math.isfinite(model):
-        return f"No comparison with the {words}: some of the model's predictions are NaN or infinite."
-    numbers = f"{model:.3f} to {baseline:.3f}"
-    if round(model, 3) == round(baseline, 3):
-        return f"The model is level with the {words} on average MSE ({numbers})."
-    verb, side = ("beats", "lower") if model < baseline else ("loses to", "higher")
-    change = f", {abs(model / baseline - 1):.1%} {side}" if baseline else ""
-    return f"The model {verb} the {words} on average MSE ({numbers}{change})."

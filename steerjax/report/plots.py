@@ -1,6 +1,6 @@
 """The report's plots, as PNG files, in the colours of Okabe and Ito, which colour-blind readers can tell apart.
 
-matplotlib is optional and imported only when a plot is drawn, and never pyplot, so a caller's state is left alone.
+matplotlib is optional: each raises SteerjaxError where it is missing. pyplot, the caller's, is left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from steerjax.report.results import EvaluationResult, attribute_correlations
 from steerjax.schema import Attribute
 
 BLUE, ORANGE, INK, GREY, FAINT = "#0072B2", "#D55E00", "#222222", "#6E6E6E", "#E3E3E3"
-_DASHED = (0, (5, 3))
 _STYLE = {
     "font.size": 9.5, "axes.titlesize": 11.5, "axes.titlelocation": "left", "axes.labelsize": 10.5,
     "figure.titlesize": 12.5, "figure.facecolor": "white", "axes.edgecolor": GREY, "axes.grid": True,
@@ -27,7 +26,7 @@ _STYLE = {
 
 
 def require_matplotlib() -> None:
-    """Call before a long run that ends in plots. Raises SteerjaxError with the cure if matplotlib is missing."""
+    """For the start of a long run that ends in plots."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -36,7 +35,7 @@ def require_matplotlib() -> None:
 
 @contextmanager
 def new_figure(path: str | Path, width: float, height: float, title: str | None = None) -> Iterator:
-    """A figure of these inches to draw on, then saved. Raises SteerjaxError if matplotlib is missing."""
+    """A figure of these inches to draw on, then saved."""
     require_matplotlib()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -49,11 +48,7 @@ def new_figure(path: str | Path, width: float, height: float, title: str | None 
 
 
 def plot_losses(records: Sequence[Mapping], path: str | Path) -> None:
-    """Loss of training and of the validation split against the step, from the objects of `metrics.jsonl`.
-
-    Raises:
-        SteerjaxError: matplotlib is missing.
-    """
+    """Loss of training and of the validation split against the step, from the objects of `metrics.jsonl`."""
     train, validation = (
         np.array([(r["step"], r["loss"]) for r in records if r["split"] == split and r["loss"] is not None])
         for split in ("train", "validation")
@@ -74,9 +69,8 @@ def plot_losses(records: Sequence[Mapping], path: str | Path) -> None:
 
 
 def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
-    """Predicted against human ratings, one panel an attribute. Raises SteerjaxError if matplotlib is missing."""
-    count = len(result.schema)
-    columns = min(count, 3)
+    """Predicted against human ratings, one panel an attribute."""
+    count, columns = len(result.schema), min(len(result.schema), 3)
     rows = -(-count // columns)
     title = "Predicted against human ratings, validation split"
     with new_figure(path, max(3.15 * columns, 8.0), 3.25 * rows + 0.9, title) as figure:
@@ -86,7 +80,7 @@ def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
             seen = np.isfinite(human) & np.isfinite(predicted)
             scatter_with_means(axes, human[seen], predicted[seen], attribute, "response")
             limits = axes.get_xlim()
-            axes.plot(limits, limits, color=GREY, linewidth=1, linestyle=_DASHED, label="prediction = human")
+            axes.plot(limits, limits, color=GREY, linewidth=1, linestyle="--", label="prediction = human")
             axes.set(yticks=axes.get_xticks(), aspect="equal", xlabel="human rating", ylabel="predicted rating")
             axes.set(xlim=limits, ylim=limits)  # after the ticks, which would widen them
             if beyond := int(np.sum((predicted[seen] < limits[0]) | (predicted[seen] > limits[1]))):
@@ -100,15 +94,13 @@ def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
 
 
 def plot_correlations(result: EvaluationResult, path: str | Path) -> None:
-    """How attributes go together in human and in predicted ratings. Raises SteerjaxError if matplotlib is missing."""
+    """How attributes go together in human and in predicted ratings."""
     names, side = result.schema.names, 1.9 + 0.52 * len(result.schema)
     rated = np.where(np.isfinite(result.ratings), result.predicted, np.nan)
     title = "Which attributes go together: Pearson r on the validation split"
+    headings = {"Human ratings": result.ratings, "Predicted ratings": rated}
     with new_figure(path, max(2 * side + 0.6, 8.0), side + 0.6, title) as figure:
-        panels = zip(
-            figure.subplots(1, 2), ("Human ratings", "Predicted ratings"), (result.ratings, rated), strict=True
-        )
-        for axes, heading, ratings in panels:
+        for axes, (heading, ratings) in zip(figure.subplots(1, 2), headings.items(), strict=True):
             matrix = attribute_correlations(ratings)
             axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1)
             for (row, column), value in np.ndenumerate(matrix):

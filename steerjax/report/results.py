@@ -1,6 +1,6 @@
 """How close predicted ratings are to human ones, and what two trivial predictors reach on the same split.
 
-`E` examples (rated responses), `A` attributes. Everything is float64; `ratings` is NaN where a person gave none.
+`E` examples (rated responses), `A` attributes; all is float64, and a rating that nobody gave is NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ AttributeMetrics = dict[str, dict[str, float | int | None]]
 
 
 def attribute_metrics(predicted: np.ndarray, ratings: np.ndarray, names: Sequence[str]) -> AttributeMetrics:
-    """Of each attribute by name, over the examples that have a rating for it; both arguments are `[E, A]`.
+    """By name, over the examples with a rating; both arguments are `[E, A]`.
 
     `mse` (rating squared) and `mae` (rating): None without a rating, not finite where a prediction is not. `pearson`
     and `spearman` (average ranks for ties): None where `correlation` is. `count` of ratings.
@@ -38,9 +38,7 @@ def attribute_metrics(predicted: np.ndarray, ratings: np.ndarray, names: Sequenc
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Pearson's r; None for fewer than two pairs, a value that is not finite, or a side constant up to rounding."""
-    if len(x) < 2 or not np.isfinite([x, y]).all():
-        return None
-    if any(np.ptp(side) <= 1e-11 * np.abs(side).max() for side in (x, y)):
+    if len(x) < 2 or not np.isfinite([x, y]).all() or any(np.ptp(z) <= 1e-11 * np.abs(z).max() for z in (x, y)):
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
@@ -52,19 +50,18 @@ def attribute_correlations(ratings: np.ndarray) -> np.ndarray:
 
 
 def mean_metric(metrics: AttributeMetrics, key: str, names: Iterable[str] | None = None) -> float | None:
-    """Unweighted mean of one metric over `names` (default: all) where it is defined; None where it nowhere is."""
+    """Mean of one metric over `names` (default: all), where it is defined; None where it nowhere is."""
     values = [metrics[name][key] for name in (metrics if names is None else names)]
     values = [value for value in values if value is not None]
     return float(np.mean(values)) if values else None
 
 
 def baseline(degree: int, train_ratings: np.ndarray, train_lengths: ArrayLike, lengths: ArrayLike) -> np.ndarray:
-    """Predicts each attribute by least squares on log(1 + characters of the response): `[n, A]`.
+    """Each attribute by least squares on log(1 + characters of the response), `[n, A]`; NaN where nothing is rated.
 
     Args:
-        degree: 0 is the mean rating, 1 a line; a line is the mean where all training lengths are equal.
-        train_ratings, train_lengths: `[E, A]` and `[E]`; an attribute without a rating there is predicted as NaN.
-        lengths: `[n]`.
+        degree: 0 is the mean rating, 1 a line, which is the mean too where all training lengths are equal.
+        train_ratings, train_lengths: `[E, A]` and `[E]`. lengths: `[n]`.
     """
     x, columns = np.log1p(train_lengths), []
     for y in train_ratings.T:
@@ -76,13 +73,10 @@ def baseline(degree: int, train_ratings: np.ndarray, train_lengths: ArrayLike, l
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Predicted and human ratings of one split and what follows from them.
+    """Predicted and human ratings `[E, A]` of one split and what follows from them.
 
-    Attributes:
-        schema: the A attributes with their ranges.
-        predicted, ratings: `[E, A]`.
-        metrics: the model's `attribute_metrics`.
-        baselines: the same of "mean rating" and "log length", fitted on the training split.
+    `metrics` are the model's `attribute_metrics`, `baselines` those of "mean rating" and "log length", fitted on the
+    training split.
     """
 
     schema: Schema
@@ -99,7 +93,7 @@ class EvaluationResult:
         return tuple(name for name in self.schema.names if all(m[name]["count"] for m in (self.metrics, *usable)))
 
     def mse(self, *names: str) -> dict[str, float | None]:
-        """Mean MSE (rating squared) over the names of "model", "mean rating" and "log length"; None if undefined."""
+        """Mean MSE (rating squared) over `names`, of "model", "mean rating" and "log length"; None if undefined."""
         return {who: mean_metric(m, "mse", names) for who, m in {MODEL: self.metrics, **self.baselines}.items()}
 
     def average_mse(self) -> dict[str, float | None]:
@@ -119,16 +113,11 @@ def evaluate_predictions(
 ) -> EvaluationResult:
     """Metrics of the model and of both baselines on the same ratings.
 
-    Args:
-        predicted, ratings: `[E, A]`. mask: `[E, A]`, True where there is a rating. lengths: `[E]`, characters.
-        train_ratings, train_mask, train_lengths: the same of the training split; an attribute without a rating there
-            has no baseline (count 0).
+    Ratings are `[E, A]`, given where their mask is True; lengths `[E]` are characters. An attribute without a rating
+    in the training split has no baseline (count 0).
     """
-    predicted = np.asarray(predicted, np.float64)
-    ratings, train_ratings = (
-        np.where(where, np.asarray(values, np.float64), np.nan)
-        for values, where in ((ratings, mask), (train_ratings, train_mask))
-    )
+    predicted, ratings, train_ratings = (np.asarray(x, np.float64) for x in (predicted, ratings, train_ratings))
+    ratings, train_ratings = np.where(mask, ratings, np.nan), np.where(train_mask, train_ratings, np.nan)
     baselines = {}
     for degree, who in enumerate((MEAN_RATING, LOG_LENGTH)):
         guess = baseline(degree, train_ratings, train_lengths, lengths)
