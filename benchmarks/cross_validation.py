@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from steerjax.data.conversation import Conversation
-from steerjax.data.loading import kfold_by_prompt, load_conversations
+from steerjax.data.loading import load_conversations, shuffled_keys
+from steerjax.errors import ConfigError, reported_errors
 from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL, attribute_metrics, baseline, mean_metric
 from steerjax.schema import SCHEMAS
 
@@ -74,6 +75,18 @@ def main() -> None:
         )
 
 
+def kfold_by_prompt(
+    conversations: Sequence[Conversation], folds: int, fold: int, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(train, validation) of fold `fold` (from 0) of `folds`; each prompt is held out in exactly one."""
+    keys, shuffled = shuffled_keys(conversations, seed)
+    if not 2 <= folds <= len(shuffled):
+        raise ConfigError(f"{folds} folds of {len(shuffled)} prompts; cure: --folds from 2 to the number of prompts")
+    held_out = set(shuffled[fold::folds])
+    rows = list(zip(conversations, keys, strict=True))
+    return [c for c, key in rows if key not in held_out], [c for c, key in rows if key in held_out]
+
+
 def arrays(conversations: Sequence[Conversation], names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ratings of the last turns [E, A], NaN where missing; characters of prompt and response [E, 2]."""
     ratings = [conversation.turns[-1].ratings or {} for conversation in conversations]
@@ -100,4 +113,5 @@ def trained(parts, folder: Path, training: Sequence[str], names: Sequence[str]) 
 
 
 if __name__ == "__main__":
-    main()
+    with reported_errors():
+        main()

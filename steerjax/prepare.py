@@ -10,19 +10,20 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO
 
-from steerjax.data.loading import Skipped, split_by_prompt, usable_rows, write_skipped
+from steerjax.data.loading import load_conversations, split_by_prompt, write_skipped
 from steerjax.data.oasst import read_threads
-from steerjax.data.readers import read_conversations, source_path
-from steerjax.data.statistics import Statistics, format_statistics
+from steerjax.data.readers import source_path
+from steerjax.data.statistics import format_statistics, statistics_of
 from steerjax.errors import ConfigError, reported_errors
 from steerjax.schema import SCHEMAS, make_schema
 
 SOURCES = {  # a format of rows, or oasst -> its schema
     "helpsteer": "helpsteer", "helpsteer2": "helpsteer", "oasst": "oasst", "reference": "steerlm",
-    "regression": "steerlm", "sharegpt": "steerlm", "messages": "steerlm", "alpaca": "steerlm",
+    "sharegpt": "steerlm", "messages": "steerlm", "alpaca": "steerlm",
 }  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--attribute", action="append", nargs=3, default=[], metavar=("NAME", "LOW", "HIGH"),
         help="one of your own, in place of the schema's; may stand several times")  # fmt: skip
     add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in OUTPUT.skipped.jsonl")
-    add("--on-duplicate", choices=("keep", "skip", "error"), default="keep", help="of a row that stands twice")
+    add("--on-duplicate", choices=("keep", "skip"), default="keep", help="of a row that stands twice")
     add("--validation-output", type=Path, metavar="FILE", help="hold out a part of the prompts, into this file")
     add("--validation-fraction", type=float, metavar="PART", help="of the prompts, e.g. 0.05")
     add("--seed", type=int, default=0, help="of the hold-out (default: 0)")
@@ -57,38 +58,31 @@ def _prepare(o: argparse.Namespace) -> None:
         raise ConfigError(f"--attribute: {error}; cure: NAME LOW HIGH, e.g. clarity 1 5") from None
     schema = make_schema(o.schema or SOURCES[o.source], own)
     dropped: Counter[str] = Counter()
-    skipped: list[Skipped] = []
-    duplicates: list[Skipped] = []
-
-    def read(source: str):
-        if o.source != "oasst":
-            return read_conversations(source, schema, o.source)
-        return read_threads(source, schema, lang=o.lang, keep_deleted=o.keep_deleted, dropped=dropped)
-
-    rows = usable_rows(o.input, read, skipped, duplicates, on_bad_row=o.on_bad_row, on_duplicate=o.on_duplicate)
-    paths, parts = [o.output], [rows]
+    read = None
+    if o.source == "oasst":
+        read = partial(read_threads, schema=schema, lang=o.lang, keep_deleted=o.keep_deleted, dropped=dropped)
+    options = {"format": o.source, "on_bad_row": o.on_bad_row, "on_duplicate": o.on_duplicate}
+    loaded = load_conversations(o.input, schema, read=read, **options)
+    rows, skipped = loaded.conversations, loaded.skipped
+    parts = {o.output: rows}
     if o.validation_output:
-        paths, parts = [*paths, o.validation_output], split_by_prompt(list(rows), o.validation_fraction, o.seed)
-    statistics, counts = Statistics(schema), []
+        train, validation = split_by_prompt(rows, o.validation_fraction, o.seed)
+        parts = {o.output: train, o.validation_output: validation}
+    result = statistics_of(rows, schema)
+    result |= {"dropped": dict(dropped), "duplicates": loaded.duplicates, "skipped": len(skipped)}
     listing = o.output.with_name(o.output.name + ".skipped.jsonl")
     with ExitStack() as stack:
-        for file, part in zip([stack.enter_context(_complete_file(path)) for path in paths], parts, strict=True):
-            counts.append(0)
-            for row in part:
-                statistics.add(row)
-                file.write(json.dumps(row.to_json(), ensure_ascii=False).encode() + b"\n")
-                counts[-1] += 1
-        result = statistics.to_json()
-        result |= {"dropped": dict(+dropped), "duplicates": len(duplicates), "skipped": len(skipped)}
+        for path, part in parts.items():
+            file = stack.enter_context(_complete_file(path))
+            file.writelines(json.dumps(row.to_json(), ensure_ascii=False).encode() + b"\n" for row in part)
         if o.statistics:
-            with _complete_file(o.statistics) as file:
-                file.write(json.dumps(result, indent=2).encode() + b"\n")
+            stack.enter_context(_complete_file(o.statistics)).write(json.dumps(result, indent=2).encode() + b"\n")
         listing.unlink(missing_ok=True)
         if skipped:
             write_skipped(listing, skipped)
     print(format_statistics(result), end="\n\n")
-    for path, count in zip(paths, counts, strict=True):
-        print(f"{count} rows in {path}")
+    for path, part in parts.items():
+        print(f"{len(part)} rows in {path}")
     if skipped:
         print(f"{len(skipped)} rows skipped, listed in {listing}")
 

@@ -73,8 +73,6 @@ FORMATS = {
     "reference": {
         "conversations": [{"from": "User", "value": "p"}, {"from": "Assistant", "value": "r", "label": "humor:1"}]
     },
-    "regression": {"text": "<extra_id_0>System\ns\n<extra_id_1>User\np\n<extra_id_1>Assistant\nr\n<extra_id_2>",
-                   "label": [1, *[-100] * 8]},
 }  # fmt: skip
 
 
@@ -96,7 +94,6 @@ def test_every_format_and_all_that_stays_as_it_was(model, tmp_path):
     assert own["helpsteer"]["turns"][1]["ratings"] == {"helpfulness": 4}
     assert "ratings" not in own["unrated"]["turns"][1]
     assert own["reference"]["turns"][1]["ratings"] == {"humor": 1}
-    assert own["regression"]["turns"][1]["ratings"] == {"quality": 1}
     assert own["unrated"]["id"] == f"{source}:3"
     read = [row for _, row in read_conversations(str(tmp_path / "out.jsonl"), STEERLM)]
     assert [c.turns[1].predicted_ratings for c in read] == [row["turns"][1]["predicted_ratings"] for row in rows]

@@ -17,9 +17,7 @@ def _separated(value: Any) -> Any:
 
 
 Sources = Annotated[tuple[str, ...], BeforeValidator(_separated)]
-Format = Literal[
-    "auto", "helpsteer", "helpsteer2", "regression", "reference", "conversation", "messages", "sharegpt", "alpaca"
-]
+Format = Literal["auto", "helpsteer", "helpsteer2", "reference", "conversation", "messages", "sharegpt", "alpaca"]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -45,7 +43,7 @@ class DataConfig:
     schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"
     attributes: tuple[tuple[str | float | int, ...], ...] = ()
     on_bad_row: Literal["error", "skip"] = "error"
-    on_duplicate: Literal["keep", "skip", "error"] = "keep"
+    on_duplicate: Literal["keep", "skip"] = "keep"
     split_seed: int = 0
 
     def make_schema(self) -> Schema:

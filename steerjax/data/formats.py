@@ -1,10 +1,6 @@
-"""One row of any format -> a `Conversation`, with every check that needs no file.
-
-The formats: docs/formats.md; NeMo-Aligner `examples/nlp/data/steerlm/`.
-"""
+"""One row of any format (docs/formats.md) -> a `Conversation`, with every check that needs no file."""
 
 import functools
-import itertools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +9,11 @@ from typing import Any
 
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import ConfigError, DataError
-from steerjax.schema import SCHEMAS, STEERLM, Schema, check_rating, parse_label
+from steerjax.schema import SCHEMAS, Schema, check_rating, parse_label
 
 Row = dict[str, Any]
 
-_MISSING_LABEL = -100  # the regression format's "not rated"
-_START, _TURN, _END = "<extra_id_0>System\n", "\n<extra_id_1>", "\n<extra_id_2>"
-_PROMPT_MARKER = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
+_MARKER = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 _SPEAKERS = {  # casefolded
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
@@ -31,21 +25,16 @@ _UNREAD = {"tool_calls", "function_call", "tool_call_id", "weight"}  # would cha
 
 
 def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rated: bool = True) -> Conversation:
-    """One row as a conversation.
+    """One row as a conversation; where it is not `rated`, a response needs no column of an attribute.
 
-    Args:
-        format: a key of `FORMATS`, or "auto" to tell it from the row's keys.
-        rated: a row of prompt and response must have a column of an attribute, null or not.
-
-    Raises:
-        DataError: names the field. ConfigError: unknown format.
+    Raises DataError: names the field. ConfigError: `format` is neither "auto" nor in `FORMATS`.
     """
     if format == "auto":
         format = _detect_format(row)
     elif format not in FORMATS:
         raise ConfigError(f"unknown format '{format}'; cure: one of auto, {', '.join(FORMATS)}")
     key, read = FORMATS[format]
-    turns, system = read(row, schema), value_of(row, "system", str, None)
+    turns, system = read(row, schema, key), value_of(row, "system", str, None)
     check_turns(turns, key)
     if turns and turns[0].role == "system":
         if system not in (None, turns[0].content):
@@ -73,9 +62,16 @@ def _detect_format(row: Row) -> str:
     return names[0]
 
 
-def _helpsteer(row: Row, schema: Schema, split: bool = False) -> list[Turn]:
-    prompt = prompt_turns(row) if split else (Turn("user", text_of(row, "prompt")),)
-    return [*prompt, Turn("assistant", text_of(row, "response"), _columns(row, schema))]
+def _helpsteer(row: Row, schema: Schema, key: str) -> list[Turn]:
+    return [Turn("user", text_of(row, key)), _response(row, schema)]
+
+
+def _helpsteer2(row: Row, schema: Schema, key: str) -> list[Turn]:
+    return [*prompt_turns(row, key), _response(row, schema)]
+
+
+def _response(row: Row, schema: Schema) -> Turn:
+    return Turn("assistant", text_of(row, "response"), _columns(row, schema))
 
 
 def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
@@ -84,7 +80,7 @@ def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
     for name, value in columns.items():
         if isinstance(value, list) and value:
             columns[name] = sum(check_rating(entry, schema[name]) for entry in value) / len(value)
-    return checked_ratings(columns, schema)
+    return _checked(columns, schema)
 
 
 def prompt_turns(row: Row, key: str = "prompt") -> tuple[Turn, ...]:
@@ -93,47 +89,32 @@ def prompt_turns(row: Row, key: str = "prompt") -> tuple[Turn, ...]:
     A text whose markers do not alternate up to a user turn stays whole.
     """
     text = text_of(row, key)
-    pieces = _PROMPT_MARKER.split(text)
+    pieces = _MARKER.split(text)
     if pieces[1::2] != ["Assistant", "User"] * (len(pieces) // 4):
         pieces = [text]
-    return tuple(Turn(ROLES[i % 2], text_of({key: content}, key)) for i, content in enumerate(pieces[::2]))
+    return tuple(Turn(ROLES[i % 2], text_of({key: piece}, key)) for i, piece in enumerate(pieces[::2]))
 
 
-def _regression(row: Row, schema: Schema) -> list[Turn]:
-    text, label = text_of(row, "text"), value_of(row, "label", list)
-    system, *pieces = text.removeprefix(_START).removesuffix(_END).split(_TURN)
-    parts = [piece.partition("\n") for piece in pieces]
-    whole = text.startswith(_START) and text.endswith(_END) and parts and parts[-1][0] == "Assistant"
-    if not whole or any(speaker not in ("User", "Assistant") for speaker, _, _ in parts):
-        cure = "write <extra_id_0>System\\n..\\n<extra_id_1>User\\n..\\n<extra_id_1>Assistant\\n..\\n<extra_id_2>"
-        raise DataError("is no text of the reference that ends with the Assistant", "text", cure)
-    if len(label) != len(STEERLM):
-        cure = f"order: {', '.join(STEERLM.names)}; {_MISSING_LABEL} where not rated"
-        raise DataError(f"expected a list of {len(STEERLM)} numbers", "label", cure)
-    rated = {name: value for name, value in zip(STEERLM.names, label, strict=True) if value != _MISSING_LABEL}
-    *before, last = [Turn(name.lower(), text_of({"text": content}, "text")) for name, _, content in parts]
-    with inside("label."):
-        return [Turn("system", system), *before, replace(last, ratings=checked_ratings(rated, schema))]
-
-
-def _reference(row: Row, schema: Schema) -> list[Turn]:
+def _reference(row: Row, schema: Schema, key: str) -> list[Turn]:
     """Markers in a user's text are HelpSteer2's, which the reference's conversion leaves in place."""
     masked = [name.strip().casefold() for name in value_of(row, "mask", str, "User").split(",")]  # the user's side
     if "assistant" in masked:
         raise DataError("masks the assistant, the side that is rated", "mask", 'write "mask": "User"')
-    turns = _dialogue(row, schema, "conversations", _SPEAKERS | dict.fromkeys(masked, "user"))
-    split = (prompt_turns({"value": t.content}, "value") if t.role == "user" and not t.ratings else [t] for t in turns)
-    return list(itertools.chain.from_iterable(split))
+    turns = []
+    for turn in _dialogue(row, schema, key, _SPEAKERS | dict.fromkeys(masked, "user")):
+        plain = turn.role == "user" and not turn.ratings
+        turns += prompt_turns({"value": turn.content}, "value") if plain else [turn]
+    return turns
 
 
-def _messages(row: Row, schema: Schema) -> list[Turn]:
+def _messages(row: Row, schema: Schema, key: str) -> list[Turn]:
     """Ratings in the row's columns belong to the last assistant turn."""
-    turns = _dialogue(row, schema, "messages")
+    turns = _dialogue(row, schema, key)
     if rated := _columns(row, schema):
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
         if last is None or turns[last].ratings:
             what = "no assistant turn" if last is None else "the last assistant turn is rated twice"
-            raise DataError(what, "messages", "rate the last assistant turn, beside the messages or in it")
+            raise DataError(what, key, "rate the last assistant turn, beside the messages or in it")
         turns[last] = replace(turns[last], ratings=rated)
     return turns
 
@@ -156,7 +137,7 @@ def _dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = 
             if role != "system":
                 text_of({content_key: content}, content_key)
             ratings = _ratings(entry, "label", schema) or _ratings(entry, "ratings", schema)
-            predicted = _ratings(entry, "predicted_ratings", _finite(schema))
+            predicted = _ratings(entry, "predicted_ratings", _unbounded(schema))
             turns.append(Turn(role, content, ratings, predicted, name_of(entry) if own else ""))
     return turns
 
@@ -179,36 +160,32 @@ def _ratings(entry: Row, key: str, schema: Schema) -> dict[str, float] | None:
     given = value_of(entry, key, str if key == "label" else dict, None)
     with inside(f"{key}."):
         if isinstance(given, str):
-            check_names([pair.partition(":")[0].strip() for pair in given.split(",") if ":" in pair], schema)
+            _check_names([pair.partition(":")[0].strip() for pair in given.split(",") if ":" in pair], schema)
             return parse_label(given, schema)
-        return checked_ratings(given or {}, schema)
+        return _checked(given or {}, schema)
 
 
 @functools.cache
-def _finite(schema: Schema) -> Schema:
+def _unbounded(schema: Schema) -> Schema:
     """A regression head may predict a little outside the range, so a prediction need only be a number."""
     return Schema(tuple(replace(a, low=-1e30, high=1e30) for a in schema.attributes))
 
 
-def _alpaca(row: Row, schema: Schema) -> list[Turn]:
-    """Instruction and input are joined by a line break, as LLaMA-Factory does; `history` comes before them."""
-    question, more = text_of(row, "instruction"), value_of(row, "input", str, "")
-    history = value_of(row, "history", list, [])
-    if any(not isinstance(pair, list) or len(pair) != 2 for pair in history):
-        raise DataError("expected a list of [question, answer]", "history", "write pairs, or remove it")
-    said = [text_of({"history": content}, "history") for pair in history for content in pair]
-    said += [f"{question}\n{more}" if more else question, text_of(row, "output")]
-    return [Turn(ROLES[i % 2], content) for i, content in enumerate(said)]
+def _alpaca(row: Row, schema: Schema, key: str) -> list[Turn]:
+    """Instruction and input are joined by a line break, as LLaMA-Factory does."""
+    if row.get("history"):
+        raise DataError("earlier turns are not read", "history", "write the row as messages (docs/formats.md)")
+    question, more = text_of(row, key), value_of(row, "input", str, "")
+    return [Turn("user", f"{question}\n{more}" if more else question), Turn("assistant", text_of(row, "output"))]
 
 
-FORMATS = {  # name -> (the key that tells it, row -> turns)
+FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
     "helpsteer": ("prompt", _helpsteer),
-    "helpsteer2": ("prompt", functools.partial(_helpsteer, split=True)),
-    "regression": ("text", _regression),
+    "helpsteer2": ("prompt", _helpsteer2),
     "reference": ("conversations", _reference),
-    "conversation": ("turns", functools.partial(_dialogue, key="turns")),
+    "conversation": ("turns", _dialogue),
     "messages": ("messages", _messages),
-    "sharegpt": ("conversations", functools.partial(_dialogue, key="conversations")),
+    "sharegpt": ("conversations", _dialogue),
     "alpaca": ("instruction", _alpaca),
 }
 
@@ -241,10 +218,10 @@ def check_kind(kind: type, value: object, field: str) -> None:
 def value_of(row: Row, key: str, kind: type, *default: Any) -> Any:
     """The value of a key, a `kind`; null is missing, and refused unless there is a default."""
     value = row.get(key)
-    if value is None and not default:
-        raise DataError("missing", key, f"add '{key}', or remove the row")
-    if value is None:
+    if value is None and default:
         return default[0]
+    if value is None:
+        raise DataError("missing", key, f"add '{key}', or remove the row")
     check_kind(kind, value, key)
     return value
 
@@ -263,14 +240,14 @@ def name_of(row: Row) -> str:
     return str(name) if type(name) is int else value_of(row, "id", str, "")
 
 
-def checked_ratings(ratings: Mapping[str, object], schema: Schema) -> dict[str, float] | None:
+def _checked(ratings: Mapping[str, object], schema: Schema) -> dict[str, float] | None:
     """Ratings by name, each of the schema and in its range; null is a missing rating."""
     given = {name: value for name, value in ratings.items() if value is not None}
-    check_names(given, schema)
+    _check_names(given, schema)
     return {name: check_rating(value, schema[name]) for name, value in given.items()} or None
 
 
-def check_names(names: Collection[str], schema: Schema) -> None:
+def _check_names(names: Collection[str], schema: Schema) -> None:
     """Refuses names outside the schema; the cure names the preset that has them."""
     if unknown := [name for name in names if name not in schema.names]:
         having = [title for title, preset in SCHEMAS.items() if set(names) <= set(preset.names)]
@@ -285,5 +262,4 @@ def check_turns(turns: Sequence[Turn], field: str) -> None:
             message = f"{turn.role} after {turns[index - 1].role}: roles must alternate, a system text stands first"
             raise DataError(message, f"{field}[{index}]", "merge turns of one side, or remove the row")
         if turn.role == "user" and (turn.ratings or turn.predicted_ratings):
-            cure = "rate the assistant's turn that answers it"
-            raise DataError("a user turn is rated", f"{field}[{index}]", cure)
+            raise DataError("a user turn is rated", f"{field}[{index}]", "rate the assistant's turn that answers it")

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from steerjax.data.readers import hub_dataset, read_conversations, source_path
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import Schema
 
-Split = tuple[list[Conversation], list[Conversation]]
+Read = Callable[[str], Iterable[tuple[int, Any]]]  # source -> (line, row or DataError)
 
 
 @dataclass(frozen=True)
@@ -34,34 +35,29 @@ class Loaded:
 
 
 def load_conversations(
-    sources: Sequence[str], schema: Schema, *, format: str = "auto", on_bad_row: str = "error",
-    on_duplicate: str = "keep",
-) -> Loaded:  # fmt: skip
-    """All conversations of the sources; the options are `DataConfig`'s.
+    sources: Sequence[str], schema: Schema, *, format: str = "auto", read: Read | None = None, **options: str
+) -> Loaded:
+    """All conversations of the sources, as `read` or else `read_conversations` gives them.
 
-    A duplicate equals an earlier row in system, roles, contents and ratings; with other ratings it is rater noise.
-
-    Raises:
-        DataError: a bad row, a duplicate, a source without a usable row. ConfigError: an unknown format.
+    The options `on_bad_row` and `on_duplicate` are `DataConfig`'s. Raises DataError and ConfigError as they say.
     """
     skipped: list[Skipped] = []
     duplicates: list[Skipped] = []
-    read = lambda source: read_conversations(source, schema, format)  # noqa: E731
-    rows = usable_rows(sources, read, skipped, duplicates, on_bad_row=on_bad_row, on_duplicate=on_duplicate)
-    return Loaded(list(rows), skipped, len(duplicates))
+    read = read or partial(read_conversations, schema=schema, format=format)
+    return Loaded(list(usable_rows(sources, read, skipped, duplicates, **options)), skipped, len(duplicates))
 
 
 def usable_rows(
-    sources: Sequence[str], read: Callable[[str], Iterable[tuple[int, Any]]], skipped: list[Skipped],
-    duplicates: list[Skipped] | None = None, *, on_bad_row: str, on_duplicate: str = "keep",
+    sources: Sequence[str], read: Read, skipped: list[Skipped], duplicates: list[Skipped] | None = None, *,
+    on_bad_row: str = "error", on_duplicate: str = "keep",
 ) -> Iterator[Any]:  # fmt: skip
-    """The rows of all sources that can be used, one by one; `load_conversations` without the list.
+    """The rows of all sources that can be used, one by one; adds to `skipped`, and to `duplicates` whether kept or not.
 
-    Args:
-        read: source -> (line, row or DataError). A row has `content()`, what a duplicate shares.
-        skipped, duplicates: are added to; duplicates whether kept or not.
+    A duplicate equals an earlier row in its `content()`: in system, roles, contents and ratings. With other ratings it
+    is rater noise. Raises DataError: a bad row, a source without a usable row.
     """
     first_of: dict[str, str] = {}
+    duplicates = [] if duplicates is None else duplicates
     for source in sources:
         usable, before = 0, len(skipped)
         for line, row in read(source):
@@ -71,14 +67,11 @@ def usable_rows(
                 skipped.append(Skipped(source, line, row.reason))
                 continue
             usable += 1
-            if first := first_of.get(digest := _digest(row.content())):
-                if on_duplicate == "error":
-                    cure = "remove it; or set on_duplicate='keep' (sampled and rated twice) or 'skip'"
-                    raise DataError(f"the same row as {first}", file=source, line=line, cure=cure)
-                for entries in (duplicates, skipped if on_duplicate == "skip" else None):
-                    if entries is not None:
-                        entries.append(Skipped(source, line, f"duplicate of {first}"))
+            digest = _digest(row.content())
+            if first := first_of.get(digest):
+                duplicates.append(Skipped(source, line, f"duplicate of {first}"))
                 if on_duplicate == "skip":
+                    skipped.append(duplicates[-1])
                     continue
             first_of.setdefault(digest, f"{source}:{line}")
             yield row
@@ -111,48 +104,41 @@ def prompt_key(conversation: Conversation) -> str:
     return _digest([" ".join(prompt.content.casefold().split())])
 
 
-def split_by_prompt(conversations: Sequence[Conversation], fraction: float, seed: int) -> Split:
-    """(train, validation), where validation has `round(fraction * prompts)` prompts, at least one.
-
-    The choice follows from the prompts and the seed, not from the order of rows, which each part keeps. Where all rows
-    have one prompt, rows take the prompts' place; `shared_prompts` of the parts is 1 then, else 0.
-
-    Raises:
-        ConfigError: fraction outside (0, 1). DataError: a part would be empty.
-    """
-    if not 0 < fraction < 1:
-        raise ConfigError(f"validation fraction {fraction} is not between 0 and 1; cure: e.g. 0.1, or do not split")
-    return _split(conversations, seed, lambda keys: keys[: max(1, round(fraction * len(keys)))])
-
-
-def kfold_by_prompt(conversations: Sequence[Conversation], folds: int, fold: int, seed: int) -> Split:
-    """(train, validation) of fold `fold` (from 0) of `folds`; each prompt is held out in exactly one.
-
-    Raises:
-        ConfigError: fold or folds out of range. DataError: fewer prompts than folds.
-    """
-    if folds < 2 or not 0 <= fold < folds:
-        raise ConfigError(f"fold {fold} of {folds}; cure: at least 2 folds, and a fold from 0 to folds - 1")
-    return _split(conversations, seed, lambda keys: keys[fold::folds])
-
-
 def shared_prompts(train: Iterable[Conversation], validation: Iterable[Conversation]) -> int:
     """How many prompts (`prompt_key`) are in both parts."""
     return len({prompt_key(c) for c in train} & {prompt_key(c) for c in validation})
 
 
-def _split(conversations: Sequence[Conversation], seed: int, choose: Callable[[list[str]], list[str]]) -> Split:
-    """`choose` takes the held out of all keys, which are shuffled by a hash keyed with the seed."""
+def shuffled_keys(conversations: Sequence[Conversation], seed: int) -> tuple[list[str], list[str]]:
+    """Each conversation's key, equal where they stay on one side, and the keys shuffled by a hash with the seed.
+
+    Keys are the prompts', or where all rows have one (a thousand essays on one task) their contents'.
+    """
     keys = [prompt_key(conversation) for conversation in conversations]
-    if len(set(keys)) == 1:  # a thousand essays on one task: by content, so that equal rows are on one side
+    if len(set(keys)) == 1:
         keys = [_digest(conversation.content()) for conversation in conversations]
-    held_out = set(choose(sorted(set(keys), key=lambda key: _digest([seed, key]))))
-    train, validation = ([c for c, k in zip(conversations, keys, strict=True) if (k in held_out) == held]
-                         for held in (False, True))  # fmt: skip
-    if not train or not validation:
-        message = f"nothing is left for {'validation' if train else 'training'}: there are {len(set(keys))} prompts"
-        raise DataError(message, cure="add data, change the split, or name validation files")
-    return train, validation
+    return keys, sorted(set(keys), key=lambda key: _digest([seed, key]))
+
+
+def split_by_prompt(
+    conversations: Sequence[Conversation], fraction: float, seed: int
+) -> tuple[list[Conversation], list[Conversation]]:
+    """(train, validation), where validation has `round(fraction * prompts)` prompts, at least one.
+
+    The choice follows from the prompts and the seed, not from the order of rows, which each part keeps. Where all rows
+    have one prompt, rows take the prompts' place; `shared_prompts` of the parts is 1 then, else 0.
+
+    Raises ConfigError: fraction outside (0, 1). DataError: a part would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError(f"validation fraction {fraction} is not between 0 and 1; cure: e.g. 0.1, or do not split")
+    keys, shuffled = shuffled_keys(conversations, seed)
+    held_out = set(shuffled[: max(1, round(fraction * len(shuffled)))])
+    if len(held_out) == len(shuffled):
+        what = f"nothing is left for training: there are {len(shuffled)} prompts"
+        raise DataError(what, cure="add data, change the split, or name validation files")
+    rows = list(zip(conversations, keys, strict=True))
+    return [c for c, key in rows if key not in held_out], [c for c, key in rows if key in held_out]
 
 
 def _digest(value: list) -> str:

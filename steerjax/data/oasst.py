@@ -24,40 +24,38 @@ def read_threads(
     A turn has its ratings and its message's id in each of its threads. Labels are scaled to the schema's range and
     rounded half to even. Only quality, toxicity, humor and creativity are taken: OASST's `helpfulness` is another scale
     than HelpSteer's. Threads of one message, deleted messages and other languages than `lang` are dropped, with the
-    replies to them, and counted in `dropped` by reason.
+    replies to them, and counted in `dropped` by reason. `source` holds trees (`{"prompt": {..., "replies": [...]}}` or
+    the root message itself), or messages one by one (`message_id`, `parent_id`), as the hub has them.
 
-    Args:
-        source: trees (`{"prompt": {..., "replies": [...]}}` or the root message itself), or messages one by one
-            (`message_id`, `parent_id`), as the hub has them.
-
-    Raises:
-        DataError: the source cannot be read at all, or no thread is left. ConfigError: the schema has none of the four.
+    Raises DataError: the source cannot be read, or no thread is left. ConfigError: the schema has none of the four.
     """
     if not set(schema.names) & set(OASST.names):
         raise ConfigError(f"the schema has none of {', '.join(OASST.names)}; cure: use the schema oasst or steerlm")
-    dropped, found = Counter() if dropped is None else dropped, False
-    before = dropped.copy()
+    counts: Counter[str] = Counter()
+    empty = True
 
     def kept(message: Row) -> bool:
         deleted = not keep_deleted and message.get("deleted")
         if not deleted and (not lang or message.get("lang") == lang):
             return True
-        dropped["deleted messages" if deleted else f"messages not in '{lang}'"] += 1
-        dropped["replies to such messages"] += len(_all(message)) - 1
+        counts["deleted messages" if deleted else f"messages not in '{lang}'"] += 1
+        counts["replies to such messages"] += len(_all(message)) - 1
         return False
 
     for line, tree in _trees(source):
         try:
             if isinstance(tree, DataError):
                 raise tree
-            for turns in list(_threads(tree, schema, kept, dropped)):
-                found = True
-                yield line, Conversation(turns, None, turns[-1].id, source, line)
+            threads = list(_threads(tree, schema, kept, counts))
+            found = [Conversation(turns, None, turns[-1].id, source, line) for turns in threads]
         except DataError as error:
-            found = True
-            yield line, error.at(source, line)
-    if not found and dropped > before:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in (dropped - before).items())
+            found = [error.at(source, line)]
+        empty = empty and not found
+        yield from ((line, row) for row in found)
+    if dropped is not None:
+        dropped.update(+counts)
+    if empty and counts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in (+counts).items())
         raise DataError(f"no thread is left: {reasons}", file=source, cure="look at --lang and --keep-deleted")
 
 
@@ -76,15 +74,15 @@ def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
             yield line, DataError("stands twice", "message_id", "keep one")
         else:
             flat[name] = line, {**row, "replies": []}
+    roots = [(line, row) for line, row in flat.values() if not row.get("parent_id")]
     for _, row in flat.values():
         if row.get("parent_id") in flat:
             flat[row["parent_id"]][1]["replies"].append(row)
-    roots = [(line, row) for line, row in flat.values() if not row.get("parent_id")]
-    reached = {message["message_id"] for _, root in roots for message in _all(root)}
     yield from roots
+    reached = {message["message_id"] for _, root in roots for message in _all(root)}
+    cure = "add the messages that it answers, or remove it"
     for name, (line, _) in flat.items():
         if name not in reached:
-            cure = "add the messages that it answers, or remove it"
             yield line, DataError("the message leads to no root", "parent_id", cure)
 
 
@@ -104,14 +102,14 @@ def _replies(message: Row) -> list[Row]:
     return replies
 
 
-def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], dropped: Counter[str]) -> Iterator[tuple]:
+def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], counts: Counter[str]) -> Iterator[tuple]:
     """The paths from the root to each leaf, depth first, replies in their order."""
     below: list[tuple[Row, tuple[Turn, ...]]] = [(root, ())] if kept(root) else []
     while below:
         message, turns = below.pop()
         replies = [reply for reply in _replies(message) if kept(reply)]
         if not replies and not turns:
-            dropped["threads of one message"] += 1
+            counts["threads of one message"] += 1
             continue
         turns = (*turns, _turn(message, schema))
         check_turns(turns, f"message {turns[-1].id}, turns")
@@ -121,19 +119,27 @@ def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], dropped: Co
 
 
 def _turn(message: Row, schema: Schema) -> Turn:
-    """Labels are `{"quality": {"value": 0.75, ...}}`, or the hub's `{"name": [...], "value": [...]}`; 0 to 1."""
     name = text_of(message, "message_id")
     with inside(f"message {name}."):
         if (speaker := text_of(message, "role")) not in _ROLES:
             raise DataError(f"unknown role '{speaker}'", "role", f"use {' or '.join(_ROLES)}")
-        labels, ratings = value_of(message, "labels", dict, {}), {}
-        if isinstance(labels.get("name"), list):
-            values = zip(labels["name"], value_of(labels, "value", list), strict=False)
-            labels = {name: {"value": value} for name, value in values}
-        with inside("labels."):
-            for rated in schema.attributes if speaker == "assistant" else ():
-                label = value_of(labels, rated.name, dict, None) if rated.name in OASST.names else None
-                if label is not None:
-                    value = check_rating(label.get("value"), Attribute(rated.name, 0, 1))
-                    ratings[rated.name] = float(round(rated.low + value * (rated.high - rated.low)))
+        rated = schema.attributes if speaker == "assistant" else ()
+        ratings = _ratings(value_of(message, "labels", dict, {}), rated)
         return Turn(_ROLES[speaker], text_of(message, "text"), ratings or None, id=name)
+
+
+def _ratings(labels: Row, attributes: tuple[Attribute, ...]) -> dict[str, float]:
+    """Of `{"quality": {"value": 0.75, ...}}`, or of the hub's `{"name": [...], "value": [...]}`; 0 to 1."""
+    ratings = {}
+    with inside("labels."):
+        if isinstance(names := labels.get("name"), list):
+            values = value_of(labels, "value", list)
+            if len(names) != len(values):
+                raise DataError(f"{len(values)} values of {len(names)} names", "value", "write one value a name")
+            labels = {str(name): {"value": value} for name, value in zip(names, values, strict=True)}
+        for attribute in attributes:
+            label = value_of(labels, attribute.name, dict, None) if attribute.name in OASST.names else None
+            if label is not None:
+                value = check_rating(label.get("value"), Attribute(attribute.name, 0, 1))
+                ratings[attribute.name] = float(round(attribute.low + value * (attribute.high - attribute.low)))
+    return ratings

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from steerjax.data.conversation import Conversation
 from steerjax.data.formats import Row, conversation_from_row
 from steerjax.errors import DataError
 from steerjax.schema import Schema
@@ -26,11 +27,12 @@ _SAMPLES = Path(__file__).with_name("samples")
 _TEXT_COLUMNS = ("id", "prompt", "response", "system", "instruction", "input", "output")
 
 
-def read_conversations(source: str, schema: Schema, format: str = "auto") -> Iterator[tuple[int, Any]]:
+def read_conversations(
+    source: str, schema: Schema, format: str = "auto"
+) -> Iterator[tuple[int, Conversation | DataError]]:
     """(line, conversation) of a source; a row that cannot be used is a DataError with its file and line.
 
-    Raises:
-        DataError: the source cannot be read at all. ConfigError: unknown format.
+    Raises DataError: the source cannot be read at all. ConfigError: unknown format.
     """
     format = source_format(source, format)
     for line, row in iter_rows(source):
@@ -55,8 +57,7 @@ def iter_rows(source: str) -> Rows:
     Lines count from 1: a physical line of .jsonl, .csv and .tsv (a record's first one), the row elsewhere. Dates of a
     table are text in the row; bytes and NaN stay what they are.
 
-    Raises:
-        DataError: no such file, an unknown extension, or a file that is broken as a whole.
+    Raises DataError: no such file, an unknown extension, or a file that is broken as a whole.
     """
     path = source_path(source)
     if path is None:
@@ -88,10 +89,10 @@ def hub_dataset(source: str):
     import datasets
 
     name, _, split = source.removeprefix("hub:").partition(":")
-    parts = name.split("/")
-    folder = {"data_dir": "/".join(parts[2:])} if parts[2:] else {}
+    owner, *folder = name.split("/", 2)
+    options = {"data_dir": folder.pop()} if folder[1:] else {}
     try:
-        return datasets.load_dataset("/".join(parts[:2]), split=split or "train", **folder)
+        return datasets.load_dataset("/".join([owner, *folder]), split=split or "train", **options)
     except Exception as error:  # network, unknown id, unknown split, broken files: each its own type
         cure = "check the id, the split and the network, or download the file and name its path"
         raise DataError(f"cannot load from the hub: {error}", file=source, cure=cure) from error
@@ -125,14 +126,14 @@ def _decode(raw: bytes) -> str:
 
 
 def _parse(raw: bytes) -> Any:
-    cure = "write a list of objects, or one whole object a line"
     try:
         return json.loads(_decode(raw), object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        message = f"broken JSON: {error.msg}, column {error.colno}"
-        raise DataError(message, line=error.lineno, cure=cure) from None
-    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
-        raise DataError(f"broken JSON: {error}", cure=cure) from None
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets, are no JSONDecodeError
+        line, what = 0, str(error)
+        if isinstance(error, json.JSONDecodeError):
+            line, what = error.lineno, f"{error.msg}, column {error.colno}"
+        cure = "write a list of objects, or one whole object a line"
+        raise DataError(f"broken JSON: {what}", line=line, cure=cure) from None
 
 
 def _object(pairs: Iterable[tuple[str, Any]]) -> Row:
@@ -188,17 +189,11 @@ def _cell(name: str, cell: str) -> str | float | None:
         return cell
 
 
-def _table_rows(file: IO[bytes]) -> Rows:
-    """Parquet, or Arrow's file or stream format, which is what `datasets` stores."""
-    import pyarrow.ipc
+def _parquet_rows(file: IO[bytes]) -> Rows:
     import pyarrow.parquet
 
-    raw = file.read()
     try:
-        if raw.startswith(b"PAR1"):
-            table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
-        else:
-            table = (pyarrow.ipc.open_file if raw.startswith(b"ARROW1") else pyarrow.ipc.open_stream)(raw).read_all()
+        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read())).read()
         _object((name, None) for name in table.column_names)
         batches = table.to_batches(max_chunksize=1024)
         yield from enumerate((_plain(row) for batch in batches for row in batch.to_pylist()), start=1)
@@ -222,6 +217,5 @@ _FILE_READERS = {
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
-    ".parquet": _table_rows,
-    ".arrow": _table_rows,
+    ".parquet": _parquet_rows,
 }

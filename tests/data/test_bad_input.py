@@ -13,9 +13,6 @@ from steerjax.errors import DataError
 from steerjax.schema import HELPSTEER, STEERLM
 
 GOOD = {"prompt": "good prompt", "response": "fine", "helpfulness": 3}
-SYSTEM, USER, ASSISTANT = "<extra_id_0>System\ns\n", "<extra_id_1>User\nu\n", "<extra_id_1>Assistant\na\n"
-TEXT = f"{SYSTEM}{USER}{ASSISTANT}<extra_id_2>"
-LABEL = [-100] * 4 + [3, 3, 3, 3, 3]
 
 
 def helpsteer(**changes):
@@ -24,10 +21,6 @@ def helpsteer(**changes):
 
 def without(key):
     return {name: value for name, value in helpsteer().items() if name != key}
-
-
-def regression(text=TEXT, label=tuple(LABEL)):
-    return {"text": text, "label": list(label) if isinstance(label, tuple) else label}
 
 
 def reference(*turns, **fields):
@@ -74,24 +67,6 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "list of ratings empty": (helpsteer(helpfulness=[]), "helpfulness", "is not a number"),
     "list of ratings out of range": (helpsteer(helpfulness=[3, 5]), "helpfulness", "rating 5 is outside 0..4"),
     "rating beyond floats": (helpsteer(helpfulness=10**400), "helpfulness", "is not finite"),
-    # Regression
-    "text without end": (regression(TEXT.removesuffix("<extra_id_2>")), "text", "is no text of the reference"),
-    "text without system": (regression(TEXT.removeprefix(SYSTEM)), "text", "is no text of the reference"),
-    "text without turns": (regression(f"{SYSTEM}<extra_id_2>"), "text", "is no text of the reference"),
-    "text ends with the user": (regression(f"{SYSTEM}{USER}<extra_id_2>"), "text", "is no text of the reference"),
-    "text with unknown role": (regression(TEXT.replace("User", "Human")), "text", "is no text of the reference"),
-    "text with an empty turn": (regression(TEXT.replace("\na\n", "\n\n")), "text", "empty"),
-    "text with one side twice": (
-        regression(f"{SYSTEM}{USER}{USER}{ASSISTANT}<extra_id_2>"),
-        "text[2]",
-        "roles must alternate",
-    ),
-    "label missing": ({"text": TEXT}, "label", "missing"),
-    "label not a list": (regression(label=3), "label", "expected a list"),
-    "label too short": (regression(label=tuple(LABEL[4:])), "label", "expected a list of 9 numbers"),
-    "label of another schema": (regression(label=(2, *LABEL[1:])), "label.quality", "no such attribute"),
-    "label out of range": (regression(label=(*LABEL[:8], 9)), "label.verbosity", "rating 9 is outside 0..4"),
-    "label not a number": (regression(label=(*LABEL[:8], "3")), "label.verbosity", "rating '3' is not a number"),
     # Reference
     "conversations empty": (reference(), "conversations", "no turn"),
     "speaker unknown": (reference(("Bot", None)), "conversations[0].from", "unknown role 'Bot'"),
@@ -212,7 +187,7 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "instruction empty": ({"instruction": "", "output": "o"}, "instruction", "empty"),
     "output missing": ({"instruction": "i", "input": ""}, "output", "missing"),
     "input no text": ({"instruction": "i", "input": 3, "output": "o"}, "input", "expected text, got int"),
-    "history no pairs": ({"instruction": "i", "output": "o", "history": [["q"]]}, "history", "expected a list of ["),
+    "history": ({"instruction": "i", "output": "o", "history": [["q", "a"]]}, "history", "not read"),
     "system of a conversation not text": (conversation(turn("user"), system=[]), "system", "expected text, got list"),
 }
 

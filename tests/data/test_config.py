@@ -44,7 +44,7 @@ def test_every_format_can_be_named():
         ({"schema": "helpster"}, "schema"),
         ({"format": "chat"}, "format"),
         ({"validation_fraction": 1}, "validation_fraction"),
-        ({"on_duplicate": "drop"}, "on_duplicate"),
+        ({"on_duplicate": "error"}, "on_duplicate"),
         ({"control_strings": "escape"}, "control_strings"),
         ({"attributes": [["clarity", 5, 1]]}, "attributes"),
         ({"attributes": [["clarity", 1, 5], ["clarity", 1, 5]]}, "attributes"),

@@ -10,7 +10,6 @@ from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import (
     Skipped,
     file_hashes,
-    kfold_by_prompt,
     load_conversations,
     prompt_key,
     shared_prompts,
@@ -48,17 +47,6 @@ def test_the_sample_loads_with_its_repeated_rows():
     assert len({prompt_key(conversation) for conversation in loaded.conversations}) == 120
     unique = load_conversations(["embedded:helpsteer"], HELPSTEER, on_duplicate="skip")
     assert (len(unique.conversations), len(unique.skipped), unique.duplicates) == (405, 24, 24)
-
-
-def test_a_duplicate_is_refused_with_both_lines_where_asked(tmp_path):
-    first = write_rows(tmp_path / "a.jsonl", row("q"), row())
-    second = write_rows(tmp_path / "b.jsonl", row(helpfulness=3.0))
-    with pytest.raises(DataError) as caught:
-        load_conversations([first, second], HELPSTEER, on_duplicate="error")
-    assert (caught.value.file, caught.value.line) == (second, 1)
-    assert f"{first}:2" in caught.value.message
-    assert "'keep'" in caught.value.cure
-    assert "'skip'" in caught.value.cure
 
 
 def test_duplicates_are_kept_or_skipped_as_asked_and_counted(tmp_path):
@@ -174,8 +162,6 @@ def test_split_refuses_fractions_outside_the_open_interval(fraction):
 def test_split_refuses_an_empty_side():
     with pytest.raises(DataError, match="left for training"):
         split_by_prompt(made_up(prompts=1, responses=1), 0.5, seed=0)
-    with pytest.raises(DataError, match="left for validation: there are 3"):
-        kfold_by_prompt(made_up(prompts=3), folds=4, fold=3, seed=0)
 
 
 def test_data_of_one_prompt_is_split_by_row():
@@ -186,25 +172,6 @@ def test_data_of_one_prompt_is_split_by_row():
     assert shared_prompts(train, validation) == 1
     chosen = {c.line for c in split_by_prompt(essays[::-1], 0.25, seed=0)[1]}
     assert chosen == {c.line for c in validation}
-    folds = [kfold_by_prompt(essays, 5, fold, seed=1)[1] for fold in range(5)]
-    assert [len(fold) for fold in folds] == [8] * 5
-    assert sorted(c.line for fold in folds for c in fold) == list(range(40))
-
-
-def test_folds_cover_every_prompt_once():
-    conversations = made_up(prompts=11)
-    parts = [kfold_by_prompt(conversations, 4, fold, seed=3) for fold in range(4)]
-    assert sorted(len(prompts_of(validation)) for _, validation in parts) == [2, 3, 3, 3]
-    assert sorted(c.line for _, validation in parts for c in validation) == [c.line for c in conversations]
-    for train, validation in parts:
-        assert shared_prompts(train, validation) == 0
-        assert len(train) + len(validation) == len(conversations)
-
-
-@pytest.mark.parametrize(("folds", "fold"), [(1, 0), (4, 4), (4, -1)])
-def test_folds_out_of_range(folds, fold):
-    with pytest.raises(ConfigError, match="fold"):
-        kfold_by_prompt(made_up(), folds, fold, seed=0)
 
 
 def test_prompts_on_both_sides_are_counted():

@@ -11,7 +11,7 @@ import pytest
 
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.oasst import read_threads
-from steerjax.data.statistics import Statistics
+from steerjax.data.statistics import statistics_of
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, OASST, STEERLM, Attribute, Schema
 
@@ -68,10 +68,8 @@ def test_every_thread_with_all_its_ratings_and_ids(tmp_path):
 
 def test_shared_turns_count_once_in_statistics(tmp_path):
     path = write(tmp_path / "t.jsonl", {"prompt": tree()})
-    statistics = Statistics(OASST)
-    for _, conversation in read_threads(path, OASST):
-        statistics.add(conversation_from_row(conversation.to_json(), OASST))  # ids travel in the format
-    got = statistics.to_json()
+    rows = [conversation.to_json() for _, conversation in read_threads(path, OASST)]  # ids travel in the format
+    got = statistics_of((conversation_from_row(row, OASST) for row in rows), OASST)
     assert (got["rows"], got["turns"], got["assistant_turns"], got["rated_turns"]) == (4, 7, 4, 3)
     assert got["values"]["quality"]["mean"] == (2 + 4 + 1) / 3
 
@@ -158,6 +156,11 @@ BAD = {  # name -> (row, field, part of the message)
     "label beyond range": (broken(labels=quality(1.5)), "message a.labels.quality", "rating 1.5 is outside 0..1"),
     "label without value": (broken(labels={"humor": {}}), "message a.labels.humor", "rating None is not a number"),
     "label a number": (broken(labels={"humor": 0.5}), "message a.labels.humor", "expected an object"),
+    "hub labels of other lengths": (
+        broken(labels={"name": ["quality", "humor"], "value": [1.0]}),
+        "message a.labels.value",
+        "1 values of 2 names",
+    ),
     "labels a list": (broken(labels=[0.5]), "message a.labels", "expected an object, got list"),
     "replies no list": (broken(replies={}) | {"replies": {"a": 1}}, "message p.replies", "expected a list"),
     "no tree": ({"question": "q"}, "", "no message tree with keys ['question']"),

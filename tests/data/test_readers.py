@@ -17,12 +17,11 @@ from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.formats import prompt_turns
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations, source_format
 from steerjax.errors import ConfigError, DataError
-from steerjax.schema import HELPSTEER, OASST, STEERLM, format_label, make_schema
+from steerjax.schema import HELPSTEER, OASST, format_label, make_schema
 
 SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[3] / "shared"))
 DOCUMENTATION = Path(__file__).parents[2] / "docs/formats.md"
 HERE, NEMO = Path(__file__).parent, SHARED / "data/nemo_aligner"  # the second is absent in a plain clone
-REGRESSION = [path for path in [HERE / "regression.jsonl", NEMO / "test-rm.jsonl"] if path.exists()]
 DIALOGUES = [path for path in [HERE / "dialogues.jsonl", NEMO / "dummy-sft.jsonl"] if path.exists()]
 
 ROWS = [
@@ -33,10 +32,6 @@ TURNS = [
     (Turn("user", 'Say "hi", twice.\nNow.'), Turn("assistant", "hi\u2028hi", {"helpfulness": 4.0})),
     (Turn("user", "  Grüße? 😀"), Turn("assistant", "ja\n", {"helpfulness": 2.5, "correctness": 0.0})),
 ]
-REGRESSION_TEXT = (
-    "<extra_id_0>System\nBe kind.\n<extra_id_1>User\nHi\n\nthere\n<extra_id_1>Assistant\nYo\n"
-    "<extra_id_1>User\nMore\n<extra_id_1>Assistant\nOK <b>\n\n<extra_id_2>"
-)
 
 
 def as_jsonl(rows):
@@ -172,21 +167,6 @@ def test_values_that_json_has_no_form_for(tmp_path):
     assert list(iter_rows(str(path))) == [
         (1, {"day": "2026-01-02", "at": "2026-01-02 03:04:00", "list": [2.5], "raw": b"x"})
     ]
-
-
-def test_arrow_as_datasets_stores_it(tmp_path, monkeypatch):
-    import datasets
-    import pyarrow
-
-    monkeypatch.chdir(tmp_path)
-    datasets.Dataset.from_list(ROWS).save_to_disk("stored")
-    (path,) = Path("stored").glob("*.arrow")
-    assert [conversation.turns for conversation in converted(path)] == TURNS
-    table = pyarrow.Table.from_pylist(ROWS)
-    with pyarrow.OSFile("file.arrow", "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    assert [conversation.turns for conversation in converted("file.arrow")] == TURNS
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.arrow", "stored"]
 
 
 def test_hub_rows(monkeypatch):
@@ -390,7 +370,6 @@ def chat_row(list_key, role_key, content_key, user, assistant, system=None, **fi
         (chat_row("conversations", "from", "value", "user", "chatgpt"), "sharegpt", None, ""),
         (chat_row("conversations", "from", "value", "User", "Assistant"), "reference", None, ""),
         (chat_row("conversations", "from", "value", "human", "assistant", mask="human"), "reference", None, ""),
-        ({"instruction": "v", "input": "", "output": "b", "history": [["u", "a"]], "system": ""}, "alpaca", None, ""),
     ],
 )
 def test_chat_formats_of_others(row, format, system, name):
@@ -405,43 +384,9 @@ def test_message_of_parts():
 
 
 def test_alpaca_joins_instruction_and_input():
-    row = {"instruction": "Add.", "input": "1+1", "output": "2"}
-    assert conversation_from_row(row, OASST).turns == (Turn("user", "Add.\n1+1"), Turn("assistant", "2"))
-
-
-def test_regression_text_is_parsed_into_turns():
-    row = {"text": REGRESSION_TEXT, "label": [-100, -100.0, -100, -100, 4, 3.5, -100, 0, 2]}
-    expected = (
-        Turn("user", "Hi\n\nthere"),
-        Turn("assistant", "Yo"),
-        Turn("user", "More"),
-        Turn("assistant", "OK <b>\n", {"helpfulness": 4.0, "correctness": 3.5, "complexity": 0.0, "verbosity": 2.0}),
-    )
-    assert conversation_from_row(row, HELPSTEER) == Conversation(expected, "Be kind.")
-    assert conversation_from_row(row, STEERLM) == Conversation(expected, "Be kind.")
-    row["text"] = row["text"].replace("Be kind.", "")
-    assert conversation_from_row(row, HELPSTEER).system == ""
-
-
-def test_regression_labels_outside_the_schema_are_dropped_only_where_missing():
-    row = {"text": REGRESSION_TEXT, "label": [-100] * 4 + [4, 3, 3, 0, 2]}
-    with pytest.raises(DataError, match="no such attribute") as caught:
-        conversation_from_row(row, OASST)
-    assert "helpsteer or steerlm" in caught.value.cure
-    row["label"] = [1, 2] + [-100] * 7
-    assert conversation_from_row(row, OASST).turns[-1].ratings == {"quality": 1.0, "toxicity": 2.0}
-
-
-@pytest.mark.parametrize("path", REGRESSION, ids=lambda path: path.name)
-def test_regression_golden_file(path):
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    got = converted(path)
-    assert len(got) == len(rows) > 0
-    for conversation, row in zip(got, rows, strict=True):
-        names = {"user": "User", "assistant": "Assistant"}
-        body = "".join(f"<extra_id_1>{names[turn.role]}\n{turn.content}\n" for turn in conversation.turns)
-        assert f"<extra_id_0>System\n{conversation.system}\n{body}<extra_id_2>" == row["text"]
-        assert list(conversation.turns[-1].ratings.values()) == row["label"][4:]
+    row = {"instruction": "Add.", "input": "1+1", "output": "2", "system": "", "history": []}
+    turns = Turn("user", "Add.\n1+1"), Turn("assistant", "2")
+    assert conversation_from_row(row, OASST) == conversation_from_row(row, OASST, "alpaca") == Conversation(turns)
 
 
 def test_reference_conversations():
@@ -534,12 +479,12 @@ def test_documented_csv(tmp_path):
 
 
 def test_forced_format_settles_an_ambiguous_row():
-    row = {"prompt": "p", "response": "r", "text": "note", "verbosity": 1}
-    with pytest.raises(DataError, match="helpsteer, regression"):
+    row = {"prompt": "p", "response": "r", "instruction": "note", "verbosity": 1}
+    with pytest.raises(DataError, match="helpsteer, alpaca"):
         conversation_from_row(row, HELPSTEER)
     assert conversation_from_row(row, HELPSTEER, "helpsteer").turns[1].content == "r"
 
 
 def test_unknown_format_names_the_known_ones():
-    with pytest.raises(ConfigError, match="auto, helpsteer, helpsteer2, regression"):
+    with pytest.raises(ConfigError, match="auto, helpsteer, helpsteer2, reference"):
         conversation_from_row({}, HELPSTEER, "helpster")

@@ -6,14 +6,8 @@ import statistics
 import pytest
 
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.statistics import Statistics, format_statistics
+from steerjax.data.statistics import format_statistics, statistics_of
 from steerjax.schema import OASST, STEERLM, make_schema
-
-
-def collected(collector, rows):
-    for row in rows:
-        collector.add(row)
-    return collector.to_json()
 
 
 def conversation(*ratings):
@@ -29,46 +23,35 @@ def test_ratings():
         conversation({"helpfulness": 0.0}, None, {"verbosity": 2.0}),
         conversation({"helpfulness": 3.0, "verbosity": 0.0}),
     ]
-    got = collected(Statistics(STEERLM), rows)
-    counts = {name: got[name] for name in ("rows", "turns", "assistant_turns", "rated_turns", "reference")}
-    assert counts == {"rows": 3, "turns": 12, "assistant_turns": 6, "rated_turns": 5, "reference": "helpfulness"}
+    got = statistics_of(rows, STEERLM)
+    counts = {name: got[name] for name in ("rows", "turns", "assistant_turns", "rated_turns")}
+    assert counts == {"rows": 3, "turns": 12, "assistant_turns": 6, "rated_turns": 5}
     assert list(got["values"]) == ["quality", "helpfulness", "verbosity", "characters"]
     helpfulness, verbosity = got["values"]["helpfulness"], got["values"]["verbosity"]
     assert (helpfulness["count"], helpfulness["mean"]) == (4, 2.25)
     assert helpfulness["std"] == pytest.approx(statistics.pstdev([4, 2, 0, 3]))
-    assert helpfulness["pearson"] == pytest.approx(1)
     assert (verbosity["count"], verbosity["mean"]) == (4, 1.5)
-    assert verbosity["pearson"] == pytest.approx(statistics.correlation([4, 2, 3], [1, 3, 0]))
-    assert got["values"]["quality"] == {"count": 1, "mean": 1.0, "std": 0.0, "pearson": None}
+    assert got["values"]["quality"] == {"count": 1, "mean": 1.0, "std": 0.0}
     characters = got["values"]["characters"]
     assert (characters["count"], characters["mean"]) == (6, statistics.mean([1, 2, 1, 2, 3, 1]))
-    assert characters["pearson"] == pytest.approx(statistics.correlation([4, 2, 0, 3], [1, 2, 1, 1]))
-
-
-def test_without_helpfulness_quality_is_the_reference():
-    got = collected(Statistics(OASST), [conversation({"quality": 1.0, "humor": 2.0}, {"quality": 3.0})])
-    assert got["reference"] == "quality"
-    assert got["values"]["humor"]["pearson"] is None
-    assert "r with quality" in format_statistics(got)
 
 
 def test_unrated():
-    got = collected(Statistics(OASST), [conversation(None)])
-    assert (got["rated_turns"], got["reference"], list(got["values"])) == (0, None, ["characters"])
+    got = statistics_of([conversation(None)], OASST)
+    assert (got["rated_turns"], list(got["values"])) == (0, ["characters"])
     assert not any(isinstance(v, float) and math.isnan(v) for v in got["values"]["characters"].values())
-    assert "r with" not in format_statistics(got)
 
 
 def test_own_attributes():
     schema = make_schema("helpsteer", [("depth", 1, 5), ("clarity", 1, 10)])
     rows = [conversation({"clarity": 9.0}), conversation({"clarity": 1.0}, {"depth": 2.0})]
-    got = collected(Statistics(schema), rows)
-    assert (got["reference"], list(got["values"])) == ("depth", ["depth", "clarity", "characters"])
+    got = statistics_of(rows, schema)
+    assert list(got["values"]) == ["depth", "clarity", "characters"]
     assert got["values"]["clarity"]["mean"] == 5
 
 
 def test_table_is_aligned():
-    text = format_statistics(collected(Statistics(STEERLM), [conversation({"helpfulness": 4.0})]))
+    text = format_statistics(statistics_of([conversation({"helpfulness": 4.0})], STEERLM))
     counts, table = text.split("\n\n")
     assert counts.splitlines() == [
         "rows             1",
@@ -77,9 +60,9 @@ def test_table_is_aligned():
         "rated turns      1",
     ]
     header, *rows = table.splitlines()
-    assert header.split(maxsplit=3) == ["count", "mean", "std", "r with helpfulness"]
+    assert header.split() == ["count", "mean", "std"]
     assert [row.split() for row in rows] == [
-        ["helpfulness", "1", "4.0000", "0.0000", "-"],
-        ["characters", "1", "1.0000", "0.0000", "-"],
+        ["helpfulness", "1", "4.0000", "0.0000"],
+        ["characters", "1", "1.0000", "0.0000"],
     ]
     assert {len(line) for line in table.splitlines()} == {len(header)}
