@@ -1,7 +1,7 @@
 """Measures a model.
 
-python -m steerjax.evaluate --suite attributes --model DIR --data FILE [--train-data FILE] --output DIR
-python -m steerjax.evaluate --suite steerability --input ANSWERS.jsonl [--reward-model DIR] --output DIR
+steerjax evaluate --suite attributes --model DIR --data FILE [--train-data FILE] --output DIR
+steerjax evaluate --suite steerability --input ANSWERS.jsonl [--reward-model DIR] --output DIR
 
 `--suite NAME --help` lists the options of a suite. The output holds metrics.json and the suite's plots and tables.
 """
@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steerjax.errors import ConfigError, reported_errors
-from steerjax.evaluation import SUITES
 from steerjax.report.records import write_json
+
+SUITES = ("attributes", "steerability")  # modules of `evaluation`
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,11 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         chosen.add_argument("--suite")
         name = chosen.parse_known_args(arguments)[0].suite
-        if name is not None and name not in SUITES:
+        if name not in (None, *SUITES):
             raise ConfigError(f"--suite {name}: there is no such suite; cure: one of {', '.join(SUITES)}")
-        suite = importlib.import_module(SUITES[name]) if name else None
+        suite = importlib.import_module(f"steerjax.evaluation.{name}") if name else None
         parser = argparse.ArgumentParser(
-            prog="python -m steerjax.evaluate", description=suite.__doc__ if suite else __doc__,
+            prog="steerjax evaluate", description=suite.__doc__ if suite else __doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
         parser.add_argument("--suite", required=True, metavar="NAME", help=f"one of: {', '.join(SUITES)}")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from steerjax.command import add_scoring_options, open_scorer
+from steerjax.command import MODEL, add_scoring_options, open_scorer
 from steerjax.errors import DataError
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="a run's folder, checkpoints/STEP, a Hugging Face folder or id")
+    add("--model", required=True, metavar="DIR", help=MODEL)
     add("--data", required=True, action="append", metavar="FILE", help="rated conversations; may stand several times")
     add("--train-data", action="append", default=[], metavar="FILE", help="to fit the baselines on")
     add_scoring_options(parser)
@@ -23,11 +23,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> dict:
     """Writes the report and prints its table.
 
-    Returns:
-        `responses` and `skipped`, numbers; `attributes` and `baselines`, see `EvaluationResult`; `average_mse`.
-
-    Raises:
-        SteerjaxError: a model or data that do not fit.
+    Returns `responses` and `skipped`, numbers; `attributes` and `baselines`, see `EvaluationResult`; `average_mse`.
+    Raises SteerjaxError: a model or data that do not fit.
     """
     from steerjax.data.loading import load_conversations, write_skipped
     from steerjax.inference.scorer import predict, reading_schema
@@ -37,20 +34,21 @@ def run(options: argparse.Namespace) -> dict:
 
     require_matplotlib()
     scorer = open_scorer(options.model, options)
-    names, schema = scorer.schema.names, reading_schema(scorer.schema)
+    names, schema, how = scorer.schema.names, reading_schema(scorer.schema), options.on_bad_row
 
-    def load(files):
-        """Conversations, the indices of their turns with a rating of one of the attributes, and what was left out."""
-        loaded = load_conversations(files, schema, format=options.format, on_bad_row=options.on_bad_row)
+    def load(files: Sequence[str]):
+        """Conversations, the places of their turns with a rating of one of the attributes, and what was left out."""
+        if not files:
+            return [], [], []
+        loaded = load_conversations(files, schema, format=options.format, on_bad_row=how)
         rated = [[i for i, t in enumerate(c.turns) if set(names) & set(t.ratings or ())] for c in loaded.conversations]
         return loaded.conversations, rated, loaded.skipped
 
     conversations, turns, skipped = load(options.data)
-    train, train_turns, _ = load(options.train_data) if options.train_data else ([], [], [])
-    examples, predicted = predict(scorer, conversations, turns, skipped, skip=options.on_bad_row == "skip")
+    trained = [(c, turn) for c, rated in zip(*load(options.train_data)[:2], strict=True) for turn in rated]
+    examples, predicted = predict(scorer, conversations, turns, skipped, skip=how == "skip")
     if not examples:
         raise DataError("no rated response to evaluate", file=options.data[0], cure=f"rate {' or '.join(names)}")
-    trained = [(conversation, turn) for conversation, rated in zip(train, train_turns, strict=True) for turn in rated]
     ids = [conversation.id for conversation, _ in examples]
     result = evaluate_predictions(scorer.schema, predicted, *_arrays(examples, names), ids, *_arrays(trained, names))
     summary = {
@@ -70,7 +68,7 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def _arrays(examples: Sequence[tuple], names: Sequence[str]) -> tuple:
-    """Human ratings [E, A], where they are, and the characters of each response; examples are (conversation, turn)."""
+    """Of (conversation, turn) each: human ratings [E, A], where they are, and the characters of each response."""
     import numpy as np
 
     rated = [conversation.turns[turn] for conversation, turn in examples]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,14 +21,13 @@ from scipy.stats import rankdata, zscore
 from steerjax.command import add_scoring_options, open_scorer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.readers import iter_rows
-from steerjax.errors import DataError, ModelError
+from steerjax.errors import DataError
 from steerjax.report.page import text_table
 from steerjax.report.plots import new_figure, require_matplotlib, scatter_with_means
 from steerjax.report.results import correlation
 from steerjax.schema import SCHEMAS, Attribute, Schema, round_rating
 from steerjax.typed import typed
 
-REQUESTED, CHARACTERS, WORDS, PREDICTED, EXACT = "requested", "characters", "words", "predicted", "exact"
 PERMUTATIONS = 4999
 
 
@@ -37,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", required=True, metavar="FILE", help="what generate, or annotate after it, wrote")
     add("--reward-model", metavar="DIR", help="rates the answers, in place of ratings that they have")
-    add("--model", metavar="DIR", help="whose attributes were asked for, with their ranges: the chat model's folder")
-    add("--schema", choices=tuple(SCHEMAS), help="the same, by the name of a preset; default: told from the answers")
+    add("--model", metavar="DIR", help="the chat model, for the ranges of its attributes")
+    add("--schema", choices=SCHEMAS, help="a preset that has them; default: told from the answers")
     add_scoring_options(parser)
 
 
@@ -62,23 +60,19 @@ class Answer:
 def run(options: argparse.Namespace) -> dict:
     """Plots each requested attribute, prints the table and returns what `steerability` does, and the `ranges`.
 
-    Raises:
-        SteerjaxError: rows that are no answers, or a model that does not fit.
+    Raises SteerjaxError: rows that are no answers, or a model that does not fit.
     """
     require_matplotlib()
-    answers, known = list(read_answers(options.input)), []
+    answers, known = list(read_answers(options.input)), Schema(())
     if options.reward_model:
         scorer = open_scorer(options.reward_model, options)
-        answers, known = _rated(answers, scorer, options.on_bad_row == "skip"), [*scorer.schema.attributes]
+        answers, known = _rated(answers, scorer, options.on_bad_row == "skip"), scorer.schema
     if options.schema:
-        known += SCHEMAS[options.schema].attributes
+        known = SCHEMAS[options.schema]
     elif options.model:
         from steerjax.bundle import describe
 
-        schema = describe(options.model, template=options.template).schema
-        if schema is None:
-            raise ModelError(f"'{options.model}' does not name its attributes\n  cure: --schema, or leave --model out")
-        known += schema.attributes
+        known = describe(options.model, template=options.template).schema or known
     schema = requested_schema(answers, known)
     if not len(schema):
         raise DataError("no answer to a request", file=options.input, cure="give what generate wrote")
@@ -87,7 +81,7 @@ def run(options: argparse.Namespace) -> dict:
     for attribute in schema.attributes:
         plot_steerability(answers, attribute, options.output / f"steerability_{attribute.name}.png")
     print(format_steerability(result))
-    if told := [f"{a.name} {a.low:g} to {a.high:g}" for a in schema.attributes if a not in known]:
+    if told := [f"{a.name} {a.low:g} to {a.high:g}" for a in schema.attributes if a not in known.attributes]:
         print(f"ranges told from the answers: {', '.join(told)}; --model or --schema knows them")
     print(f"\nmetrics and plots are in {options.output}")
     return {**result, "ranges": {a.name: [a.low, a.high] for a in schema.attributes}}
@@ -124,28 +118,25 @@ def read_answers(source: str) -> Iterator[Answer]:
         yield Answer(conversation, read.generation.attributes, read.turns[-1].predicted_ratings or {})
 
 
-def requested_schema(answers: Sequence[Answer], known: Iterable[Attribute]) -> Schema:
-    """The attributes that were asked for: those of `known` first, and of two with one name the last.
+def requested_schema(answers: Sequence[Answer], known: Schema) -> Schema:
+    """The attributes that were asked for: those of `known`, then others, whose ranges span the requests.
 
-    The range of one that is not known spans the requests and the predictions.
-
-    Raises:
-        DataError: a request outside its range; names file and line.
+    Raises DataError: a request outside a known range; names file and line.
     """
-    found, told = {attribute.name: attribute for attribute in known}, {}
+    asked: dict[str, list[float]] = {}
     for answer in answers:
         for name, value in answer.requested.items():
-            told.setdefault(name, []).extend((value, answer.predicted.get(name, value)))
-            if name in found and not found[name].low <= value <= found[name].high:
-                message = f"{value:g} was asked for, outside {found[name].low:g}..{found[name].high:g}"
-                where = {"file": answer.conversation.file, "line": answer.conversation.line, "field": name}
+            asked.setdefault(name, []).append(value)
+            if name in known.names and not (a := known[name]).low <= value <= a.high:
+                wrong = f"{value:g} was asked for, outside {a.low:g}..{a.high:g}"
                 cure = "name the model that answered with --model, or its preset with --schema"
-                raise DataError(message, **where, cure=cure)
-    for name in [name for name in told if name not in found]:
-        low, high = math.floor(min(told[name])), math.ceil(max(told[name]))
-        entry = {"name": name, "low": low, "high": max(low + 1, high)}
-        found[name] = typed(Attribute, entry, "generation.attributes", DataError)
-    return Schema(tuple(attribute for name, attribute in found.items() if name in told))
+                raise DataError(wrong, name, cure, file=answer.conversation.file, line=answer.conversation.line)
+    told = (
+        {"name": name, "low": min(values), "high": max(*values, min(values) + 1)}
+        for name, values in asked.items() if name not in known.names
+    )  # fmt: skip
+    others = typed(tuple[Attribute, ...], tuple(told), "generation.attributes", DataError)
+    return Schema(tuple(a for a in known.attributes if a.name in asked) + others)
 
 
 def _rated(answers: Sequence[Answer], scorer, skip: bool) -> list[Answer]:
@@ -168,23 +159,23 @@ def steerability(answers: Sequence[Answer], schema: Schema, seed: int = 0) -> di
     """What requests did; `seed` is that of the permutations.
 
     Returns:
-        `answers`, their number; `attributes`, by name, those that were requested: `values`, for each requested rating n
-        and the means of `characters`, `words`, `predicted` rating and `exact` (the share whose rounded prediction is
-        the request), None without predictions; `trends`, see `trend`, of the first three, where two ratings or more
-        were requested. `distance`: mean over the n answers with predictions, and the attributes that it counts.
+        `answers`, their number; `attributes`, by name: `values`, for each requested rating n and the means of
+        `characters`, `words`, `predicted` rating and `exact` (the share whose rounded prediction is the request), None
+        without predictions; `trends`, see `trend`, of the first three, where two ratings or more were requested.
+        `distance`: mean over the n answers with predictions, and the attributes that it counts.
     """
-    attributes, exact, prompts = {}, np.full((len(answers), len(schema)), np.nan), [answer.prompt for answer in answers]
-    for a, attribute in enumerate(schema.attributes):
+    attributes, prompts = {}, [answer.prompt for answer in answers]
+    exact = np.full((len(answers), len(schema)), np.nan)
+    for attribute, column in zip(schema.attributes, exact.T, strict=True):
         measured = _measured(answers, attribute)
-        requested, exact[:, a] = measured.pop(REQUESTED), measured[EXACT]
-        values = []
+        requested, column[:], values = measured.pop("requested"), measured["exact"], []
         for level in np.unique(requested[~np.isnan(requested)]):
-            here = requested == level
-            means = {key: _mean(column[here]) for key, column in measured.items()}
-            values.append({REQUESTED: float(level), "n": int(here.sum()), **means})
-        trends = {k: trend(requested, measured[k], prompts, seed) for k in (CHARACTERS, WORDS, PREDICTED)}
+            means = {key: _mean(numbers[requested == level]) for key, numbers in measured.items()}
+            values.append({"requested": float(level), "n": int(np.sum(requested == level)), **means})
+        keys = ("characters", "words", "predicted") if len(values) > 1 else ()
+        trends = {key: trend(requested, measured[key], prompts, seed) for key in keys}
         if values:
-            attributes[attribute.name] = {"values": values, "trends": trends if len(values) > 1 else {}}
+            attributes[attribute.name] = {"values": values, "trends": trends}
     rated = ~np.isnan(exact)
     differing = (exact == 0).sum(1)[rated.any(1)]
     counted = [name for name, some in zip(schema.names, rated.any(0), strict=True) if some]
@@ -193,15 +184,10 @@ def steerability(answers: Sequence[Answer], schema: Schema, seed: int = 0) -> di
 
 
 def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[Hashable], seed: int) -> dict:
-    """Spearman correlation of request and measurement, with a two-sided permutation p-value.
+    """Spearman correlation of request and measurement [n], and a two-sided permutation p-value; answers with NaN out.
 
     Requests are permuted among the answers to one prompt; where no prompt was asked with two ratings, among all.
-
-    Args:
-        requested, measured: [n]; answers with a NaN are left out.
-
-    Returns:
-        `n`; `spearman` and `p`, None where either side is constant.
+    Returns `n`, `spearman` and `p`, None where either side is constant.
     """
     seen = ~np.isnan(measured)
     x, y, random = requested[seen], measured[seen], np.random.default_rng(seed)
@@ -221,14 +207,14 @@ def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[Hashabl
 
 def format_steerability(result: Mapping) -> str:
     """The result of `steerability` as plain text."""
-    forms = {REQUESTED: "g", "n": "d", CHARACTERS: ".1f", WORDS: ".1f", PREDICTED: ".2f", EXACT: ".0%"}
+    forms = {"requested": "g", "n": "d", "characters": ".1f", "words": ".1f", "predicted": ".2f", "exact": ".0%"}
     rows, sentences = [["attribute", *forms]], []
     for name, entry in result["attributes"].items():
         for value in entry["values"]:
             rows.append([name, *("-" if value[key] is None else format(value[key], f) for key, f in forms.items())])
-        found = [(key, t) for key, t in entry["trends"].items() if t["spearman"] is not None]
+        found = {key: t for key, t in entry["trends"].items() if t["spearman"] is not None}
         if found:
-            words = "; ".join(f"{key} {t['spearman']:+.2f} (p {t['p']:.4f})" for key, t in found)
+            words = "; ".join(f"{key} {t['spearman']:+.2f} (p {t['p']:.4f})" for key, t in found.items())
             sentences.append(f"{name}, Spearman of the request with {words}")
     distance = result["distance"]
     if distance["n"]:
@@ -237,28 +223,28 @@ def format_steerability(result: Mapping) -> str:
     return "\n".join([*text_table(rows, "<>>>>>>"), "", *sentences]).rstrip()
 
 
-def plot_steerability(answers: Sequence[Answer], attribute: Attribute, path: str | Path) -> None:
+def plot_steerability(answers: Sequence[Answer], attribute: Attribute, path: Path) -> None:
     """Characters, and where there are predictions the predicted rating, against the requested rating."""
     name, measured = attribute.name, _measured(answers, attribute)
-    titles = {CHARACTERS: "length of the answer (characters)", PREDICTED: f"predicted {name}"}
+    titles = {"characters": "length of the answer (characters)", "predicted": f"predicted {name}"}
     keys = [key for key in titles if not np.isnan(measured[key]).all()]
     with new_figure(path, 4.6 * len(keys), 4.0) as figure:
         for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
             seen = ~np.isnan(measured[key])
-            scatter_with_means(axes, measured[REQUESTED][seen], measured[key][seen], attribute, "answer")
+            scatter_with_means(axes, measured["requested"][seen], measured[key][seen], attribute, "answer")
             axes.set(title=titles[key], xlabel=f"requested {name}")
             axes.legend()
 
 
 def _measured(answers: Sequence[Answer], attribute: Attribute) -> dict[str, np.ndarray]:
-    """[n] of each measurement; NaN where an answer lacks what it needs: a request for the attribute, a prediction."""
+    """[n] of each measurement; NaN where the attribute was not requested or has no prediction."""
     table = np.full((len(answers), 5), np.nan)
     for row, answer in zip(table, answers, strict=True):
         if (requested := answer.requested.get(attribute.name)) is not None:
             row[:3] = requested, len(answer.text), len(answer.text.split())
             if (predicted := answer.predicted.get(attribute.name)) is not None:
                 row[3:] = predicted, round_rating(predicted, attribute) == round_rating(requested, attribute)
-    return dict(zip((REQUESTED, CHARACTERS, WORDS, PREDICTED, EXACT), table.T, strict=True))
+    return dict(zip(("requested", "characters", "words", "predicted", "exact"), table.T, strict=True))
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -17,7 +17,7 @@ from steerjax.evaluation.steerability import (
     steerability,
     trend,
 )
-from steerjax.schema import HELPSTEER, Attribute
+from steerjax.schema import HELPSTEER, Attribute, Schema
 
 
 def answer(prompt, requested, text, predicted=None):
@@ -125,15 +125,16 @@ def test_ranges_are_the_models_or_told_from_the_answers():
         answer("q", {"warmth": 5.0}, "y"),
         answer("r", {"tone": 3.0}, "z"),
     ]
-    schema = requested_schema(given, HELPSTEER.attributes)
+    schema = requested_schema(given, HELPSTEER)
     assert [(a.name, a.low, a.high) for a in schema.attributes] == [
-        ("verbosity", 0, 4), ("warmth", 2, 7), ("tone", 3, 4)
+        ("verbosity", 0, 4), ("warmth", 2, 5), ("tone", 3, 4)
     ]  # fmt: skip
-    known = (Attribute("warmth", 1.0, 5.0), Attribute("warmth", 1.0, 9.0))
-    assert requested_schema(given, known)["warmth"].high == 9.0
-    own = steerability(given, requested_schema(given, known))
+    schema = requested_schema(given, Schema((Attribute("warmth", 1.0, 9.0),)))
+    own = steerability(given, schema)
     assert list(own["attributes"]) == ["warmth", "verbosity", "tone"]
     assert own["attributes"]["warmth"]["values"][0]["exact"] == 0.0
+    with pytest.raises(DataError, match=r"(?s)warmth.*1\.\.4.*cure"):
+        requested_schema(given, Schema((Attribute("warmth", 1.0, 4.0),)))
 
 
 @pytest.mark.short
