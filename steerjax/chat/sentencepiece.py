@@ -27,9 +27,8 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
     Control pieces and added tokens are special tokens, user-defined pieces added tokens that are not special. Those of
     one character or of white space only shape the tokens of ordinary text; the others are the special strings.
 
-    Raises:
-        ModelError: no SentencePiece model, an id that two tokens have, or what a `tokenizers.Tokenizer` cannot express
-            exactly: its ids are compared with SentencePiece's for every piece and for runs of characters.
+    Raises ModelError: no SentencePiece model, an id that two tokens have, or ids that a `tokenizers.Tokenizer` cannot
+    have: they are compared with SentencePiece's for every piece and for runs of characters.
     """
     import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
@@ -43,44 +42,33 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
         processor.encode("")  # raises where the model is empty
     except (RuntimeError, OSError) as error:
         raise ModelError(f"'{path}' is no SentencePiece model ({error}){_AGAIN}") from None
-    model = dict(_fields(data))  # numbers as in sentencepiece_model.proto
-    trainer, normalizer = (dict(_fields(model.get(number, b""))) for number in (2, 3))
-    found = [dict(_fields(value)) for number, value in _fields(data) if number == 1]
-    pieces = [piece[1].decode() for piece in found]
+    model = [*_fields(data)]  # numbers as in sentencepiece_model.proto
+    normalizer = dict(_fields(dict(model).get(3, b"")))
+    pieces = [dict(_fields(value)) for number, value in model if number == 1]
+    names = {index: piece[1].decode() for index, piece in enumerate(pieces)}
 
-    def of(kind: int) -> list[str]:
-        return [name for name, piece in zip(pieces, found, strict=True) if piece.get(3, _NORMAL) == kind]
+    def of(*kinds: int) -> list[str]:
+        return [names[index] for index, piece in enumerate(pieces) if piece.get(3, _NORMAL) in kinds]
 
-    # No text, whose spaces are U+2581 to the model, becomes a piece with a space.
-    defined = [name for name in of(_DEFINED) if " " not in name]
-    prefix = bool(normalizer.get(3, 1))
-    for wrong, what in (
-        (trainer.get(3, 1) != 2, "is not of the type BPE"),
-        (normalizer.get(2), "normalises text (a rule other than 'identity')"),
-        (normalizer.get(4, 1), "removes extra white space"),
-        (not normalizer.get(5, 1), "does not escape white space"),
-        (trainer.get(24), "writes a space as a suffix"),
-        (of(_UNUSED), "has unused pieces"),
-        (prefix and defined, "has a dummy prefix and user-defined pieces"),
-    ):
-        if wrong:
-            raise refuse(what)
-
+    normal, compared = set(of(_NORMAL)), sorted(of(_NORMAL, _DEFINED, _UNUSED))
+    defined = [name for name in of(_DEFINED) if " " not in name]  # no text, whose spaces are U+2581, becomes another
+    if normalizer.get(2):
+        raise refuse("normalises text (a rule other than 'identity')")
     for string, index in added.items():
-        taken = 0 <= index < len(pieces) and pieces[index] != string.replace(" ", SPACE)
-        if index < 0 or taken or [*added.values()].count(index) > 1:
-            raise ModelError(f"'{path.parent}': id {index} of the added token '{string}' is another's{_CURE}")
+        if index < 0 or names.setdefault(index, string) not in (string, string.replace(" ", SPACE)):
+            raise refuse(f"has another token with the id {index} of the added '{string}'")
     added = {string: index for string, index in added.items() if index >= len(pieces)}
     if added and legacy is False:
-        raise ModelError(f"'{path.parent}' adds tokens and is not \"legacy\", which is not implemented{_CURE}")
+        raise refuse('has added tokens and is not "legacy"')
 
-    vocab = {name: index for index, name in enumerate(pieces)}
-    normal = dict.fromkeys(of(_NORMAL))
-    cuts = ((name[:cut], name[cut:]) for name in normal for cut in range(1, len(name)))
-    merges = [pair for pair in cuts if pair[0] in normal and pair[1] in normal]
-    merges.sort(key=lambda pair: -found[vocab["".join(pair)]][2])
+    vocab = {name: index for index, name in names.items()}
+    cuts = [(name[:cut], name[cut:]) for name in of(_NORMAL) for cut in range(1, len(name))]
+    merges = sorted(
+        (pair for pair in cuts if normal.issuperset(pair)), key=lambda pair: -pieces[vocab["".join(pair)]][2]
+    )
     bpe = {"merges": merges, "unk_token": of(_UNKNOWN)[0], "fuse_unk": True, "byte_fallback": bool(of(_BYTE))}
-    backend = Tokenizer(models.BPE(vocab=vocab | added, **bpe))
+    backend = Tokenizer(models.BPE(vocab=vocab, **bpe))
+    prefix = normalizer.get(3, 1)
     before, strip = ([normalizers.Prepend(SPACE)], [decoders.Strip(" ", 1, 0)]) if prefix else ([], [])
     backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", SPACE)])
     joined = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -90,11 +78,10 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
     backend.add_tokens([AddedToken(name, normalized=SPACE in name) for name in defined])
 
     backend.encode_special_tokens = True  # as SentencePiece does
-    names = sorted([*normal, *defined])
-    random.Random(0).shuffle(names)
-    runs = (character * count + "x" for character in " =\n" for count in range(64))
-    for text in (*runs, *("".join(names[start : start + 50]) for start in range(0, len(names), 50))):
-        text = text.replace(SPACE, " ")
+    random.Random(0).shuffle(compared)
+    runs = [character * count for character in " =\n" for count in range(64)]
+    for text in runs + ["".join(compared[start : start + 50]) for start in range(0, len(compared), 50)]:
+        text = text.replace(SPACE, " ") + "x"
         if backend.encode(text).ids != processor.encode(text):
             raise refuse(f"has other ids for {text!r}")
     strings = (name.replace(SPACE, " ") for name in defined if len(name) > 1)
@@ -108,10 +95,7 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of a protocol buffer message's fields.
-
-    By hand, as sentencepiece's own protobuf module refuses every protobuf but the newest.
-    """
+    """(number, value) of a protocol buffer message's fields; sentencepiece's module refuses every protobuf but one."""
     at = 0
 
     def varint() -> int:

@@ -1,6 +1,8 @@
 """The chat templates as data: the strings around system text, turns and labels. `render.py` puts them together."""
 
+import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from steerjax.errors import ModelError
 
@@ -13,40 +15,29 @@ STEERLM_SYSTEM_PROMPT = (
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around a conversation's texts. Pairs are (before, after).
-
-    Attributes:
-        begin: before everything.
-        assistant: the header of an assistant turn, where a generation starts.
-        label: around the label string, right after the header.
-        unlabelled_gap: between header and response where there is no label; belongs to the response.
-        end: after a response, and trained in SFT: what tells the server to stop.
-        end_opens: the tail of `end` that is already the head of the next turn.
-        after_end: between `end` and the next turn.
-        reward_end: after a response whose reward is read at its last token.
-        control_strings: what a person's text must not become.
-        default_system: the system text where none is given; None leaves the system part out.
-        system_in_user: the system part stands inside the first user turn, before the text.
-        strip: texts lose leading and trailing whitespace.
-        alternates: turns go user, assistant, user, ...; other orders cannot be written.
-    """
+    """What stands around a conversation's texts. Pairs are (before, after)."""
 
     name: str
     system: tuple[str, str]
     user: tuple[str, str]
-    assistant: str
-    label: tuple[str, str]
-    end: str
-    reward_end: str
-    control_strings: frozenset[str]
+    assistant: str  # the header of an assistant turn, where a generation starts
+    label: tuple[str, str]  # right after the header
+    end: str  # after a response, and trained in SFT: what tells the server to stop
+    reward_end: str  # after a response whose reward is read at its last token
     begin: str = ""
-    unlabelled_gap: str = ""
-    end_opens: str = ""
-    after_end: str = ""
-    default_system: str | None = None
-    system_in_user: bool = False
-    strip: bool = True
-    alternates: bool = False
+    unlabelled_gap: str = ""  # between header and response where there is no label; belongs to the response
+    end_opens: str = ""  # the tail of `end` that is already the head of the next turn
+    after_end: str = ""  # between `end` and the next turn
+    default_system: str | None = None  # None leaves the system part out
+    system_in_user: bool = False  # the system part stands inside the first user turn, before the text
+    strip: bool = True  # texts lose leading and trailing whitespace
+    alternates: bool = False  # turns go user, assistant, user, ...; other orders cannot be written
+
+    @cached_property
+    def control_strings(self) -> frozenset[str]:
+        """The markers that the template writes: what a person's text must not become."""
+        parts = (self.begin, *self.system, *self.user, self.assistant, *self.label, self.end, self.reward_end)
+        return frozenset(re.findall(r"<+[^<>]+>+|\[[^]]+\]", "".join(parts)))
 
 
 # NeMo-Aligner, examples/nlp/data/steerlm/. Texts stand as they are, and there is no BOS.
@@ -59,7 +50,6 @@ EXTRA_ID = Template(
     end="\n<extra_id_1>",
     end_opens="<extra_id_1>",
     reward_end="\n<extra_id_2>",
-    control_strings=frozenset({"<extra_id_0>", "<extra_id_1>", "<extra_id_2>"}),
     default_system=STEERLM_SYSTEM_PROMPT,
     strip=False,
 )
@@ -73,7 +63,6 @@ CHATML = Template(
     end="<|im_end|>",
     after_end="\n",
     reward_end="<|im_end|>",
-    control_strings=frozenset({"<|im_start|>", "<|im_end|>", "<|attributes|>"}),
 )
 
 # Llama 3's prompt format without the lines of dates that its own template adds to the system text.
@@ -86,9 +75,6 @@ LLAMA3 = Template(
     label=("<|attributes|>", "\n"),
     end="<|eot_id|>",
     reward_end="<|eot_id|>",
-    control_strings=frozenset(
-        {"<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|attributes|>"}
-    ),
 )
 
 LLAMA2 = Template(
@@ -100,12 +86,11 @@ LLAMA2 = Template(
     unlabelled_gap=" ",
     end=" </s>",
     reward_end=" </s>",
-    control_strings=frozenset({"<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<|attributes|>"}),
     system_in_user=True,
     alternates=True,
 )
 
-TEMPLATES: dict[str, Template] = {template.name: template for template in (EXTRA_ID, CHATML, LLAMA3, LLAMA2)}
+TEMPLATES = {template.name: template for template in (EXTRA_ID, CHATML, LLAMA3, LLAMA2)}
 
 
 def get_template(name: str) -> Template:
