@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -16,17 +17,13 @@ from steerjax.training.config import Experiment
 
 
 def run_experiment(main: Callable[[Experiment], None], usage: str, required: Sequence[str]) -> None:
-    """Parses `--config FILE --config.KEY=VALUE` and the flags that are defined, calls `main(experiment)`.
+    """Parses `--config` and the flags that are defined (`required` must be given), calls `main(experiment)`.
 
-    A SteerjaxError is printed without a traceback; the exit status is then 2.
-
-    Args:
-        usage: what --help shows.
-        required: names of flags that must be given.
+    `usage` is what --help shows. A SteerjaxError is printed without a traceback; the exit status is then 2.
     """
     config = config_flags.DEFINE_config_file("config", None, "A recipe: a Python file with get_config().")
     flags.mark_flags_as_required(["config", *required])
-    sys.modules["__main__"].__doc__ = usage  # what absl shows for --help
+    sys.modules["__main__"].__doc__ = usage  # where absl looks for it
 
     def run(_) -> None:
         logging.set_verbosity(logging.WARNING)  # absl opens the tap for every library that logs
@@ -38,22 +35,17 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
 
 def _parse_flags(arguments: list[str]) -> list[str]:
     """absl's parser; a key that the config lacks is an error like any other (ml_collections raises AttributeError)."""
-    try:
-        return app.parse_flags_with_usage(arguments)
-    except (AttributeError, KeyError, TypeError) as error:
-        message = f"flags of the config: {error}\n  cure: the keys are in steerjax/config.py"
-    except OSError as error:
-        message = f"--config: {error}"
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    with reported_errors():
+        try:
+            return app.parse_flags_with_usage(arguments)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"flags of the config: {error}\n  cure: the keys are in steerjax/config.py") from None
+        except OSError as error:
+            raise ConfigError(f"--config: {error}") from None
 
 
 def local_folder(path: str) -> Path:
-    """The folder of a run.
-
-    Raises:
-        ConfigError: a remote path, which not all of a run's files can be written to.
-    """
+    """The folder of a run. Raises ConfigError: a remote path, which not all of a run's files can be written to."""
     if "://" in path:
         raise ConfigError(f"--workdir {path}: a remote path; cure: a local or mounted folder, copied when it is done")
     return Path(path).absolute()
@@ -61,7 +53,5 @@ def local_folder(path: str) -> Path:
 
 def use_compile_cache(workdir: Path) -> None:
     """Compiled steps are kept in the workdir (or where JAX_COMPILATION_CACHE_DIR says), so a resume starts fast."""
-    import jax
-
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))

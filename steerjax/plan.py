@@ -1,9 +1,9 @@
 """steerjax plan --config configs/rm_llama3_70b.py --topology v5p:4x4x8 [--config.KEY=VALUE ...]
 
 Compiles the real train step for a machine that is not here (v5e, v5p, v6e with libtpu; h100 with jax's CUDA plugin) and
-prints what the compiler says: memory a device, fits or not; where it does not fit, it tries changes until
-one does. No data and no weights are read. A config with model.vocab_size is planned as written; without it, the model
-source's config.json is read. Exit status: 0 if it fits as it is, 1 if only with changes or not at all, 2 on an error.
+prints what the compiler says: memory a device, fits or not; where it does not fit, it tries changes until one does. No
+data and no weights are read. A config with model.vocab_size is planned as written; without it, the model source's
+config.json is read. Exit status: 0 if it fits as it is, 1 if only with changes or not at all, 2 on an error.
 
 TOPOLOGY is v5e:4x4, v5p:4x4x8, v6e:4x4 (chips along each axis of the slice) or h100:1x8 (nodes x GPUs).
 The command sets environment variables before jax looks for devices: JAX_PLATFORMS=cpu, TPU_SKIP_MDS_QUERY=1 and others
@@ -12,8 +12,7 @@ for a TPU; JAX_PLATFORMS= and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 for a GPU.
 
 from __future__ import annotations
 
-import functools
-import os
+import itertools
 import sys
 from pathlib import Path
 
@@ -24,29 +23,20 @@ from steerjax.flags import run_experiment
 
 def plan(experiment, topology_name: str, search: bool, text: str | None) -> int:
     """Prints the plan; the exit status."""
-    from steerjax.planning.topology import parse_topology, prepare_environment, topology_devices
+    from steerjax.planning import compile, topology
 
-    topology = parse_topology(topology_name)
-    prepare_environment(topology)
-
-    import jax
-
-    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"] or None)  # jax was loaded with the recipe
-
-    from steerjax.planning.compile import compile_step, plannable
-    from steerjax.planning.fit import attempt_text, find_cure, verdict_text
-
-    devices = topology_devices(topology)
-    experiment = plannable(experiment, len(devices))
+    machine = topology.parse_topology(topology_name)
+    topology.prepare_environment(machine)
+    tries = compile.find_cure(experiment, topology.topology_devices(machine), machine.chip.hbm_bytes)
     attempts = []
-    compile_for = functools.partial(compile_step, devices=devices)
-    for attempt in find_cure(experiment, compile_for, topology.chip.hbm_bytes, search=search):
+    for attempt in itertools.islice(tries, None if search else 1):
         attempts.append(attempt)
-        print(attempt_text(attempt, topology) + "\n", flush=True)
+        print(compile.attempt_text(attempt, machine) + "\n", flush=True)
+    changes, _, last = attempts[-1]
     if text:
-        Path(text).write_text(attempts[-1].compiled.text)
-    print(verdict_text(attempts, topology))
-    return 0 if attempts[0].good else 1
+        Path(text).write_text(last.text)
+    print(compile.verdict_text(attempts, machine))
+    return 0 if not changes and last.fits(machine.chip.hbm_bytes) else 1
 
 
 def main() -> None:

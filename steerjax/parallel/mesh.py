@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, Annotated
+import dataclasses
+from typing import Annotated
 
+import jax
+import numpy as np
 import pydantic.dataclasses
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
 from pydantic import AfterValidator
 
 from steerjax.errors import ConfigError
 from steerjax.typed import STRICT, typed
-
-if TYPE_CHECKING:
-    import jax
-    from jax.sharding import Mesh
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -37,58 +37,33 @@ class MeshConfig:
     context: Size = 1
 
     def __post_init__(self):
-        if (self.data, self.fsdp, self.tensor, self.context).count(-1) > 1:
+        if dataclasses.astuple(self).count(-1) > 1:
             raise ValueError("several axes that take all devices that are left; cure: -1 for at most one")
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """`fsdp=2,tensor=4`, as command lines have it.
-
-    Raises:
-        ConfigError: an axis that is not there, or no size.
-    """
-    entries = [entry.partition("=") for entry in text.split(",") if entry]
+    """`fsdp=2,tensor=4`, as command lines have it. Raises ConfigError: an axis that is not there, or no size."""
     try:
-        sizes = {name: int(size) for name, _, size in entries}
+        sizes = {name: int(size) for name, _, size in (entry.partition("=") for entry in text.split(",") if entry)}
     except ValueError:
         raise ConfigError(f"--mesh {text}: no sizes; cure: e.g. fsdp=2,tensor=4 (axes {', '.join(AXES)})") from None
     return typed(MeshConfig, sizes, "--mesh", ConfigError)
 
 
 def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
-    """Sizes of the four axes for this many devices; one axis may be -1, "all that are left".
-
-    Raises:
-        ConfigError: sizes that do not multiply to the number of devices.
-    """
-    sizes = [config.data, config.fsdp, config.tensor, config.context]
-    known = math.prod(size for size in sizes if size > 0)
-    if -1 in sizes:
-        if devices % known:
-            raise ConfigError(
-                f"mesh {dict(zip(AXES, sizes, strict=True))}: {known} does not divide {devices} devices; "
-                "cure: axis sizes whose product divides the number of devices"
-            )
-        sizes[sizes.index(-1)] = devices // known
-    elif known != devices:
+    """Sizes of the four axes for this many devices. Raises ConfigError: they do not multiply to it."""
+    try:
+        return np.empty(devices).reshape(dataclasses.astuple(config)).shape
+    except ValueError:
+        sizes = ", ".join(f"{axis} {getattr(config, axis)}" for axis in AXES)
         raise ConfigError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} wants {known} devices and there are {devices}; "
-            "cure: set one axis to -1 or change the sizes"
-        )
-    return tuple(sizes)
+            f"config.mesh: {sizes} does not fit {devices} devices; cure: sizes that multiply to {devices}, or one of -1"
+        ) from None
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices (or those given), neighbours in the interconnect kept together."""
-    import jax
-    from jax.experimental import mesh_utils
-    from jax.sharding import AxisType, Mesh
-
     devices = jax.devices() if devices is None else devices
-    shape = mesh_shape(config, len(devices))
-    auto = (AxisType.Auto,) * len(AXES)
-    try:
-        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
-    except NotImplementedError:  # 8 by 2 on 4 by 4 chips: an axis of the machine has to be cut
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return Mesh(grid, AXES, axis_types=auto)
+    # An axis of the machine is cut where it has to be, as for 8 by 2 on 4 by 4 chips.
+    grid = mesh_utils.create_device_mesh(mesh_shape(config, len(devices)), devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -1,63 +1,60 @@
-"""Several processes as one run: start, checks, barriers with a time limit, and one failure that ends all.
+"""Several processes as one run: start, barriers that compare and have a time limit, and one failure that ends all.
 
 The processes talk through the key-value store of jax's coordination service, which process 0 holds. A thread in each
-gives a sign of life every `BEAT` seconds and waits for news; process 0's looks for those that have gone silent. (The
-service's own watch aborts with a stack trace that does not say who failed or why; it does so at once when process 0
-dies, so each process also holds a connection to the service's port, whose end it sees as soon.)
+gives a sign of life every `BEAT` seconds and looks for news; process 0's looks for those that have gone silent. (The
+service's own watch aborts without saying who failed or why, and at once when process 0 dies; so each process also holds
+a connection to the service's port, whose end it sees as soon.)
 
-Environment (and that of cluster.py):
-    STEERJAX_START_SECONDS: how long to wait for all processes to start (300).
-    STEERJAX_WAIT_SECONDS: longest wait at a barrier, and longest time in which no process gets on (3600).
-    STEERJAX_CPU_DEVICES: virtual devices of a process on a CPU.
+Environment, beside that of cluster.py: STEERJAX_START_SECONDS (300), how long to wait for all to start;
+STEERJAX_WAIT_SECONDS (3600), the longest wait at a barrier; STEERJAX_CPU_DEVICES, virtual devices a process on a CPU.
 """
 
 import json
 import os
-import re
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import jax
+from jax._src.distributed import State, global_state  # the store has no public name; Orbax reaches it so
+from jax.errors import JaxRuntimeError
 
 from steerjax.errors import ConfigError, SteerjaxError, TrainingError
 from steerjax.parallel.cluster import find_cluster, whole_number
 
 BEAT = 2.0  # seconds between signs of life
-LOST = 30.0  # seconds of silence after which a process is gone: long, as a thread may have to wait for Python's lock
+LOST = 27.0  # seconds of silence after which a process is gone: long, as a thread may have to wait for Python's lock
 MISSES = 5  # looks at the store that may fail one after the other
 FIRST_GONE = "process 0 is gone (the connection to it broke): killed, out of memory, or its machine is down"
-NEWS, DONE, ALIVE, LEFT = "steerjax/news", "done", "steerjax/alive/", "steerjax/left/"
-# What a collective says when the process at its other end is gone.
-PEER_LOST = re.compile(r"gloo|nccl|peer|socket|connection|unavailable|aborted|deadline", re.IGNORECASE)
+NEWS, ALIVE = "steerjax/news/", "steerjax/alive/"
 
 
 class Processes:
-    """The `count` processes of a run, seen from the one of this `index`; on its own, a process waits for nobody."""
+    """The processes of a run, seen from one of them; on its own, a process waits for nobody.
 
-    def __init__(self, index: int = 0, count: int = 1, client=None, coordinator: str = "", wait_seconds: int = 3600):
-        self.index, self.count = index, count
-        self._client, self._wait = client, wait_seconds
-        self._place, self._moves, self._leaving = "start", 0, False
+    Attributes:
+        index, count: which this is, of how many.
+    """
+
+    def __init__(self, state: State, wait_seconds: int = 3600):
+        self.index, self.count, self._client = state.process_id, state.num_processes, state.client
+        self._wait, self._place, self._leaving = wait_seconds, "start", False
         self._used: Counter[str] = Counter()
-        self._values: dict[int | str, tuple[object, float]] = {}  # see `_unchanged`
-        self._others = range(1, count if index == 0 else 0)  # those that process 0 has heard of lately
         self._watch = threading.Thread(target=self._watch_others, daemon=True)
-        if count > 1:
+        if self.count > 1:
             self._watch.start()
-            if index > 0:
-                threading.Thread(target=self._hold_line, args=_address(coordinator), daemon=True).start()
+        if self.index > 0:
+            line = state.coordinator_address.rsplit(":", 1)
+            threading.Thread(target=self._hold_line, args=line, daemon=True).start()
 
     def at(self, place: str) -> None:
-        """Says where this process is; an error about it will. Each call counts as getting on."""
+        """Says where this process is; an error about it will."""
         self._place = place
-        self._moves += 1
 
     def barrier(self, name: str, seconds: float | None = None) -> None:
         """Waits until all processes are here. Raises TrainingError: names those that have not come in time."""
@@ -80,14 +77,13 @@ class Processes:
         self._client.key_value_set(f"{folder}{self.index}", json.dumps(flat))
         try:
             self._client.wait_at_barrier(folder, int(seconds * 1000))
-        except jax.errors.JaxRuntimeError as error:
+        except JaxRuntimeError as error:
             late = sorted(set(range(self.count)) - self._read(folder).keys())
             if not late:
                 raise
-            raise TrainingError(
-                f"'{name}': {self._last_seen(late, self._read(ALIVE))} did not come within {seconds:g} s\n"
-                "  cure: look into its log; STEERJAX_WAIT_SECONDS gives it more time"
-            ) from error
+            cure = "look into its log; STEERJAX_WAIT_SECONDS gives it more time"
+            said = f"'{name}': {self._last_seen(late)} did not come within {seconds:g} s\n  cure: {cure}"
+            raise TrainingError(said) from error
         if not facts:
             return
         found, said = [json.loads(value) for _, value in sorted(self._read(folder).items())], []
@@ -103,8 +99,6 @@ class Processes:
         """Waits for all at the end; from here on each may leave, and nobody is missed."""
         if self._watch.is_alive():
             self.barrier("end")
-            if self.index == 0:
-                self._tell(DONE)
             self._leaving = True
             self._watch.join()
 
@@ -113,118 +107,86 @@ class Processes:
         if not self._watch.is_alive():
             return
         sys.stdout.flush()
-        ours, text = isinstance(error, SteerjaxError), str(error)
-        shown = text if ours else "".join(traceback.format_exception(error)).strip()
-        _say(f"error: {self._name()}: {shown}")
-        if not ours:
-            if PEER_LOST.search(text):
-                _say("it may be that another process is gone; looking for it ...")
-                time.sleep(LOST + 3 * BEAT)  # the watch ends this process as soon as it knows who
+        shown = text = str(error)
+        if not isinstance(error, SteerjaxError):
+            shown = "".join(traceback.format_exception(error)).strip()
             text = "\n".join(f"{type(error).__name__}: {text}".splitlines()[:3])
+        _say(f"error: process {self.index} of {self.count}: {shown}")
+        if isinstance(error, JaxRuntimeError):  # it may be a collective whose other end is gone
+            _say("waiting until it is known whether another process is gone ...")
+            time.sleep(LOST + 3 * BEAT)  # the watch ends this process as soon as it knows who
         self._leaving = True  # so that the watch does not say it again
-        self._tell(f"{self._name()} failed: {text}")
-        self._leave()
-
-    def _read(self, folder: str) -> dict[int, str]:
-        """Process -> what it has put into a folder of the store."""
-        return {int(key.rsplit("/", 1)[1]): value for key, value in self._client.key_value_dir_get(folder)}
+        self._tell(f"process {self.index} of {self.count} failed: {text}")
+        self._exit()
 
     def _tell(self, news: str) -> None:
-        """Tells all processes why to end; the first to tell is heard."""
-        with suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(NEWS, news)
+        """Tells all processes, this one too, why to end."""
+        with suppress(JaxRuntimeError):
+            self._client.key_value_set(f"{NEWS}{self.index}", news, allow_overwrite=True)
+
+    def _exit(self) -> None:
+        """Ends this process at once; process 0, which holds the store, when the others have had time to hear."""
+        if self.index == 0:
+            time.sleep(3 * BEAT)
+        os._exit(1)
+
+    def _end(self, why: str | None) -> None:
+        """Ends this process because of another one, unless it is leaving anyway."""
+        if not self._leaving:
+            _say(f"error: process {self.index} of {self.count} ends, because {why}")
+            self._exit()
 
     def _watch_others(self) -> None:
-        news, missed = None, 0
-        while news is None:
+        news, missed, seen = None, 0, {}
+        while news is None and not self._leaving:
             try:
-                news = self._beat()
-                if news is None and self.index == 0 and (found := self._find_lost()):
-                    self._tell(found)
-                missed = 0
-            except jax.errors.JaxRuntimeError:
+                sign = f"{time.monotonic()}/{self._place}"
+                self._client.key_value_set(f"{ALIVE}{self.index}", sign, allow_overwrite=True)
+                if self.index == 0:
+                    self._find_lost(seen)
+                news, missed = next(iter(self._read(NEWS).values()), None), 0
+            except JaxRuntimeError:
                 missed += 1
-                if missed == MISSES or self._leaving:
-                    news = FIRST_GONE
+                news = FIRST_GONE if missed == MISSES else None
+            if news is None:
                 time.sleep(BEAT)
-        if news != DONE and not self._leaving:
-            _say(f"error: {self._name()} ends, because {news}")
-            self._leave()
+        self._end(news)
 
-    def _hold_line(self, host: str, port: int) -> None:
+    def _hold_line(self, host: str, port: str) -> None:
         """Ends this process once nobody listens at process 0's port; the service cuts a silent line every minute."""
         while not self._leaving:
             try:
-                with socket.create_connection((host, port), timeout=5) as line:
+                with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as line:
                     line.settimeout(None)
                     while line.recv(4096):
                         pass
             except ConnectionRefusedError:
-                if not self._leaving:
-                    _say(f"error: {self._name()} ends, because {FIRST_GONE}")
-                    os._exit(1)
+                self._end(FIRST_GONE)
             except ConnectionError:
                 pass  # at once again: jax aborts as soon as it sees the same
             except OSError:  # not to be had: that proves nothing
                 time.sleep(BEAT)
 
-    def _beat(self) -> str | None:
-        """Gives a sign of life, then waits up to BEAT seconds for news."""
-        sign = f"{time.monotonic()}/{self._moves}/{self._place}"
-        self._client.key_value_set(f"{ALIVE}{self.index}", sign, allow_overwrite=True)
-        try:
-            return self._client.blocking_key_value_get(NEWS, int(BEAT * 1000))
-        except jax.errors.JaxRuntimeError as error:
-            if not str(error).startswith("DEADLINE_EXCEEDED"):
-                raise
-            return None
+    def _find_lost(self, seen: dict[int, tuple[str | None, float]]) -> None:
+        """Tells who is silent for too long; `seen`: the last sign of each, and since when."""
+        signs, now = self._read(ALIVE), time.monotonic()
+        for i in range(self.count):
+            if i not in seen or seen[i][0] != signs.get(i):
+                seen[i] = signs.get(i), now
+        if silent := [i for i, (_, since) in seen.items() if now - since > LOST]:
+            why = f"gave no sign of life for {LOST:g} s: killed, out of memory, or its machine is down"
+            self._tell(f"{self._last_seen(silent)} {why}")
 
-    def _find_lost(self) -> str | None:
-        """What process 0 sees in the signs of life: who has gone silent, or that nobody gets on."""
-        signs = self._read(ALIVE)
-        silent = [i for i in range(self.count) if self._unchanged(i, signs.get(i)) > LOST]
-        self._others = [i for i in range(1, self.count) if i not in silent]
-        if silent:
-            who = self._last_seen(silent, signs)
-            return f"{who} gave no sign of life for {LOST:g} s: killed, out of memory, or its machine is down"
-        if self._unchanged("all", {i: sign.split("/", 1)[1] for i, sign in signs.items()}) > self._wait:
-            names = ", ".join(f"process {i} is at '{_place(sign)}'" for i, sign in sorted(signs.items()))
-            return f"no process got on for {self._wait:g} s: {names}"
-        return None
+    def _read(self, folder: str) -> dict[int, str]:
+        """Process -> what it has put into a folder of the store."""
+        return {int(key.rsplit("/", 1)[1]): value for key, value in self._client.key_value_dir_get(folder)}
 
-    def _unchanged(self, key: int | str, value: object) -> float:
-        """Seconds since `key` first had this value."""
-        if key not in self._values or self._values[key][0] != value:
-            self._values[key] = value, time.monotonic()
-        return time.monotonic() - self._values[key][1]
-
-    def _leave(self) -> None:
-        """Ends this process at once; process 0, which holds the store, when the others have heard the news."""
-        self._leaving = True
-        with suppress(jax.errors.JaxRuntimeError):
-            self._client.key_value_set(f"{LEFT}{self.index}", "", allow_overwrite=True)
-            for i in self._others:
-                self._client.blocking_key_value_get(f"{LEFT}{i}", 10_000)
-        os._exit(1)
-
-    def _name(self, i: int | None = None) -> str:
-        return f"process {self.index if i is None else i} of {self.count}"
-
-    def _last_seen(self, numbers: Iterable[int], signs: Mapping[int, str]) -> str:
-        return ", ".join(f"{self._name(i)} (last at '{_place(signs.get(i))}')" for i in numbers)
+    def _last_seen(self, numbers: list[int]) -> str:
+        places = {i: sign.split("/", 1)[1] for i, sign in self._read(ALIVE).items()}
+        return ", ".join(f"process {i} of {self.count} (last at '{places.get(i, 'start')}')" for i in numbers)
 
 
-ALONE = Processes()
-
-
-def _address(text: str) -> tuple[str, int]:
-    """Host and port of `host:port`, `[::1]:port` too."""
-    host, _, port = text.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
-def _place(sign: str | None) -> str:
-    return sign.split("/", 2)[2] if sign else "start"
+ALONE = Processes(State())
 
 
 def _say(text: str) -> None:
@@ -245,19 +207,12 @@ def connect(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
         yield ALONE
         return
     processes = _start(arguments, environment)
-    before = signal.signal(signal.SIGTERM, _stop)
     try:
         yield processes
         processes.finish()
     except BaseException as error:
         processes.fail(error)
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _stop(*_) -> None:
-    raise TrainingError("stopped by SIGTERM before it had anything to save")
 
 
 def _start(arguments: dict, environment: Mapping[str, str]) -> Processes:
@@ -266,8 +221,15 @@ def _start(arguments: dict, environment: Mapping[str, str]) -> Processes:
     wait = whole_number(environment, "STEERJAX_WAIT_SECONDS", 1, "3600")
     # The preemption service would take SIGTERM for itself; training agrees on it with the step.
     jax.config.update("jax_enable_preemption_service", False)
-    # When the wait is over jax aborts without saying what for, so ours ends first.
-    timer = threading.Timer(seconds, _explain_start, (seconds,), arguments)
+
+    def give_up() -> None:
+        cure = "look into all logs: does each run, with a number of its own, and reach process 0's address and port?"
+        _say(
+            f"error: not all processes started within {seconds} s (STEERJAX_START_SECONDS) {arguments}\n  cure: {cure}"
+        )
+        os._exit(1)
+
+    timer = threading.Timer(seconds, give_up)  # jax would abort a little later, without saying what for
     timer.daemon = True
     timer.start()
     try:
@@ -276,22 +238,4 @@ def _start(arguments: dict, environment: Mapping[str, str]) -> Processes:
         raise ConfigError(f"jax.distributed does not start: {error}\n  cure: see launch/README.md") from error
     finally:
         timer.cancel()
-    from jax._src.distributed import global_state as state  # the store has no public name; Orbax reaches it this way
-
-    return Processes(state.process_id, state.num_processes, state.client, state.coordinator_address, wait)
-
-
-def _explain_start(seconds: int, coordinator_address: str = "", process_id: int = 0, num_processes: int = 0, **_):
-    who, text = f"process {process_id} of {num_processes}", f"not all processes of the run started within {seconds} s"
-    if coordinator_address:
-        text = f"{who} waited {seconds} s, and not all {num_processes} processes have come"
-        if process_id:
-            try:
-                socket.create_connection(_address(coordinator_address), timeout=5)
-            except OSError:
-                text = f"{who} did not reach STEERJAX_COORDINATOR {coordinator_address} within {seconds} s"
-    _say(
-        f"error: {text}\n  cure: look into the others' logs; is process 0 at that address, is the port open, has each "
-        "process a number of its own? STEERJAX_START_SECONDS gives more time"
-    )
-    os._exit(1)
+    return Processes(global_state, wait)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 from flax import linen as nn
 from flax.core import meta
@@ -9,24 +11,25 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.errors import ConfigError
 
-# logical axis -> mesh axes, "None" is replicated. What each letter is: design, docs/scaling.md.
-RULES: dict[str, tuple[str, ...] | None] = {
+# logical axis -> mesh axes, () is replicated. What each letter is: design, docs/scaling.md.
+RULES: dict[str | None, tuple[str, ...]] = {
+    None: (),
     # activations
     "batch": ("data", "fsdp"),
     "length": ("context",),
-    "activation_embed": None,
+    "activation_embed": (),
     "activation_heads": ("tensor",),
     "activation_mlp": ("tensor",),
     # parameters
-    "layers": None,
+    "layers": (),
     "embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
-    "head": None,
+    "head": (),
     "mlp": ("tensor",),
-    "norm": None,
-    "attributes": None,
+    "norm": (),
+    "attributes": (),
 }
 
 
@@ -36,16 +39,12 @@ def partition_spec(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
     Raises:
         ConfigError: a name that the table lacks, or two dimensions that would lie on the same mesh axis.
     """
-    parts, used = [], set()
-    for name in logical_axes:
-        if name is not None and name not in RULES:
-            raise ConfigError(f"logical axis '{name}' is not in parallel/rules.py; cure: add it to RULES")
-        axes = RULES[name] if name is not None else None
-        if clash := used & set(axes or ()):
-            raise ConfigError(f"{logical_axes}: two dimensions on mesh axis {sorted(clash)}; cure: change RULES")
-        used |= set(axes or ())
-        parts.append(axes if axes is None or len(axes) > 1 else axes[0])
-    return PartitionSpec(*parts)
+    if unknown := set(logical_axes) - RULES.keys():
+        raise ConfigError(f"logical axes {sorted(unknown)} are not in parallel/rules.py; cure: add them to RULES")
+    used = [axis for name in logical_axes for axis in RULES[name]]
+    if clash := {axis for axis in used if used.count(axis) > 1}:
+        raise ConfigError(f"{logical_axes}: two dimensions on mesh axis {sorted(clash)}; cure: change RULES")
+    return PartitionSpec(*(RULES[name] or None for name in logical_axes))
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
@@ -62,15 +61,13 @@ def parameter_shardings(boxed, mesh: Mesh):
         ConfigError: a dimension that its mesh axes do not divide; names the parameter.
     """
 
-    def one(path, box):
+    def one(path, box: meta.AxisMetadata) -> NamedSharding:
         spec = partition_spec(box.names)
-        shape = box.unbox().shape
-        for size, name, axes in zip(shape, box.names, spec, strict=True):
-            ways = mesh_ways(mesh, axes)
-            if size % ways:
+        for size, name, axes in zip(box.unbox().shape, box.names, spec, strict=True):
+            if size % (ways := mesh_ways(mesh, axes)):
+                key = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise ConfigError(
-                    f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {name} {size} cannot be cut into "
-                    f"{ways} (mesh axes {axes}); cure: a mesh whose {axes} divides {size}"
+                    f"{key}: {name} {size} cannot be cut into {ways} ({axes}); cure: a mesh whose {axes} divides {size}"
                 )
         return NamedSharding(mesh, spec)
 
@@ -79,10 +76,7 @@ def parameter_shardings(boxed, mesh: Mesh):
 
 def mesh_ways(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
     """Into how many parts these mesh axes cut a dimension."""
-    ways = 1
-    for axis in (axes,) if isinstance(axes, str) else axes or ():
-        ways *= mesh.shape[axis]
-    return ways
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def logical(init, *axes: str | None):

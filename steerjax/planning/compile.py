@@ -1,63 +1,63 @@
-"""The train step of an experiment, compiled for devices that are described and not there."""
+"""The train step of an experiment, compiled for devices that are not there: does it fit, or which change makes it?"""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax
 
-from steerjax.chat.config import make_renderer
+from steerjax.chat.render import make_renderer
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ConfigError
+from steerjax.models.flops import GIB
 from steerjax.parallel.mesh import AXES, make_mesh, mesh_shape
+from steerjax.planning.topology import Topology
 from steerjax.training.config import Experiment
 from steerjax.training.input import check_batch, make_feeder
 from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import with_source
 
+# Part of a device's memory that a plan leaves free: the next batch, the evaluation's program, fragments.
+RESERVE = 0.05
+REMAT = ("none", "dots", "full")
+
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler said of a step.
+    """What the compiler said of a step. Where it needs more than a device has, there are no `parts` and no `text`."""
 
-    Attributes:
-        seconds: compile time.
-        parameters: of the model.
-        flops: model FLOPs of a step whose rows are full, each with one text.
-        attention: the back end that was chosen for the machine.
-        used: bytes on one device. Where that is more than the device has, there are no `parts` and no `text`.
-        parts: of them: `argument`s (state and batch), `output`s, of which `alias` lie where the old state lay, and the
-            most `temp`oraries that are held at a time (activations, gathered parameters, gradients).
-        text: "", too, where XLA fails to print a program (libtpu 0.0.52: an INTERNAL error).
-    """
+    seconds: float  # of compiling
+    parameters: int  # of the model
+    flops: float  # model FLOPs of a step whose rows are full, each with one text
+    attention: str  # the back end that was chosen for the machine
+    used: float  # bytes on one device
+    parts: Mapping[str, float]  # bytes of arguments, outputs, outputs that lie where the old state lay, and temporaries
+    text: str  # of the program; "", too, where XLA fails to print it (libtpu 0.0.52: an INTERNAL error)
 
-    seconds: float
-    parameters: int
-    flops: float
-    attention: str
-    used: float
-    parts: Mapping[str, float]
-    text: str
+    def fits(self, hbm_bytes: float) -> bool:
+        """Within a device's memory less the reserve."""
+        return bool(self.parts) and self.used <= (1 - RESERVE) * hbm_bytes
+
+
+# What a variant changes, as flags of the command (none for the experiment itself), the variant, and what came out.
+Attempt = tuple[tuple[str, ...], Experiment, Compiled]
 
 
 def plannable(experiment: Experiment, devices: int) -> Experiment:
     """The experiment with everything filled in that its step depends on.
 
-    A config that gives an architecture (`model.vocab_size`) is taken at its word, so that no gated model has to be
-    downloaded for a plan; else the source, or the tokenizer, is read.
-
-    Raises:
-        ConfigError: the mesh does not fit the devices, the batch does not fit the mesh.
+    A config that gives `model.vocab_size` is taken at its word, so that no gated model has to be downloaded for a plan;
+    else the source, or the tokenizer, is read. Raises ConfigError: the mesh does not fit the devices.
     """
     e = experiment
     if e.compute.cache_frozen:
+        cure = "--config.compute.cache_frozen=False, which needs more memory"
         raise ConfigError(
-            "config.compute.cache_frozen: the size of the cache follows from the data, which a plan does not read; "
-            "cure: plan with --config.compute.cache_frozen=False, which needs more memory"
+            f"config.compute.cache_frozen: its size is the data's, which a plan does not read; cure: {cure}"
         )
     if e.model.vocab_size == 0:
         e, _ = with_source(e)
@@ -67,21 +67,15 @@ def plannable(experiment: Experiment, devices: int) -> Experiment:
     return replace(e, mesh=replace(e.mesh, **sizes), train=replace(e.train, steps=e.train.steps or 1_000_000))
 
 
-def compile_step(experiment: Experiment, devices: Sequence[jax.Device]) -> Compiled:
-    """Compiles the step that `train` would run, with the state and the batch as shapes.
+def compile_step(e: Experiment, devices: Sequence[jax.Device]) -> Compiled:
+    """Compiles the step that `train` would run, with state and batch as shapes; `e` is as `plannable` returns it.
 
-    Args:
-        experiment: as `plannable` returns it.
-
-    Raises:
-        ConfigError: a batch or a parameter that the mesh does not divide.
+    Raises ConfigError: a batch or a parameter that the mesh does not divide.
     """
-    e = experiment
     mesh, schema = make_mesh(e.mesh, list(devices)), e.data.make_schema()
     check_batch(e.batch, mesh)
     # Objectives see no row, so any tokenizer does; the embedded one is always there.
-    renderer = make_renderer(replace(e.chat, tokenizer="embedded"), schema)
-    objectives = make_objectives(e, schema, renderer)
+    objectives = make_objectives(e, schema, make_renderer(replace(e.chat, tokenizer="embedded"), schema))
     feed = make_feeder((), objectives, e.batch.row_length, mesh, e.batch.micro_batches)
     program = Program(e, schema, objectives, mesh, feed, e.train.steps)
     tokens = e.batch.rows * e.batch.row_length
@@ -110,3 +104,69 @@ def used_bytes(error: Exception) -> float:
         raise error
     number, unit = used[1] or used[3], used[2] or used[4]
     return float(number) * 2.0 ** (10 * ("KMGT".index(unit) + 1))
+
+
+def find_cure(e: Experiment, devices: Sequence[jax.Device], hbm_bytes: float) -> Iterator[Attempt]:
+    """Compiles the experiment, then variants, each going on from the last, until one fits."""
+    for flags, variant in _variants(plannable(e, len(devices))):
+        compiled = compile_step(variant, devices)
+        yield flags, variant, compiled
+        if compiled.fits(hbm_bytes):
+            return
+
+
+def _variants(e: Experiment) -> Iterator[tuple[tuple[str, ...], Experiment]]:
+    """The cheapest change first: state over more devices, then recomputation, then smaller parts of the batch."""
+    flags: dict[str, object] = {}
+
+    def changed(group: str, **values) -> tuple[tuple[str, ...], Experiment]:
+        nonlocal e
+        e = replace(e, **{group: replace(getattr(e, group), **values)})
+        flags.update({f"--config.{group}.{key}": value for key, value in values.items()})
+        return tuple(f"{key}={value}" for key, value in flags.items()), e
+
+    yield (), e
+    if e.mesh.data > 1:
+        yield changed("mesh", data=1, fsdp=e.mesh.data * e.mesh.fsdp)
+    for policy in REMAT[REMAT.index(e.compute.remat) + 1 :]:
+        yield changed("compute", remat=policy)
+    ways = e.mesh.data * e.mesh.fsdp
+    while e.batch.rows % (2 * e.batch.micro_batches * ways) == 0:
+        yield changed("batch", micro_batches=2 * e.batch.micro_batches)
+
+
+def attempt_text(attempt: Attempt, topology: Topology) -> str:
+    """Everything that compiling one variant said."""
+    (flags, e, c), hbm = attempt, topology.chip.hbm_bytes
+    facts = {
+        "change": " ".join(flags) or "none: the experiment as it is",
+        "mesh": ", ".join(f"{axis} {getattr(e.mesh, axis)}" for axis in AXES),
+        "step": f"{e.batch.rows} rows of {e.batch.row_length} tokens in {e.batch.micro_batches} micro-batches; "
+        f"remat {e.compute.remat}, {c.attention} attention",
+        "parameters": f"{c.parameters:,}",
+        "model FLOPs": f"{c.flops / 1e15:.3f} PFLOP a step of full rows, one text each",
+        "compile time": f"{c.seconds:.0f} s here",
+        "memory": f"{'fits' if c.fits(hbm) else 'DOES NOT FIT'}: {c.used / GIB:.2f} of {hbm / GIB:.2f} GiB a device, "
+        f"{RESERVE:.0%} of them kept free",
+    }
+    if c.parts:
+        facts["of which"] = ", ".join(f"{name} {size / GIB:.2f}" for name, size in c.parts.items()) + " GiB"
+    if (n := e.mesh.context) > 1:
+        facts["context"] = (
+            f"uneven: attention of the last of {n} parts of a causal row is {2 - 1 / n:.2f} times the mean"
+        )
+    return "\n".join(f"{name:>16}  {value}" for name, value in facts.items())
+
+
+def verdict_text(attempts: Sequence[Attempt], topology: Topology) -> str:
+    """The last words of a plan."""
+    (flags, _, last), machine = attempts[-1], f"{topology.name} ({topology.devices} devices)"
+    if last.fits(topology.chip.hbm_bytes):
+        if not flags:
+            return f"verdict: fits {machine}"
+        return f"verdict: does not fit {machine} as it is; it fits with\n  {' '.join(flags)}"
+    return (
+        f"verdict: does not fit {machine}, and neither remat, micro-batches nor fsdp make it "
+        f"({attempts[0][2].used / GIB:.1f} GiB at first, {last.used / GIB:.1f} GiB at last); "
+        "cure: more devices, shorter rows, or tensor parallelism (--config.mesh.tensor)"
+    )

@@ -8,6 +8,9 @@ import os
 import re
 from dataclasses import dataclass
 
+import jax
+from jax.experimental import topologies
+
 from steerjax.errors import ConfigError
 from steerjax.models.flops import CHIPS, Chip
 
@@ -33,17 +36,11 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Topology:
-    """Some chips and how they are joined.
+    """Some chips and how they are joined."""
 
-    Attributes:
-        name: as the user wrote it.
-        kind: a name of KINDS.
-        shape: chips along each axis of a TPU slice; nodes and GPUs a node for H100.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
+    name: str  # as the user wrote it
+    kind: str  # of KINDS
+    shape: tuple[int, ...]  # chips along each axis of a TPU slice; nodes and GPUs a node for H100
 
     @property
     def chip(self) -> Chip:
@@ -59,54 +56,42 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """`v5p:4x4x8` as a Topology. No jax is imported.
-
-    Raises:
-        ConfigError: a kind that we have no compiler for, or another way of writing.
-    """
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
-    if match is None or match[1] not in KINDS:
+    """`v5p:4x4x8` as a Topology. Raises ConfigError: a kind that we have no compiler for, or another way of writing."""
+    if not re.fullmatch(r"(v5p:Nx|(v5e|v6e|h100):)NxN".replace("N", r"[1-9]\d*"), name):
         raise ConfigError(f"--topology {name}: not a machine that can be planned; cure: one of {_EXAMPLES}")
-    shape = tuple(map(int, match[2].split("x")))
-    topology = Topology(name, match[1], (1, *shape) if match[1] == "h100" and len(shape) == 1 else shape)
-    axes = 3 if topology.kind == "v5p" else 2
-    if len(topology.shape) != axes or 0 in topology.shape:
-        raise ConfigError(f"--topology {name}: {topology.kind} has {axes} axes; cure: e.g. {_EXAMPLES}")
-    return topology
+    kind, shape = name.split(":")
+    return Topology(name, kind, tuple(map(int, shape.split("x"))))
 
 
 def prepare_environment(topology: Topology) -> None:
-    """Environment variables that have to stand before jax is imported.
+    """Sets what has to stand before jax looks for devices, so that it touches no accelerator of this machine.
 
-    No accelerator of this machine is touched: the platform is the CPU, libtpu does not look for its TPU's metadata and
-    may be loaded beside a program that holds the TPU; the CUDA plugin does not ask for a driver.
+    The platform is the CPU; libtpu does not look for its TPU's metadata and may be loaded beside a program that holds
+    the TPU; the CUDA plugin does not ask for a driver.
     """
     if topology.on_gpu:
         os.environ |= {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "JAX_PLATFORMS": "", "CUDA_VISIBLE_DEVICES": ""}
-        return
-    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
-    for name, value in {"ACCELERATOR_TYPE": "v5e-16", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}.items():
-        os.environ.setdefault(f"TPU_{name}", value)  # else libtpu complains that it cannot find them out
+    else:
+        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true"}
+        for name, value in {"ACCELERATOR_TYPE": "v5e-16", "WORKER_HOSTNAMES": "localhost", "WORKER_ID": "0"}.items():
+            os.environ.setdefault(f"TPU_{name}", value)  # else libtpu complains that it cannot find them out
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"] or None)  # it was loaded with the recipe
 
 
-def topology_devices(topology: Topology) -> list:
+def topology_devices(topology: Topology) -> list[jax.Device]:
     """The chips as jax devices that can be compiled for and nothing else.
 
     Raises:
         ConfigError: the compiler is not installed, or knows no such machine.
     """
-    from jax.errors import JaxRuntimeError
-    from jax.experimental import topologies
-
-    machine = {"platform": "tpu", "topology_name": topology.name}
+    machine, cure = {"platform": "tpu", "topology_name": topology.name}, f"e.g. {_EXAMPLES}"
     if topology.on_gpu:
-        nodes, gpus = topology.shape
-        machine = {"platform": "cuda", "topology_name": "h100", "target_config": _H100_CONFIG,
-                   "topology": f"1x{nodes}x{gpus}"}  # fmt: skip
+        cure = "pip install 'jax[cuda13]>=0.12' (Python 3.12 or newer)"
+        shape = "1x{}x{}".format(*topology.shape)
+        machine = {"platform": "cuda", "topology_name": "h100", "target_config": _H100_CONFIG, "topology": shape}
     elif importlib.util.find_spec("libtpu") is None:
         raise ConfigError(f"--topology {topology.name}: the TPU compiler is not installed; cure: pip install libtpu")
     try:
         return list(topologies.get_topology_desc(**machine).devices)
-    except (JaxRuntimeError, NotImplementedError, RuntimeError, KeyError) as error:
-        cure = "pip install 'jax[cuda13]>=0.12' (Python 3.12 or newer)" if topology.on_gpu else f"e.g. {_EXAMPLES}"
+    except (RuntimeError, KeyError) as error:
         raise ConfigError(f"--topology {topology.name}: {str(error).splitlines()[0]}; cure: {cure}") from error

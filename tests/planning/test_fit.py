@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from steerjax.config import Experiment, default_config, resolve
-from steerjax.planning.compile import Compiled
-from steerjax.planning.fit import RESERVE, find_cure, fits
+from steerjax.planning import compile as compiling
+from steerjax.planning.compile import RESERVE, Compiled, find_cure, plannable
 
 pytestmark = pytest.mark.short
 
@@ -32,43 +32,46 @@ def experiment() -> Experiment:
 EXPERIMENT = experiment()
 
 
-def search(hbm: float, e: Experiment = EXPERIMENT):
-    return list(find_cure(e, needs, hbm))
+@pytest.fixture
+def search(monkeypatch):
+    """All that is tried for four devices with so much memory."""
+    monkeypatch.setattr(compiling, "compile_step", lambda e, devices: needs(e))
+    return lambda hbm, e=EXPERIMENT, devices=4: list(find_cure(e, [None] * devices, hbm))
 
 
 def test_the_reserve_counts():
-    assert fits(compiled(100 * (1 - RESERVE)), 100)
-    assert not fits(compiled(100 * (1 - RESERVE) + 1), 100)
-    assert not fits(compiled(1, runs=False), 100)
+    assert compiled(100 * (1 - RESERVE)).fits(100)
+    assert not compiled(100 * (1 - RESERVE) + 1).fits(100)
+    assert not compiled(1, runs=False).fits(100)
 
 
-def test_what_fits_is_compiled_once():
-    (attempt,) = search(1000)
-    assert attempt.good
-    assert attempt.flags == ()
-    assert attempt.experiment == EXPERIMENT
+def test_what_fits_is_compiled_once(search):
+    ((flags, tried, result),) = search(1000)
+    assert result.fits(1000)
+    assert flags == ()
+    assert tried == plannable(EXPERIMENT, 4)
 
 
-def test_the_cheapest_change_comes_first_and_changes_add_up():
-    *before, last = search(50 / (1 - RESERVE))
-    assert last.good
-    assert not any(attempt.good for attempt in before)
-    assert [attempt.flags[-1] for attempt in before[1:]] == [
+def test_the_cheapest_change_comes_first_and_changes_add_up(search):
+    hbm = 50 / (1 - RESERVE)
+    *before, (flags, tried, result) = search(hbm)
+    assert result.fits(hbm)
+    assert not any(result.fits(hbm) for _, _, result in before)
+    assert [flags[-1] for flags, _, _ in before[1:]] == [
         "--config.mesh.fsdp=4", "--config.compute.remat=dots", "--config.compute.remat=full",
     ]  # fmt: skip
-    assert last.flags == (
+    assert flags == (
         "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.compute.remat=full", "--config.batch.micro_batches=2",
     )  # fmt: skip
-    assert last.experiment.batch.micro_batches == 2
-    assert needs(last.experiment).used <= 50
+    assert tried.batch.micro_batches == 2
+    assert needs(tried).used <= 50
 
 
-def test_it_gives_up_where_a_micro_batch_cannot_be_cut_further():
-    attempts = search(10)
-    assert not attempts[-1].good
-    assert attempts[-1].experiment.batch.micro_batches == 4  # one row a device
+def test_it_gives_up_where_a_micro_batch_cannot_be_cut_further(search):
+    _, tried, result = search(10)[-1]
+    assert not result.fits(10)
+    assert tried.batch.micro_batches == 4  # one row a device
     whole = replace(
         EXPERIMENT, mesh=replace(EXPERIMENT.mesh, data=1, fsdp=16), compute=replace(EXPERIMENT.compute, remat="full")
     )
-    assert len(search(10, whole)) == 1
-    assert len(list(find_cure(EXPERIMENT, needs, 10, search=False))) == 1
+    assert len(search(10, whole, 16)) == 1

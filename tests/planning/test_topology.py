@@ -15,9 +15,8 @@ pytestmark = pytest.mark.short
 def test_names():
     assert parse_topology("v5p:4x4x8").devices == 128
     assert parse_topology("v5e:4x4").chip.peak_flops == 197e12
-    assert parse_topology("h100:8").shape == (1, 8)
     assert parse_topology("h100:2x8").devices == 16
-    for name in ("v5p-256", "v9:4x4", "v5p:4x4", "v5e:0x4", "v5e:", ""):
+    for name in ("v5p-256", "v9:4x4", "v5p:4x4", "v5e:0x4", "v6e:4", "v5e:", ""):
         with pytest.raises(ConfigError, match=r"--topology.*cure:.*v5e:4x4"):
             parse_topology(name)
 

@@ -283,8 +283,8 @@ def test_help_is_quick(repository):
 def test_mesh_errors_name_the_cure(recipe, tmp_path):
     e = experiment(recipe)
     for mesh, message in (
-        (MeshConfig(data=3), "wants 3 devices and there are 8"),
-        (MeshConfig(data=-1, fsdp=3), "3 does not divide 8 devices"),
+        (MeshConfig(data=3), "data 3, .* 8 devices; cure"),
+        (MeshConfig(data=-1, fsdp=3), "data -1, fsdp 3, .* 8 devices; cure"),
         (MeshConfig(data=2, tensor=4), r"kv_heads 1 cannot be cut into 4 .*; cure: a mesh whose"),
     ):
         with pytest.raises(ConfigError, match=message):
