@@ -1,13 +1,13 @@
 """Trees -> packed rows, drawn anew each epoch; and what a row's tokens see.
 
-A row is a sequence of trees, each laid out depth first, so that all that a token is seen by stands right behind it:
-`until[j]` is the first place in the row where token j is no longer seen. A tree too large for a row is cut between
-units, and the path from the root is written again.
+A row is a sequence of trees, each laid out depth first, so that all that sees a token stands right behind it, up to
+the place `until` of the token. A tree too large for a row is cut between units, and the path from the root is written
+again.
 """
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ Row = tuple[Part, ...]
 
 
 def check_fits(tokens: int, row_length: int) -> None:
-    """Raises DataError where an example is too long for a row of its own: nothing is ever cut."""
+    """Raises DataError: an example is too long for a row of its own. (No example is ever cut.)"""
     if tokens > row_length:
         cure = "raise config.batch.row_length, or set config.data.on_bad_row='skip' to leave such rows out"
         raise DataError(f"{tokens} tokens do not fit a row of {row_length}", cure=cure)
@@ -40,47 +40,46 @@ def check_fits(tokens: int, row_length: int) -> None:
 def parts_of(number: int, tree: Tree, row_length: int, random: np.random.Generator | None) -> list[Part]:
     """The tree in as few parts as fit a row each; its units in random order, or as they are.
 
-    Raises:
-        DataError: a unit that no row can hold.
+    Raises DataError: a unit that no row can hold.
     """
     order = range(len(tree.units)) if random is None else random.permutation(len(tree.units))
     units = [tree.units[i] for i in order]
     if tree.length <= row_length:
-        return [_part(number, tree, tuple(e for unit in units for e in unit), range(len(tree.pieces)))]
-    done: list[tuple[int, list[int], set[int]]] = []  # (tokens, examples, nodes)
-    filling: list[tuple[int, list[int], set[int]]] = []
+        return [_part(number, tree, itertools.chain(*units), range(len(tree.pieces)))]
+    done: list[tuple[int, tuple[int, ...], set[int]]] = []  # (tokens, examples, nodes)
+    filling = done.copy()
     for unit in units:
         nodes = {node for e in unit for node in tree.paths[e]}
         for i, (used, examples, known) in enumerate(filling):
             used += sum(len(tree.pieces[node]) for node in nodes - known)
             if used <= row_length:
-                filling[i] = (used, [*examples, *unit], known | nodes)
+                filling[i] = (used, examples + unit, known | nodes)
                 break
         else:
             length = sum(len(tree.pieces[node]) for node in nodes)
             check_fits(length, row_length)
-            filling.append((length, list(unit), nodes))
+            filling.append((length, unit, nodes))
             if len(filling) > _OPEN:
                 done.append(filling.pop(max(range(len(filling)), key=lambda i: filling[i][0])))
-    return [_part(number, tree, tuple(examples), nodes) for _, examples, nodes in done + filling]
+    return [_part(number, tree, examples, nodes) for _, examples, nodes in done + filling]
 
 
-def _part(number: int, tree: Tree, examples: tuple[int, ...], nodes) -> Part:
-    depths: dict[int, int] = {-1: 0}  # tokens through the end of a node
+def _part(number: int, tree: Tree, examples: Iterable[int], nodes: Collection[int]) -> Part:
+    depths = {-1: 0}  # tokens through the end of a node
     length = pairs = 0
     for node in sorted(nodes):
         before, size = depths[tree.parents[node]], len(tree.pieces[node])
         depths[node] = before + size
         length += size
         pairs += size * before + size * (size + 1) // 2
-    return Part(number, examples, length, pairs)
+    return Part(number, tuple(examples), length, pairs)
 
 
 def fill(parts: Sequence[Part], row_length: int, random: np.random.Generator | None = None) -> list[Row]:
     """Parts in few rows: best fit, the longer first, each into the fullest row that still has room.
 
-    With `random` a part counts as a random share of its length when the longer is looked for, so that lengths in a row
-    vary about as in a random draw and other parts meet in other epochs; a row's parts are shuffled.
+    With `random` a part counts as a random share of its length where the longer is first, so that lengths in a row vary
+    about as in a random draw and other parts meet in other epochs; a row's parts are shuffled.
     """
     lengths = np.array([part.length for part in parts], np.float64)
     if random is not None:
@@ -149,7 +148,7 @@ def lay_out(trees: Sequence[Tree], row: Row, row_length: int, objectives: Sequen
 
 def _write(tree: Tree, part: Part, start: int, out: Layout) -> dict[int, int]:
     """Tokens, positions and until of a part from `start` on; where each of its nodes begins."""
-    children: dict[int, dict[int, None]] = {}  # of each node, those that are wanted, in the order of the examples
+    children: dict[int, dict[int, None]] = {}  # of each node, in the order of the examples
     for e in part.examples:
         for node in tree.paths[e]:
             children.setdefault(tree.parents[node], {})[node] = None
@@ -184,16 +183,15 @@ def _learn(example: Example, path: list[tuple[int, int]], out: Layout) -> None:
     out.ends.append((example, place + size - 1))
 
 
-@dataclass(frozen=True)
-class PackingStatistics:
-    """Counts over the rows of an epoch. `unshared_tokens`: with every example written whole."""
+class PackingStatistics(NamedTuple):
+    """Counts over rows."""
 
     rows: int
     row_length: int
     examples: int
     tokens: int
-    unshared_tokens: int
-    pairs: int
+    unshared_tokens: int  # with every example written whole
+    pairs: int  # (query, key)
 
     @property
     def fill(self) -> float:
@@ -206,8 +204,7 @@ class PackingStatistics:
 
 
 def packing_statistics(trees: Sequence[Tree], rows: Sequence[Row], row_length: int) -> PackingStatistics:
-    """Counts tokens, examples and attention pairs of packed rows."""
-    parts = [part for row in rows for part in row]
+    parts = list(itertools.chain(*rows))
     examples = [trees[part.tree].examples[e] for part in parts for e in part.examples]
     tokens, pairs = sum(part.length for part in parts), sum(part.pairs for part in parts)
     unshared = sum(len(example.tokens) for example in examples)

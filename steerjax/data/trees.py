@@ -1,9 +1,8 @@
 """Examples -> trees: what several examples begin with is written once, and their loss stays what it was.
 
-An example is one sequence of tokens and what is to be learnt at some of its places. Two examples share a place if all
-tokens up to it are equal and the place has no two targets; the token before targets that differ is written once a
-branch. So a causal model computes at every place what it would in a row of the example's own. (Tree training, arXiv
-2511.00413.)
+Two examples share a place if all tokens up to it are equal and the place has no two targets; the token before targets
+that differ is written once a branch. So a causal model computes at every place what it would in a row of the example's
+own. (Tree training, arXiv 2511.00413.)
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """What one row would hold."""
+    """One sequence of tokens, and what is to be learnt at some of its places."""
 
     objective: str
     number: int  # in the objective's data, from 0
     tokens: np.ndarray  # int32 [P]
-    root: int  # how many first tokens an example must share to stand in one tree with this one
+    root: int  # how many first tokens examples of its tree share with it
     places: np.ndarray  # int32 [n], ascending: where something is learnt
     targets: np.ndarray  # int32 [n], what; an objective knows what its numbers mean
     weights: np.ndarray  # float32 [n]; those of places that examples share add up
@@ -84,8 +83,8 @@ class _Node:
         """Takes the targets of an example whose place `start` is this node's first."""
         part = example.between(start, start + len(self.piece))
         if part.start < part.stop:
-            none = np.full(len(self.piece), -1, np.int32)
-            self.targets.setdefault(example.objective, none)[example.places[part] - start] = example.targets[part]
+            here = self.targets.setdefault(example.objective, np.full(len(self.piece), -1, np.int32))
+            here[example.places[part] - start] = example.targets[part]
 
     def split(self, size: int) -> _Node:
         """Hands the first `size` tokens to a new parent, so that what ended with this node still does."""
@@ -122,15 +121,11 @@ def _tree(examples: list[Example]) -> Tree:
         for child in (child for children in node.children.values() for child in children):
             numbers[child] = len(numbers) - 1
             nodes.append(child)
-    paths = []
-    for end in ends:
-        path: list[int] = []
-        while end is not root:
-            path.insert(0, numbers[end])
-            end = end.parent
-        paths.append(tuple(path))
+    paths = {root: ()}
+    for node in nodes[1:]:
+        paths[node] = (*paths[node.parent], numbers[node])
     units: dict[Hashable, list[int]] = {}
     for i, example in enumerate(examples):
         units.setdefault(i if example.unit is None else (example.objective, example.unit), []).append(i)
     pieces, parents = zip(*((node.piece, numbers[node.parent]) for node in nodes[1:]), strict=True)
-    return Tree(tuple(examples), pieces, parents, tuple(paths), tuple(map(tuple, units.values())))
+    return Tree(tuple(examples), pieces, parents, tuple(paths[end] for end in ends), tuple(map(tuple, units.values())))
