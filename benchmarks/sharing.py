@@ -15,7 +15,7 @@ import zlib
 import numpy as np
 from absl import flags
 
-from steerjax.chat.config import make_renderer
+from steerjax.chat.render import make_renderer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import load_conversations
 from steerjax.data.packing import pack, packing_statistics, unshared_rows

@@ -12,22 +12,36 @@ tokenizer can be told, its tokens are those of ordinary text (`HIDE`); where not
 
 from __future__ import annotations
 
+import os
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
+import pydantic.dataclasses
 
-from steerjax.chat.templates import Template
-from steerjax.chat.tokenizer import HIDE, WORD_JOINER, Tokenizer, any_of, broken
+from steerjax.chat.templates import TEMPLATES, Template
+from steerjax.chat.tokenizer import HIDE, WORD_JOINER, Tokenizer, any_of, broken, load_tokenizer
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import DataError
 from steerjax.schema import Schema, format_label
+from steerjax.typed import STRICT
 
 Label = Mapping[str, float]
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class ChatConfig:
+    """How a conversation becomes tokens: the group `config.chat`."""
+
+    tokenizer: str = (
+        "auto"  # as `load_tokenizer`; "auto" is the model source's own, the embedded one for a random model
+    )
+    template: Literal["extra_id", "chatml", "llama3", "llama2"] = "extra_id"
+    system_prompt: str = "default"  # for conversations without one; "default" is the template's own
 
 
 class TokenRole(IntEnum):
@@ -53,19 +67,14 @@ class ResponseSpan:
 class Rendered:
     """A conversation as the model sees it.
 
-    Attributes:
-        text: what the tokens spell.
-        tokens: int32 [T].
-        roles: `TokenRole`, int8 [T].
-        responses: one for each assistant turn, in order.
-        root: tokens through the header of the first assistant turn that follows a user turn: what conversations share
-            that agree so far. All tokens where there is no such turn.
+    `root` counts the tokens through the header of the first assistant turn that follows a user turn, which
+    conversations share that agree so far; all tokens where there is no such turn.
     """
 
-    text: str
-    tokens: np.ndarray
-    roles: np.ndarray
-    responses: tuple[ResponseSpan, ...]
+    text: str  # what the tokens spell
+    tokens: np.ndarray  # int32 [T]
+    roles: np.ndarray  # `TokenRole`, int8 [T]
+    responses: tuple[ResponseSpan, ...]  # one for each assistant turn, in order
     root: int
 
 
@@ -82,17 +91,12 @@ class _Segment:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Turns conversations into tokens.
-
-    Attributes:
-        schema: names and order of the attributes in label lines.
-        system_prompt: of conversations whose `system` is None; None means the template's default, "" an empty part.
-    """
+    """Turns conversations into tokens; label lines have the names and the order of `schema`."""
 
     tokenizer: Tokenizer
     template: Template
     schema: Schema
-    system_prompt: str | None = None
+    system_prompt: str | None = None  # where `Conversation.system` is None; None: the template's default, "": empty
 
     def render(
         self,
@@ -106,34 +110,24 @@ class Renderer:
 
         Args:
             labels: one for each turn: the ratings to write before a response; None or an empty mapping writes none.
-            generation_prompt: append the header of an assistant turn.
-            generation_label: ratings of the turn that is to be generated.
+            generation_prompt: append the header of an assistant turn, and `generation_label`, its ratings.
 
-        Raises:
-            DataError: half a surrogate in a text, an unknown role, turns that the template cannot write in this order,
-                a label with an unknown attribute.
+        Raises DataError: half a surrogate in a text, an unknown role, turns that the template cannot write in this
+        order, a label with an unknown attribute.
         """
         if generation_label is not None and not generation_prompt:
             raise ValueError("generation_label needs generation_prompt=True")
-        turns = conversation.turns
-        with _placed(conversation):
-            *segments, last = self._segments(conversation, labels, len(turns))
-            if generation_prompt:  # in one segment with what stands before it, as in training
-                last = replace(last, text=last.text + self._header(turns, len(turns), "assistant"))
-            label = self._label(generation_label, "generation_label")
-        return self._assemble([*segments, last, _Segment(TokenRole.LABEL, label)])
+        labels = [None] * len(conversation.turns) if labels is None else labels
+        generation = (generation_label or {}) if generation_prompt else None
+        return self._assemble(conversation, self._segments(conversation, labels, generation))
 
     def reward_tokens(self, conversation: Conversation, turn_index: int) -> tuple[np.ndarray, int]:
         """Tokens (int32 [T]) whose last one carries the reward of assistant turn `turn_index`, and `Rendered.root`.
 
         No label is written. Raises DataError as `render`, and where the turn is not an assistant's.
         """
-        turns, field = conversation.turns, f"turns[{turn_index}]"
-        with _placed(conversation):
-            if not 0 <= turn_index < len(turns) or turns[turn_index].role != "assistant":
-                raise DataError("no response to rate here", field=field, cure="name an assistant turn")
-            *segments, response, _ = self._segments(conversation, None, turn_index + 1)
-        rendered = self._assemble([*segments, replace(response, end=self.template.reward_end)])
+        labels = [None] * len(conversation.turns)
+        rendered = self._assemble(conversation, self._segments(conversation, labels, rated=turn_index))
         return rendered.tokens, rendered.root
 
     def broken(self, conversation: Conversation) -> int:
@@ -142,16 +136,20 @@ class Renderer:
         return sum(self._as_text(text).replace(HIDE, "") != text for text in texts)
 
     def _segments(
-        self, conversation: Conversation, labels: Sequence[Label | None] | None, count: int
-    ) -> list[_Segment]:
-        """The first `count` turns; the last segment is the prompt that follows them, often empty."""
+        self,
+        conversation: Conversation,
+        labels: Sequence[Label | None],
+        generation: Label | None = None,
+        rated: int | None = None,
+    ) -> Iterator[_Segment]:
+        """Up to the response of turn `rated`, or the whole, and the header and label of an answer to be generated."""
         template, turns = self.template, conversation.turns
-        labels = [None] * count if labels is None else labels
+        if rated is not None and (not 0 <= rated < len(turns) or turns[rated].role != "assistant"):
+            raise DataError("no response to rate here", field=f"turns[{rated}]", cure="name an assistant turn")
         system = self._system_text(conversation)
         system = "" if system is None else self._content(system, "system").join(template.system)
         prompt, asks = template.begin + ("" if template.system_in_user else system), False
-        segments: list[_Segment] = []
-        for index, (turn, label) in enumerate(zip(turns[:count], labels[:count], strict=True)):
+        for index, (turn, label) in enumerate(zip(turns, labels, strict=True)):
             prompt += self._header(turns, index, turn.role)
             content = self._content(turn.content, f"turns[{index}].content")
             if turn.role == "user":
@@ -159,14 +157,17 @@ class Renderer:
                 asks = True
                 continue
             line = self._label(label, f"turns[{index}].ratings")
+            yield _Segment(TokenRole.PROMPT, prompt, asks=asks)
+            yield _Segment(TokenRole.LABEL, line)
             response = content if line else template.unlabelled_gap + content
-            segments += [
-                _Segment(TokenRole.PROMPT, prompt, asks=asks),
-                _Segment(TokenRole.LABEL, line),
-                _Segment(TokenRole.RESPONSE, response, template.end, index),
-            ]
+            yield _Segment(TokenRole.RESPONSE, response, template.reward_end if index == rated else template.end, index)
+            if index == rated:
+                return
             prompt, asks = template.after_end, False
-        return [*segments, _Segment(TokenRole.PROMPT, prompt, asks=asks)]
+        if generation is not None:  # in one segment with what stands before it, as in training
+            prompt += self._header(turns, len(turns), "assistant")
+        yield _Segment(TokenRole.PROMPT, prompt, asks=asks)
+        yield _Segment(TokenRole.LABEL, self._label(generation, "generation_label"))
 
     def _header(self, turns: Sequence[Turn], index: int, role: str) -> str:
         """What opens turn `index`, less what the end of the response before it has written already."""
@@ -187,10 +188,8 @@ class Renderer:
         return next((choice for choice in choices if choice is not None), None)
 
     def _label(self, label: Label | None, field: str) -> str:
-        if not label:
-            return ""
         try:
-            return format_label(label, self.schema).join(self.template.label)
+            return format_label(label, self.schema).join(self.template.label) if label else ""
         except DataError as error:
             raise error.but(field=f"{field}.{error.field}") from None
 
@@ -229,12 +228,8 @@ class Renderer:
     def _controls(self) -> frozenset[str]:
         return self.template.control_strings | self.tokenizer.special_strings
 
-    @cached_property
-    def _restarting(self) -> tuple[str, ...]:
-        return tuple(filter(self.tokenizer.restarts_after, self._controls))
-
     def _encode(self, text: str, before: str) -> list[int]:
-        fresh = not before or before.endswith(self._restarting)
+        fresh = not before or before.endswith(tuple(self.tokenizer.restarts))
         return self.tokenizer.encode(text, continuation=not fresh, controls=self.template.control_strings)
 
     def _encode_segment(self, segment: _Segment, before: str) -> tuple[list[int], int]:
@@ -243,29 +238,28 @@ class Renderer:
         end = self._encode(segment.end, segment.text or before)
         if ids[len(ids) - len(end) :] == end:
             return ids, len(ids) - len(end)
-        alone = self._encode(segment.text, before)
-        shared = (index for index, pair in enumerate(zip(ids, alone, strict=False)) if pair[0] != pair[1])
-        return ids, next(shared, min(len(ids), len(alone)))
+        return ids, len(os.path.commonprefix([ids, self._encode(segment.text, before)]))  # noqa: RUF071 - tokens
 
-    def _assemble(self, segments: Sequence[_Segment]) -> Rendered:
+    def _assemble(self, conversation: Conversation, segments: Iterable[_Segment]) -> Rendered:
+        """Raises DataError, which names the conversation's place."""
         text, tokens, roles, responses, root = "", [], [], [], None
-        for segment in segments:
-            ids, own = self._encode_segment(segment, text)
-            if segment.role == TokenRole.RESPONSE:
-                start = len(tokens)
-                responses.append(ResponseSpan(segment.turn, start, start + own, start + len(ids)))
-            tokens += ids
-            roles += [segment.role] * own + [TokenRole.END] * (len(ids) - own)
-            text += segment.text + segment.end
-            root = len(tokens) if root is None and segment.asks else root
+        try:
+            for segment in segments:
+                ids, own = self._encode_segment(segment, text)
+                if segment.role == TokenRole.RESPONSE:
+                    start = len(tokens)
+                    responses.append(ResponseSpan(segment.turn, start, start + own, start + len(ids)))
+                tokens += ids
+                roles += [segment.role] * own + [TokenRole.END] * (len(ids) - own)
+                text += segment.text + segment.end
+                root = len(tokens) if root is None and segment.asks else root
+        except DataError as error:
+            raise error.at(conversation.file, conversation.line) from None
         ids, kinds = np.array(tokens, np.int32), np.array(roles, np.int8)
         return Rendered(text.replace(HIDE, ""), ids, kinds, tuple(responses), len(ids) if root is None else root)
 
 
-@contextmanager
-def _placed(conversation: Conversation) -> Iterator[None]:
-    """An error in the block names the conversation's place."""
-    try:
-        yield
-    except DataError as error:
-        raise error.at(conversation.file, conversation.line) from None
+def make_renderer(config: ChatConfig, schema: Schema) -> Renderer:
+    """The renderer of an experiment whose tokenizer is known (not "auto"). Raises ModelError, as `load_tokenizer`."""
+    system_prompt = None if config.system_prompt == "default" else config.system_prompt
+    return Renderer(load_tokenizer(config.tokenizer), TEMPLATES[config.template], schema, system_prompt)

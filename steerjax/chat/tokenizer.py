@@ -11,12 +11,12 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
 
-import pydantic
+import pydantic.dataclasses
 
 from steerjax.chat.sentencepiece import convert
 from steerjax.chat.templates import Template
@@ -29,9 +29,7 @@ HIDE = "\udc00"  # half a surrogate, which no text contains; see `Tokenizer.enco
 
 _GIVE = "\n  cure: give 'embedded', a SentencePiece .model file, a tokenizer.json, or a downloaded model's folder"
 _AGAIN = "download it again"
-_Spelling = Annotated[
-    str, pydantic.BeforeValidator(lambda token: token.get("content") if isinstance(token, dict) else token)
-]
+_Token = Annotated[str, pydantic.BeforeValidator(lambda said: said.get("content") if isinstance(said, dict) else said)]
 
 
 @lru_cache(maxsize=256)
@@ -55,8 +53,8 @@ class Tokenizer:
         special_strings: strings that become a special token wherever they stand in text.
         told: special tokens that `HIDE` keeps a text from becoming. Those that are not among `special_strings`
             (SentencePiece's control pieces) it becomes only where a template has them.
+        restarts: special tokens after which text is encoded as a fresh text.
         head: the tokens of a "\\n" put before a continuation; () where text has the same tokens first and later.
-        restarts: text after a special token is encoded as a fresh text.
         files: what a copy needs; the first is the one that was loaded.
         hash: hexadecimal sha256 of what defines the ids.
     """
@@ -65,8 +63,8 @@ class Tokenizer:
     vocab_size: int
     special_strings: frozenset[str]
     told: frozenset[str]
+    restarts: frozenset[str]
     head: tuple[int, ...]
-    restarts: bool
     files: tuple[Path, ...]
     hash: str
     bos_id: int | None = None
@@ -74,15 +72,12 @@ class Tokenizer:
     pad_id: int | None = None
 
     def encode(self, text: str, *, continuation: bool = False, controls: frozenset[str] = frozenset()) -> list[int]:
-        """Token ids of `text`; BOS and EOS are never added.
+        """Token ids of `text`, without BOS and EOS.
 
-        Args:
-            text: special strings in it become their ids, those of `told` with `HIDE` inside become ordinary text.
-            continuation: the text goes on after other text, so no dummy prefix is put before it.
-            controls: the template's control strings.
+        Special strings in it become their ids; those of `told` with `HIDE` inside become ordinary text. `controls` are
+        the template's control strings. No dummy prefix is put before a `continuation` of other text.
 
-        Raises:
-            ModelError: the tokenizer joins "\\n" to what follows, so that a continuation cannot be encoded.
+        Raises ModelError where the tokenizer joins "\\n" to what follows, so that a continuation cannot be encoded.
         """
         cuts = self.told & (self.special_strings | controls)
         ids, head = [], self.head if continuation else ()
@@ -105,11 +100,11 @@ class Tokenizer:
 
         An id that is no token's spells nothing: an embedding may have more rows than its tokenizer has tokens.
         """
-        head = self.head if continuation else ()
+        head, restarts = self.head if continuation else (), set(map(self.token_id, self.restarts))
         runs = [[*head]]  # each a text of its own
         for index in map(int, ids):
             runs[-1].append(index)
-            if index in self._restarting:
+            if index in restarts:
                 runs.append([])
         text = "".join(self.backend.decode(run, skip_special_tokens=False) for run in runs)
         return text[1:] if head else text
@@ -117,17 +112,9 @@ class Tokenizer:
     def token_id(self, string: str) -> int | None:
         return self.backend.token_to_id(string)
 
-    def restarts_after(self, string: str) -> bool:
-        """Whether text right after `string` is encoded as a fresh text."""
-        return self.restarts and string in self.told | self.special_strings
-
     def normalized(self, text: str) -> str:
         """`text` as the tokenizer's model sees it."""
         return self.backend.normalizer.normalize_str(text) if self.backend.normalizer else text
-
-    @cached_property
-    def _restarting(self) -> frozenset[int | None]:
-        return frozenset(map(self.token_id, self.told)) if self.restarts else frozenset()
 
 
 def missing_markers(tokenizer: Tokenizer, template: Template) -> tuple[str, ...]:
@@ -143,27 +130,33 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
     A folder's `tokenizer.json` goes before its `tokenizer.model`. Of the files beside, `tokenizer_config.json`,
     `special_tokens_map.json` and, for a `.model`, `added_tokens.json` are read.
 
-    Raises:
-        ModelError: no file, a broken one or one that is not read, or files beside that contradict it.
+    Raises ModelError: no file, a broken one or one that is not read, or files beside that contradict it.
     """
+    import tokenizers
+
     path = EMBEDDED if str(source) == "embedded" else Path(source)
     if not path.exists():
         raise ModelError(f"no tokenizer at '{path}'{_GIVE}")
     if path.is_dir():
-        named = [file for name in ("tokenizer.json", "tokenizer.model") if (file := path / name).is_file()]
-        found = named[:1] or [*path.glob("*.model")]
+        found = [*path.glob("tokenizer.json"), *path.glob("tokenizer.model")][:1] or [*path.glob("*.model")]
         if len(found) != 1:
             raise ModelError(f"'{path}' has no tokenizer.json and {len(found)} .model files, not one{_GIVE}")
         path = found[0]
-    *named, more = map(path.with_name, ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json"))
-    sides = {file: read_json(_SideFile, file, ModelError, _AGAIN) for file in named if file.is_file()}
+    names = ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")
+    special_map, config, more = map(path.with_name, names)
+    files = [file for file in (special_map, config, more) if file.is_file()]
+    sides = {file: read_json(_SideFile, file, ModelError, _AGAIN) for file in files if file != more}
     if path.suffix == ".model":
-        config = sides.get(named[1], _SideFile())
-        added = {string: index for index, string in config.added_tokens_decoder.items()}
-        added |= read_json(dict[str, int], more, ModelError, _AGAIN) if more.is_file() else {}
-        known = convert(path, added, config.legacy)
+        side = sides.get(config, _SideFile())
+        added = {string: index for index, string in side.added_tokens_decoder.items()}
+        added |= read_json(dict[str, int], more, ModelError, _AGAIN) if more in files else {}
+        known = convert(path, added, side.legacy)
     elif path.suffix == ".json":
-        known = {"backend": _read_huggingface(path), "hash": hashlib.sha256(path.read_bytes()).hexdigest()}
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelError(f"'{path}' is no tokenizer.json ({error})\n  cure: {_AGAIN}") from None
+        known = {"backend": backend, "hash": hashlib.sha256(path.read_bytes()).hexdigest()}
     else:
         raise ModelError(f"'{path}' is no tokenizer that is read (a pickle could run code){_GIVE}")
     for file, side in sides.items():  # what the second says goes before the first
@@ -172,17 +165,7 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
                 known[key] = known["backend"].token_to_id(string)
                 if known[key] is None:
                     raise ModelError(f"'{file}': the {key[:3]}_token '{string}' is no token\n  cure: correct it")
-    files = path, *sides, *([more] if path.suffix == ".model" and more.is_file() else [])
-    return Tokenizer(**_facts(known["backend"]) | known, files=files)
-
-
-def _read_huggingface(path: Path) -> Any:
-    import tokenizers
-
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ModelError(f"'{path}' is no tokenizer.json ({error})\n  cure: {_AGAIN}") from None
+    return Tokenizer(**_facts(known["backend"]) | known, files=(path, *files))
 
 
 def _facts(backend: Any) -> dict[str, Any]:
@@ -200,8 +183,8 @@ def _facts(backend: Any) -> dict[str, Any]:
         "vocab_size": max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         "special_strings": strings,
         "told": frozenset() if greedy else strings,
+        "restarts": strings if head and after[1:] == letter else frozenset(),
         "head": head,
-        "restarts": bool(head and strings) and after[1:] == letter,
     }
 
 
@@ -213,12 +196,12 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         shutil.copyfile(file, folder / file.name)
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(extra="ignore", strict=True))
+@pydantic.dataclasses.dataclass(frozen=True)
 class _SideFile:
     """What is read of tokenizer_config.json and special_tokens_map.json."""
 
-    bos_token: _Spelling | None = None
-    eos_token: _Spelling | None = None
-    pad_token: _Spelling | None = None
-    added_tokens_decoder: dict[int, _Spelling] = field(default_factory=dict)
+    bos_token: _Token | None = None
+    eos_token: _Token | None = None
+    pad_token: _Token | None = None
+    added_tokens_decoder: dict[int, _Token] = field(default_factory=dict)
     legacy: bool | None = None

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import pydantic.dataclasses
 from pydantic import Field
 
-from steerjax.chat.config import ChatConfig
+from steerjax.chat.render import ChatConfig
 from steerjax.data.config import BatchConfig, DataConfig
 from steerjax.models.config import ComputeConfig, HeadConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig

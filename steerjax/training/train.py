@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.bundle.describe import output_names
 from steerjax.bundle.store import CheckpointStore
-from steerjax.chat.config import make_renderer
+from steerjax.chat.render import make_renderer
 from steerjax.data.batch import Feeder, evaluation_steps
 from steerjax.data.loading import write_skipped
 from steerjax.data.packing import Row, packing_statistics
