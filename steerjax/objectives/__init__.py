@@ -1,7 +1,5 @@
 """What a model learns, one file an objective. A new one is a file like `regression.py` and a line in `OBJECTIVES`."""
 
-from __future__ import annotations
-
 import importlib
 
 from steerjax.errors import ConfigError
@@ -16,12 +14,8 @@ OBJECTIVES: dict[str, str] = {  # name, also of its config group -> module:class
 
 
 def find_objective(name: str) -> type[Objective]:
-    """The class of an objective.
-
-    Raises:
-        ConfigError: there is none of that name.
-    """
+    """The class of an objective. Raises ConfigError: there is none of that name."""
     if name not in OBJECTIVES:
         raise ConfigError(f"config.objectives: there is no '{name}'; cure: one of {', '.join(OBJECTIVES)}")
-    module, _, cls = OBJECTIVES[name].partition(":")
+    module, cls = OBJECTIVES[name].split(":")
     return getattr(importlib.import_module(module), cls)

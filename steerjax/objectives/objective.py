@@ -25,20 +25,13 @@ Sums = Mapping[str, tuple[jax.Array, jax.Array]]  # metric -> (sum, count), floa
 
 @dataclass(frozen=True)
 class Setting:
-    """What an objective is given beside its config group.
-
-    Attributes:
-        schema: the attributes.
-        renderer: how a conversation becomes tokens.
-        loss_chunk: tokens of a row whose logits are held at a time.
-        row_length, positions: tokens of a row, and that a model can tell apart by position.
-    """
+    """What an objective is given beside its config group."""
 
     schema: Schema
     renderer: Renderer
-    loss_chunk: int = 256
-    row_length: int = 2**30
-    positions: int = 2**30
+    loss_chunk: int = 256  # tokens of a row whose logits are held at a time
+    row_length: int = 2**30  # tokens
+    positions: int = 2**30  # that the model can tell apart
 
     def check_length(self, tokens: int) -> None:
         """Raises DataError when an example is too long for a row of its own, or for the model."""
@@ -50,24 +43,18 @@ class Setting:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation on the validation split found.
-
-    Attributes:
-        loss: the objective's.
-        values: what goes into metrics.jsonl, by name.
-        detail: what the objective's report needs.
-    """
+    """What an evaluation on the validation split found."""
 
     loss: float
-    values: Mapping[str, float | None]
-    detail: Any = None
+    values: Mapping[str, float | None]  # for metrics.jsonl, by name
+    detail: Any = None  # what the objective's report needs
 
 
 class Objective:
     """One thing that a model learns. Subclasses say what is rendered, what is learnt where, loss, metrics and report.
 
     B rows of T tokens. `model` is a bound module, `hidden` its hidden states [B T D], `batch` what they come from, and
-    `arrays` this objective's own, from `arrays`.
+    the argument `arrays` what the method `arrays` added to it.
 
     Attributes:
         name: of the objective and of its config group.
@@ -85,8 +72,7 @@ class Objective:
     def examples(self, conversation: Conversation, split: str) -> list[Example]:
         """What of a conversation is learnt, in tokens; [] where there is nothing.
 
-        Args:
-            split: TRAIN or VALIDATION; the objective keeps what it needs of the data, split by split.
+        The objective keeps what it needs of the data, split (TRAIN or VALIDATION) by split.
 
         Raises:
             DataError: the conversation cannot be used (`Setting.check_length`); nothing of it has been kept.
@@ -125,7 +111,7 @@ class Objective:
         return {}
 
     def facts(self) -> dict:
-        """What a checkpoint says of the objective (provenance)."""
+        """What a checkpoint says of the objective: fields of `Provenance`."""
         return {}
 
     def summary(self) -> dict[str, str]:

@@ -41,11 +41,11 @@ class RegressionConfig:
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that is not rated, or none above 0."""
+        where = "config.regression.attribute_weights"
         for name in self.attribute_weights.keys() - set(schema.names):
-            cure = f"use {', '.join(schema.names)}"
-            raise ConfigError(f"config.regression.attribute_weights: {name} is not rated; cure: {cure}")
+            raise ConfigError(f"{where}: {name} is not rated; cure: use {', '.join(schema.names)}")
         if not self.weights(schema).any():
-            raise ConfigError("config.regression.attribute_weights are all 0; cure: one above 0, or nothing is trained")
+            raise ConfigError(f"{where} are all 0; cure: one above 0, or nothing is trained")
 
     def weights(self, schema: Schema) -> np.ndarray:
         """float32 [A]."""
@@ -61,11 +61,8 @@ def masked_squared_error(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum and count in float32; sum over count is the loss, after micro-batches and devices are added up.
 
-    Args:
-        counts: how many ratings a place stands for, 0 where there is none.
-        weights: of the attributes; a rating counts with its attribute's weight.
-        average: "ratings", every rating counts alike; "examples", every example counts alike with the mean over its
-            own ratings, which is what the reference computes with micro-batch 1.
+    `counts` says how many ratings a place stands for, 0 where there is none; a rating counts with its attribute's
+    weight. With `average` "examples" every example counts alike, with the mean over its own ratings.
     """
     errors = jnp.square(jnp.where(counts > 0, predictions.astype(jnp.float32) - ratings, 0.0))
     weighted = counts * weights.astype(jnp.float32)
@@ -78,23 +75,14 @@ def masked_squared_error(
 
 @dataclass
 class Rated:
-    """Rated responses of one split: ratings (None is missing), characters and conversation of each.
-
-    `shared` counts turns that are part of several conversations and count once, `unrated` conversations.
-    """
+    """Rated responses of one split: ratings (None is missing), characters and conversation of each."""
 
     rows: list[tuple[float | None, ...]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     turns: set[str] = field(default_factory=set)
-    shared: int = 0
-    unrated: int = 0
-
-
-def present(rows, schema: Schema) -> tuple[np.ndarray, np.ndarray]:
-    """Ratings, 0 where they are missing, and where they are: float32 and bool [E A]."""
-    ratings = np.array(rows, np.float32).reshape(-1, len(schema))  # None becomes NaN
-    return np.nan_to_num(ratings), ~np.isnan(ratings)
+    shared: int = 0  # turns that are part of several conversations and count once
+    unrated: int = 0  # conversations
 
 
 class Regression(Objective):
@@ -107,17 +95,25 @@ class Regression(Objective):
         self.data = {TRAIN: Rated(), VALIDATION: Rated()}
         self._weights = config.weights(setting.schema)
         self._codes: dict[tuple, int] = {}  # ratings -> the target that stands for them
-        self._ratings, self._mask = present([[None] * len(setting.schema)], setting.schema)  # of each code
+        self._of_codes = self._table([self._none])
+
+    @property
+    def _none(self) -> tuple[None, ...]:
+        return (None,) * len(self.setting.schema)
+
+    def _table(self, rows) -> np.ndarray:
+        """Ratings as float32 [E A], NaN where they are missing."""
+        return np.array(rows, np.float32).reshape(-1, len(self.setting.schema))
 
     def examples(self, conversation, split):
-        data = self.data[split]
+        data, examples = self.data[split], []
         rated = [i for i, turn in enumerate(conversation.turns) if turn.ratings]
         rendered = [self.setting.renderer.reward_tokens(conversation, i) for i in rated]  # all, before any is kept
         for tokens, _ in rendered:
             self.setting.check_length(len(tokens))
         data.unrated += not rated
-        examples = []
-        for turn, (tokens, root) in zip((conversation.turns[i] for i in rated), rendered, strict=True):
+        for i, (tokens, root) in zip(rated, rendered, strict=True):
+            turn = conversation.turns[i]
             if turn.id and turn.id in data.turns:
                 data.shared += 1
                 continue
@@ -129,28 +125,24 @@ class Regression(Objective):
 
     def example(self, split: str, tokens: np.ndarray, root: int, ratings: Mapping[str, float]) -> Example:
         """Of a text whose ratings are read at its last token."""
-        row = tuple(ratings.get(name) for name in self.setting.schema.names)
+        rows, row = self.data[split].rows, tuple(ratings.get(name) for name in self.setting.schema.names)
         code = self._codes.setdefault(row, len(self._codes))
-        self.data[split].rows.append(row)
+        rows.append(row)
         last, target, one = np.array([[len(tokens) - 1], [code], [1]], np.int32)
-        number = len(self.data[split].rows) - 1
-        return Example(self.name, number, tokens, root, last, target, one.astype(np.float32))
+        return Example(self.name, len(rows) - 1, tokens, root, last, target, one.astype(np.float32))
 
     def check_data(self):
         for split, data in self.data.items():
             if not data.rows:
                 names = ", ".join(self.setting.schema.names)
                 raise DataError(f"no rated response for {split}", cure=f"rate turns with {names}, or name the schema")
-        self._ratings, self._mask = present(list(self._codes), self.setting.schema)
+        self._of_codes = self._table([*self._codes, self._none])  # the last, -1, is for places without ratings
 
     def arrays(self, layout):
         """ratings: float32 [T A]. counts: float32 [T A], how many ratings of that value end there."""
-        codes, counts = layout.targets[self.name], layout.weights[self.name]
-        here = (codes >= 0)[:, None]
-        return {
-            "ratings": np.where(here, self._ratings[codes], 0).astype(np.float32),
-            "counts": np.where(here & self._mask[codes], counts[:, None], 0).astype(np.float32),
-        }
+        ratings = self._of_codes[layout.targets[self.name]]
+        counts = np.where(np.isnan(ratings), 0, layout.weights[self.name][:, None])
+        return {"ratings": np.nan_to_num(ratings), "counts": counts.astype(np.float32)}
 
     def _error(self, predicted, ratings, counts):
         return masked_squared_error(predicted, ratings, counts, self._weights, self.config.average)
@@ -180,48 +172,49 @@ class Regression(Objective):
         The states of all responses share a large common part. Without a bias the head is that mean state, scaled so
         that it maps itself to the means.
         """
-        ratings, mask = present(self.data[TRAIN].rows, self.setting.schema)
-        means = (ratings.sum(0, dtype=np.float64) / np.maximum(mask.sum(0), 1)).astype(np.float32)
+        ratings = self._table(self.data[TRAIN].rows)
+        means = np.nansum(ratings, 0, np.float64) / np.maximum(np.isfinite(ratings).sum(0), 1)
         if "reward_bias" in params:
-            return {"reward_head": params["reward_head"] * 0, "reward_bias": jnp.asarray(means)}
+            return {"reward_head": params["reward_head"] * 0, "reward_bias": jnp.asarray(means, jnp.float32)}
         mean = sums[0] / jnp.maximum(sums[1], 1)
-        return {"reward_head": jnp.outer(mean / jnp.sum(jnp.square(mean)), means)}
+        return {"reward_head": jnp.outer(mean / jnp.sum(jnp.square(mean)), means.astype(np.float32))}
 
     def evaluate(self, steps):
         from steerjax.report.results import evaluate_predictions
 
-        schema, data, train = self.setting.schema, self.data[VALIDATION], self.data[TRAIN]
-        ratings, mask = present(data.rows, schema)
-        predicted = np.zeros_like(ratings)
-        for layout, output in ((layout, output) for step in steps for layout, output in zip(*step, strict=True)):
+        data, train = self.data[VALIDATION], self.data[TRAIN]
+        ratings, known = self._table(data.rows), self._table(train.rows)
+        mask, predicted = np.isfinite(ratings), np.zeros_like(ratings)
+        for layout, output in (pair for step in steps for pair in zip(*step, strict=True)):
             for example, place in layout.ends:
                 if example.objective == self.name:
                     predicted[example.number] = output[place]
         total, count = self._error(predicted, ratings, mask.astype(np.float32))
-        known = present(train.rows, schema)
-        result = evaluate_predictions(schema, predicted, ratings, mask, data.lengths, data.ids, *known, train.lengths)
-        values = {
-            f"attributes/{name}/{metric}": value
-            for name, metrics in result.metrics.items()
-            for metric, value in metrics.items()
-            if metric != "count"
-        }
+        seen = known, np.isfinite(known), train.lengths
+        result = evaluate_predictions(self.setting.schema, predicted, ratings, mask, data.lengths, data.ids, *seen)
+        values = {f"attributes/{name}/{key}": x for name, found in result.metrics.items() for key, x in found.items()}
+        values = {name: x for name, x in values.items() if not name.endswith("/count")}
         return Evaluation(float(total / count), values, result)
 
+    def _rated(self, split: str) -> dict[str, bool]:
+        """Whether a split has a rating, by attribute."""
+        return dict(zip(self.setting.schema.names, np.isfinite(self._table(self.data[split].rows)).any(0), strict=True))
+
     def facts(self):
-        rated = present(self.data[TRAIN].rows, self.setting.schema)[1].any(0) & (self._weights > 0)
-        return {"rated_attributes": [name for name, here in zip(self.setting.schema.names, rated, strict=True) if here]}
+        rated = zip(self._rated(TRAIN).items(), self._weights, strict=True)
+        return {"rated_attributes": [name for (name, here), weight in rated if here and weight > 0]}
 
     def summary(self):
         said = {}
         for split, data in self.data.items():
-            rated = present(data.rows, self.setting.schema)[1].any(0)
-            missing = [name for name, here in zip(self.setting.schema.names, rated, strict=True) if not here]
-            words = [f"{len(data.rows)} rated responses"]
-            words += [f"none rated for {', '.join(missing)}"] * bool(missing)
-            words += [f"{data.unrated} conversations without a rating"] * bool(data.unrated)
-            words += [f"{data.shared} turns that stand in several conversations count once"] * bool(data.shared)
-            said[f"regression, {split}"] = "; ".join(words)
+            missing = ", ".join(name for name, here in self._rated(split).items() if not here)
+            words = (
+                f"{len(data.rows)} rated responses",
+                missing and f"none rated for {missing}",
+                data.unrated and f"{data.unrated} conversations without a rating",
+                data.shared and f"{data.shared} turns that stand in several conversations count once",
+            )
+            said[f"regression, {split}"] = "; ".join(filter(None, words))
         return said
 
     def report(self, evaluation, folder, records, summary, config_text):

@@ -5,9 +5,9 @@ Source: SteerLM, arXiv 2310.05344, step 3; NeMo `gpt_sft_chat_dataset.py`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -15,12 +15,11 @@ import pydantic.dataclasses
 from pydantic import Field
 
 from steerjax.chat.render import TokenRole
-from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.packing import Layout
+from steerjax.data.conversation import Turn
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
 from steerjax.objectives.cross_entropy import chunked_cross_entropy
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, Setting
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective
 from steerjax.schema import Schema, check_rating
 from steerjax.typed import STRICT
 
@@ -59,49 +58,41 @@ class SFT(Objective):
 
     name, kind, Config = "sft", "chat", SFTConfig
 
-    def __init__(self, config: SFTConfig, setting: Setting):
+    def __init__(self, config, setting):
         super().__init__(config, setting)
-        counts = {"conversations": 0, "responses": 0, "labelled": 0, "shared": 0, "tokens": 0, "untrained": 0}
-        self.counts = {TRAIN: dict(counts), VALIDATION: dict(counts)}
+        self.counts: dict[str, Counter] = {TRAIN: Counter(), VALIDATION: Counter()}
         self._seen: dict[str, set[str]] = {TRAIN: set(), VALIDATION: set()}  # ids of turns that are trained
 
-    def examples(self, conversation: Conversation, split: str) -> list[Example]:
-        counts, seen = self.counts[split], self._seen[split]
-        labels = [self._label(turn) for turn in conversation.turns]
-        answers = [i for i, turn in enumerate(conversation.turns) if turn.role == "assistant"]
-        unlabelled = {i for i in answers if not labels[i]} if self.config.ratings != "none" else set()
-        if unlabelled and self.config.missing == "error":
-            message = f"no rating (config.sft.ratings is '{self.config.ratings}')"
+    def examples(self, conversation, split):
+        counts, seen, turns, config = self.counts[split], self._seen[split], conversation.turns, self.config
+        labels = [self._label(turn) for turn in turns]
+        answers = {i for i, turn in enumerate(turns) if turn.role == "assistant"}
+        unlabelled = {i for i in answers if not labels[i] and config.ratings != "none"}
+        if unlabelled and config.missing == "error":
+            message = f"no rating (config.sft.ratings is '{config.ratings}')"
             cure = "rate it, or choose config.sft.missing 'omit' or 'leave_out'"
             raise DataError(message, field=f"turns[{min(unlabelled)}]", cure=cure)
+        shared = {i for i in answers if turns[i].id in seen and config.threads == "once"}
+        learnt = answers - shared - (unlabelled if config.missing == "leave_out" else set())
         rendered = self.setting.renderer.render(conversation, labels)
         trained = np.isin(rendered.roles, (TokenRole.RESPONSE, TokenRole.END))
         trained[:1] = False  # nothing predicts it
-        left_out = unlabelled if self.config.missing == "leave_out" else set()
-        once = self.config.threads == "once"
-        shared = {i for i in answers if once and conversation.turns[i].id and conversation.turns[i].id in seen}
         for span in rendered.responses:
-            if span.turn in left_out | shared:
+            if span.turn not in learnt:
                 trained[span.start : span.stop] = False
         self.setting.check_length(int(trained.nonzero()[0].max(initial=-1)) + 1)
-        here = [i for i in answers if i not in left_out | shared]
-        counts["responses"] += len(here)
-        counts["labelled"] += sum(bool(labels[i]) for i in here)
-        counts["shared"] += len(shared)
-        if not trained.any():
-            counts["untrained"] += 1
-            return []
-        seen.update(conversation.turns[i].id for i in here)
-        return [self.example(split, rendered.tokens, rendered.root, trained)]
+        counts.update(
+            responses=len(learnt), labelled=sum(bool(labels[i]) for i in learnt), shared=len(shared),
+            untrained=int(not trained.any()),
+        )  # fmt: skip
+        seen |= {turns[i].id for i in learnt} - {""}
+        return [self.example(split, rendered.tokens, rendered.root, trained)] if trained.any() else []
 
     def example(self, split: str, tokens: np.ndarray, root: int, trained: np.ndarray) -> Example:
         """Of a text, through the last of the tokens that are trained."""
-        counts = self.counts[split]
-        places = np.flatnonzero(trained).astype(np.int32)
-        tokens = tokens[: places[-1] + 1]
-        counts["conversations"] += 1
-        counts["tokens"] += len(places)
-        ones, number = np.ones(len(places), np.float32), counts["conversations"] - 1
+        counts, places = self.counts[split], np.flatnonzero(trained).astype(np.int32)
+        tokens, number, ones = tokens[: places[-1] + 1], counts["conversations"], np.ones(len(places), np.float32)
+        counts.update(conversations=1, tokens=len(places))
         return Example(self.name, number, tokens, min(root, len(tokens)), places - 1, tokens[places], ones)
 
     def _label(self, turn: Turn) -> Mapping[str, float] | None:
@@ -109,7 +100,7 @@ class SFT(Objective):
         choices = {"human": human, "predicted": predicted, "human_then_predicted": {**predicted, **human}, "none": {}}
         return choices[self.config.ratings] or None
 
-    def check_data(self) -> None:
+    def check_data(self):
         for split, counts in self.counts.items():
             if not counts["conversations"]:
                 cure = "conversations with an assistant turn, or config.sft.missing 'omit'"
@@ -118,7 +109,7 @@ class SFT(Objective):
                 cure = "annotate them first, choose another config.sft.ratings, or 'none' for plain SFT"
                 raise DataError(f"no response for {split} has {self.config.ratings} ratings: no label", cure=cure)
 
-    def arrays(self, layout: Layout) -> dict[str, np.ndarray]:
+    def arrays(self, layout):
         """targets: int32 [T], the next token; weights: float32 [T], 0 where it is not trained."""
         return {"targets": np.maximum(layout.targets[self.name], 0), "weights": layout.weights[self.name]}
 
@@ -135,26 +126,26 @@ class SFT(Objective):
         total, sums = self.loss(model, hidden, batch, arrays)
         return total, *reversed(sums["accuracy"])
 
-    def evaluate(self, steps) -> Evaluation:
+    def evaluate(self, steps):
         total, count, right = np.sum([[float(x) for x in outputs] for _, outputs in steps], axis=0)
         return Evaluation(total / count, {"accuracy": right / count, "tokens": count})
 
-    def facts(self) -> dict:
+    def facts(self):
         return {"default_ratings": dict(self.config.default_ratings) or None}
 
-    def summary(self) -> dict[str, str]:
+    def summary(self):
         said = {}
-        for split, counts in self.counts.items():
-            words = [f"{counts['conversations']} conversations, {counts['tokens']:,} trained tokens"]
-            words += [
-                f"{counts['labelled'] / max(1, counts['responses']):.0%} of {counts['responses']} responses labelled"
-            ]
-            words += [f"{counts['shared']} turns of several threads trained once"] if counts["shared"] else []
-            words += [f"{counts['untrained']} conversations with nothing to train"] if counts["untrained"] else []
-            said[f"sft, {split}"] = "; ".join(words)
+        for split, n in self.counts.items():
+            words = (
+                f"{n['conversations']} conversations, {n['tokens']:,} trained tokens",
+                f"{n['labelled'] / max(1, n['responses']):.0%} of {n['responses']} responses labelled",
+                n["shared"] and f"{n['shared']} turns of several threads trained once",
+                n["untrained"] and f"{n['untrained']} conversations with nothing to train",
+            )
+            said[f"sft, {split}"] = "; ".join(filter(None, words))
         return said
 
-    def report(self, evaluation: Evaluation, folder: Path | None, records, summary, config_text: str) -> str:
+    def report(self, evaluation, folder, records, summary, config_text):
         values = {"loss (nats a token)": evaluation.loss, "perplexity": float(np.exp(evaluation.loss)),
                   "accuracy of the next token": evaluation.values["accuracy"]}  # fmt: skip
         table = "\n".join(f"{name:>28}  {value:.4f}" for name, value in values.items())
