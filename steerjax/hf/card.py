@@ -1,7 +1,5 @@
 """The model card of an export: README.md, from what the model and its provenance say. Its text: `model_card.jinja`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -15,15 +13,13 @@ _EMBEDDED = {"embedded:helpsteer": "nvidia/HelpSteer", "embedded:helpsteer2": "n
 
 
 def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str, float]] | None = None) -> str:
-    """README.md with its YAML head. What the provenance does not say is not claimed.
-
-    `evaluation` are metrics of the run, by attribute and name of the metric.
-    """
+    """README.md with its YAML head; `evaluation` is attribute -> metric -> value. What is not known is not claimed."""
     from huggingface_hub import ModelCard, ModelCardData
 
     reward, template, provenance = description.kind == "reward", description.template, description.provenance
     attributes = description.schema.attributes if description.schema else ()
     base, data = provenance.get("base_model"), provenance.get("data") or {}
+    sets = {source[4:].split(":")[0] if source.startswith("hub:") else _EMBEDDED.get(source) for source in data}
     head = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification" if reward else "text-generation",
@@ -31,8 +27,7 @@ def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str
         license_name="see-base-model-and-data",
         tags=["steerjax", "steerlm", "reward-model" if reward else "conversational"],
         base_model=base if base and _is_hub_id(base) else None,
-        datasets=sorted(filter(None, {s[4:].split(":")[0] if s[:4] == "hub:" else _EMBEDDED.get(s) for s in data}))
-        or None,
+        datasets=sorted(sets - {None}) or None,
     )
     stop = template.end.strip()
     card = ModelCard.from_template(

@@ -1,10 +1,8 @@
 """`config.json` of a Hugging Face folder, read strictly and written for transformers 4 and 5, vLLM and SGLang.
 
-What it says is taken, required to have the one value that we compute, or known not to change the function. Any other
-key is refused, as it may mean another model.
+A key is taken, required to have the one value that we compute, or known not to change the function. Any other is
+refused, as it may mean another model. A family is a class here, and what it has bias on, in `LlamaConfig.biased`.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import fnmatch
@@ -18,10 +16,10 @@ from pydantic import Field
 
 from steerjax.errors import ConfigError, ModelError
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER
-from steerjax.models.config import LlamaConfig, Positive
+from steerjax.models.config import LlamaConfig, Positive, RopeScaling
 from steerjax.typed import STRICT, read_json, typed
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, and ours
 
 Count = Annotated[int, Field(ge=1, le=10_000)]  # of what is made one by one
 
@@ -53,10 +51,9 @@ class _Mistral(_Llama):
     sliding_window: Positive | None = 4096
 
 
+# What is said of the folder rather than of the network.
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class _Folder:
-    """What is said of the folder rather than of the network."""
-
     architectures: list[str] | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
@@ -68,19 +65,14 @@ _FAMILIES = {"llama": _Llama, "mistral": _Mistral}  # by model_type
 _OUR_NAMES = {
     "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
 }  # fmt: skip
-# rope_type -> the numbers that it needs; ours have the same names.
-_ROPES = {
-    "default": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
+_SCALING = {field.name for field in dataclasses.fields(RopeScaling)}  # what rope_type llama3 needs, under our names
 # The values that are the only ones we compute.
 _REQUIRED: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"), "pretraining_tp": (1,), "quantization_config": (None,), "is_causal": (True,),
     "rope_interleaved": (False,), "is_llama_config": (True,), "partial_rotary_factor": (1, None),
     "use_bidirectional_attention": (False, None),
 }  # fmt: skip
-# Read elsewhere, or known not to change what a Llama computes: who wrote the file, how the model is loaded, run and
-# trained, what is returned, how answers are generated, and what other architectures ask.
+# Read elsewhere, or known not to change what a Llama computes.
 _HARMLESS = (
     "model_type", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window", "label2id", "problem_type",
     "*_token_id", "*name_or_path", "_commit_hash", "transformers*", "unsloth_*", "tokenizer_class",
@@ -100,38 +92,34 @@ class HuggingFaceConfig:
     model: LlamaConfig
     architecture: str  # CAUSAL_LM, CLASSIFIER or BARE; Mistral's are read as Llama's
     labels: tuple[str, ...]  # what a classifier calls its outputs, in order (any names), else ()
-    dtype: str  # of the stored weights, as the file says, one of DTYPES
+    dtype: str  # of the stored weights, as the file says
     raw: Mapping[str, Any]  # the file as it stands
 
 
 def read_config(folder: Path) -> HuggingFaceConfig:
-    """Reads `folder/config.json`.
-
-    Raises:
-        ModelError: no such file, or a key that we do not implement; names the key.
-    """
+    """`folder/config.json`. Raises ModelError: no such file, or a key that we do not implement; names the key."""
     file = folder / "config.json"
     raw = read_json(dict[str, Any], file, ModelError, "a whole Hugging Face folder; download it again")
     return parse_config(raw, str(file))
 
 
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> HuggingFaceConfig:
-    """The config of a parsed `config.json`; see `read_config`. `where` stands before the key in messages."""
+    """`read_config` of what the file holds; `where` stands before the key in messages."""
     kind = raw.get("model_type")
     if kind not in list(_FAMILIES):
         raise _not_implemented(where, "model_type", kind, "a Llama, or a Mistral that is one")
     family = _FAMILIES[kind]
-    known = (*_names(family), *_names(_Folder), *_HARMLESS)
+    known = (*_names(family), *_names(_Folder), *_REQUIRED, *_HARMLESS)
     for key, value in raw.items():
         if value not in _REQUIRED.get(key, (value,)):
             raise _not_implemented(where, key, value, f"a model with {_REQUIRED[key][0]!r}")
-        if key not in _REQUIRED and not any(fnmatch.fnmatchcase(key, pattern) for pattern in known):
+        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in known):
             cure = "remove it from the file if it does not change what the model computes"
             raise ModelError(f"{where}: unknown key {key!r} ({reprlib.repr(value)}); cure: {cure}")
     values, said = dataclasses.asdict(_typed(family, raw, where)), _typed(_Folder, raw, where)
     window, longest = values.pop("sliding_window", None), values["max_position_embeddings"]
     if window is not None and window < longest:
-        cure = f"a model without (Mistral 7B v0.2 and later), or less than max_position_embeddings {longest}"
+        cure = f"a model without (Mistral 7B v0.2 and later), or max_position_embeddings {longest} cut to it"
         raise _not_implemented(where, "sliding_window", window, cure)
     # Ours has 0 where theirs has null.
     fields = {_OUR_NAMES.get(key, key): 0 if value is None else value for key, value in values.items()}
@@ -139,33 +127,32 @@ def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> HuggingF
         model = typed(LlamaConfig, fields | _rope(raw, where), where, ModelError)
     except ConfigError as error:
         raise ModelError(f"{where}: {error}") from None
-    names = [name.replace("Mistral", "Llama") for name in said.architectures or [CAUSAL_LM]]
+    names = [name.replace(kind.capitalize(), "Llama") for name in said.architectures or [CAUSAL_LM]]
     if len(names) != 1 or names[0] not in (CAUSAL_LM, CLASSIFIER, BARE):
         raise _not_implemented(where, "architectures", said.architectures, f"{CAUSAL_LM}, {CLASSIFIER} or {BARE}")
-    dtype = (said.dtype or said.torch_dtype or "float32").removeprefix("torch.")
-    if dtype not in DTYPES:
-        raise _not_implemented(where, "dtype", dtype, f"weights in one of {', '.join(DTYPES)}")
+    dtype, dtypes = (said.dtype or said.torch_dtype or "float32").removeprefix("torch."), list(DTYPES.values())
+    if dtype not in dtypes:
+        raise _not_implemented(where, "dtype", dtype, f"weights in {' or '.join(dtypes)}")
     return HuggingFaceConfig(model, names[0], _labels(said, where) if names[0] == CLASSIFIER else (), dtype, raw)
 
 
 def write_config(config: HuggingFaceConfig) -> dict[str, Any]:
-    """The `config.json` of an export; the inverse of `parse_config`.
+    """The inverse of `parse_config`, in the older keys, which transformers 5 reads too.
 
-    Keys are the older ones (`rope_theta`, `rope_scaling`, `torch_dtype`), which transformers 5 reads too. Token ids and
-    `problem_type` are taken from `config.raw`.
+    Token ids and `problem_type` are those of `config.raw`.
     """
     model, scaling = config.model, config.model.rope_scaling
     written = {"architectures": [config.architecture], "model_type": "llama", "hidden_act": "silu"}
     written |= {key: getattr(model, _OUR_NAMES.get(key, key)) for key in _names(_Llama)}
-    scaled = {"rope_type": "llama3"} | {name: getattr(scaling, name) for name in _ROPES["llama3"]}
+    scaled = {"rope_type": "llama3"} | dataclasses.asdict(scaling)
     written |= {"rope_theta": model.rope_theta, "rope_scaling": scaled if scaling.factor != 1 else None}
     written["torch_dtype"] = config.dtype
     kept = ("bos_token_id", "eos_token_id", "pad_token_id", *(("problem_type",) if config.labels else ()))
     written |= {key: config.raw[key] for key in kept if config.raw.get(key) is not None}
     if config.labels:
-        written["num_labels"] = len(config.labels)
-        written["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
-        written["label2id"] = {label: i for i, label in enumerate(config.labels)}
+        ids = {label: i for i, label in enumerate(config.labels)}
+        id2label = {str(i): label for i, label in enumerate(config.labels)}
+        written |= {"num_labels": len(config.labels), "id2label": id2label, "label2id": ids}
     return written
 
 
@@ -183,21 +170,20 @@ def _not_implemented(where: str, key: str, value: Any, cure: str) -> ModelError:
 
 def _rope(raw: Mapping, where: str) -> dict[str, Any]:
     """Our `rope_theta` and `rope_scaling`, from the old keys of these names and the new one, `rope_parameters`."""
-    settings: dict[str, Any] = {}
-    groups = {key: raw.get(key) or {} for key in ("rope_scaling", "rope_parameters")}
-    for source, values in ({"rope_theta": {"rope_theta": raw.get("rope_theta")}} | groups).items():
-        for key, value in typed(dict[str, Any], values, f"{where}.{source}", ModelError).items():
+    settings = {} if raw.get("rope_theta") is None else {"rope_theta": raw["rope_theta"]}
+    for source in ("rope_scaling", "rope_parameters"):
+        for key, value in typed(dict[str, Any], raw.get(source) or {}, f"{where}.{source}", ModelError).items():
             key = "rope_type" if key == "type" else key
             if value is not None and settings.setdefault(key, value) != value:
                 raise ModelError(f"{where}: {key} is {value!r}, and {settings[key]!r} elsewhere; cure: one value")
     kind, theta = settings.pop("rope_type", "default"), settings.pop("rope_theta", 10_000.0)
-    if kind not in list(_ROPES):
-        raise _not_implemented(where, "rope_type", kind, f"a model with {' or '.join(_ROPES)}")
+    if kind not in ("default", "llama3"):
+        raise _not_implemented(where, "rope_type", kind, "a model with default or llama3")
     if (part := settings.pop("partial_rotary_factor", 1)) != 1:
         raise _not_implemented(where, "partial_rotary_factor", part, "a model that turns whole heads")
     if kind == "default":
         settings.pop("original_max_position_embeddings", None)  # without scaling it says nothing
-    if wrong := settings.keys() ^ set(_ROPES[kind]):
+    if wrong := settings.keys() ^ (_SCALING if kind == "llama3" else set()):
         said = "has no" if (key := min(wrong)) in settings else "needs"
         raise ModelError(f"{where}: rope_type {kind!r} {said} {key}; cure: correct the RoPE settings")
     return {"rope_theta": theta, "rope_scaling": settings}
@@ -207,8 +193,7 @@ def _labels(said: _Folder, where: str) -> tuple[str, ...]:
     labels = said.id2label
     if labels is None:
         return tuple(f"LABEL_{number}" for number in range(said.num_labels or 2))  # transformers' defaults
-    try:
-        return tuple(labels[str(number)] for number in range(max(1, len(labels))))
-    except KeyError:
+    if not labels or labels.keys() != {str(number) for number in range(len(labels))}:
         keys = reprlib.repr(list(labels))
-        raise ModelError(f"{where}: id2label has the keys {keys}; cure: number the labels from 0") from None
+        raise ModelError(f"{where}: id2label has the keys {keys}; cure: number the labels from 0")
+    return tuple(labels[str(number)] for number in range(len(labels)))

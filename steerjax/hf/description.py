@@ -1,7 +1,5 @@
 """What is known of a model besides its arrays, in memory and in an export's `steerjax.json`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +13,7 @@ from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer
 from steerjax.errors import DataError, ModelError
 from steerjax.models.config import LlamaConfig
-from steerjax.schema import Attribute, Schema, check_rating, schema_from_json
+from steerjax.schema import Attributes, Schema, check_rating
 from steerjax.typed import STRICT, read_json
 
 
@@ -44,11 +42,11 @@ class Description:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class About:
-    """`steerjax.json`. Only the first two are needed: a folder of somebody else's can be given one by hand."""
+    """`steerjax.json`. The first two are enough, so that one can be written by hand for somebody else's folder."""
 
     kind: Literal["reward", "chat"]
     template: str
-    attributes: tuple[Attribute, ...] | None = None
+    attributes: Attributes | None = None
     system_prompt: str | None = None
     readout: Literal["last", "mean"] = "last"
     default_ratings: dict[str, float] | None = None
@@ -66,10 +64,9 @@ def read_about(folder: Path) -> About | None:
     if not file.is_file():
         return None
     about = read_json(About, file, ModelError, "export again")
-    schema = schema_from_json(Schema(about.attributes or ()).to_json(), f"{file}: attributes", ModelError)
     try:
         for name, value in (about.default_ratings or {}).items():
-            check_rating(value, schema[name])
+            check_rating(value, (about.schema or Schema(()))[name])
     except DataError as error:
         raise ModelError(f"'{file}': default_ratings: {error}") from None
     return about

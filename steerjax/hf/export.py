@@ -1,7 +1,5 @@
 """A folder that transformers, vLLM and SGLang load without a line of our code."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -48,20 +46,14 @@ def export_model(
         dtype: float32, bfloat16, float16, or "auto" for each tensor's own.
         evaluation: attribute -> metric -> value, for the model card.
 
-    Raises:
-        ModelError: what no server can load, a tensor that overflows in `dtype`, a folder that cannot be written.
+    Raises ModelError: what no server can load, a tensor that overflows in `dtype`, a folder that cannot be written.
     """
     tokenizer, template, reward = description.tokenizer, description.template, description.kind == "reward"
     ids = {f"{key}_id": tokenizer.token_id(string) for key, string in special_tokens(tokenizer, template).items()}
     if reward:
         _check_servable(description, reader, ids)
-    config = HuggingFaceConfig(
-        model=description.model,
-        architecture=CLASSIFIER if reward else CAUSAL_LM,
-        labels=description.schema.names if reward else (),
-        dtype=dtype,
-        raw=ids | {"problem_type": "regression"},
-    )
+    kind, labels = (CLASSIFIER, description.schema.names) if reward else (CAUSAL_LM, ())
+    config = HuggingFaceConfig(description.model, kind, labels, dtype, ids | {"problem_type": "regression"})
     written_template = chat_template(
         template,
         description.schema,
@@ -81,23 +73,23 @@ def export_model(
 
 def _check_servable(description: Description, reader, ids: Mapping) -> None:
     """What a server needs of a reward model."""
-    if description.schema is None:
-        cure = "leave --template out to change dtype or shard size only"
-        raise ModelError(f"a classifier that does not say which attributes it rates gets no template\n  cure: {cure}")
-    if "reward_bias" in reader.shapes:
-        raise ModelError("the reward head has a bias, which no server reads\n  cure: config.head.use_bias=False")
-    if description.readout != "last":
-        said = f"the reward is read with readout '{description.readout}', and servers read at the last token"
-        raise ModelError(f"{said}\n  cure: train with config.head.readout='last'")
-    if "pad_token_id" not in ids:
-        raise ModelError("the tokenizer has no token to pad with, and a classifier needs one\n  cure: add a <pad>")
+    for wrong, said, cure in (
+        (description.schema is None, "a classifier that does not say which attributes it rates gets no template",
+         "leave --template out to change dtype or shard size only"),
+        ("reward_bias" in reader.shapes, "the reward head has a bias, which no server reads",
+         "train with config.head.use_bias=False"),
+        (description.readout != "last", "the reward is read with readout 'mean', and servers read at the last token",
+         "train with config.head.readout='last'"),
+        ("pad_token_id" not in ids, "the tokenizer has no token to pad with, which a classifier needs", "add a <pad>"),
+    ):  # fmt: skip
+        if wrong:
+            raise ModelError(f"{said}\n  cure: {cure}")
 
 
 def convert_folder(source: Path, output: Path, *, dtype: str = "auto", max_shard_size: str = "5GB") -> None:
     """Writes a Hugging Face folder anew, in another dtype or shard size; tokenizer, template and card stay.
 
-    Raises:
-        ModelError: as `export_model`, or the source is none that we read.
+    Raises ModelError: as `export_model`, or the source is none that we read.
     """
     config = read_config(source)
     reader = FolderReader(source, config)
@@ -111,8 +103,7 @@ def convert_folder(source: Path, output: Path, *, dtype: str = "auto", max_shard
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name when the block ends well; otherwise nothing is left.
 
-    Raises:
-        ModelError: `output` is there and not empty, or cannot be written.
+    Raises ModelError: `output` is there and not empty, or cannot be written.
     """
     output = output.absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -131,15 +122,14 @@ def new_folder(output: Path) -> Iterator[Path]:
 def write_model(folder: Path, config: HuggingFaceConfig, reader, dtype: str, max_shard_size: str) -> None:
     """config.json, and model.safetensors, or several files and an index. One file at a time is in memory.
 
-    Raises:
-        ConfigError: a dtype or size that is none.
-        ModelError: parameters that are not the config's, or a finite number that would be none in `dtype`.
+    Raises ConfigError: a dtype or size that is none. ModelError: parameters that are not the config's, or a finite
+    number that would be none in `dtype`.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
 
-    if dtype not in ("auto", *DTYPES):
-        raise ConfigError(f"--dtype {dtype!r}; cure: auto, {', '.join(DTYPES)}")
+    if dtype not in (known := ("auto", *DTYPES.values())):
+        raise ConfigError(f"--dtype {dtype!r}; cure: {', '.join(known)}")
     if not re.fullmatch(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", max_shard_size, re.IGNORECASE):
         raise ConfigError(f"--max-shard-size {max_shard_size!r}; cure: a size such as 5GB or 500MB")
     prefix = "" if config.architecture == BARE else "model."
@@ -155,9 +145,9 @@ def write_model(folder: Path, config: HuggingFaceConfig, reader, dtype: str, max
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_size,
     )
-    for file, names in ((folder / file, names) for file, names in plan.filename_to_tensors.items()):
+    for file, names in plan.filename_to_tensors.items():
         arrays = {name: _read(reader, by_name[name], dtypes[name]) for name in names}
-        file.touch()
+        (file := folder / file).touch()
         mode = file.stat().st_mode
         save_file(arrays, file, metadata={"format": "pt"})
         file.chmod(mode)  # safetensors lets nobody but the owner read it

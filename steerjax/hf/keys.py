@@ -1,11 +1,8 @@
 """The one map between Hugging Face's Llama tensors and our parameters, for import and for export.
 
 A weight is [out, in] there and [in..., out...] here, so it is transposed and reshaped; a query weight [N*H, D] is
-[D, N, H]. RoPE is half-split on both sides, so no row is ever moved. Layers are tensors of their own there and stacked
-on axis 0 here.
+[D, N, H]. RoPE is half-split on both sides, so no row is ever moved. Layers are stacked here.
 """
-
-from __future__ import annotations
 
 import collections
 import math
@@ -20,6 +17,17 @@ Index = tuple[slice, ...]  # without steps
 CAUSAL_LM = "LlamaForCausalLM"
 CLASSIFIER = "LlamaForSequenceClassification"
 BARE = "LlamaModel"
+# What a layer has, theirs and ours: its norms, and its projections with their inputs and outputs.
+_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
+_PROJECTIONS = {
+    "self_attn.q_proj": ("attention/q", "D", "NH"),
+    "self_attn.k_proj": ("attention/k", "D", "KH"),
+    "self_attn.v_proj": ("attention/v", "D", "KH"),
+    "self_attn.o_proj": ("attention/o", "NH", "D"),
+    "mlp.gate_proj": ("mlp/gate", "D", "F"),
+    "mlp.up_proj": ("mlp/up", "D", "F"),
+    "mlp.down_proj": ("mlp/down", "F", "D"),
+}
 
 
 class Tensor(NamedTuple):
@@ -49,10 +57,7 @@ class Tensor(NamedTuple):
         return layer + tuple(slice(0, size) for size in self.ours)
 
     def hf_index(self, index: Index) -> Index:
-        """The part to read there for the part `index` of our array.
-
-        Inner dimensions of a group (the H of [N, H]) come whole; `to_ours` cuts them.
-        """
+        """What to read there for our `index`. Inner dimensions (the H of [N, H]) come whole; `to_ours` cuts them."""
 
         def flat(group):
             (start, stop, _), inner = group[0][0].indices(group[0][1]), math.prod(size for _, size in group[1:])
@@ -75,29 +80,25 @@ class Tensor(NamedTuple):
 def tensors(config: LlamaConfig, architecture: str, labels: int = 0, *, prefix: str = "model.") -> list[Tensor]:
     """Every tensor of a folder, in the order of the computation.
 
-    `labels` is the number of a classifier's outputs, `prefix` stands before the backbone's names ("" in a bare model's
-    own files).
+    `labels` are a classifier's outputs, `prefix` stands before the backbone's names ("" in a bare model's own files).
     """
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
-    q, kv = (config.num_heads, config.head_dim), (config.num_kv_heads, config.head_dim)
-    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
-    maps = {  # theirs: ours, inputs, outputs
-        "self_attn.q_proj": ("attention/q", (D,), q),
-        "self_attn.k_proj": ("attention/k", (D,), kv),
-        "self_attn.v_proj": ("attention/v", (D,), kv),
-        "self_attn.o_proj": ("attention/o", q, (D,)),
-        "mlp.gate_proj": ("mlp/gate", (D,), (F,)),
-        "mlp.up_proj": ("mlp/up", (D,), (F,)),
-        "mlp.down_proj": ("mlp/down", (F,), (D,)),
+    D, V = config.hidden_size, config.vocab_size
+    sizes = {
+        "D": D,
+        "F": config.intermediate_size,
+        "H": config.head_dim,
+        "N": config.num_heads,
+        "K": config.num_kv_heads,
     }
     found = [Tensor(f"{prefix}embed_tokens.weight", "llama/embedding", None, (V, D))]
     for layer in range(config.num_layers):
         theirs, ours = f"{prefix}layers.{layer}.", "llama/layers/"
-        found += [Tensor(f"{theirs}{n}.weight", f"{ours}{path}/scale", layer, (D,)) for n, path in norms.items()]
-        for name, (path, into, out) in maps.items():
+        found += [Tensor(f"{theirs}{n}.weight", f"{ours}{path}/scale", layer, (D,)) for n, path in _NORMS.items()]
+        for name, (path, *letters) in _PROJECTIONS.items():
+            into, out = (tuple(sizes[letter] for letter in group) for group in letters)
             kernel = f"{ours}{path}/kernel"
             found.append(Tensor(f"{theirs}{name}.weight", kernel, layer, into + out, len(into), turned=True))
-            if config.mlp_bias if path.startswith("mlp") else config.attention_bias:
+            if path.split("/")[1] in config.biased:
                 found.append(Tensor(f"{theirs}{name}.bias", f"{ours}{path}/bias", layer, out, len(out)))
     found.append(Tensor(f"{prefix}norm.weight", "llama/final_norm/scale", None, (D,)))
     if architecture == CAUSAL_LM and not config.tie_word_embeddings:

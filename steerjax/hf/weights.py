@@ -1,7 +1,5 @@
 """The safetensors of a Hugging Face folder, read by slices, straight into the shards of our parameters."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,20 +10,18 @@ import numpy as np
 import pydantic
 
 from steerjax.errors import ModelError
-from steerjax.hf.config_json import HuggingFaceConfig
+from steerjax.hf.config_json import DTYPES, HuggingFaceConfig
 from steerjax.hf.keys import Index, Tensor, stacked_shapes, tensors
 from steerjax.typed import read_json
 
-# Safetensors' names -> ours.
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_AGAIN = "download it again"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_AGAIN = "\n  cure: download it again"
 
 
 def resolve_source(source: str) -> Path:
-    """A local folder, or that of a hub id "owner/name", downloaded where it is not yet: no pickle, no code.
+    """A local folder, or that of a hub id "owner/name", downloaded without pickles and code.
 
-    Raises ModelError where it is neither, or cannot be had.
+    Raises ModelError: neither, or it cannot be had.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -37,41 +33,47 @@ def resolve_source(source: str) -> Path:
     patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
-    except Exception as error:  # the hub's errors share no base: HTTP, offline, gated, not found
+    except Exception as error:  # the hub's errors share no base
         cure = "check the name, log in with `hf auth login` for a gated model, or download it and give the folder"
         raise ModelError(f"'{source}' cannot be had from the hub: {error}\n  cure: {cure}") from error
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True))
-class _ShardIndex:
+class _Shards:
     weight_map: dict[str, str]  # tensor -> file
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor."""
-
     file: Path
     shape: tuple[int, ...]
     dtype: str
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """The tensors of a folder by name.
+    """The tensors of a folder by name, in its one file or those that its index names.
 
-    Raises ModelError: no safetensors, a file that is not whole, an index that is wrong, a dtype that is not read.
+    Raises ModelError: no safetensors, a file that is not whole, a tensor in two files, a dtype that is not read.
     """
-    found, listed = {}, _listed(folder)
-    for file in sorted({folder / name for name in listed.values()}) or [folder / _SINGLE]:
+    index, found = folder / _INDEX, {}
+    if (folder / _SINGLE).is_file():
+        files = [folder / _SINGLE]
+    elif index.is_file():
+        files = sorted({folder / name for name in read_json(_Shards, index, ModelError, _AGAIN).weight_map.values()})
+    else:
+        pickles = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")}
+        said = f", only {_some(pickles)}, which may be pickles and could run code" if pickles else ""
+        cure = "the whole folder; transformers' save_pretrained writes safetensors"
+        raise ModelError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}{said}\n  cure: {cure}")
+    for file in files:
         with _opened(file) as opened:
-            names = set(opened.keys())
-            if wrong := listed and names ^ {name for name in listed if listed[name] == file.name}:
-                raise ModelError(f"'{folder / _INDEX}' is wrong about {_some(wrong)} in {file.name}{_AGAIN}")
-            for name in names:
+            for name in opened.keys():  # noqa: SIM118
                 view = opened.get_slice(name)
-                if (dtype := view.get_dtype()) not in _DTYPES:
+                if name in found:
+                    raise ModelError(f"{name} stands in '{file}' and '{found[name].file}'\n  cure: {_AGAIN}")
+                if (dtype := view.get_dtype()) not in DTYPES:
                     cure = "a model that is not quantized, in float32, bfloat16 or float16"
                     raise ModelError(f"'{file}': {name} has dtype {dtype}, which is not read\n  cure: {cure}")
-                found[name] = Header(file, tuple(view.get_shape()), _DTYPES[dtype])
+                found[name] = Header(file, tuple(view.get_shape()), DTYPES[dtype])
     return found
 
 
@@ -87,7 +89,7 @@ class FolderReader:
 
     `shapes` and `dtypes` are by path ("llama/layers/attention/q/kernel"); where layers differ, the dtype is "float32".
 
-    Raises ModelError: as `read_headers`, or the folder lacks a tensor of its architecture, has others or another shape.
+    Raises ModelError: as `read_headers`, or tensors and shapes are not those of the architecture.
     """
 
     def __init__(self, folder: Path, config: HuggingFaceConfig):
@@ -99,18 +101,14 @@ class FolderReader:
         if config.model.tie_word_embeddings and tied <= have.keys():
             # A tied model may store its head a second time, but only the same numbers.
             if len({read_tensor(headers[name].file, name).tobytes() for name in tied}) > 1:
-                raise ModelError(
-                    f"'{folder}': lm_head.weight is not the embedding, and config.json says tie_word_embeddings\n"
-                    "  cure: set it to false if the head was trained, else remove the tensor"
-                )
+                said = f"'{folder}': lm_head.weight is not the embedding, and config.json says tie_word_embeddings"
+                raise ModelError(f"{said}\n  cure: set it to false if the head was trained, else remove the tensor")
             del have["lm_head.weight"]
         # Old files hold RoPE's frequencies, which follow from the config.
         if wrong := {n for n, _ in have.items() ^ want.items() if not n.endswith("rotary_emb.inv_freq")}:
             shown = [f"{n} is {have.get(n, 'absent')}, not {want.get(n, 'absent')}" for n in wrong]
-            raise ModelError(
-                f"'{folder}' is not the {config.architecture} of its config.json: {_some(shown)}\n"
-                "  cure: the whole model, with the config.json that belongs to it; adapters must be merged first"
-            )
+            said = f"'{folder}' is not the {config.architecture} of its config.json: {_some(shown)}"
+            raise ModelError(f"{said}\n  cure: the whole model with its own config.json; merge adapters first")
         self._stacks: dict[str, list[tuple[Tensor, Header]]] = {}
         for tensor in known:
             self._stacks.setdefault(tensor.path, []).append((tensor, headers[tensor.name]))
@@ -119,10 +117,7 @@ class FolderReader:
         self.dtypes = {path: found.pop() if len(found) == 1 else "float32" for path, found in dtypes.items()}
 
     def read(self, path: str, index: Index, dtype) -> np.ndarray:
-        """The part of a parameter at `index`, read layer by layer.
-
-        Orbax's SafetensorsLayout reads whole flat tensors, which would then be stacked and turned: twice the memory.
-        """
+        """The part of a parameter at `index`, read layer by layer."""
         stack = self._stacks[path]
         stacked = stack[0][0].layer is not None
         layers, part = (stack[index[0]], index[1:]) if stacked else (stack, index)
@@ -140,13 +135,10 @@ def unfit(reader, path: str, expected: tuple[int, ...] | None) -> ModelError:
 def load_parameters(reader, abstract: Mapping) -> dict:
     """A folder's or checkpoint's parameters as global arrays, each process reading only what its devices hold.
 
-    Args:
-        reader: FolderReader or `bundle.reader.CheckpointReader`.
-        abstract: ShapeDtypeStructs with shardings under our names. Groups that are not wanted may be left out, and of
-            the layers only the first be wanted.
+    `abstract` are ShapeDtypeStructs with shardings under our names; groups may be left out, and of the layers only the
+    first be wanted.
 
-    Raises:
-        ModelError: a parameter that is not there, or has another shape.
+    Raises ModelError: a parameter that is not there, or has another shape.
     """
     import jax
 
@@ -158,7 +150,7 @@ def load_parameters(reader, abstract: Mapping) -> dict:
         return path
 
     def load(leaf, path: str):
-        """jax.make_array_from_callback would hold the parts of all local devices in host memory."""
+        # jax.make_array_from_callback would hold the parts of all local devices in host memory.
         places: dict[tuple, list[jax.Device]] = {}
         for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
             bounds = tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape, strict=True))
@@ -174,26 +166,13 @@ def load_parameters(reader, abstract: Mapping) -> dict:
     return jax.tree.map(load, abstract, paths)
 
 
-def _listed(folder: Path) -> dict[str, str]:
-    """The index's tensor -> file; empty where the folder has one file."""
-    if (folder / _SINGLE).is_file():
-        return {}
-    index = folder / _INDEX
-    if not index.is_file():
-        pickles = {f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")}
-        found = f", only {_some(pickles)}, which may be pickles and could run code" if pickles else ""
-        cure = "the whole folder; transformers' save_pretrained writes safetensors"
-        raise ModelError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}{found}\n  cure: {cure}")
-    return read_json(_ShardIndex, index, ModelError, "download it again").weight_map
-
-
 def _opened(file: Path):
     from safetensors import SafetensorError, safe_open
 
     try:
         return safe_open(file, framework="np")
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"'{file}' is truncated, missing or no safetensors file ({error}){_AGAIN}") from None
+        raise ModelError(f"'{file}' is truncated, missing or no safetensors file ({error})\n  cure: {_AGAIN}") from None
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,7 +1,5 @@
 """The report of predicted ratings: a table for the terminal, and a folder with `report.md`, plots and predictions."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

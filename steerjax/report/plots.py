@@ -3,8 +3,6 @@
 matplotlib is optional: each raises SteerjaxError where it is missing. pyplot, the caller's, is left alone.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 `E` examples (rated responses), `A` attributes; all is float64, and a rating that nobody gave is NaN.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -23,8 +23,7 @@ from steerjax.hf.config_json import read_config
 from steerjax.hf.description import read_about
 from steerjax.hf.tokenizer_files import stop_tokens
 from steerjax.hf.weights import FolderReader, load_parameters
-from steerjax.models.llama import CausalLM
-from steerjax.models.reward import RewardModel
+from steerjax.models.llama import CausalLM, RewardModel
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.schema import HELPSTEER, Attribute, Schema
 from tests.hf_folders import (
