@@ -1,4 +1,4 @@
-"""The batch at step s as a pure function of (data, seed, s), and how it gets to the devices."""
+"""The rows of step s as a pure function of (trees, seed, s), and how they get to the devices."""
 
 import functools
 import itertools
@@ -65,8 +65,8 @@ class Feeder:
         """How the arrays of a batch [M, B/M, ...] lie on the mesh: what has T entries a row is cut along them too."""
 
         def one(array: np.ndarray):
-            along = ("length",) if array.shape[:1] == (self.build.row_length,) else (None,) * min(1, array.ndim)
-            return self.spec((None, "batch", *along, *(None,) * (array.ndim - 1)))
+            along = ["length" if i == 0 and n == self.build.row_length else None for i, n in enumerate(array.shape)]
+            return self.spec((None, "batch", *along))
 
         return jax.tree.map(one, self._empty)
 
@@ -76,32 +76,31 @@ class Feeder:
         built = functools.cache(lambda row: jax.tree.leaves(self.build(rows[row])))
         leaf = itertools.count()
 
-        def array(empty: np.ndarray, sharding):
+        def array(abstract: jax.ShapeDtypeStruct):
             number = next(leaf)
 
             def shard(index):
                 parts = np.stack([built(int(row))[number][index[2:]] for row in numbers[index[:2]].flat])
                 return parts.reshape(*numbers[index[:2]].shape, *parts.shape[1:])
 
-            return jax.make_array_from_callback((*numbers.shape, *empty.shape), sharding, shard)
+            return jax.make_array_from_callback(abstract.shape, abstract.sharding, shard)
 
-        return jax.tree.map(array, self._empty, self.shardings)
+        return jax.tree.map(array, self.abstract(len(rows)))
 
     def abstract(self, rows: int) -> Batch:
         """Shapes, dtypes and shardings of a batch of so many rows."""
-        shape = (self.micro_batches, rows // self.micro_batches)
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct((*shape, *x.shape), x.dtype, sharding=s), self._empty, self.shardings
-        )
+
+        def one(x: np.ndarray, sharding):
+            shape = (self.micro_batches, rows // self.micro_batches, *x.shape)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
+
+        return jax.tree.map(one, self._empty, self.shardings)
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: a plan is hashed by identity, arrays have no hash
 class BatchPlan:
-    """Which rows a step trains; a pure function of its fields and the step.
-
-    Rows of one epoch follow those of the one before without a gap; a step may hold the last rows of one epoch and
-    the first of the next. So every example is trained once an epoch and none is dropped.
-    """
+    """Which rows a step trains. Epochs follow each other without a gap, also within a step, so that every example is
+    trained once an epoch and none is dropped."""
 
     trees: tuple[Tree, ...]
     rows: int

@@ -10,41 +10,28 @@ from steerjax.typed import STRICT
 
 
 def _separated(value: Any) -> Any:
-    """`a.jsonl,b.jsonl`, as command lines have it, as a tuple."""
-    if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value) if isinstance(value, list) else value
+    """`a.jsonl,b.jsonl`, as command lines have it, as a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(_separated)]
+Sources = Annotated[tuple[str, ...], BeforeValidator(_separated), Field(strict=False)]
 Format = Literal["auto", "helpsteer", "helpsteer2", "reference", "conversation", "messages", "sharegpt", "alpaca"]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """What is read, and what happens to rows that cannot be used.
+    """What is read, and what happens to rows that cannot be used."""
 
-    Attributes:
-        train, validation: files (docs/formats.md), `hub:OWNER/NAME[:SPLIT]` or `embedded:helpsteer`; a tuple, or one
-            text with commas. Without validation sources, a part of the training prompts is held out.
-        validation_fraction: of the prompts; of the rows, where all have one prompt.
-        schema: a preset of 5, 4 or 9 attributes.
-        attributes: (name, low, high[, meaning]) of each attribute that is rated; takes the preset's place.
-        on_bad_row: `skip` counts bad rows and lists them in skipped.jsonl.
-        on_duplicate: what a row that stands twice is. HelpSteer has such rows by design: two samples of one model
-            can be the same text.
-        split_seed: of the hold-out; apart from `train.seed`, so that runs share their validation rows.
-    """
-
+    # Files (docs/formats.md), `hub:OWNER/NAME[:SPLIT]` or `embedded:helpsteer`; a tuple, or one text with commas.
     train: Annotated[Sources, Field(min_length=1)] = ("embedded:helpsteer",)
-    validation: Sources = ()
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    validation: Sources = ()  # without any, a part of the training prompts is held out
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of the prompts; of the rows, if all have one
     format: Format = "auto"
-    schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"
-    attributes: tuple[tuple[str | float | int, ...], ...] = ()
-    on_bad_row: Literal["error", "skip"] = "error"
-    on_duplicate: Literal["keep", "skip"] = "keep"
-    split_seed: int = 0
+    schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"  # a preset
+    attributes: tuple[tuple[str | float | int, ...], ...] = ()  # (name, low, high[, meaning]); take the preset's place
+    on_bad_row: Literal["error", "skip"] = "error"  # skip counts them and lists them in skipped.jsonl
+    on_duplicate: Literal["keep", "skip"] = "keep"  # HelpSteer has some by design: two samples can be the same text
+    split_seed: int = 0  # of the hold-out; apart from `train.seed`, so that runs share their validation rows
 
     def make_schema(self) -> Schema:
         """The attributes that are rated, in the order of the reward head. Raises ConfigError: a bad entry."""
