@@ -1,4 +1,4 @@
-"""What a model is and how it is run, as frozen data. No jax here: commands read it before they pay for the import."""
+"""What a model is and how it is run, as frozen data, without jax: commands read it before they pay for the import."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class RopeScaling:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class LlamaConfig:
-    """Llama 1, 2, 3, 3.1, 3.2, TinyLlama, SmolLM2. Field names are Hugging Face's.
+    """Llama 1, 2, 3, 3.1, 3.2, TinyLlama, SmolLM2, Mistral.
 
-    `head_dim` 0 stands for `hidden_size // num_heads`, `num_kv_heads` 0 for `num_heads`, `vocab_size` 0 for the
-    tokenizer's (filled in when a run begins).
+    `head_dim` 0 is `hidden_size // num_heads`, `num_kv_heads` 0 `num_heads`, `vocab_size` 0 the tokenizer's (filled in
+    when a run begins).
     """
 
     vocab_size: Count = 0
@@ -54,16 +54,19 @@ class LlamaConfig:
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
         object.__setattr__(self, "head_dim", self.head_dim or self.hidden_size // self.num_heads)
         if self.num_heads % self.num_kv_heads:
-            raise ConfigError(
-                f"model.num_heads {self.num_heads} is not a multiple of model.num_kv_heads {self.num_kv_heads}; "
-                "cure: a multiple, or a divisor"
-            )
+            both = f"model.num_heads {self.num_heads} is no multiple of model.num_kv_heads {self.num_kv_heads}"
+            raise ConfigError(f"{both}; cure: a multiple, or a divisor")
         if self.head_dim % 2 or not self.head_dim:
             raise ConfigError(f"model.head_dim is {self.head_dim}; cure: an even number, RoPE turns pairs")
 
     def architecture(self) -> LlamaConfig:
         """These fields alone, without those of a subclass."""
         return LlamaConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LlamaConfig)})
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """The projections that have a bias, here and in Hugging Face's files."""
+        return ("q", "k", "v", "o") * self.attention_bias + ("gate", "up", "down") * self.mlp_bias
 
     @property
     def block_parameters(self) -> int:
@@ -79,8 +82,8 @@ class ModelConfig(LlamaConfig):
     Attributes:
         source: `random`, or where parameters and architecture come from: a Hugging Face folder, a hub id, or a run of
             ours. All other keys of this group then stay at their defaults.
-        keep_layers: the first layers of the source that are kept; 0 is all. The middle layers of a small model can
-            predict ratings better than the last, which are about the next token.
+        keep_layers: the first layers of the source that are kept, 0 for all. The middle of a small model can predict
+            ratings better than its last layers, which are about the next token.
     """
 
     source: str = "random"
@@ -89,11 +92,9 @@ class ModelConfig(LlamaConfig):
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class HeadConfig:
-    """The reward head.
+    """The reward head: it reads the response's last token, or the mean of all (NeMo-Aligner's `use_avg_pool`).
 
-    Attributes:
-        readout: state at the response's last token, or mean over prompt and response (NeMo-Aligner's `use_avg_pool`).
-        use_bias: off by default, as no stock server loads a bias.
+    No stock server loads a bias.
     """
 
     readout: Literal["last", "mean"] = "last"
@@ -105,10 +106,9 @@ class ComputeConfig:
     """How the model is run; changes speed and memory, not the model.
 
     Attributes:
-        dtype: of the computation; parameters and optimizer state are float32. `auto` is bfloat16 on accelerators and
-            float32 on CPU.
+        dtype: of the computation; parameters and optimizer state are float32. `auto`: float32 on CPU, else bfloat16.
         remat: what a layer keeps for its backward pass: all (`none`), matrix products (`dots`), nothing (`full`).
-        unroll: layers a step of the scan over layers, for compile time; 0 is all on a CPU and 1 elsewhere.
+        unroll: layers a step of the scan over layers; 0 is all on a CPU and 1 elsewhere.
         attention: `chunked` (dense, skips the future), `blockwise` (skips all that the mask forbids), or a kernel,
             `splash` (TPU) or `cudnn` (GPU); all are one function. `auto` takes blockwise on CPU, splash on TPU and
             cudnn on GPU where they fit, else chunked, and a run's summary says why.

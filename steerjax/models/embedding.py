@@ -1,7 +1,5 @@
 """Embedding look-up in a table that is cut over the mesh, without ever gathering the table."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,9 +10,8 @@ from steerjax.parallel.rules import constrain, mesh_ways, partition_spec
 def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the table. On a mesh tokens and rows travel: XLA, left alone, gathers the table or its gradient.
 
-    Each device looks the tokens of its whole `fsdp` group up in its own piece of the table, with zeros for tokens that
-    are not in it; then the group swaps pieces of rows for rows, and the zeros are added away over `tensor`. Shapes that
-    the mesh does not divide are left to XLA.
+    A device looks the tokens of its `fsdp` group up in its own piece of the table, zeros for those not in it; then the
+    group swaps pieces of rows for rows, and `tensor` adds the zeros away. Shapes the mesh does not divide go to XLA.
     """
 
     def local(table, tokens):
@@ -25,12 +22,9 @@ def look_up(table: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Arra
         rows = jax.lax.all_to_all(rows, "fsdp", split_axis=0, concat_axis=2, tiled=True)
         return jax.lax.psum(rows, "tensor")
 
-    mesh, cut = jax.sharding.get_abstract_mesh(), partition_spec(("batch", "length"))
-    if (
-        mesh.empty
-        or mesh.size == 1
-        or any(n % mesh_ways(mesh, axes) for n, axes in zip(tokens.shape, cut, strict=True))
-    ):
-        return constrain(table[tokens], "batch", "length", "activation_embed")
-    out = partition_spec(("batch", "length", "activation_embed"))
-    return jax.shard_map(local, in_specs=(partition_spec(("vocab", "embed")), cut), out_specs=out)(table, tokens)
+    mesh, out = jax.sharding.get_abstract_mesh(), ("batch", "length", "activation_embed")
+    cut = partition_spec(out[:2])
+    if mesh.empty or mesh.size == 1 or any(n % mesh_ways(mesh, a) for n, a in zip(tokens.shape, cut, strict=True)):
+        return constrain(table[tokens], *out)
+    specs = partition_spec(("vocab", "embed")), cut
+    return jax.shard_map(local, in_specs=specs, out_specs=partition_spec(out))(table, tokens)

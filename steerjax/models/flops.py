@@ -1,7 +1,5 @@
 """Model FLOPs (no recomputation counted) and the one table of chips."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from steerjax.models.config import LlamaConfig
@@ -10,7 +8,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device, from its vendor's data sheet. Bandwidths are bytes/s in one direction, over all links of the chip."""
+    """One device, from its vendor's data sheet. Bandwidths are bytes/s in one direction, over all links."""
 
     peak_flops: float  # dense bfloat16 FLOP/s
     hbm_bytes: float = 0.0  # what a program can use; for a TPU what its compiler says, less than the data sheet's
@@ -42,12 +40,10 @@ def training_flops(
     """Model FLOPs of forward and backward pass.
 
     6 a token and parameter of the layers (2 forward, 4 backward), and 12 N H a layer for each (query, key) pair that
-    the mask allows, so that packing does not flatter. The embedding look-up is free. Frozen layers have no backward
-    pass, and `cached` no forward pass either.
+    the mask allows. Frozen layers have no backward pass, and `cached` no forward pass either.
 
     Args:
-        tokens: without padding.
-        attention_pairs: the sum of until[j] - j over these tokens.
+        tokens: without padding. attention_pairs: the sum of until[j] - j over them.
         head_outputs: width of the head times the share of tokens it reads, e.g. the vocabulary for a language model.
     """
     layer = 6.0 * tokens * config.block_parameters + 12.0 * attention_pairs * config.num_heads * config.head_dim

@@ -1,10 +1,8 @@
-"""Llama in Linen. Modules hold parameters and names; the mathematics is in rope.py and attention/.
+"""Llama in Linen, with either head. Modules hold parameters and names; the mathematics is in rope.py and attention/.
 
 Letters: B rows, T tokens, D model width, F feed-forward width, N query heads, K key-value heads, H head size,
 L layers, V vocabulary, A attributes.
 """
-
-from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
@@ -16,12 +14,14 @@ from flax import linen as nn
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.models.attention import Cache, Plan, cached_attention, make_plan, self_attention
+from steerjax.models.attention import Cache, Plan, cached_attention, make_plan, seen_mean, self_attention
 from steerjax.models.config import LlamaConfig
 from steerjax.models.embedding import look_up
 from steerjax.models.rope import apply_rope, rope_tables
 from steerjax.parallel.rules import constrain, logical
 
+Ints = Int[Array, "B T"]
+States = Float[Array, "B T D"]
 # What a layer keeps for its backward pass: name -> checkpoint policy (None: everything, no remat).
 REMAT_POLICIES = {
     "none": None,
@@ -51,24 +51,21 @@ class Context(NamedTuple):
     mask: Bool[Array, "B T S+T"] | None
 
 
-def rms_norm(x: Float[Array, "... D"], scale: Float[Array, " D"], epsilon: float) -> Float[Array, "... D"]:
-    """x over its root mean square, times scale; statistics in float32, returned in x's dtype."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return scale.astype(x.dtype) * normed.astype(x.dtype)
-
-
 class RMSNorm(nn.Module):
+    """x over its root mean square, times a scale; statistics in float32, returned in x's dtype."""
+
     epsilon: float
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         scale = self.param("scale", logical(nn.initializers.ones, "norm"), (x.shape[-1],), jnp.float32)
-        return rms_norm(x, scale, self.epsilon)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        return scale.astype(x.dtype) * normed.astype(x.dtype)
 
 
 class Linear(nn.Module):
-    """x times a kernel, as an einsum: `equation` names every dimension, and so the kernel's shape and axes."""
+    """x times a kernel, as an einsum that names every dimension, and so the kernel's shape and axes."""
 
     equation: str
     config: LlamaConfig
@@ -85,8 +82,7 @@ class Linear(nn.Module):
 
         kernel = param("kernel", nn.initializers.normal(c.initializer_range), inputs.split(",")[1])
         y = jnp.einsum(self.equation, x, kernel)
-        use_bias = c.mlp_bias if "F" in self.equation else c.attention_bias
-        return y + param("bias", nn.initializers.zeros, outputs.removeprefix("BT")) if use_bias else y
+        return y + param("bias", nn.initializers.zeros, outputs.removeprefix("BT")) if self.name in c.biased else y
 
 
 class Attention(nn.Module):
@@ -94,7 +90,7 @@ class Attention(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None):
+    def __call__(self, x: States, context: Context, cache: Cache | None):
         linear = functools.partial(Linear, config=self.config, dtype=self.compute.dtype)
         q = apply_rope(linear("BTD,DNH->BTNH", name="q")(x), *context.rope)
         k = apply_rope(linear("BTD,DKH->BTKH", name="k")(x), *context.rope)
@@ -112,7 +108,7 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: States) -> States:
         linear = functools.partial(Linear, config=self.config, dtype=self.dtype)
         y = jax.nn.silu(linear("BTD,DF->BTF", name="gate")(x)) * linear("BTD,DF->BTF", name="up")(x)
         return linear("BTF,FD->BTD", name="down")(constrain(y, "batch", "length", "activation_mlp"))
@@ -125,7 +121,7 @@ class Block(nn.Module):
     compute: Compute
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None):
+    def __call__(self, x: States, context: Context, cache: Cache | None):
         norm = functools.partial(RMSNorm, self.config.rms_norm_eps)
         normed = norm(name="attention_norm")(x)
         y, cache = Attention(self.config, self.compute, name="attention")(normed, context, cache)
@@ -159,15 +155,15 @@ class Llama(nn.Module):
         params = jax.vmap(lambda key: block.init(key, *arguments)["params"])(jax.random.split(key, c.num_layers))
         return meta.add_axis(params, 0, {nn.PARTITION_NAME: "layers"})
 
-    def _context(self, positions: Int[Array, "B T"], until=None, mask=None) -> Context:
+    def _context(self, positions: Ints, until=None, mask=None) -> Context:
         c, run = self.config, self.compute
         plan = None if until is None else make_plan(run.attention, until, run.chunk, run.dtype)
         return Context(rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling), plan, mask)
 
-    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    def _embed(self, tokens: Ints) -> States:
         return look_up(self.embedding.astype(self.compute.dtype), tokens)
 
-    def _run(self, x: Float[Array, "B T D"], context: Context, first: int, last: int, cache: Cache | None = None):
+    def _run(self, x: States, context: Context, first: int, last: int, cache: Cache | None = None):
         """Layers [first, last): their output, and keys and values [L B T K H] where there is a cache."""
         block = Block(self.config, self.compute, parent=None)
 
@@ -177,19 +173,12 @@ class Llama(nn.Module):
 
         if (policy := REMAT_POLICIES[self.compute.remat]) is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        stack = self.layers
-        if (first, last) != (0, self.config.num_layers):
-            stack = jax.tree.map(lambda p: p[first:last], stack)
+        stack = jax.tree.map(lambda p: p[first:last], self.layers)
         return jax.lax.scan(layer, x, (stack, cache), unroll=max(1, min(self.compute.unroll, last - first)))
 
     def hidden(
-        self,
-        tokens: Int[Array, "B T"],
-        positions: Int[Array, "B T"],
-        until: Int[Array, "B T"],
-        frozen: int = 0,
-        states: Float[Array, "B T D"] | None = None,
-    ) -> Float[Array, "B T D"]:
+        self, tokens: Ints, positions: Ints, until: Ints, frozen: int = 0, states: States | None = None
+    ) -> States:
         """Hidden states of packed rows.
 
         Args:
@@ -205,18 +194,14 @@ class Llama(nn.Module):
         x, _ = self._run(x, context, frozen, self.config.num_layers)
         return self.final_norm(x)
 
-    def frozen_states(self, tokens, positions, until, frozen: int) -> Float[Array, "B T D"]:
+    def frozen_states(self, tokens, positions, until, frozen: int) -> States:
         """What the first `frozen` layers give; arguments of `hidden`."""
         return self._run(self._embed(tokens), self._context(positions, until), 0, frozen)[0]
 
-    def extend(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache, mask: Bool[Array, "B T S+T"]
-    ) -> tuple[Float[Array, "B T D"], Cache]:
-        """States of new tokens that go on after cached ones, and their keys and values [L B T K H].
+    def extend(self, tokens: Ints, positions: Ints, cache: Cache, mask: Bool[Array, "B T S+T"]) -> tuple[States, Cache]:
+        """States of new tokens that go on after cached ones (of all layers, S may be 0), and their own keys and values.
 
-        Args:
-            cache: keys and values [L B S K H]; S may be 0.
-            mask: which tokens each new one sees: the cached ones, then the new ones, none after itself.
+        `mask` says which tokens each new one sees: the cached ones, then the new ones, none after itself.
         """
         context = self._context(positions, mask=mask)
         x, new = self._run(self._embed(tokens), context, 0, self.config.num_layers, cache)
@@ -229,13 +214,13 @@ class Headed(nn.Module):
     def initialize(self) -> None:
         self.llama.initialize()
 
-    def hidden(self, *arguments, **options) -> Float[Array, "B T D"]:
+    def hidden(self, *arguments, **options) -> States:
         return self.llama.hidden(*arguments, **options)
 
-    def frozen_states(self, *arguments) -> Float[Array, "B T D"]:
+    def frozen_states(self, *arguments) -> States:
         return self.llama.frozen_states(*arguments)
 
-    def extend(self, *arguments) -> tuple[Float[Array, "B T D"], Cache]:
+    def extend(self, *arguments) -> tuple[States, Cache]:
         return self.llama.extend(*arguments)
 
 
@@ -256,6 +241,38 @@ class CausalLM(Headed):
         kernel = self.llama.embedding.T if self.config.tie_word_embeddings else self.lm_head
         return jnp.matmul(states, kernel.astype(self.compute.dtype), preferred_element_type=jnp.float32)
 
-    def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], until: Int[Array, "B T"]):
-        """Logits [B T V]."""
+    def __call__(self, tokens: Ints, positions: Ints, until: Ints) -> Float[Array, "B T V"]:
         return self.head(self.hidden(tokens, positions, until))
+
+
+class RewardModel(Headed):
+    """Llama with a float32 head: predicted ratings of the text that ends at each token; at its end, of a response.
+
+    `num_attributes` is A; `readout` and `use_bias` as in `HeadConfig`.
+    """
+
+    config: LlamaConfig
+    num_attributes: int
+    readout: str = "last"
+    use_bias: bool = False
+    compute: Compute = Compute()
+
+    def setup(self):
+        self.llama = Llama(self.config, self.compute)
+        shape = (self.config.hidden_size, self.num_attributes)
+        kernel = logical(nn.initializers.normal(self.config.initializer_range), "embed", "attributes")
+        self.reward_head = self.param("reward_head", kernel, shape, jnp.float32)
+        if self.use_bias:
+            self.reward_bias = self.param("reward_bias", logical(nn.initializers.zeros, "attributes"), shape[1:])
+
+    def read(self, hidden: States, until: Ints) -> States:
+        """The float32 states that the head reads."""
+        return hidden.astype(jnp.float32) if self.readout == "last" else seen_mean(hidden, until)
+
+    def head(self, states: Float[Array, "... D"]) -> Float[Array, "... A"]:
+        """Ratings, float32."""
+        ratings = jnp.einsum("...D,DA->...A", states, self.reward_head, precision="highest")
+        return ratings + self.reward_bias if self.use_bias else ratings
+
+    def __call__(self, tokens: Ints, positions: Ints, until: Ints) -> Float[Array, "B T A"]:
+        return self.head(self.read(self.hidden(tokens, positions, until), until))

@@ -1,7 +1,5 @@
 """Rotary position embedding, half-split as in Hugging Face's Llama, so that no weight is ever permuted."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -12,15 +10,15 @@ from steerjax.models.config import RopeScaling
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Float[np.ndarray, " H/2"]:
     """Radians a position, one for each pair of the head, float32.
 
-    `llama3` scaling (Llama 3.1, `modeling_rope_utils` in transformers): long waves are slowed down by `factor`, short
-    ones left alone, those between blended.
+    Llama 3.1's scaling (`modeling_rope_utils` in transformers) slows long waves down by `factor`, leaves short ones
+    alone, and blends those between.
     """
     frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     if scaling.factor == 1.0:
         return frequencies
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)  # within the original context
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = np.clip(blend, 0, 1)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = np.clip((turns - low) / (high - low), 0, 1)
     return ((1 - blend) * frequencies / scaling.factor + blend * frequencies).astype(np.float32)
 
 

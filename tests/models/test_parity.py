@@ -8,8 +8,7 @@ from flax.core import meta
 
 from steerjax.models.attention import Cache
 from steerjax.models.config import LlamaConfig, RopeScaling
-from steerjax.models.llama import CausalLM, Compute
-from steerjax.models.reward import RewardModel
+from steerjax.models.llama import CausalLM, Compute, RewardModel
 
 pytestmark = pytest.mark.parity
 

@@ -11,8 +11,7 @@ from steerjax.data.batch import Feeder
 from steerjax.data.packing import pack, unshared_rows
 from steerjax.data.trees import Example, grow
 from steerjax.errors import ConfigError
-from steerjax.models.llama import CausalLM, Compute
-from steerjax.models.reward import RewardModel
+from steerjax.models.llama import CausalLM, Compute, RewardModel
 from steerjax.objectives import Setting
 from steerjax.objectives.objective import TRAIN
 from steerjax.objectives.regression import Regression, RegressionConfig

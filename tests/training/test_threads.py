@@ -13,8 +13,7 @@ from steerjax.data.oasst import read_threads
 from steerjax.data.packing import pack, packing_statistics, unshared_rows
 from steerjax.data.trees import grow
 from steerjax.models.config import LlamaConfig
-from steerjax.models.llama import CausalLM, Compute
-from steerjax.models.reward import RewardModel
+from steerjax.models.llama import CausalLM, Compute, RewardModel
 from steerjax.objectives import Setting
 from steerjax.objectives.objective import TRAIN, VALIDATION
 from steerjax.objectives.regression import Regression, RegressionConfig

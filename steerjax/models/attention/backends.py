@@ -1,22 +1,20 @@
 """The attentions: which one runs where, and each of them on a mesh. All are one function: dense, under `mask.allowed`.
 
-With a context axis a device has a part of each row's queries; layer by layer it gathers the keys and values of whole
-rows over that axis, and no other activation. (In a causal row the last part has the most to do.)
+With a context axis a device has a part of each row's queries, and gathers only the keys and values of whole rows, layer
+by layer.
 """
-
-from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from steerjax.errors import ConfigError
 from steerjax.models.attention.blockwise import block_plan, blockwise_attention
 from steerjax.models.attention.kernels import LANES, cudnn_attention, cudnn_bias, splash_attention, splash_plan
-from steerjax.models.attention.mask import allowed, causal_attention
+from steerjax.models.attention.mask import Heads, Keys, allowed, causal_attention
 from steerjax.parallel.rules import RULES, mesh_ways, partition_spec
 
 SPLASH_LARGEST = 16384**2  # pairs of a row; at 2 bytes each, 512 MiB
@@ -38,7 +36,7 @@ class Plan:
 def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype) -> Plan:
     """The plan of a batch, on the mesh that is set, for queries of this dtype.
 
-    Where the rows cannot be cut as the back end and the mesh need (rows to rate have any length), it is `chunked`.
+    Rows that cannot be cut as the back end and the mesh need (those to rate have any length) are `chunked`.
     """
     part = until.shape[1] // _context_size()
     if name == "chunked" or part % {"splash": LANES, "cudnn": 2}.get(name, chunk) or not _divides(until.shape, _ROWS):
@@ -53,13 +51,8 @@ def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype) -> Plan:
     return Plan(until, _on_mesh(local, (("batch",),), _MASK[name])(until), name, chunk)
 
 
-def self_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], plan: Plan
-) -> Float[Array, "B T N H"]:
-    """Attention over packed rows on the mesh that is set: each device for its own rows, heads and queries.
-
-    Token i sees token j exactly if `j <= i < until[j]`. Softmax in float32, N / K query heads to a key-value head.
-    """
+def self_attention(q: Heads, k: Keys, v: Keys, plan: Plan) -> Heads:
+    """Attention over packed rows on the mesh that is set: each device for its own rows, heads and queries."""
 
     def local(q, k, v, until, mask):
         if _context_size() > 1:
@@ -84,9 +77,8 @@ def _on_mesh(function, inputs: tuple[tuple, ...], output: tuple):
     """`function` on each device's part of its arguments, which have these logical axes; without a mesh, as it is."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    specs = tuple(map(partition_spec, inputs))
-    # Loop carries start as constants, which the check takes for replicated.
-    return jax.shard_map(function, in_specs=specs, out_specs=partition_spec(output), check_vma=False)
+    specs = {"in_specs": tuple(map(partition_spec, inputs)), "out_specs": partition_spec(output)}
+    return jax.shard_map(function, **specs, check_vma=False)  # a loop's constant carry would pass for replicated
 
 
 def _context_size() -> int:
@@ -100,13 +92,13 @@ def _start(part: int) -> int | Int[Array, ""]:
 
 
 def _divides(shape: tuple[int, ...], axes: tuple[str, ...]) -> bool:
-    """Whether the mesh cuts the first dimensions of an array, which have these logical axes, into equal parts."""
+    """Whether the mesh cuts an array's first dimensions, of these logical axes, into equal parts."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or not any(n % mesh_ways(mesh, cut) for n, cut in zip(shape, partition_spec(axes), strict=False))
 
 
 class Choice(NamedTuple):
-    """A back end (`blockwise`, `chunked`, `cudnn`, `splash`), and why it is that one."""
+    """A back end, and why it is that one."""
 
     name: str
     reason: str
@@ -115,13 +107,10 @@ class Choice(NamedTuple):
 def choose_backend(name: str, platform: str, dtype, head_dim: int, length: int, chunk: int, context: int) -> Choice:
     """The back end that runs: the named one, or for `auto` the machine's own where it fits, else `chunked`.
 
-    Args:
-        platform: `cpu`, `tpu`; any other is a GPU.
-        length, chunk: of a row, and `config.compute.attention_chunk`, in tokens.
-        context: devices along the context axis; -1 where it is not known yet.
+    A platform that is neither `cpu` nor `tpu` is a GPU. `length` of a row and `chunk` are tokens, `context` the devices
+    along that axis, -1 where that is not known yet.
 
-    Raises:
-        ConfigError: the named one cannot run this.
+    Raises ConfigError: the named one cannot run this.
     """
     own = {"cpu": "blockwise", "tpu": "splash"}.get(platform, "cudnn")
     problem = _unfit(own if name == "auto" else name, platform, jnp.dtype(dtype).name, head_dim, length, chunk, context)
@@ -141,19 +130,15 @@ def _unfit(name: str, platform: str, dtype: str, head_dim: int, length: int, chu
     part = length // context
     tokens, elsewhere = f"a device's {part} tokens of a row", f"it does not run on {platform}"
     old = jax.default_backend() == "gpu" and float(jax.local_devices()[0].compute_capability) < 8
-    problems = {
-        "blockwise": ((part % chunk, f"config.compute.attention_chunk {chunk} is no divisor of {tokens}"),),
-        "splash": (
-            (platform != "tpu", elsewhere),
-            (part % LANES, f"{tokens} are no multiple of {LANES}"),
-            (part * length > SPLASH_LARGEST, f"its mask of {part} x {length} tokens a row is too large"),
-        ),
-        "cudnn": (
-            (platform in ("cpu", "tpu"), elsewhere),
-            (old, "it wants an Ampere GPU or a newer one"),
-            (dtype not in ("bfloat16", "float16"), f"it computes in bfloat16, not in {dtype}"),
-            (head_dim % 8 or head_dim > 128, f"head size {head_dim} is no multiple of 8 up to 128"),
-            (part % 2, f"{tokens} are no even number"),
-        ),
-    }
-    return next((problem for wrong, problem in problems[name] if wrong), None)
+    problems = (
+        ("blockwise", part % chunk, f"config.compute.attention_chunk {chunk} is no divisor of {tokens}"),
+        ("splash", platform != "tpu", elsewhere),
+        ("splash", part % LANES, f"{tokens} are no multiple of {LANES}"),
+        ("splash", part * length > SPLASH_LARGEST, f"its mask of {part} x {length} tokens a row is too large"),
+        ("cudnn", platform in ("cpu", "tpu"), elsewhere),
+        ("cudnn", old, "it wants an Ampere GPU or a newer one"),
+        ("cudnn", dtype not in ("bfloat16", "float16"), f"it computes in bfloat16, not in {dtype}"),
+        ("cudnn", head_dim % 8 or head_dim > 128, f"head size {head_dim} is no multiple of 8 up to 128"),
+        ("cudnn", part % 2, f"{tokens} are no even number"),
+    )
+    return next((said for who, wrong, said in problems if who == name and wrong), None)

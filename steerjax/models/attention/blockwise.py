@@ -1,11 +1,9 @@
 """Attention that computes only the blocks the mask allows, in plain JAX.
 
-The bounds of `until` in a block of keys tell whether a block is empty, full or mixed; loops visit the full ones without
-a mask and the mixed ones with it, forward with a running softmax and backward from the saved log-sum-exp
-(FlashAttention-2, arXiv 2307.08691, algorithms 1 and 2).
+The bounds of `until` in a block tell whether it is empty, full or mixed; loops visit the full ones without a mask and
+the mixed ones with it, forward with a running softmax and backward from the saved log-sum-exp (FlashAttention-2, arXiv
+2307.08691, algorithms 1 and 2).
 """
-
-from __future__ import annotations
 
 import functools
 from typing import NamedTuple
@@ -13,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from steerjax.models.attention.mask import Heads, Keys
 
 NEGATIVE = -1e30  # finite: a block may hold no key for a query, and inf - inf is NaN
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -30,7 +30,7 @@ class BlockPlan(NamedTuple):
 def block_plan(
     until: Int[Array, "B S"], block: int, start: int | Int[Array, ""] = 0, length: int | None = None
 ) -> BlockPlan:
-    """The plan of rows; arguments of `mask.allowed`, all multiples of `block`."""
+    """The plan of rows; arguments of `mask.allowed`, multiples of `block`."""
     B, S = until.shape
     numbers = start // block + jnp.arange((length or S) // block)
     first = numbers[:, None] * block  # queries first to end - 1, keys from k0 on
@@ -56,8 +56,7 @@ def _scores(row: _Row, plan: BlockPlan, i, j, masked: bool) -> Float[Array, "K G
     scores = _einsum("KQH,KSH->KQS", row.q[i], row.k[j]) * row.q.shape[-1] ** -0.5
     if not masked:
         return scores
-    b = row.until.shape[1]
-    place = jnp.arange(b)
+    place = jnp.arange(b := row.until.shape[1])
     queries = (plan.queries[i] * b + place)[:, None]
     mask = (j * b + place <= queries) & (queries < row.until[j])
     return jnp.where(jnp.tile(mask, (scores.shape[1] // b, 1)), scores, NEGATIVE)
@@ -112,18 +111,17 @@ def _backward_row(row: _Row, plan: BlockPlan, out, logsumexp, gradient):
         dq, dk, dv = _over_keys(plan, i, visit, (jnp.zeros((K, Gb, H)), *carry))
         return (dk, dv), dq
 
-    zeros = jnp.zeros(row.k.shape)
-    (dk, dv), dq = jax.lax.scan(queries, (zeros, zeros), jnp.arange(n))
+    (dk, dv), dq = jax.lax.scan(queries, (jnp.zeros(row.k.shape),) * 2, jnp.arange(n))
     return dq, dk, dv
 
 
-def _to_blocks(x: Float[Array, "B T N H"], K: int, block: int) -> Float[Array, "B n K Gb H"]:
+def _to_blocks(x: Heads, K: int, block: int) -> Float[Array, "B n K Gb H"]:
     B, T, N, H = x.shape
     x = x.reshape(B, T // block, block, K, N // K, H).transpose(0, 1, 3, 4, 2, 5)
     return x.reshape(B, T // block, K, N // K * block, H)
 
 
-def _from_blocks(x: Float[Array, "B n K Gb H"], block: int) -> Float[Array, "B T N H"]:
+def _from_blocks(x: Float[Array, "B n K Gb H"], block: int) -> Heads:
     B, n, K, Gb, H = x.shape
     x = x.reshape(B, n, K, Gb // block, block, H).transpose(0, 1, 4, 2, 3, 5)
     return x.reshape(B, n * block, K * (Gb // block), H)
@@ -134,17 +132,10 @@ def _rows(q, k, v, until, block: int) -> _Row:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def blockwise_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    until: Int[Array, "B S"],
-    plan: BlockPlan,
-    block: int,
-) -> Float[Array, "B T N H"]:
-    """Self-attention over packed rows under the mask of `mask.allowed`; softmax in float32.
+def blockwise_attention(q: Heads, k: Keys, v: Keys, until: Int[Array, "B S"], plan: BlockPlan, block: int) -> Heads:
+    """Self-attention under the mask of `mask.allowed`, softmax in float32; k, v and until are of whole rows.
 
-    k, v and until are of whole rows; `plan` is the `block_plan` of these until, queries and block.
+    `plan` is the `block_plan` of these until, queries and block.
     """
     return _forward(q, k, v, until, plan, block)[0]
 

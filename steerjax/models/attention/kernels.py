@@ -7,13 +7,13 @@ cuDNN (GPU, bfloat16 or float16): the mask is a bias, at 4 bytes a pair: the bia
 writes. The future is skipped; other forbidden pairs are computed and masked.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from steerjax.models.attention.mask import Heads, Keys
 
 LANES = 128  # splash wants multiples of it
 FORBIDDEN = -(2.0**41)  # what jax.nn writes for a mask: cuDNN mishandles the least numbers of bfloat16
@@ -32,13 +32,7 @@ def splash_plan(mask: Bool[Array, "B T S"]) -> tuple:
     return tuple(jax.vmap(functools.partial(row, process))(mask) for process in processes)
 
 
-def splash_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    plan: tuple,
-    interpret: bool = False,
-) -> Float[Array, "B T N H"]:
+def splash_attention(q: Heads, k: Keys, v: Keys, plan: tuple, interpret: bool = False) -> Heads:
     """Self-attention under the mask of a `splash_plan`; `interpret` runs the kernel in plain JAX, on any machine."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
@@ -63,13 +57,7 @@ def cudnn_bias(mask: Bool[Array, "B T S"], dtype=jnp.bfloat16) -> Float[Array, "
     return jnp.where(mask[:, None], 0.0, FORBIDDEN).astype(dtype)
 
 
-def cudnn_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    bias: Float[Array, "B 1 T S"],
-    implementation: str = "cudnn",
-) -> Float[Array, "B T N H"]:
+def cudnn_attention(q: Heads, k: Keys, v: Keys, bias: Float[Array, "B 1 T S"], implementation: str = "cudnn") -> Heads:
     """Self-attention under a `cudnn_bias`; the implementation `xla` is the same function on any machine."""
     whole = q.shape[1] == k.shape[1]  # else the queries start somewhere in the row, which only the bias knows
     return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=whole, implementation=implementation)

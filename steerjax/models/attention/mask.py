@@ -5,8 +5,6 @@ subtree: one integer a token, `until[j]`, is the whole mask. Padding sees itself
 (FlashMask's column form for causal masks, arXiv 2410.01359; tree training, arXiv 2511.00413.)
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,29 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+Heads = Float[Array, "B T N H"]  # of queries and outputs
+Keys = Float[Array, "B S K H"]  # and values; N / K query heads share one
+
 
 def allowed(
     until: Int[Array, "B S"], start: int | Int[Array, ""] = 0, length: int | None = None
 ) -> Bool[Array, "B T S"]:
-    """True where a query sees a key: `j <= i < until[j]`.
-
-    Args:
-        until: the first place in the row where each token is no longer seen.
-        start, length: of the queries in their rows; all by default.
-    """
+    """True where a query sees a key: `j <= i < until[j]`; `start` and `length` are the queries', all by default."""
     S = until.shape[1]
-    queries = start + jnp.arange(S if length is None else length)[:, None]
+    queries = start + jnp.arange(length or S)[:, None]
     return (jnp.arange(S) <= queries) & (queries < until[:, None, :])
 
 
-def attend(
-    q: Float[Array, "B T N H"], parts: Sequence[tuple[Array, Array]], mask: Bool[Array, "B T S"]
-) -> Float[Array, "B T N H"]:
-    """Softmax attention over the keys that `mask` allows, N/K query heads to a key-value head; softmax in float32.
+def attend(q: Heads, parts: Sequence[tuple[Keys, Keys]], mask: Bool[Array, "B T S"]) -> Heads:
+    """Softmax attention, in float32, over the keys that `mask` allows.
 
-    Args:
-        parts: (keys, values) [B, S_i, K, H]; several, so that a cache is not copied to put new keys after it.
-        mask: over all keys in the order of the parts; S is the sum of the S_i.
+    Keys and values come in parts, one after the other, so that a cache is not copied to put new keys after it.
     """
     B, T, N, H = q.shape
     K = parts[0][0].shape[2]
@@ -58,14 +50,7 @@ class Cache(NamedTuple):
     values: Float[Array, "*L B S K H"]
 
 
-def cached_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
-    cache: Cache,
-    mask: Bool[Array, "B T S+T"],
-    chunk: int = 256,
-) -> Float[Array, "B T N H"]:
+def cached_attention(q: Heads, k: Keys, v: Keys, cache: Cache, mask: Bool[Array, "B T S+T"], chunk: int = 256) -> Heads:
     """Attention of new tokens over cached ones and over themselves, `chunk` queries at a time.
 
     `mask` is over cached, then new tokens; a token sees no new one after it.
@@ -78,17 +63,12 @@ def cached_attention(
 
 
 def causal_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B S K H"],
-    v: Float[Array, "B S K H"],
-    until: Int[Array, "B S"],
-    chunk: int = 256,
-    start: int | Int[Array, ""] = 0,
-) -> Float[Array, "B T N H"]:
-    """Attention over packed rows, `chunk` queries at a time, which are given only the keys before them.
+    q: Heads, k: Keys, v: Keys, until: Int[Array, "B S"], chunk: int = 256, start: int | Int[Array, ""] = 0
+) -> Heads:
+    """Attention over packed rows, `chunk` queries at a time, with only the keys before them, and no scores kept.
 
-    Half of the score matrix is never computed, and none of it is kept for the backward pass. k, v and until are of
-    whole rows, in which the queries start at `start`; where that is no plain number, the future is masked, not skipped.
+    k, v and until are of whole rows, in which the queries start at `start`; where that is no plain number, the future
+    is masked, not skipped.
     """
 
     @jax.checkpoint
@@ -97,10 +77,9 @@ def causal_attention(
 
     outputs = []
     for begin in range(0, q.shape[1], chunk):
-        seen = start + begin + chunk if isinstance(start, int) else None
-        outputs.append(
-            attend_chunk(q[:, begin : begin + chunk], k[:, :seen], v[:, :seen], until[:, :seen], start + begin)
-        )
+        seen = slice(start + begin + chunk if isinstance(start, int) else None)
+        queries = q[:, begin : begin + chunk]
+        outputs.append(attend_chunk(queries, k[:, seen], v[:, seen], until[:, seen], start + begin))
     return jnp.concatenate(outputs, axis=1)
 
 
