@@ -38,12 +38,12 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
     check_turns(turns, key)
     if turns and turns[0].role == "system":
         if system not in (None, turns[0].content):
-            raise DataError("the row has two system texts", f"{key}[0]", "keep one, or remove the row")
-        system, *turns = turns[0].content, *turns[1:]
+            raise DataError("two system texts", f"{key}[0]", "keep one, or remove the row")
+        system = turns.pop(0).content
     if not turns:
         raise DataError("no turn beside a system text", key, "write at least one turn, or remove the row")
     if rated and key == "prompt" and not row.keys() & set(schema.names):
-        cure = "name the rated columns in data.attributes, or take the preset that has them (data.schema)"
+        cure = "name the rated columns in data.attributes, or the preset that has them in data.schema"
         raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", schema.names[0], cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
@@ -56,22 +56,18 @@ def _detect_format(row: Row) -> str:
     if len(names) != 1:
         what = f"the row could be any of: {', '.join(names)}" if names else f"unknown format with keys {list(row)}"
         raise DataError(what, cure=f"set format to one of: {', '.join(FORMATS)} (docs/formats.md)")
-    if names == ["reference"] and "mask" not in row:  # ShareGPT's, unless a turn is labelled
-        turns = value_of(row, "conversations", list)
-        return "reference" if any(isinstance(turn, dict) and "label" in turn for turn in turns) else "sharegpt"
+    if names == ["reference"] and "mask" not in row:
+        labelled = any("label" in turn for turn in value_of(row, "conversations", list) if isinstance(turn, dict))
+        return "reference" if labelled else "sharegpt"
     return names[0]
 
 
 def _helpsteer(row: Row, schema: Schema, key: str) -> list[Turn]:
-    return [Turn("user", text_of(row, key)), _response(row, schema)]
+    return [Turn("user", text_of(row, key)), Turn("assistant", text_of(row, "response"), _columns(row, schema))]
 
 
 def _helpsteer2(row: Row, schema: Schema, key: str) -> list[Turn]:
-    return [*prompt_turns(row, key), _response(row, schema)]
-
-
-def _response(row: Row, schema: Schema) -> Turn:
-    return Turn("assistant", text_of(row, "response"), _columns(row, schema))
+    return [*prompt_turns(row, key), *_helpsteer(row, schema, key)[1:]]
 
 
 def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
@@ -113,14 +109,14 @@ def _messages(row: Row, schema: Schema, key: str) -> list[Turn]:
     if rated := _columns(row, schema):
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
         if last is None or turns[last].ratings:
-            what = "no assistant turn" if last is None else "the last assistant turn is rated twice"
-            raise DataError(what, key, "rate the last assistant turn, beside the messages or in it")
+            what = "no assistant turn is there" if last is None else "the last assistant turn is rated twice"
+            raise DataError(what, key, "rate it beside the messages or in it")
         turns[last] = replace(turns[last], ratings=rated)
     return turns
 
 
 def _dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = _SPEAKERS) -> list[Turn]:
-    """A list of turns, of which the first may be the system text; `speakers`: casefolded speaker -> role."""
+    """A list of turns, of which the first may be the system text."""
     role_key, content_key = ("from", "value") if key == "conversations" else ("role", "content")
     own, turns = key == "turns", []
     for index, entry in enumerate(value_of(row, key, list)):
@@ -147,12 +143,13 @@ def _content(entry: Row, key: str) -> str:
     content = entry.get(key)
     if not isinstance(content, list):
         return value_of(entry, key, str)
+    text = ""
     for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            cure = "images and audio are not read; remove the row"
-            raise DataError("a part that is no text", f"{key}[{index}]", cure)
-        check_kind(str, part.get("text"), f"{key}[{index}].text")
-    return "".join(part["text"] for part in content)
+        with inside(f"{key}[{index}]."):
+            if not isinstance(part, dict) or part.get("type") != "text":
+                raise DataError("a part that is no text", cure="images and audio are not read; remove the row")
+            text += value_of(part, "text", str)
+    return text
 
 
 def _ratings(entry: Row, key: str, schema: Schema) -> dict[str, float] | None:
@@ -172,7 +169,7 @@ def _unbounded(schema: Schema) -> Schema:
 
 
 def _alpaca(row: Row, schema: Schema, key: str) -> list[Turn]:
-    """Instruction and input are joined by a line break, as LLaMA-Factory does."""
+    """Joined by a line break, as LLaMA-Factory does."""
     if row.get("history"):
         raise DataError("earlier turns are not read", "history", "write the row as messages (docs/formats.md)")
     question, more = text_of(row, key), value_of(row, "input", str, "")
@@ -190,7 +187,7 @@ FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
 }
 
 
-# The checks that all formats share. A DataError names the field and the cure.
+# The checks that all formats share.
 
 
 @contextmanager
@@ -211,8 +208,7 @@ def check_kind(kind: type, value: object, field: str) -> None:
         if kind is str:
             value.encode("utf-8")
     except UnicodeEncodeError:
-        cure = "write the whole character; a lone half of a \\uD83D\\uDE00 pair is none"
-        raise DataError("contains half a surrogate pair", field, cure) from None
+        raise DataError("contains half a surrogate pair", field, "write both halves, as in \\uD83D\\uDE00") from None
 
 
 def value_of(row: Row, key: str, kind: type, *default: Any) -> Any:
@@ -248,10 +244,10 @@ def _checked(ratings: Mapping[str, object], schema: Schema) -> dict[str, float] 
 
 
 def _check_names(names: Collection[str], schema: Schema) -> None:
-    """Refuses names outside the schema; the cure names the preset that has them."""
+    """Refuses names outside the schema."""
     if unknown := [name for name in names if name not in schema.names]:
         having = [title for title, preset in SCHEMAS.items() if set(names) <= set(preset.names)]
-        cure = f"take the schema {' or '.join(having)} (data.schema)" if having else "add it to data.attributes"
+        cure = f"data.schema {' or '.join(having)} has it" if having else "add it to data.attributes"
         raise DataError("the schema has no such attribute", unknown[0], f"{cure}; or remove the rating")
 
 
@@ -259,7 +255,7 @@ def check_turns(turns: Sequence[Turn], field: str) -> None:
     """Refuses turns that do not alternate after a system text, and ratings of the user."""
     for index, turn in enumerate(turns):
         if index and turn.role in ("system", turns[index - 1].role):
-            message = f"{turn.role} after {turns[index - 1].role}: roles must alternate, a system text stands first"
-            raise DataError(message, f"{field}[{index}]", "merge turns of one side, or remove the row")
+            what = f"{turn.role} after {turns[index - 1].role}: roles must alternate, a system text stands first"
+            raise DataError(what, f"{field}[{index}]", "merge turns of one side, or remove the row")
         if turn.role == "user" and (turn.ratings or turn.predicted_ratings):
             raise DataError("a user turn is rated", f"{field}[{index}]", "rate the assistant's turn that answers it")

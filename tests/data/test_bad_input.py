@@ -157,7 +157,7 @@ BAD_ROWS = {  # name -> (row, field, part of the message)
     "content part without text": (
         messages(("user", [{"type": "text"}])),
         "messages[0].content[0].text",
-        "expected text, got NoneType",
+        "missing",
     ),
     "system only": (messages(("system", "s")), "messages", "no turn beside"),
     "system in the middle": (messages(("user", "u"), ("system", "s")), "messages[1]", "a system text stands first"),
