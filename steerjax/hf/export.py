@@ -34,8 +34,8 @@ def export_model(
     reader,
     output: Path,
     *,
-    dtype: str = "auto",
-    max_shard_size: str = "5GB",
+    dtype: str,
+    max_shard_size: str,
     evaluation: Mapping | None = None,
 ) -> None:
     """Writes the whole folder of one of our models, or of a chat model that gets our template.
@@ -86,7 +86,7 @@ def _check_servable(description: Description, reader, ids: Mapping) -> None:
             raise ModelError(f"{said}\n  cure: {cure}")
 
 
-def convert_folder(source: Path, output: Path, *, dtype: str = "auto", max_shard_size: str = "5GB") -> None:
+def convert_folder(source: Path, output: Path, *, dtype: str, max_shard_size: str) -> None:
     """Writes a Hugging Face folder anew, in another dtype or shard size; tokenizer, template and card stay.
 
     Raises ModelError: as `export_model`, or the source is none that we read.

@@ -2,11 +2,14 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
+from flax.core import meta
 
-from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, tensors
+from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, stacked_shapes, tensors
 from steerjax.models.config import LlamaConfig
+from steerjax.models.llama import CausalLM
 from tests.hf_folders import CLASSIFIER as CLASSIFIER_CONFIG
 from tests.hf_folders import TINY, oracle, random_tensors
 
@@ -64,3 +67,19 @@ def test_classifier_and_prefix():
     known = tensors(CONFIG, CLASSIFIER, 5)
     assert {t.name: t.shape for t in known} == {n: v.shape for n, v in random_tensors(raw).items()}
     assert {t.name for t in tensors(CONFIG, CAUSAL_LM, prefix="")} >= {"norm.weight", "layers.2.mlp.up_proj.bias"}
+
+
+class SomeBiases(LlamaConfig):
+    """As Qwen2 has them."""
+
+    biased = ("q", "k", "v")
+
+
+@pytest.mark.parametrize("biases", [{}, {"attention_bias": True}, {"mlp_bias": True}, "some"], ids=str)
+def test_the_model_and_the_map_have_the_same_parameters(biases):
+    config = SomeBiases(vocab_size=6) if biases == "some" else LlamaConfig(vocab_size=6, **biases)
+    boxed = jax.eval_shape(lambda key: CausalLM(config).init(key, method="initialize"), jax.random.key(0))["params"]
+    leaves = jax.tree_util.tree_leaves_with_path(meta.unbox(boxed))
+    found = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape for path, leaf in leaves}
+    assert found == stacked_shapes(tensors(config, CAUSAL_LM))
+    assert sum(path.endswith("/bias") for path in found) == len(config.biased)
