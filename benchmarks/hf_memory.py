@@ -73,7 +73,7 @@ def import_folder(source: Path, save_to: Path | None) -> int:
 
     from steerjax import __version__
     from steerjax.bundle import open_bundle
-    from steerjax.bundle.provenance import Provenance, TokenizerSource
+    from steerjax.bundle.describe import Provenance, TokenizerSource
     from steerjax.bundle.store import CheckpointStore
 
     bundle = open_bundle(source, template="extra_id")

@@ -4,8 +4,6 @@ A *rating* is the number a person or a model gives to an *attribute* of a respon
 `examples/nlp/data/steerlm/common.py`; HelpSteer, arXiv 2311.09528, section 3.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import re

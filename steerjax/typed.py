@@ -3,8 +3,6 @@
 Ranges, enumerations and types stand in the declarations (pydantic); this module only words what they refuse.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools
@@ -23,37 +21,25 @@ T = TypeVar("T")
 # For `pydantic.dataclasses.dataclass`: an unknown key is an error, and a bool is no number.
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 
-
-@functools.cache
-def _adapter(kind: Any) -> pydantic.TypeAdapter:
-    return pydantic.TypeAdapter(kind)
+_adapter = functools.cache(pydantic.TypeAdapter)
 
 
 def typed(kind: type[T], value: Any, where: str, error: type[SteerjaxError]) -> T:
-    """`value` as a `kind`.
-
-    Args:
-        kind: a pydantic dataclass, or any type that pydantic knows.
-        where: what stands before the key in messages: `config`, a file's path.
-        error: what is raised.
+    """`value` as a `kind`, a pydantic dataclass or any type that pydantic knows.
 
     Raises:
-        error: names the first key that is wrong, its value, what is expected and a cure.
+        error: names the first key that is wrong (after `where`: `config`, a file), its value, what is expected, a cure.
     """
     try:  # by way of JSON, whose strict rules take a list for a tuple and a whole number for a float, and no more
         return _adapter(kind).validate_json(json.dumps(value))
     except pydantic.ValidationError as found:
-        raise error(_message(found, kind, where)) from None
+        raise error(_message(found.errors(include_url=False)[0], kind, where)) from None
     except (TypeError, ValueError, RecursionError) as problem:
         raise error(f"{where} is no plain data: {problem}; cure: numbers, texts, lists and mappings") from None
 
 
 def read_json(kind: type[T], path: str | os.PathLike, error: type[SteerjaxError], cure: str) -> T:
-    """The JSON file at `path` as a `kind`.
-
-    Raises:
-        error: it cannot be read, is no JSON, or `typed` refuses it.
-    """
+    """The JSON file at `path` as a `kind`. Raises `error`: it cannot be read, is no JSON, or `typed` refuses it."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
@@ -61,9 +47,8 @@ def read_json(kind: type[T], path: str | os.PathLike, error: type[SteerjaxError]
     return typed(kind, value, str(path), error)
 
 
-def _message(found: pydantic.ValidationError, kind: Any, where: str) -> str:
-    """The first problem as `config.batch.rows is 0: ...; cure: ...`."""
-    problem = found.errors(include_url=False)[0]
+def _message(problem: dict, kind: Any, where: str) -> str:
+    """`config.batch.rows is 0: ...; cure: ...`."""
     place = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
     key = ".".join([where, *place])
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -72,9 +57,7 @@ def _message(found: pydantic.ValidationError, kind: Any, where: str) -> str:
         return f"{key} is missing; cure: add it"
     said = problem["msg"].removeprefix("Value error, ")
     said = said[0].lower() + said[1:] if said[:1].isupper() and not said[:2].isupper() else said
-    value = repr(problem["input"])
-    shown = value if len(value) <= 80 else value[:77] + "..."
-    return f"{key} is {shown}: {said}" + ("" if "cure:" in said else f"; cure: {_cure(problem)}")
+    return f"{key} is {problem['input']!r:.80}: {said}" + ("" if "cure:" in said else f"; cure: {_cure(problem)}")
 
 
 def _cure(problem: dict) -> str:

@@ -146,7 +146,7 @@ def save_checkpoint(workdir: Path, params: dict, provenance: dict, step: int = 7
 
 def provenance(model, kind: str = "chat", **changes) -> dict:
     """What a run with this architecture says about itself."""
-    from steerjax.bundle.provenance import Provenance, TokenizerSource
+    from steerjax.bundle.describe import Provenance, TokenizerSource
     from steerjax.chat.tokenizer import load_tokenizer
     from steerjax.schema import HELPSTEER
 

@@ -1,29 +1,75 @@
-"""The one place that builds a module and chooses how it is computed, for training, inference and plans."""
+"""The one place that opens or builds a module and chooses how it is computed: training, inference and plans."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from steerjax.bundle.describe import output_names
-from steerjax.bundle.reader import CheckpointReader, is_checkpoint, open_reader
+from steerjax.bundle.describe import describe, output_names
+from steerjax.bundle.reader import is_checkpoint, open_reader
+from steerjax.chat.render import Renderer
+from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
 from steerjax.hf.weights import load_parameters
 from steerjax.models.attention import Choice, choose_backend
 from steerjax.models.config import ComputeConfig, HeadConfig, LlamaConfig
-from steerjax.models.llama import CausalLM, Compute
-from steerjax.models.reward import RewardModel
+from steerjax.models.llama import CausalLM, Compute, RewardModel
+from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.rules import parameter_shardings
+from steerjax.schema import Schema
+from steerjax.typed import typed
+
+_ROW_LENGTH = 4096  # what the attention of an opened model is chosen for; rows that do not fit it are computed densely
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model with all it needs."""
+
+    description: Description  # all but the arrays
+    module: nn.Module  # RewardModel or CausalLM
+    params: dict  # in their shards on the mesh, in the dtype of the computation; a reward head is float32
+    mesh: Mesh  # set it (`jax.set_mesh`) around a call
+
+    def renderer(self, schema: Schema | None = None) -> Renderer:
+        """What makes the model's tokens of a conversation; `schema` for a model that names no attributes."""
+        about = self.description
+        return Renderer(about.tokenizer, about.template, schema or about.schema or Schema(()), about.system_prompt)
+
+
+def open_bundle(
+    path: str | Path,
+    mesh: MeshConfig | None = None,
+    *,
+    template: str | None = None,
+    dtype: str = "auto",
+    attention: str = "auto",
+) -> Bundle:
+    """Opens a run, a checkpoint, a Hugging Face folder or a hub id, each process reading only what its devices hold.
+
+    Without a `mesh` all devices are on the data axis. `template` is for a folder that does not say how it was trained;
+    `dtype` (of the computation) and `attention` are `ComputeConfig`'s.
+
+    Raises SteerjaxError: nothing to open there, or weights that do not fit their description.
+    """
+    config = typed(ComputeConfig, {"dtype": dtype, "attention": attention}, "compute", ConfigError)
+    about, devices = describe(path, template=template), make_mesh(mesh or MeshConfig())
+    compute, _ = resolve_compute(config, about.model, _ROW_LENGTH, devices)
+    module = build_module(about.kind, about.model, compute, len(output_names(about)), stored_head(about))
+    params = stored_parameters(about, abstract_parameters(module, devices, compute.dtype))
+    return Bundle(about, module, params, devices)
 
 
 def resolve_compute(config: ComputeConfig, model: LlamaConfig, row_length: int, mesh: Mesh) -> tuple[Compute, Choice]:
     """How a model runs on a mesh, and the attention with the reason for it.
 
-    Raises:
-        ConfigError: the config names an attention that cannot run this.
+    Raises ConfigError: the config names an attention that cannot run this.
     """
     platform = mesh.devices.flat[0].platform  # a plan's is another machine's
     name = config.dtype if config.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
@@ -59,28 +105,20 @@ def random_parameters(module: nn.Module, abstract: dict, seed: int) -> dict:
         params = meta.unbox(module.init(key, method="initialize")["params"])
         return {name: params[name] for name in abstract}
 
-    shardings: dict[str, NamedSharding] = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
 
 
 def stored_head(about: Description) -> HeadConfig:
     """How a described reward model's head reads."""
-    bias = is_checkpoint(about.path) and "reward_bias" in CheckpointReader(about.path).shapes
+    bias = is_checkpoint(about.path) and "reward_bias" in open_reader(about.path).shapes  # servers know none
     return HeadConfig(about.readout, bias)
-
-
-def stored_module(about: Description, compute: Compute) -> nn.Module:
-    """The module whose parameters a described model has; a classifier of somebody else's may have any outputs."""
-    return build_module(about.kind, about.model, compute, len(output_names(about)), stored_head(about))
 
 
 def stored_parameters(about: Description, abstract: dict) -> dict:
     """A described model's parameters in the shards of `abstract`, each process reading only what its devices hold.
 
-    Args:
-        abstract: may lack groups, and have the first of the layers only.
-
-    Raises:
-        ModelError, CheckpointError: what is stored does not fit.
+    `abstract` may lack groups, and have the first of the layers only. Raises ModelError, CheckpointError: what is
+    stored does not fit.
     """
     return load_parameters(open_reader(about.path), abstract)

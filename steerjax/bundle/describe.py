@@ -1,28 +1,74 @@
 """Everything about a model but its arrays: where it lies, and what its folder says."""
 
-from __future__ import annotations
-
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any, Literal
 
-from steerjax.bundle.provenance import TokenizerSource, read_provenance
+import pydantic.dataclasses
+
 from steerjax.bundle.reader import is_checkpoint
 from steerjax.chat.templates import TEMPLATES, get_template
 from steerjax.chat.tokenizer import Tokenizer, load_tokenizer
 from steerjax.errors import CheckpointError, ModelError
-from steerjax.hf.config_json import read_config
+from steerjax.hf.config_json import HuggingFaceConfig, read_config
 from steerjax.hf.description import About, Description, read_about
 from steerjax.hf.keys import BARE, CLASSIFIER
 from steerjax.hf.weights import resolve_source
-from steerjax.schema import Schema
-from steerjax.typed import typed
+from steerjax.models.config import LlamaConfig
+from steerjax.schema import Attributes, Schema
+from steerjax.typed import STRICT, read_json, typed
+
+EDITION = 2
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class TokenizerSource:
+    """Where a run had its tokenizer from, and the hash of the file that defines its ids."""
+
+    source: str
+    sha256: str
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Provenance:
+    """What a checkpoint says about itself (design, decision 13); read again by whoever opens or resumes it."""
+
+    steerjax: str  # version
+    kind: Literal["reward", "chat"]
+    objectives: tuple[str, ...]  # what was trained
+    attributes: Attributes  # the schema
+    model: LlamaConfig  # this and the next, and default_ratings: as in `Description`
+    template: str
+    system_prompt: str | None
+    readout: Literal["last", "mean"]
+    tokenizer: TokenizerSource
+    base_model: str  # where training started from
+    data: dict[str, str]  # source -> hash
+    config: dict[str, Any]  # the resolved experiment
+    rated_attributes: tuple[str, ...] | None = None  # those of a reward model that had ratings to learn from
+    default_ratings: dict[str, float] | None = None
+    accepted: tuple[str, ...] = ()  # changes of data or tokenizer between two starts that the user accepted
+    edition: Literal[2] = EDITION  # of the checkpoint's form
+
+
+def read_provenance(directory: Path) -> Provenance:
+    """Of `checkpoints/STEP`. Raises CheckpointError: a run of another edition, or a broken file."""
+    file, cure = directory / "provenance" / "metadata", "another step of the run"
+    try:
+        edition = json.loads(file.read_text(encoding="utf-8")).get("edition", 1)
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"'{file}' is broken ({error})\n  cure: {cure}") from None
+    if edition != EDITION:
+        said = f"'{directory}' is a run of edition {edition} of steerjax, and this is edition {EDITION}"
+        raise CheckpointError(f"{said}\n  cure: train again, or export it with the version that trained it")
+    return read_json(Provenance, file, CheckpointError, cure)
 
 
 def locate(path: str | Path) -> Path:
     """The folder that a user means: `checkpoints/STEP` of a run (the newest, given the run), or a Hugging Face folder.
 
-    Raises:
-        ModelError, CheckpointError: nothing of the kind there; says what was looked for.
+    Raises ModelError, CheckpointError: nothing of the kind there; says what was looked for.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
@@ -39,51 +85,43 @@ def locate(path: str | Path) -> Path:
         return folder
     if any(folder.glob("*.safetensors")):
         raise ModelError(f"'{folder}' has no config.json\n  cure: give a whole Hugging Face folder")
-    raise ModelError(
-        f"'{folder}' is neither a run (checkpoints/STEP) nor a Hugging Face folder (config.json)\n"
-        "  cure: give --workdir of a training, one of its checkpoints, or a model's folder"
-    )
+    said = f"'{folder}' is neither a run (checkpoints/STEP) nor a Hugging Face folder (config.json)"
+    raise ModelError(f"{said}\n  cure: give --workdir of a training, one of its checkpoints, or a model's folder")
 
 
 def describe(path: str | Path, *, template: str | None = None) -> Description:
     """Everything about a model but its arrays.
 
-    Args:
-        path: a run's folder (its newest checkpoint), `checkpoints/STEP`, a Hugging Face folder, or a hub id.
-        template: for a folder that does not say how it was trained.
-
-    Raises:
-        SteerjaxError: says what is missing and what cures it.
+    `path` is a run's folder (its newest checkpoint), `checkpoints/STEP`, a Hugging Face folder or a hub id; `template`
+    is for a folder that does not say how it was trained. Raises SteerjaxError: what is missing and what cures it.
     """
     folder = locate(path)
-    found = _describe_checkpoint(folder) if is_checkpoint(folder) else _describe_folder(folder, path, template)
-    if template not in (None, found.template.name):
-        raise ModelError(
-            f"'{folder}' was trained with the template {found.template.name}, not {template}\n"
-            "  cure: leave --template out"
-        )
-    size, rows = found.tokenizer.vocab_size, found.model.vocab_size
-    if size > rows:
-        raise ModelError(
-            f"'{folder}': the tokenizer has {size} tokens and the embedding {rows} rows\n"
-            "  cure: the tokenizer that the model came with"
-        )
-    return found
-
-
-def _describe_checkpoint(directory: Path) -> Description:
-    said = read_provenance(directory)
+    if is_checkpoint(folder):
+        said = read_provenance(folder)
+        model, tokenizer, schema = said.model, _run_tokenizer(folder, said.tokenizer), Schema(said.attributes)
+        history = dataclasses.asdict(said) | ({"step": int(folder.name)} if folder.name.isdigit() else {})
+    else:
+        config = read_config(folder)
+        said = _about(folder, config, template)
+        model, tokenizer, schema = config.model, _folder_tokenizer(folder, said), said.schema
+        history = said.provenance or {"base_model": str(path)}
+    if template not in (None, said.template):
+        known = f"'{folder}' was trained with the template {said.template}, not {template}"
+        raise ModelError(f"{known}\n  cure: leave --template out")
+    if tokenizer.vocab_size > model.vocab_size:
+        sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {model.vocab_size} rows"
+        raise ModelError(f"'{folder}': {sizes}\n  cure: the tokenizer that the model came with")
     return Description(
-        path=directory,
+        path=folder,
         kind=said.kind,
-        model=said.model,
-        tokenizer=_run_tokenizer(directory, said.tokenizer),
+        model=model,
+        tokenizer=tokenizer,
         template=get_template(said.template),
-        schema=Schema(said.attributes),
+        schema=schema,
         system_prompt=said.system_prompt,
         readout=said.readout,
         default_ratings=said.default_ratings,
-        provenance=dataclasses.asdict(said) | ({"step": int(directory.name)} if directory.name.isdigit() else {}),
+        provenance=history,
     )
 
 
@@ -96,51 +134,33 @@ def _run_tokenizer(directory: Path, said: TokenizerSource) -> Tokenizer:
     except ModelError as error:
         raise ModelError(f"'{directory}': its tokenizer cannot be read. {error}") from None
     if tokenizer.hash != said.sha256:
-        raise CheckpointError(
-            f"'{directory}' was trained with another tokenizer than '{source}' (sha256 {said.sha256}, there "
-            f"{tokenizer.hash}); cure: put the run's own tokenizer into '{copy}'"
-        )
+        other = f"'{directory}' was trained with another tokenizer than '{source}'"
+        hashes = f"(sha256 {said.sha256}, there {tokenizer.hash})"
+        raise CheckpointError(f"{other} {hashes}; cure: put the run's own tokenizer into '{copy}'")
     return tokenizer
 
 
-def _describe_folder(folder: Path, source: str | Path, template: str | None) -> Description:
-    config, said = read_config(folder), read_about(folder)
+def _about(folder: Path, config: HuggingFaceConfig, template: str | None) -> About:
+    """What a Hugging Face folder says, or what follows from its config.json."""
     kind = "reward" if config.architecture == CLASSIFIER else "chat"
     if config.architecture == BARE and not config.model.tie_word_embeddings:
         raise ModelError(f"'{folder}' is a {BARE}, which has no head\n  cure: a LlamaForCausalLM")
-    if said is None:
-        if template is None:
-            raise ModelError(
-                f"'{folder}' does not say which chat template it was trained with\n"
-                f"  cure: --template, one of {', '.join(TEMPLATES)}"
-            )
-        said = About(kind, template)
+    said = read_about(folder) or (template and About(kind, template))
+    if not said:
+        cure = f"--template, one of {', '.join(TEMPLATES)}"
+        raise ModelError(f"'{folder}' does not say which chat template it was trained with\n  cure: {cure}")
     if said.kind != kind or (kind == "reward" and said.schema and said.schema.names != config.labels):
-        raise ModelError(
-            f"'{folder}': steerjax.json and config.json contradict each other "
-            f"({said.kind} model, {config.architecture}, labels {', '.join(config.labels) or 'none'})\n"
-            "  cure: export again"
-        )
-    return Description(
-        path=folder,
-        kind=kind,
-        model=config.model,
-        tokenizer=_folder_tokenizer(folder, said),
-        template=get_template(said.template),
-        schema=said.schema,
-        system_prompt=said.system_prompt,
-        readout=said.readout,
-        default_ratings=said.default_ratings,
-        provenance=said.provenance or {"base_model": str(source)},
-    )
+        facts = f"{said.kind} model, {config.architecture}, labels {', '.join(config.labels) or 'none'}"
+        wrong = f"steerjax.json and config.json contradict each other ({facts})"
+        raise ModelError(f"'{folder}': {wrong}\n  cure: export again")
+    return said
 
 
 def _folder_tokenizer(folder: Path, said: About) -> Tokenizer:
     """An export of a SentencePiece model holds that too, beside the tokenizer.json for servers; it is the original."""
     original = folder / "tokenizer.model"
     if "tokenizer" in said.provenance and original.is_file():
-        tokenizer = load_tokenizer(original)
-        where = f"{folder / 'steerjax.json'}: provenance.tokenizer"
+        tokenizer, where = load_tokenizer(original), f"{folder / 'steerjax.json'}: provenance.tokenizer"
         if tokenizer.hash == typed(TokenizerSource, said.provenance["tokenizer"], where, ModelError).sha256:
             return tokenizer
     return load_tokenizer(folder)

@@ -1,7 +1,6 @@
 """The parameters of a checkpoint, read slice by slice, without a device and without the rest of the training state."""
 
-from __future__ import annotations
-
+import contextlib
 import json
 from pathlib import Path
 
@@ -19,14 +18,9 @@ def is_checkpoint(directory: Path) -> bool:
 
 
 class CheckpointReader:
-    """An Orbax checkpoint, `checkpoints/STEP`.
+    """An Orbax checkpoint, `checkpoints/STEP`: its `shapes` and `dtypes` by path, "llama/layers/attention/q/kernel".
 
-    Attributes:
-        shapes: path ("llama/layers/attention/q/kernel") -> shape.
-        dtypes: path -> "float32".
-
-    Raises:
-        CheckpointError: a broken one.
+    Raises CheckpointError: a broken one.
     """
 
     def __init__(self, directory: Path):
@@ -42,10 +36,8 @@ class CheckpointReader:
 
     def read(self, path: str, index: Index, dtype="float32") -> np.ndarray:
         """The part of a parameter at `index`."""
-        try:
+        with self._whole(path):
             return self._stores[path][index].read().result().astype(dtype, copy=False)
-        except ValueError as error:  # all that tensorstore raises
-            raise CheckpointError(f"'{self.directory}': {path} cannot be read ({error})") from error
 
     def _open(self, name: str):
         """Orbax keeps every array as a zarr in an OCDBT database; both are formats of tensorstore."""
@@ -53,12 +45,16 @@ class CheckpointReader:
 
         base = {"driver": "file", "path": f"{self.directory}/params/"}
         spec = {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-        try:
+        with self._whole(name):
             return tensorstore.open(spec, open=True, read=True).result()
-        except ValueError as error:
-            raise CheckpointError(
-                f"'{self.directory}': {name} cannot be read ({error}); cure: another step of the run"
-            ) from error
+
+    @contextlib.contextmanager
+    def _whole(self, name: str):
+        try:
+            yield
+        except ValueError as error:  # all that tensorstore raises
+            said = f"'{self.directory}': {name} cannot be read ({error})"
+            raise CheckpointError(f"{said}; cure: another step of the run") from error
 
 
 def open_reader(path: Path) -> CheckpointReader | FolderReader:

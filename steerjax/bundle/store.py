@@ -60,20 +60,17 @@ class CheckpointStore:
         )
 
     def restore(self, step: int, params, training) -> tuple:
-        """(params, training) of a step, read straight into the shardings of these abstract trees.
+        """(params, training) of a step, read straight into the shardings of these abstract trees, whatever was saved.
 
-        The mesh that they were saved from may have been another.
-
-        Raises:
-            CheckpointError: the checkpoint cannot be read as such a state.
+        Raises CheckpointError: the checkpoint cannot be read as such a state.
         """
         args = ocp.args.Composite(params=ocp.args.StandardRestore(params), training=ocp.args.StandardRestore(training))
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
+            cure = "the config that the run was started with, or another --workdir"
             raise CheckpointError(
-                f"{self._manager.directory}/{step} cannot be restored: {error}\n"
-                "  cure: the config that the run was started with, or another --workdir"
+                f"{self._manager.directory}/{step} cannot be restored: {error}\n  cure: {cure}"
             ) from error
         return found["params"], found["training"]
 

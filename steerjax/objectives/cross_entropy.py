@@ -3,8 +3,6 @@
 Source of the objective: SteerLM, arXiv 2310.05344, section 3.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 
@@ -27,13 +25,10 @@ def chunked_cross_entropy(
 
     The first over the second is the loss, after micro-batches and devices are added up; the third over the second is
     the accuracy. The gradient of a chunk is taken in the forward pass, while its logits are there, so they are
-    computed once.
+    computed once; the parameters that `head` closes over get theirs.
 
-    Args:
-        head: hidden states -> logits; the parameters that it closes over get their gradient.
-        targets: the token after each token; any id where the weight is 0.
-        weights: of the targets, constants; 0 where nothing is trained.
-        chunk: C, the most tokens of a row in a chunk.
+    `targets` are the tokens after each token, any id where the weight is 0; weights are constants. A chunk is at most
+    `chunk` tokens of each row.
     """
     chunks = -(-states.shape[1] // chunk)
 
@@ -46,6 +41,9 @@ def chunked_cross_entropy(
     parts = cut(states), cut(targets), cut(jax.lax.stop_gradient(weights).astype(jnp.float32))
     pure_head, parameters = jax.closure_convert(head, parts[0][0])
     return _sums(pure_head, parameters, *parts)
+
+
+_ZEROS = 0.0, (0.0, 0.0)
 
 
 def _chunk_sums(head, parameters, states, targets, weights):
@@ -61,8 +59,8 @@ def _sums(head, parameters, states, targets, weights):
     def add(sums, part):
         return jax.tree.map(jnp.add, sums, _chunk_sums(head, parameters, *part)), None
 
-    (total, (count, right)), _ = jax.lax.scan(add, _zeros(), (states, targets, weights))
-    return total, count, right
+    (total, counts), _ = jax.lax.scan(add, _ZEROS, (states, targets, weights))
+    return total, *counts
 
 
 def _sums_and_gradients(head, parameters, states, targets, weights):
@@ -72,9 +70,9 @@ def _sums_and_gradients(head, parameters, states, targets, weights):
         sums, (of_parameters, of_states) = differentiate(head, parameters, *part)
         return jax.tree.map(jnp.add, carry, (sums, of_parameters)), of_states
 
-    start = _zeros(), jax.tree.map(jnp.zeros_like, parameters)
-    ((total, (count, right)), of_parameters), of_states = jax.lax.scan(add, start, (states, targets, weights))
-    return (total, count, right), (of_parameters, of_states)
+    start = _ZEROS, jax.tree.map(jnp.zeros_like, parameters)
+    ((total, counts), of_parameters), of_states = jax.lax.scan(add, start, (states, targets, weights))
+    return (total, *counts), (of_parameters, of_states)
 
 
 def _scaled_gradients(head, gradients, cotangents):
@@ -83,7 +81,3 @@ def _scaled_gradients(head, gradients, cotangents):
 
 
 _sums.defvjp(_sums_and_gradients, _scaled_gradients)
-
-
-def _zeros():
-    return jnp.zeros(()), (jnp.zeros(()), jnp.zeros(()))

@@ -1,7 +1,5 @@
 """What all objectives have in common: the questions that input, step and report ask of one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

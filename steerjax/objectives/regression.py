@@ -3,8 +3,6 @@
 Source: HelpSteer, arXiv 2311.09528, section 4; NeMo-Aligner averages over micro-batches first, we do not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

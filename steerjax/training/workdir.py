@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from steerjax import __version__
-from steerjax.bundle.describe import output_names
-from steerjax.bundle.provenance import Provenance, TokenizerSource, read_provenance
+from steerjax.bundle.describe import Provenance, TokenizerSource, output_names, read_provenance
 from steerjax.chat.render import Renderer
 from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer
 from steerjax.data.loading import file_hashes

@@ -16,8 +16,7 @@ from steerjax.bundle.build import abstract_parameters, random_parameters, stored
 from steerjax.errors import CheckpointError, ConfigError, ModelError
 from steerjax.export import export
 from steerjax.hf.config_json import read_config
-from steerjax.models.llama import CausalLM
-from steerjax.models.reward import RewardModel
+from steerjax.models.llama import CausalLM, RewardModel
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.schema import HELPSTEER, Attribute, Schema
 from tests.hf.test_export import EIGHT, environment, imported
@@ -157,7 +156,7 @@ def test_the_first_layers(reward, name):
 
 def test_describing_needs_no_jax_and_inference_no_training(reward):
     probe = (
-        "import sys; from steerjax.bundle import describe, open_bundle\n"
+        "import sys; from steerjax.bundle import describe\n"
         f"d = describe({str(reward[0] / 'run')!r}); print(d.kind, 'jax' in sys.modules)\n"
         "import steerjax.bundle.build, steerjax.inference.scorer\n"
         "print([m for m in sys.modules if m.startswith(('steerjax.training', 'steerjax.objectives'))])"

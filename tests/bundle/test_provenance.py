@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from steerjax.bundle.provenance import read_provenance
+from steerjax.bundle.describe import read_provenance
 from steerjax.errors import CheckpointError
 from steerjax.models.config import LlamaConfig
 from tests.hf_folders import provenance

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from steerjax.bundle import open_bundle
-from steerjax.bundle.provenance import read_provenance
+from steerjax.bundle.describe import read_provenance
 from steerjax.bundle.store import CheckpointStore
 from steerjax.config import default_config, resolve
 from steerjax.errors import CheckpointError, ConfigError, TrainingError
@@ -46,7 +46,23 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipe")
     random = np.random.default_rng(0)
     names = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-    words = ["the", "model", "answers", "with", "care", "and", "says", "what", "it", "knows", "about", "rivers", "trees", "and", "stones"]
+    words = [
+        "the",
+        "model",
+        "answers",
+        "with",
+        "care",
+        "and",
+        "says",
+        "what",
+        "it",
+        "knows",
+        "about",
+        "rivers",
+        "trees",
+        "and",
+        "stones",
+    ]
     with (folder / "rows.jsonl").open("w") as file:
         for prompt in range(20):
             for _ in range(3):
@@ -315,7 +331,7 @@ def test_a_resume_on_other_data_is_refused_or_recorded(recipe, tmp_path):
 def test_records_of_a_run_without_a_checkpoint_are_kept_aside(recipe, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 7.0}\n')
     training.train(experiment(recipe, steps=2, checkpoint_every=0), tmp_path)
-    aside = [path for path in tmp_path.glob("metrics.*.jsonl")]
+    aside = list(tmp_path.glob("metrics.*.jsonl"))
     assert len(aside) == 1
     assert read_metrics(aside[0])[0]["loss"] == 7.0
 
