@@ -1,20 +1,19 @@
 """The one renderer: conversation (with ratings) -> text -> token ids and what each token is.
 
-Tokens are made segment by segment. A segment ends after the header of an assistant turn, after its label line, and
-after the end of the response, so a prompt's tokens never depend on the response, and a generation starts from the very
-tokens that training saw. The whole text in one go has the same tokens, except where a tokenizer joins characters across
-a boundary: whitespace at the start of a response of `extra_id`, which is not stripped, to the header's newline; the two
-spaces of an empty response of `llama2`; and the last `>` of a control string that is ordinary text to the tokenizer.
+Tokens are made segment by segment (through a header, a label line, the end of a response), so a prompt's tokens never
+depend on the response, and a generation starts from the tokens that training saw. The whole text in one go has the same
+tokens but where a tokenizer joins characters across a boundary: white space before a response of `extra_id` to the
+header's newline, the two spaces of an empty response of `llama2`, the last `>` of a marker that is ordinary text to it.
 
-A person's or a model's text never becomes a control token, whatever it spells (design, decision 11): where the
-tokenizer can be told, its tokens are those of ordinary text (`HIDE`); where not, U+2060 breaks the control string.
+A person's or a model's text never becomes a control token, whatever it spells: where the tokenizer can be told, its
+tokens are those of ordinary text (`HIDE`); where not, U+2060 breaks the control string.
 """
 
 from __future__ import annotations
 
 import os
 from bisect import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -105,29 +104,41 @@ class Renderer:
         *,
         generation_prompt: bool = False,
         generation_label: Label | None = None,
+        rated: int | None = None,
     ) -> Rendered:
-        """The whole conversation.
+        """The whole conversation, and for a `generation_prompt` the header and label line of an assistant turn.
 
-        Args:
-            labels: one for each turn: the ratings to write before a response; None or an empty mapping writes none.
-            generation_prompt: append the header of an assistant turn, and `generation_label`, its ratings.
+        `labels` are one for each turn: the ratings to write before a response; None or an empty mapping writes none.
+        With `rated`, an assistant turn, the text ends where its reward is read.
 
         Raises DataError: half a surrogate in a text, an unknown role, turns that the template cannot write in this
         order, a label with an unknown attribute.
         """
         if generation_label is not None and not generation_prompt:
             raise ValueError("generation_label needs generation_prompt=True")
-        labels = [None] * len(conversation.turns) if labels is None else labels
         generation = (generation_label or {}) if generation_prompt else None
-        return self._assemble(conversation, self._segments(conversation, labels, generation))
+        text, tokens, roles, responses, root = "", [], [], [], None
+        try:
+            for segment in self._segments(conversation, labels, generation, rated):
+                ids, own = self._encode_segment(segment, text)
+                if segment.role == TokenRole.RESPONSE:
+                    start = len(tokens)
+                    responses.append(ResponseSpan(segment.turn, start, start + own, start + len(ids)))
+                tokens += ids
+                roles += [segment.role] * own + [TokenRole.END] * (len(ids) - own)
+                text += segment.text + segment.end
+                root = len(tokens) if root is None and segment.asks else root
+        except DataError as error:
+            raise error.at(conversation.file, conversation.line) from None
+        ids, kinds = np.array(tokens, np.int32), np.array(roles, np.int8)
+        return Rendered(text.replace(HIDE, ""), ids, kinds, tuple(responses), len(ids) if root is None else root)
 
     def reward_tokens(self, conversation: Conversation, turn_index: int) -> tuple[np.ndarray, int]:
         """Tokens (int32 [T]) whose last one carries the reward of assistant turn `turn_index`, and `Rendered.root`.
 
         No label is written. Raises DataError as `render`, and where the turn is not an assistant's.
         """
-        labels = [None] * len(conversation.turns)
-        rendered = self._assemble(conversation, self._segments(conversation, labels, rated=turn_index))
+        rendered = self.render(conversation, rated=turn_index)
         return rendered.tokens, rendered.root
 
     def broken(self, conversation: Conversation) -> int:
@@ -138,19 +149,20 @@ class Renderer:
     def _segments(
         self,
         conversation: Conversation,
-        labels: Sequence[Label | None],
-        generation: Label | None = None,
-        rated: int | None = None,
+        labels: Sequence[Label | None] | None,
+        generation: Label | None,
+        rated: int | None,
     ) -> Iterator[_Segment]:
-        """Up to the response of turn `rated`, or the whole, and the header and label of an answer to be generated."""
+        """Of `render`; `generation`: the label of the answer that is asked for, None where none is."""
         template, turns = self.template, conversation.turns
         if rated is not None and (not 0 <= rated < len(turns) or turns[rated].role != "assistant"):
             raise DataError("no response to rate here", field=f"turns[{rated}]", cure="name an assistant turn")
+        labels = [None] * len(turns) if labels is None else labels
         system = self._system_text(conversation)
         system = "" if system is None else self._content(system, "system").join(template.system)
         prompt, asks = template.begin + ("" if template.system_in_user else system), False
         for index, (turn, label) in enumerate(zip(turns, labels, strict=True)):
-            prompt += self._header(turns, index, turn.role)
+            prompt += self._header(turns, index)
             content = self._content(turn.content, f"turns[{index}].content")
             if turn.role == "user":
                 prompt += (system if template.system_in_user and index == 0 else "") + content + template.user[1]
@@ -165,13 +177,14 @@ class Renderer:
                 return
             prompt, asks = template.after_end, False
         if generation is not None:  # in one segment with what stands before it, as in training
-            prompt += self._header(turns, len(turns), "assistant")
+            prompt += self._header(turns, len(turns))
         yield _Segment(TokenRole.PROMPT, prompt, asks=asks)
         yield _Segment(TokenRole.LABEL, self._label(generation, "generation_label"))
 
-    def _header(self, turns: Sequence[Turn], index: int, role: str) -> str:
-        """What opens turn `index`, less what the end of the response before it has written already."""
+    def _header(self, turns: Sequence[Turn], index: int) -> str:
+        """What opens turn `index` or the answer after all, less what the end of the response before it has written."""
         template, field = self.template, f"turns[{index}].role"
+        role = turns[index].role if index < len(turns) else "assistant"
         if role not in ROLES:
             cure = f"use one of: {', '.join(ROLES)} (a system text has its own field)"
             raise DataError(f"unknown role '{role}'", field=field, cure=cure)
@@ -229,7 +242,7 @@ class Renderer:
         return self.template.control_strings | self.tokenizer.special_strings
 
     def _encode(self, text: str, before: str) -> list[int]:
-        fresh = not before or before.endswith(tuple(self.tokenizer.restarts))
+        fresh = not before or before.endswith(tuple(self.tokenizer.restarts & self._controls))
         return self.tokenizer.encode(text, continuation=not fresh, controls=self.template.control_strings)
 
     def _encode_segment(self, segment: _Segment, before: str) -> tuple[list[int], int]:
@@ -239,24 +252,6 @@ class Renderer:
         if ids[len(ids) - len(end) :] == end:
             return ids, len(ids) - len(end)
         return ids, len(os.path.commonprefix([ids, self._encode(segment.text, before)]))  # noqa: RUF071 - tokens
-
-    def _assemble(self, conversation: Conversation, segments: Iterable[_Segment]) -> Rendered:
-        """Raises DataError, which names the conversation's place."""
-        text, tokens, roles, responses, root = "", [], [], [], None
-        try:
-            for segment in segments:
-                ids, own = self._encode_segment(segment, text)
-                if segment.role == TokenRole.RESPONSE:
-                    start = len(tokens)
-                    responses.append(ResponseSpan(segment.turn, start, start + own, start + len(ids)))
-                tokens += ids
-                roles += [segment.role] * own + [TokenRole.END] * (len(ids) - own)
-                text += segment.text + segment.end
-                root = len(tokens) if root is None and segment.asks else root
-        except DataError as error:
-            raise error.at(conversation.file, conversation.line) from None
-        ids, kinds = np.array(tokens, np.int32), np.array(roles, np.int8)
-        return Rendered(text.replace(HIDE, ""), ids, kinds, tuple(responses), len(ids) if root is None else root)
 
 
 def make_renderer(config: ChatConfig, schema: Schema) -> Renderer:

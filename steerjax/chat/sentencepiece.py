@@ -44,16 +44,15 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
         raise ModelError(f"'{path}' is no SentencePiece model ({error}){_AGAIN}") from None
     model = [*_fields(data)]  # numbers as in sentencepiece_model.proto
     normalizer = dict(_fields(dict(model).get(3, b"")))
-    pieces = [dict(_fields(value)) for number, value in model if number == 1]
-    names = {index: piece[1].decode() for index, piece in enumerate(pieces)}
+    fields = (dict(_fields(value)) for number, value in model if number == 1)
+    pieces = [(piece[1].decode(), piece.get(2, 0.0), piece.get(3, _NORMAL)) for piece in fields]
 
-    def of(*kinds: int) -> list[str]:
-        return [names[index] for index, piece in enumerate(pieces) if piece.get(3, _NORMAL) in kinds]
+    def of(*kinds: int) -> dict[str, float]:
+        return {name: score for name, score, kind in pieces if kind in kinds}
 
-    normal, compared = set(of(_NORMAL)), sorted(of(_NORMAL, _DEFINED, _UNUSED))
-    defined = [name for name in of(_DEFINED) if " " not in name]  # no text, whose spaces are U+2581, becomes another
     if normalizer.get(2):
         raise refuse("normalises text (a rule other than 'identity')")
+    names = dict(enumerate(name for name, _, _ in pieces))
     for string, index in added.items():
         if index < 0 or names.setdefault(index, string) not in (string, string.replace(" ", SPACE)):
             raise refuse(f"has another token with the id {index} of the added '{string}'")
@@ -61,12 +60,12 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
     if added and legacy is False:
         raise refuse('has added tokens and is not "legacy"')
 
+    normal = of(_NORMAL)
+    cuts = ((name[:cut], name[cut:]) for name in normal for cut in range(1, len(name)))
+    merges = [pair for pair in cuts if pair[0] in normal and pair[1] in normal]
+    merges.sort(key=lambda pair: -normal["".join(pair)])
     vocab = {name: index for index, name in names.items()}
-    cuts = [(name[:cut], name[cut:]) for name in of(_NORMAL) for cut in range(1, len(name))]
-    merges = sorted(
-        (pair for pair in cuts if normal.issuperset(pair)), key=lambda pair: -pieces[vocab["".join(pair)]][2]
-    )
-    bpe = {"merges": merges, "unk_token": of(_UNKNOWN)[0], "fuse_unk": True, "byte_fallback": bool(of(_BYTE))}
+    bpe = {"merges": merges, "unk_token": next(iter(of(_UNKNOWN))), "fuse_unk": True, "byte_fallback": bool(of(_BYTE))}
     backend = Tokenizer(models.BPE(vocab=vocab, **bpe))
     prefix = normalizer.get(3, 1)
     before, strip = ([normalizers.Prepend(SPACE)], [decoders.Strip(" ", 1, 0)]) if prefix else ([], [])
@@ -74,10 +73,11 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
     joined = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*joined, *strip])
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in (*of(_CONTROL), *added)])
-    # A piece with spaces is found where they are U+2581.
+    defined = [name for name in of(_DEFINED) if " " not in name]  # no text, whose spaces are U+2581, becomes another
     backend.add_tokens([AddedToken(name, normalized=SPACE in name) for name in defined])
 
     backend.encode_special_tokens = True  # as SentencePiece does
+    compared = sorted(of(_NORMAL, _DEFINED, _UNUSED))
     random.Random(0).shuffle(compared)
     runs = [character * count for character in " =\n" for count in range(64)]
     for text in runs + ["".join(compared[start : start + 50]) for start in range(0, len(compared), 50)]:
@@ -100,11 +100,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
     def varint() -> int:
         nonlocal at
-        value, shift = 0, 0
-        while data[at] & 0x80:
-            value, shift, at = value | (data[at] & 0x7F) << shift, shift + 7, at + 1
-        at += 1
-        return value | data[at - 1] << shift
+        byte, at = data[at], at + 1
+        return byte & 0x7F | (varint() << 7 if byte & 0x80 else 0)
 
     while at < len(data):
         number, kind = divmod(varint(), 8)

@@ -45,28 +45,18 @@ def broken(string: str, mark: str = WORD_JOINER) -> str:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Tokenizer:
-    """Text to token ids and back.
+    """Text to token ids and back."""
 
-    Attributes:
-        backend: a `tokenizers.Tokenizer`, to which the strings of `told` are ordinary text.
-        vocab_size: ids are below it.
-        special_strings: strings that become a special token wherever they stand in text.
-        told: special tokens that `HIDE` keeps a text from becoming. Those that are not among `special_strings`
-            (SentencePiece's control pieces) it becomes only where a template has them.
-        restarts: special tokens after which text is encoded as a fresh text.
-        head: the tokens of a "\\n" put before a continuation; () where text has the same tokens first and later.
-        files: what a copy needs; the first is the one that was loaded.
-        hash: hexadecimal sha256 of what defines the ids.
-    """
-
-    backend: Any
-    vocab_size: int
-    special_strings: frozenset[str]
+    backend: Any  # a `tokenizers.Tokenizer`, to which the strings of `told` are ordinary text
+    vocab_size: int  # ids are below it
+    special_strings: frozenset[str]  # those that become a special token wherever they stand in text
+    # Special tokens that `HIDE` keeps a text from becoming. Those that are not among `special_strings` (SentencePiece's
+    # control pieces) it becomes only where a template has them.
     told: frozenset[str]
-    restarts: frozenset[str]
-    head: tuple[int, ...]
-    files: tuple[Path, ...]
-    hash: str
+    restarts: frozenset[str]  # special tokens after which text is encoded as a fresh text
+    head: tuple[int, ...]  # tokens of the "\n" that is put before a continuation; () where it needs none
+    files: tuple[Path, ...]  # what a copy needs; the first is the one that was loaded
+    hash: str  # hexadecimal sha256 of what defines the ids
     bos_id: int | None = None
     eos_id: int | None = None
     pad_id: int | None = None
@@ -180,7 +170,7 @@ def _facts(backend: Any) -> dict[str, Any]:
     head = () if both[len(newline) :] == letter else tuple(newline)
     backend.encode_special_tokens = not greedy
     return {
-        "vocab_size": max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+        "vocab_size": max(backend.get_vocab().values()) + 1,
         "special_strings": strings,
         "told": frozenset() if greedy else strings,
         "restarts": strings if head and after[1:] == letter else frozenset(),

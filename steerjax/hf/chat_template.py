@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from steerjax.chat import render
@@ -12,11 +13,6 @@ from steerjax.chat.tokenizer import WORD_JOINER, broken
 from steerjax.schema import Schema, check_rating
 
 _SKELETON = Path(render.__file__).with_name("chat_template.jinja")
-_ABOUT = {
-    "chat": "`attributes` (chat_template_kwargs), a mapping of attribute to number, steers the answer; "
-    "`message_attributes`, a list of such mappings or null, one for each message, are the ratings of earlier answers.",
-    "reward": "Ends where the reward is read: after the last assistant turn.",
-}
 
 
 def chat_template(
@@ -30,32 +26,29 @@ def chat_template(
 ) -> str:
     """Jinja text that writes a conversation as `Renderer.render` (kind "chat") or `reward_tokens` ("reward") does.
 
-    A server takes special tokens from rendered text, so U+2060 breaks every control string in a message. Jinja does not
-    see look-alikes; they matter only where the tokenizer normalises them to control strings.
+    A server takes special tokens from rendered text, so U+2060 breaks control strings and `special_strings` in every
+    message. Jinja does not see look-alikes; they matter only where the tokenizer normalises them to control strings.
 
     Args:
         schema: the attributes that are taken, None for none.
-        kind: "chat", with labels and `add_generation_prompt`, or "reward", which ends with the last assistant turn.
-        default_ratings: of the answer to be generated, where `attributes` does not name them; None writes no label.
+        default_ratings: of the answer to be generated, where `attributes` does not name them.
         system_prompt: of conversations without a system message; None means the template's own default.
-        special_strings: other strings that a text must not contain, `tokenizer_files.special_strings`.
 
-    Raises:
-        DataError: a default rating of an unknown attribute or outside its range.
+    Raises DataError: a default rating of an unknown attribute or outside its range.
     """
-    schema = schema or Schema(())
-    form = {key: value for key, value in vars(template).items() if key not in ("control_strings", "default_system")}
+    schema, form = schema or Schema(()), asdict(template)
+    default_system = form.pop("default_system")
     settings = {
         "reward": kind == "reward",
         "form": form,
-        "default_system": template.default_system if system_prompt is None else system_prompt,
+        "default_system": default_system if system_prompt is None else system_prompt,
         "broken": {string: broken(string) for string in sorted(template.control_strings | special_strings)},
         "ranges": {a.name: [_number(a.low), _number(a.high), a.labels[0], a.labels[-1]] for a in schema.attributes},
         "default_ratings": {
             name: _number(check_rating(value, schema[name])) for name, value in (default_ratings or {}).items()
         },
     }
-    lines = [f"{{#- steerjax chat template '{template.name}', {kind} model. {_ABOUT[kind]} -#}}"]
+    lines = [f"{{#- steerjax chat template '{template.name}', {kind} model -#}}"]
     for name, value in settings.items():
         # Jinja reads strings as Python does, which has all of JSON's escapes but surrogate pairs.
         text = "none" if value is None else json.dumps(value, ensure_ascii=False)

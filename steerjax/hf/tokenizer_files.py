@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,39 +14,33 @@ from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer, missing_markers
 
 _KEPT = ("model_max_length", "padding_side", "truncation_side")  # of a source's tokenizer_config.json
-_ADDING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")  # post-processors that add tokens
 
 
 def special_tokens(tokenizer: Tokenizer, template: Template) -> dict[str, str]:
     """`bos_token`, `eos_token` and `pad_token` of an export, those there are; `tokenizer.token_id` gives their ids.
 
-    * `eos_token`, where a server stops, is the template's end where that is one token, else the tokenizer's own.
-    * `pad_token` is an existing token that the template never writes: transformers reads a reward before the first
-      padding token, so a reward that is read at `<|im_end|>` must not be padded with it.
-    * `bos_token` is named only where text or the template writes it, as a server takes the text of a named token
-      (`<s>`, struck-through text in HTML) for the token.
+    `eos_token`, where a server stops, is the template's end where that is one token, else the tokenizer's own.
+    `pad_token` is one that the template never writes, as transformers reads a reward before the first padding token.
+    `bos_token` is named only where text or the template writes it, as a server takes `<s>` in a text for a named token.
     """
     bos, eos, pad = (
         None if index is None else tokenizer.backend.id_to_token(index)
         for index in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
     )
-    end, controls = template.end.strip(), template.control_strings
-    found = {
-        "bos_token": bos if bos in controls | tokenizer.special_strings else None,
-        "eos_token": eos if end in missing_markers(tokenizer, template) else end,
-    }
+    controls, end = template.control_strings, template.end.strip()
+    bos = bos if bos in controls | tokenizer.special_strings else None
     unknown = getattr(tokenizer.backend.model, "unk_token", None)  # a Unigram has none
     others = sorted(tokenizer.special_strings, key=lambda string: tokenizer.token_id(string) or 0)
-    free = (string for string in (pad, eos, unknown, *others) if string not in controls | {found["bos_token"], None})
-    found["pad_token"] = next(free, None)
+    free = (string for string in (pad, eos, unknown, *others) if string not in controls | {bos, None})
+    stop = eos if end in missing_markers(tokenizer, template) else end
+    found = {"bos_token": bos, "eos_token": stop, "pad_token": next(free, None)}
     return {key: string for key, string in found.items() if string is not None}
 
 
 def stop_tokens(tokenizer: Tokenizer, template: Template) -> list[int]:
     """Ids that end an answer, ascending: every control string or special token, as in `inference.stopping`."""
-    controls = template.control_strings.difference(missing_markers(tokenizer, template))
-    ids = {tokenizer.token_id(string) for string in controls | tokenizer.special_strings}
-    return sorted(index for index in ids | {tokenizer.eos_id, tokenizer.bos_id} if index is not None)
+    strings = tokenizer.special_strings | template.control_strings.difference(missing_markers(tokenizer, template))
+    return sorted({*map(tokenizer.token_id, strings), tokenizer.eos_id, tokenizer.bos_id} - {None})
 
 
 def special_strings(tokenizer: Tokenizer, template: Template) -> frozenset[str]:
@@ -62,7 +57,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: Template, chat
     source, names, entries = tokenizer.files[0], special_tokens(tokenizer, template), {}
     if source.suffix == ".model":
         shutil.copyfile(source, folder / "tokenizer.model")
-        backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+        backend = copy.deepcopy(tokenizer.backend)
         backend.add_special_tokens([*names.values()])
         content, reached = json.loads(backend.to_str()), template.control_strings | {*names.values()}
         content["added_tokens"] = [
@@ -74,8 +69,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: Template, chat
         content = json.loads(source.read_text(encoding="utf-8"))
         config = source.with_name("tokenizer_config.json")
         entries = json.loads(config.read_text(encoding="utf-8")) if config in tokenizer.files else {}
-    if processor := content.get("post_processor"):
-        kept = [entry for entry in processor.get("processors", [processor]) if entry["type"] not in _ADDING]
+    if processor := content.get("post_processor"):  # all but ByteLevel's add tokens
+        kept = [entry for entry in processor.get("processors", [processor]) if entry["type"] == "ByteLevel"]
         content["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
     config = {key: entries[key] for key in _KEPT if key in entries} | {
         # The classes of single models (LlamaTokenizer) build a tokenizer of their own and add a BOS.
