@@ -8,11 +8,9 @@ import argparse
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import IO
 
 from steerjax.data.loading import load_conversations, split_by_prompt, write_skipped
 from steerjax.data.oasst import read_threads
@@ -66,24 +64,22 @@ def _prepare(o: argparse.Namespace) -> None:
     rows, skipped = loaded.conversations, loaded.skipped
     parts = {o.output: rows}
     if o.validation_output:
-        train, validation = split_by_prompt(rows, o.validation_fraction, o.seed)
-        parts = {o.output: train, o.validation_output: validation}
-    result = statistics_of(rows, schema)
-    result |= {"dropped": dict(dropped), "duplicates": loaded.duplicates, "skipped": len(skipped)}
+        parts = dict(
+            zip((o.output, o.validation_output), split_by_prompt(rows, o.validation_fraction, o.seed), strict=True)
+        )
+    found = statistics_of(rows, schema)
+    found |= {"dropped": dict(dropped), "duplicates": loaded.duplicates, "skipped": len(skipped)}
     listing = o.output.with_name(o.output.name + ".skipped.jsonl")
-    with ExitStack() as stack:
-        for path, part in parts.items():
-            file = stack.enter_context(_complete_file(path))
-            file.writelines(json.dumps(row.to_json(), ensure_ascii=False).encode() + b"\n" for row in part)
-        if o.statistics:
-            stack.enter_context(_complete_file(o.statistics)).write(json.dumps(result, indent=2).encode() + b"\n")
-        listing.unlink(missing_ok=True)
-        if skipped:
-            write_skipped(listing, skipped)
-    print(format_statistics(result), end="\n\n")
+    for path, part in parts.items():
+        _write(path, (json.dumps(row.to_json(), ensure_ascii=False) + "\n" for row in part))
+    if o.statistics:
+        _write(o.statistics, [json.dumps(found, indent=2) + "\n"])
+    listing.unlink(missing_ok=True)
+    print(format_statistics(found), end="\n\n")
     for path, part in parts.items():
         print(f"{len(part)} rows in {path}")
     if skipped:
+        write_skipped(listing, skipped)
         print(f"{len(skipped)} rows skipped, listed in {listing}")
 
 
@@ -98,20 +94,19 @@ def _check(o: argparse.Namespace) -> None:
         raise ConfigError(f"{twice[0]} would be written over; cure: name another file")
 
 
-@contextmanager
-def _complete_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that gets its name only when it is complete. Raises ConfigError: it cannot be written."""
-    partial = path.with_name(path.name + ".partial")
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """The file gets its name only when it is complete. Raises ConfigError: it cannot be written."""
+    unfinished = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with gzip.GzipFile(partial, "wb", mtime=0) if path.suffix == ".gz" else partial.open("wb") as file:
-            yield file
-        partial.replace(path)
+        with gzip.GzipFile(unfinished, "wb", mtime=0) if path.suffix == ".gz" else unfinished.open("wb") as file:
+            file.writelines(line.encode() for line in lines)
+        unfinished.replace(path)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}; cure: name another file") from error
     finally:
-        if partial.exists():
-            partial.unlink()
+        if unfinished.exists():
+            unfinished.unlink()
 
 
 if __name__ == "__main__":

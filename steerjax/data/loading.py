@@ -1,4 +1,4 @@
-"""Sources -> a list of conversations, with what was skipped; splits by prompt."""
+"""Sources -> conversations, with what was skipped; splits by prompt."""
 
 import hashlib
 import json
@@ -37,10 +37,8 @@ class Loaded:
 def load_conversations(
     sources: Sequence[str], schema: Schema, *, format: str = "auto", read: Read | None = None, **options: str
 ) -> Loaded:
-    """All conversations of the sources, as `read` or else `read_conversations` gives them.
-
-    The options `on_bad_row` and `on_duplicate` are `DataConfig`'s. Raises DataError and ConfigError as they say.
-    """
+    """All conversations of the sources, as `read` or else `read_conversations` gives them; options and errors are those
+    of `usable_rows`."""
     skipped: list[Skipped] = []
     duplicates: list[Skipped] = []
     read = read or partial(read_conversations, schema=schema, format=format)
@@ -51,10 +49,10 @@ def usable_rows(
     sources: Sequence[str], read: Read, skipped: list[Skipped], duplicates: list[Skipped] | None = None, *,
     on_bad_row: str = "error", on_duplicate: str = "keep",
 ) -> Iterator[Any]:  # fmt: skip
-    """The rows of all sources that can be used, one by one; adds to `skipped`, and to `duplicates` whether kept or not.
+    """The rows of all sources that can be used, one by one; the options are `DataConfig`'s.
 
-    A duplicate equals an earlier row in its `content()`: in system, roles, contents and ratings. With other ratings it
-    is rater noise. Raises DataError: a bad row, a source without a usable row.
+    Adds to `skipped`, and to `duplicates`, kept or not, rows whose `content()` equals an earlier one's; with other
+    ratings it is rater noise. Raises DataError: a bad row, a source without a usable row.
     """
     first_of: dict[str, str] = {}
     duplicates = [] if duplicates is None else duplicates
@@ -78,7 +76,7 @@ def usable_rows(
         if not usable:
             bad = skipped[before:]
             what = f"usable row: {len(bad)} skipped, the first at line {bad[0].line}: {bad[0].reason}" if bad else "row"
-            cure = "repair the rows, name another format, or check that this is the file you meant"
+            cure = "repair the rows, or name another format or file"
             raise DataError(f"no {what}", file=source, cure=cure)
 
 

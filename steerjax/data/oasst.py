@@ -21,18 +21,16 @@ def read_threads(
 ) -> Iterator[tuple[int, Conversation | DataError]]:  # fmt: skip
     """(line, conversation) for every thread, a path from a tree's root to a leaf; a bad tree is one DataError.
 
-    A turn has its ratings and its message's id in each of its threads. Labels are scaled to the schema's range and
-    rounded half to even. Only quality, toxicity, humor and creativity are taken: OASST's `helpfulness` is another scale
-    than HelpSteer's. Threads of one message, deleted messages and other languages than `lang` are dropped, with the
-    replies to them, and counted in `dropped` by reason. `source` holds trees (`{"prompt": {..., "replies": [...]}}` or
-    the root message itself), or messages one by one (`message_id`, `parent_id`), as the hub has them.
+    `source` holds trees (`{"prompt": {..., "replies": [...]}}` or the root message itself), or messages one by one
+    (`message_id`, `parent_id`), as the hub has them. Labels are scaled to the schema's range and rounded half to even;
+    `helpfulness` is left out, as it is another scale than HelpSteer's. Threads of one message, deleted messages and
+    other languages than `lang` are dropped, with the replies to them, and counted in `dropped` by reason.
 
     Raises DataError: the source cannot be read, or no thread is left. ConfigError: the schema has none of the four.
     """
     if not set(schema.names) & set(OASST.names):
         raise ConfigError(f"the schema has none of {', '.join(OASST.names)}; cure: use the schema oasst or steerlm")
-    counts: Counter[str] = Counter()
-    empty = True
+    counts, empty = Counter(), True
 
     def kept(message: Row) -> bool:
         deleted = not keep_deleted and message.get("deleted")
@@ -46,12 +44,12 @@ def read_threads(
         try:
             if isinstance(tree, DataError):
                 raise tree
-            threads = list(_threads(tree, schema, kept, counts))
-            found = [Conversation(turns, None, turns[-1].id, source, line) for turns in threads]
+            threads = _threads(tree, schema, kept, counts)
+            found = [(line, Conversation(turns, None, turns[-1].id, source, line)) for turns in threads]
         except DataError as error:
-            found = [error.at(source, line)]
+            found = [(line, error.at(source, line))]
         empty = empty and not found
-        yield from ((line, row) for row in found)
+        yield from found
     if dropped is not None:
         dropped.update(+counts)
     if empty and counts:

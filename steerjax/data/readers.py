@@ -1,7 +1,4 @@
-"""Rows of any source (a file, `embedded:NAME`, `hub:ID[:SPLIT]`) -> `Conversation`s.
-
-A row that cannot be used is handed on as a `DataError` in its place; a file that cannot be read as a whole raises.
-"""
+"""Rows of any source (a file, `embedded:NAME`, `hub:ID[:SPLIT]`) -> `Conversation`s."""
 
 import codecs
 import csv
@@ -30,9 +27,9 @@ _TEXT_COLUMNS = ("id", "prompt", "response", "system", "instruction", "input", "
 def read_conversations(
     source: str, schema: Schema, format: str = "auto"
 ) -> Iterator[tuple[int, Conversation | DataError]]:
-    """(line, conversation) of a source; a row that cannot be used is a DataError with its file and line.
+    """(line, conversation) of a source; a row that cannot be used is a DataError in its place.
 
-    Raises DataError: the source cannot be read at all. ConfigError: unknown format.
+    Raises as `iter_rows`, and ConfigError: unknown format.
     """
     format = source_format(source, format)
     for line, row in iter_rows(source):
@@ -54,8 +51,7 @@ def source_format(source: str, format: str) -> str:
 def iter_rows(source: str) -> Rows:
     """(line, row) of a source; a row that does not parse is a DataError in its place.
 
-    Lines count from 1: a physical line of .jsonl, .csv and .tsv (a record's first one), the row elsewhere. Dates of a
-    table are text in the row; bytes and NaN stay what they are.
+    Lines count from 1: a physical line of .jsonl, .csv and .tsv (a record's first one), the row elsewhere.
 
     Raises DataError: no such file, an unknown extension, or a file that is broken as a whole.
     """
@@ -94,7 +90,7 @@ def hub_dataset(source: str):
     try:
         return datasets.load_dataset("/".join([owner, *folder]), split=split or "train", **options)
     except Exception as error:  # network, unknown id, unknown split, broken files: each its own type
-        cure = "check the id, the split and the network, or download the file and name its path"
+        cure = "check id, split and network, or download the file and name its path"
         raise DataError(f"cannot load from the hub: {error}", file=source, cure=cure) from error
 
 
@@ -132,7 +128,7 @@ def _parse(raw: bytes) -> Any:
         line, what = 0, str(error)
         if isinstance(error, json.JSONDecodeError):
             line, what = error.lineno, f"{error.msg}, column {error.colno}"
-        cure = "write a list of objects, or one whole object a line"
+        cure = "write a list of objects, or one object a line"
         raise DataError(f"broken JSON: {what}", line=line, cure=cure) from None
 
 
@@ -159,8 +155,8 @@ def _json_rows(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(file: IO[bytes]) -> Rows:
-    """Strictly: after a broken record nothing says where the next begins, so the file is refused. (pandas' and
-    pyarrow's readers join the rows from a quote that is left open to the next one.)"""
+    """Strict: after a broken record nothing says where the next begins. (pandas' and pyarrow's readers would join rows
+    from an open quote to the next.)"""
     text = _decode(file.read())
     separator = max(",\t;", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
@@ -174,7 +170,7 @@ def _csv_rows(file: IO[bytes]) -> Rows:
                 rows.append((line, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}))
             header, line = header or list(_object((name, None) for name in cells)), reader.line_num + 1
     except csv.Error as error:
-        cure = "quote cells with separators or line breaks, double quotes in them, and close each quote before it"
+        cure = "quote cells with separators or line breaks, double the quotes in them, and close each before this line"
         raise DataError(f"broken CSV: {error}", line=line, cure=cure) from None
     finally:
         csv.field_size_limit(limit)
@@ -182,7 +178,7 @@ def _csv_rows(file: IO[bytes]) -> Rows:
 
 
 def _cell(name: str, cell: str) -> str | float | None:
-    """An empty cell is a missing value; numbers are parsed, except in columns that hold text."""
+    """Empty is missing; numbers are parsed, except in columns that hold text."""
     try:
         return (cell if name in _TEXT_COLUMNS else float(cell)) if cell.strip() else None
     except ValueError:
@@ -202,14 +198,14 @@ def _parquet_rows(file: IO[bytes]) -> Rows:
 
 
 def _plain(value: Any) -> Any:
-    """Values that JSON has no form for, as text or numbers; bytes stay, and are refused where they are used."""
+    """Dates and the like as text, decimals as numbers; bytes stay, and are refused where they are used."""
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return [_plain(inner) for inner in value]
     if isinstance(value, decimal.Decimal):
         return float(value)
-    return value if value is None or isinstance(value, str | int | float | bytes) else str(value)
+    return value if isinstance(value, str | int | float | bytes | None) else str(value)
 
 
 _FILE_READERS = {
