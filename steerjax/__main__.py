@@ -1,9 +1,9 @@
 """steerjax NAME [...]: trains, rates, steers and exports. `steerjax NAME --help` says how."""
 
-from __future__ import annotations
-
 import importlib
 import sys
+
+import steerjax
 
 COMMANDS = {
     "train": "a reward model or a chat model from a recipe; resumes",
@@ -21,18 +21,13 @@ def main() -> None:
     if name in COMMANDS:
         sys.argv = [f"steerjax {name}", *sys.argv[2:]]
         importlib.import_module(f"steerjax.{name}").main()
-        return
-    if name == "--version":
-        from steerjax import __version__
-
-        print(f"steerjax {__version__}")
-        return
-    lines = [__doc__.strip(), "", *(f"  {command:10}{words}" for command, words in COMMANDS.items())]
-    if name in ("--help", "-h"):
-        print("\n".join(lines))
-        return
-    print(f"error: there is no command '{name}'\n  cure: one of {', '.join(COMMANDS)}", file=sys.stderr)
-    sys.exit(2)
+    elif name == "--version":
+        print(f"steerjax {steerjax.__version__}")
+    elif name in ("--help", "-h"):
+        print(__doc__, *(f"  {command:10}{words}" for command, words in COMMANDS.items()), sep="\n")
+    else:
+        print(f"error: there is no command '{name}'\n  cure: one of {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ data and no weights are read. A config with model.vocab_size is planned as writt
 config.json is read. Exit status: 0 if it fits as it is, 1 if only with changes or not at all, 2 on an error.
 
 TOPOLOGY is v5e:4x4, v5p:4x4x8, v6e:4x4 (chips along each axis of the slice) or h100:1x8 (nodes x GPUs).
-The command sets environment variables before jax looks for devices: JAX_PLATFORMS=cpu, TPU_SKIP_MDS_QUERY=1 and others
-for a TPU; JAX_PLATFORMS= and JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 for a GPU.
+JAX_PLATFORMS=cpu, TPU_SKIP_MDS_QUERY=1 and others are set for a TPU; JAX_PLATFORMS= and others for a GPU.
 """
 
 from __future__ import annotations

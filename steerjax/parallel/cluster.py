@@ -25,10 +25,11 @@ def find_cluster(environment: Mapping[str, str]) -> dict | None:
             return {"local_device_ids": _slurm_devices(environment)}
         several = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or _on_tpu_pod(environment)
         return {} if several else None
-    address, count = environment["STEERJAX_COORDINATOR"], whole_number(environment, "STEERJAX_PROCESSES", 1)
-    index = whole_number(environment, "STEERJAX_PROCESS", 0)
+    address = environment["STEERJAX_COORDINATOR"]
     if not re.fullmatch(r".+:\d+", address):
         raise ConfigError(f"STEERJAX_COORDINATOR is {address!r}; cure: host:port of process 0, e.g. node1:9876")
+    count = whole_number(environment, "STEERJAX_PROCESSES", 1)
+    index = whole_number(environment, "STEERJAX_PROCESS", 0)
     if index >= count:
         raise ConfigError(f"STEERJAX_PROCESS is {index} of {count} processes; cure: 0 to {count - 1}")
     plain = {"coordinator_address": address, "num_processes": count, "process_id": index}

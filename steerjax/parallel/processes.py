@@ -1,9 +1,8 @@
-"""Several processes as one run: start, barriers that compare and have a time limit, and one failure that ends all.
+"""Several processes as one run: barriers that compare and have a time limit, and one failure that ends all.
 
-The processes talk through the key-value store of jax's coordination service, which process 0 holds. A thread in each
-gives a sign of life every `BEAT` seconds and looks for news; process 0's looks for those that have gone silent. (The
-service's own watch aborts without saying who failed or why, and at once when process 0 dies; so each process also holds
-a connection to the service's port, whose end it sees as soon.)
+They talk through the key-value store of jax's coordination service, which process 0 holds: a thread in each gives signs
+of life and looks for news, process 0's for those that fell silent. (The service's own watch aborts without saying who
+failed or why, and at once when process 0 dies; so each also holds a connection to its port, whose end it sees as soon.)
 
 Environment, beside that of cluster.py: STEERJAX_START_SECONDS (300), how long to wait for all to start;
 STEERJAX_WAIT_SECONDS (3600), the longest wait at a barrier; STEERJAX_CPU_DEVICES, virtual devices a process on a CPU.
@@ -35,16 +34,12 @@ NEWS, ALIVE = "steerjax/news/", "steerjax/alive/"
 
 
 class Processes:
-    """The processes of a run, seen from one of them; on its own, a process waits for nobody.
-
-    Attributes:
-        index, count: which this is, of how many.
-    """
+    """The `count` processes of a run, seen from the one of this `index`; on its own, a process waits for nobody."""
 
     def __init__(self, state: State, wait_seconds: int = 3600):
         self.index, self.count, self._client = state.process_id, state.num_processes, state.client
         self._wait, self._place, self._leaving = wait_seconds, "start", False
-        self._used: Counter[str] = Counter()
+        self._name, self._used = f"process {self.index} of {self.count}", Counter()
         self._watch = threading.Thread(target=self._watch_others, daemon=True)
         if self.count > 1:
             self._watch.start()
@@ -84,10 +79,8 @@ class Processes:
             cure = "look into its log; STEERJAX_WAIT_SECONDS gives it more time"
             said = f"'{name}': {self._last_seen(late)} did not come within {seconds:g} s\n  cure: {cure}"
             raise TrainingError(said) from error
-        if not facts:
-            return
-        found, said = [json.loads(value) for _, value in sorted(self._read(folder).items())], []
-        for key in found[0]:
+        found, said = [json.loads(own) for _, own in sorted(self._read(folder).items())] if facts else [], []
+        for key in flat:
             values = [own.get(key) for own in found]
             usual = Counter(values).most_common(1)[0][0]  # process 0's, if it is a draw
             said += [f"process {i} has {key} = {v}, the others {usual}" for i, v in enumerate(values) if v != usual]
@@ -103,7 +96,7 @@ class Processes:
             self._watch.join()
 
     def fail(self, error: BaseException) -> None:
-        """Prints the error, tells it to the others and ends this process; returns if the run is alone or finished."""
+        """Prints the error, tells it to all and ends with them; returns if the run is alone or finished."""
         if not self._watch.is_alive():
             return
         sys.stdout.flush()
@@ -111,30 +104,25 @@ class Processes:
         if not isinstance(error, SteerjaxError):
             shown = "".join(traceback.format_exception(error)).strip()
             text = "\n".join(f"{type(error).__name__}: {text}".splitlines()[:3])
-        _say(f"error: process {self.index} of {self.count}: {shown}")
-        if isinstance(error, JaxRuntimeError):  # it may be a collective whose other end is gone
+        _say(f"error: {self._name}: {shown}")
+        if isinstance(error, JaxRuntimeError):  # it may be a collective whose other end is gone: then the watch ends us
             _say("waiting until it is known whether another process is gone ...")
-            time.sleep(LOST + 3 * BEAT)  # the watch ends this process as soon as it knows who
-        self._leaving = True  # so that the watch does not say it again
-        self._tell(f"process {self.index} of {self.count} failed: {text}")
-        self._exit()
+            self._watch.join(LOST + 3 * BEAT)
+        self._tell(f"{self._name} failed: {text}")
+        self._watch.join()
 
     def _tell(self, news: str) -> None:
         """Tells all processes, this one too, why to end."""
         with suppress(JaxRuntimeError):
             self._client.key_value_set(f"{NEWS}{self.index}", news, allow_overwrite=True)
 
-    def _exit(self) -> None:
-        """Ends this process at once; process 0, which holds the store, when the others have had time to hear."""
-        if self.index == 0:
-            time.sleep(3 * BEAT)
-        os._exit(1)
-
     def _end(self, why: str | None) -> None:
-        """Ends this process because of another one, unless it is leaving anyway."""
+        """Ends this process, unless it is leaving; process 0, which holds the store, when the others could hear why."""
         if not self._leaving:
-            _say(f"error: process {self.index} of {self.count} ends, because {why}")
-            self._exit()
+            _say(f"error: {self._name} ends, because {why}")
+            if self.index == 0:
+                time.sleep(3 * BEAT)
+            os._exit(1)
 
     def _watch_others(self) -> None:
         news, missed, seen = None, 0, {}
@@ -196,9 +184,10 @@ def _say(text: str) -> None:
 
 @contextmanager
 def connect(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
-    """Joins the run's other processes, if the environment names any; to be entered before jax looks for devices.
+    """Joins the run's other processes, if there are any, before jax looks for devices; a block that fails ends all.
 
-    When the block fails in one, all end, with an error that names it. Raises ConfigError: an environment without sense.
+    Raises:
+        ConfigError: an environment without sense.
     """
     if environment.get("STEERJAX_CPU_DEVICES"):
         jax.config.update("jax_num_cpu_devices", whole_number(environment, "STEERJAX_CPU_DEVICES", 1))

@@ -14,7 +14,7 @@ from steerjax.chat.render import make_renderer
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ConfigError
 from steerjax.models.flops import GIB
-from steerjax.parallel.mesh import AXES, make_mesh, mesh_shape
+from steerjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
 from steerjax.planning.topology import Topology
 from steerjax.training.config import Experiment
 from steerjax.training.input import check_batch, make_feeder
@@ -63,8 +63,8 @@ def plannable(experiment: Experiment, devices: int) -> Experiment:
         e, _ = with_source(e)
     if e.model.vocab_size == 0:
         e = replace(e, model=replace(e.model, vocab_size=load_tokenizer(e.chat.tokenizer).vocab_size))
-    sizes = dict(zip(AXES, mesh_shape(e.mesh, devices), strict=True))
-    return replace(e, mesh=replace(e.mesh, **sizes), train=replace(e.train, steps=e.train.steps or 1_000_000))
+    mesh, steps = MeshConfig(*mesh_shape(e.mesh, devices)), e.train.steps or 1_000_000
+    return replace(e, mesh=mesh, train=replace(e.train, steps=steps))
 
 
 def compile_step(e: Experiment, devices: Sequence[jax.Device]) -> Compiled:
@@ -160,13 +160,14 @@ def attempt_text(attempt: Attempt, topology: Topology) -> str:
 
 def verdict_text(attempts: Sequence[Attempt], topology: Topology) -> str:
     """The last words of a plan."""
-    (flags, _, last), machine = attempts[-1], f"{topology.name} ({topology.devices} devices)"
-    if last.fits(topology.chip.hbm_bytes):
-        if not flags:
-            return f"verdict: fits {machine}"
+    flags, _, last = attempts[-1]
+    machine = f"{topology.name} ({topology.devices} devices)"
+    if not last.fits(topology.chip.hbm_bytes):
+        return (
+            f"verdict: does not fit {machine}, and neither remat, micro-batches nor fsdp make it "
+            f"({attempts[0][2].used / GIB:.1f} GiB at first, {last.used / GIB:.1f} GiB at last); "
+            "cure: more devices, shorter rows, or tensor parallelism (--config.mesh.tensor)"
+        )
+    if flags:
         return f"verdict: does not fit {machine} as it is; it fits with\n  {' '.join(flags)}"
-    return (
-        f"verdict: does not fit {machine}, and neither remat, micro-batches nor fsdp make it "
-        f"({attempts[0][2].used / GIB:.1f} GiB at first, {last.used / GIB:.1f} GiB at last); "
-        "cure: more devices, shorter rows, or tensor parallelism (--config.mesh.tensor)"
-    )
+    return f"verdict: fits {machine}"

@@ -39,12 +39,8 @@ class Topology:
     """Some chips and how they are joined."""
 
     name: str  # as the user wrote it
-    kind: str  # of KINDS
     shape: tuple[int, ...]  # chips along each axis of a TPU slice; nodes and GPUs a node for H100
-
-    @property
-    def chip(self) -> Chip:
-        return CHIPS[KINDS[self.kind]]
+    chip: Chip
 
     @property
     def devices(self) -> int:
@@ -52,7 +48,7 @@ class Topology:
 
     @property
     def on_gpu(self) -> bool:
-        return self.kind == "h100"
+        return self.name.startswith("h100")
 
 
 def parse_topology(name: str) -> Topology:
@@ -60,7 +56,7 @@ def parse_topology(name: str) -> Topology:
     if not re.fullmatch(r"(v5p:Nx|(v5e|v6e|h100):)NxN".replace("N", r"[1-9]\d*"), name):
         raise ConfigError(f"--topology {name}: not a machine that can be planned; cure: one of {_EXAMPLES}")
     kind, shape = name.split(":")
-    return Topology(name, kind, tuple(map(int, shape.split("x"))))
+    return Topology(name, tuple(map(int, shape.split("x"))), CHIPS[KINDS[kind]])
 
 
 def prepare_environment(topology: Topology) -> None:

@@ -37,7 +37,7 @@ def test_mesh_of_a_command_line():
     assert parse_mesh("fsdp=2,tensor=4") == MeshConfig(fsdp=2, tensor=4)
     assert parse_mesh("") == MeshConfig()
     for text, key in (
-        ("fsdp", "--mesh fsdp"),
+        ("fsdp", "--mesh.fsdp"),
         ("rows=2", "rows"),
         ("fsdp=0", "--mesh.fsdp"),
         ("fsdp=-1", "at most one"),
