@@ -173,7 +173,8 @@ def test_metrics_have_what_the_interface_promises(uninterrupted):
     for name in ("helpfulness", "verbosity"):
         for metric in ("mse", "mae", "pearson", "spearman"):
             assert f"attributes/{name}/{metric}" in lines[-1]
-    assert training[-1]["loss"] < training[0]["loss"]
+    losses = [r["loss"] for r in training]
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
     assert json.loads((uninterrupted / "config.json").read_text())["train"]["steps"] == 12
     assert list((uninterrupted / "tensorboard").glob("events*"))
 
