@@ -1,7 +1,5 @@
 """Options that several commands share, each written once."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator
@@ -28,21 +26,25 @@ def add_row_options(parser: argparse.ArgumentParser) -> None:
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
     """The options of commands that score conversations with a reward model; for `open_scorer`."""
     add_row_options(parser)
-    add = parser.add_argument
-    add("--row-length", type=int, default=0, metavar="N",
-        help="tokens; a longer conversation is listed, not cut; default: the model's context, up to 4096")  # fmt: skip
-    add("--rows", type=int, default=0, metavar="N", help="packed rows a step; default 1 on a CPU, 8 a device elsewhere")
     add_model_options(parser)
+    add, longer = parser.add_argument, "longer conversations are listed; default: the model's context, up to 4096"
+    add("--row-length", type=int, default=0, metavar="TOKENS", help=longer)
+    add("--rows", type=int, default=0, metavar="N", help="packed rows a step; default 1 on a CPU, 8 a device elsewhere")
 
 
-def open_scorer(model: str, options: argparse.Namespace):
-    """The `Scorer` of a reward model; SteerjaxError: no such model, or options that do not fit it."""
+def open_model(folder: str, options: argparse.Namespace):
+    """The `Bundle` of a folder on the mesh of the options."""
     from steerjax.bundle import open_bundle
-    from steerjax.inference.scorer import Scorer
     from steerjax.parallel.mesh import parse_mesh
 
-    bundle = open_bundle(model, parse_mesh(options.mesh), template=options.template, dtype=options.dtype)
-    return Scorer(bundle, row_length=options.row_length, rows=options.rows)
+    return open_bundle(folder, parse_mesh(options.mesh), template=options.template, dtype=options.dtype)
+
+
+def open_scorer(folder: str, options: argparse.Namespace):
+    """The `Scorer` of a reward model; SteerjaxError: no such model, or options that do not fit it."""
+    from steerjax.inference.scorer import Scorer
+
+    return Scorer(open_model(folder, options), row_length=options.row_length, rows=options.rows)
 
 
 @contextmanager

@@ -6,8 +6,6 @@ steerjax evaluate --suite steerability --input ANSWERS.jsonl [--reward-model DIR
 `--suite NAME --help` lists the options of a suite. The output holds metrics.json and the suite's plots and tables.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 from collections.abc import Sequence

@@ -12,8 +12,6 @@ Bootstrapping (step 4 of SteerLM, docs/steerlm.md): --combinations FILE asks for
 at top quality, drawn anew for each row, and samples with top-k 50.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence
@@ -67,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def check_options(o: argparse.Namespace) -> None:
-    """Which options go together; ConfigError: some that do not."""
+    """Raises ConfigError: options that do not go together."""
     for holds, message in (
         (o.model or o.server, "neither --model nor --server; cure: one of them"),
         ((o.prompt is None) != (o.input is None), "either --prompt or --input; cure: one of them"),

@@ -164,7 +164,7 @@ def test_a_bad_row_is_found_before_the_model_is_loaded(model, tmp_path, monkeypa
     good = {"prompt": "p", "response": "r"}
     source = write_rows(tmp_path / "in.jsonl", [*[good] * 300, {"prompt": "p"}])
     with monkeypatch.context() as patch:
-        patch.setattr("steerjax.annotate.open_scorer", lambda *_: pytest.fail("loaded"))
+        patch.setattr("steerjax.inference.annotation.open_scorer", lambda *_: pytest.fail("loaded"))
         assert f"{source}:301: " in refusal(model, source, tmp_path / "out.jsonl")
         bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "response_0": "r"}] * 2)
         said = refusal(model, bad, tmp_path / "out.jsonl", "--on-bad-row", "skip")
@@ -224,21 +224,24 @@ def test_parts_together_are_the_whole(model, tmp_path, order):
     annotate(model, source, tmp_path / "whole.jsonl", *options)
     output = tmp_path / "out.jsonl"
     for number in order:
-        assert not output.exists()
         annotate(model, source, output, *options, "--part", f"{number}/3")
+    assert not output.exists()
     for name in ("", LISTED):
-        assert (tmp_path / f"out.jsonl{name}").read_bytes() == (tmp_path / f"whole.jsonl{name}").read_bytes()
-    assert {entry["line"] for entry in read_rows(tmp_path / ("out.jsonl" + LISTED))} == {5, 21}
-    assert (tmp_path / "out.part-2-of-3.jsonl").exists()
-    annotate(model, source, output, *options)  # there is nothing left to do
-    assert "other settings: rows" in refusal(model, source, output, *options, "--rows", 16)
+        parts = [tmp_path / f"out.part-{number}-of-3.jsonl{name}" for number in (1, 2, 3)]
+        joined = b"".join(part.read_bytes() for part in parts if part.exists())
+        assert joined == (tmp_path / f"whole.jsonl{name}").read_bytes()
+    assert {entry["line"] for entry in read_rows(tmp_path / ("whole.jsonl" + LISTED))} == {5, 21}
+    annotate(model, source, output, *options, "--part", "2/3")  # there is nothing left to do
+    assert "other settings: rows" in refusal(model, source, tmp_path / "whole.jsonl", *options, "--rows", 16)
 
 
 def test_parts_of_a_short_file(model, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", some_conversations(3, longest=8))
+    found = []
     for number in (1, 2, 3, 4):
         annotate(model, source, tmp_path / "out.jsonl", "--chunk-rows", 2, "--part", f"{number}/4")
-    assert [row["id"] for row in read_rows(tmp_path / "out.jsonl")] == ["row 1", "row 2", "row 3"]
+        found += [row["id"] for row in read_rows(tmp_path / f"out.part-{number}-of-4.jsonl")]
+    assert found == ["row 1", "row 2", "row 3"]
 
 
 @pytest.mark.short

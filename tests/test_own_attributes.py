@@ -110,9 +110,9 @@ def test_a_run_rates_as_it_was_evaluated(folder, reward):
     held_out = split_by_prompt(load_conversations([str(folder / "rows.jsonl")], SCHEMA).conversations, 0.25, 0)[1]
     for model in (folder / "rm", reward):
         scorer = Scorer(open_bundle(model, MeshConfig(fsdp=2, tensor=2)))
-        examples, predicted = predict(scorer, held_out, [[1]] * len(held_out), [], skip=False)
+        examples, predicted, _ = predict(scorer, held_out, [[1]] * len(held_out), skip=False)
         assert len(examples) == len(held_out) > 8
-        rated = [[c.turns[1].ratings.get(name, np.nan) for name in SCHEMA.names] for c, _ in examples]
+        rated = [[c.turns[1].ratings.get(name, np.nan) for name in SCHEMA.names] for c in held_out]
         errors = np.nanmean(np.square(predicted - rated), axis=0)
         np.testing.assert_allclose(errors, [last[f"attributes/{name}/mse"] for name in SCHEMA.names], rtol=1e-4)
 

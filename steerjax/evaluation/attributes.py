@@ -3,12 +3,11 @@
 The output holds metrics.json, report.md, plots, predictions.jsonl and skipped.jsonl (the rows that were left out).
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 
 from steerjax.command import MODEL, add_scoring_options, open_scorer
+from steerjax.data.conversation import Turn
 from steerjax.errors import DataError
 
 
@@ -24,7 +23,6 @@ def run(options: argparse.Namespace) -> dict:
     """Writes the report and prints its table.
 
     Returns `responses` and `skipped`, numbers; `attributes` and `baselines`, see `EvaluationResult`; `average_mse`.
-    Raises SteerjaxError: a model or data that do not fit.
     """
     from steerjax.data.loading import load_conversations, write_skipped
     from steerjax.inference.scorer import predict, reading_schema
@@ -45,32 +43,32 @@ def run(options: argparse.Namespace) -> dict:
         return loaded.conversations, rated, loaded.skipped
 
     conversations, turns, skipped = load(options.data)
-    trained = [(c, turn) for c, rated in zip(*load(options.train_data)[:2], strict=True) for turn in rated]
-    examples, predicted = predict(scorer, conversations, turns, skipped, skip=how == "skip")
-    if not examples:
+    trained = [c.turns[turn] for c, rated in zip(*load(options.train_data)[:2], strict=True) for turn in rated]
+    rated, predicted, refused = predict(scorer, conversations, turns, skip=how == "skip")
+    skipped += refused
+    if not rated:
         raise DataError("no rated response to evaluate", file=options.data[0], cure=f"rate {' or '.join(names)}")
-    ids = [conversation.id for conversation, _ in examples]
-    result = evaluate_predictions(scorer.schema, predicted, *_arrays(examples, names), ids, *_arrays(trained, names))
+    tested, ids = [conversations[c].turns[turn] for c, turn in rated], [conversations[c].id for c, _ in rated]
+    result = evaluate_predictions(scorer.schema, predicted, *_arrays(tested, names), ids, *_arrays(trained, names))
     summary = {
         "model": scorer.description.path,
         "data": ", ".join(options.data),
         "baselines fitted on": ", ".join(options.train_data) or "nothing",
-        "responses": f"{len(examples)} rated, {len(skipped)} rows or turns left out",
+        "responses": f"{len(rated)} rated, {len(skipped)} rows or turns left out",
     }
     write_report(options.output, result, [], summary, "\n".join(f"{k}: {v}" for k, v in vars(options).items()))
     write_skipped(options.output / "skipped.jsonl", skipped)
     print(f"{format_table(result)}\n\n{scorer.counts}\n{len(skipped)} rows or turns left out (skipped.jsonl)")
     print(f"report with plots: {options.output / 'report.md'}")
     return {
-        "responses": len(examples), "skipped": len(skipped), "attributes": result.metrics,
+        "responses": len(rated), "skipped": len(skipped), "attributes": result.metrics,
         "baselines": result.baselines, "average_mse": result.average_mse(),
     }  # fmt: skip
 
 
-def _arrays(examples: Sequence[tuple], names: Sequence[str]) -> tuple:
-    """Of (conversation, turn) each: human ratings [E, A], where they are, and the characters of each response."""
+def _arrays(turns: Sequence[Turn], names: Sequence[str]) -> tuple:
+    """Human ratings [E, A], where they are, and the characters of each response."""
     import numpy as np
 
-    rated = [conversation.turns[turn] for conversation, turn in examples]
-    values = np.array([[turn.ratings.get(name, np.nan) for name in names] for turn in rated]).reshape(-1, len(names))
-    return values, ~np.isnan(values), [len(turn.content) for turn in rated]
+    values = np.array([[turn.ratings.get(name, np.nan) for name in names] for turn in turns]).reshape(-1, len(names))
+    return values, ~np.isnan(values), [len(turn.content) for turn in turns]

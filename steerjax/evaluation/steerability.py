@@ -1,11 +1,9 @@
 """Does a chat model do what the requested ratings say? Length and predicted ratings against the request.
 
-The answers are what `generate` wrote; predicted ratings are those that `annotate` added, or --reward-model's. The
-distance of an answer is the number of attributes whose rounded predicted rating differs from the requested one
-(NeMo-Aligner, branch yi/alpha_steerlm). The output holds metrics.json and a plot an attribute.
+The answers are what `generate` wrote, the predicted ratings what `annotate` added, or --reward-model's. The distance
+of an answer is the number of attributes whose rounded predicted rating is not the requested one (NeMo-Aligner, branch
+yi/alpha_steerlm). The output holds metrics.json and a plot an attribute.
 """
-
-from __future__ import annotations
 
 import argparse
 import functools
@@ -42,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """The last turn of a conversation, the ratings that were asked for and a reward model's ratings, by attribute."""
+    """The last turn of a conversation, the ratings that were asked for and a reward model's, by attribute."""
 
     conversation: Conversation
     requested: Mapping[str, float]
@@ -58,10 +56,7 @@ class Answer:
 
 
 def run(options: argparse.Namespace) -> dict:
-    """Plots each requested attribute, prints the table and returns what `steerability` does, and the `ranges`.
-
-    Raises SteerjaxError: rows that are no answers, or a model that does not fit.
-    """
+    """Plots each requested attribute, prints the table, returns what `steerability` does, and the `ranges`."""
     require_matplotlib()
     answers, known = list(read_answers(options.input)), Schema(())
     if options.reward_model:
@@ -143,16 +138,13 @@ def _rated(answers: Sequence[Answer], scorer, skip: bool) -> list[Answer]:
     """The answers with the reward model's ratings in place of any that they had."""
     from steerjax.inference.scorer import predict
 
-    conversations, skipped = [answer.conversation for answer in answers if answer.text], []
-    turns = [[len(conversation.turns) - 1] for conversation in conversations]
-    examples, predicted = predict(scorer, conversations, turns, skipped, skip=skip)
+    turns = [[len(answer.conversation.turns) - 1] if answer.text else [] for answer in answers]
+    places, predicted, skipped = predict(scorer, [answer.conversation for answer in answers], turns, skip=skip)
     for entry in skipped:
         print(f"no prediction for {entry.file}:{entry.line}: {entry.reason}")
-    ratings = {
-        conversation.line: dict(zip(scorer.schema.names, row, strict=True))
-        for (conversation, _), row in zip(examples, predicted.tolist(), strict=True)
-    }
-    return [replace(answer, predicted=ratings.get(answer.conversation.line, {})) for answer in answers]
+    ratings = [dict(zip(scorer.schema.names, row, strict=True)) for row in predicted.tolist()]
+    rated = dict(zip((place for place, _ in places), ratings, strict=True))
+    return [replace(answer, predicted=rated.get(place, {})) for place, answer in enumerate(answers)]
 
 
 def steerability(answers: Sequence[Answer], schema: Schema, seed: int = 0) -> dict:
@@ -168,13 +160,16 @@ def steerability(answers: Sequence[Answer], schema: Schema, seed: int = 0) -> di
     exact = np.full((len(answers), len(schema)), np.nan)
     for attribute, column in zip(schema.attributes, exact.T, strict=True):
         measured = _measured(answers, attribute)
-        requested, column[:], values = measured.pop("requested"), measured["exact"], []
-        for level in np.unique(requested[~np.isnan(requested)]):
-            means = {key: _mean(numbers[requested == level]) for key, numbers in measured.items()}
-            values.append({"requested": float(level), "n": int(np.sum(requested == level)), **means})
-        keys = ("characters", "words", "predicted") if len(values) > 1 else ()
+        requested, column[:] = measured.pop("requested"), measured["exact"]
+        levels = np.unique(requested[~np.isnan(requested)]).tolist()
+        values = [
+            {"requested": level, "n": int(np.sum(requested == level))}
+            | {key: _mean(numbers[requested == level]) for key, numbers in measured.items()}
+            for level in levels
+        ]
+        keys = ("characters", "words", "predicted") if len(levels) > 1 else ()
         trends = {key: trend(requested, measured[key], prompts, seed) for key in keys}
-        if values:
+        if levels:
             attributes[attribute.name] = {"values": values, "trends": trends}
     rated = ~np.isnan(exact)
     differing = (exact == 0).sum(1)[rated.any(1)]

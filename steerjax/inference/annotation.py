@@ -1,13 +1,9 @@
-"""What `steerjax annotate` does: chunks of rows in, the same rows with predicted ratings out, in parts."""
-
-from __future__ import annotations
+"""What `steerjax annotate` does: chunks of rows in, the same rows with predicted ratings out."""
 
 import argparse
 import hashlib
-import shutil
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -16,20 +12,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from steerjax.bundle import describe
+from steerjax.command import open_scorer
 from steerjax.data.formats import conversation_from_row
-from steerjax.data.loading import Skipped, file_hashes
+from steerjax.data.loading import file_hashes
 from steerjax.data.readers import source_format
 from steerjax.errors import DataError
-from steerjax.inference.job import InputRow, beside, carried, check_settings, input_rows, resumable, write_settings
+from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
 from steerjax.inference.scorer import Chunk, Scorer, assistant_turns, model_schema, predicted_keys, reading_schema
 
 
-def annotate(options: argparse.Namespace, number: int, parts: int, open_scorer: Callable[[], Scorer]) -> None:
-    """Looks at all rows, so that no bad one is found after hours, then rates part `number` (from 1) of `parts`.
-
-    Raises:
-        SteerjaxError: options, rows or a model that do not fit.
-    """
+def annotate(options: argparse.Namespace, number: int, parts: int) -> None:
+    """Looks at all rows, so that no bad one is found after hours, then rates part `number` (from 1) of `parts`."""
     o, skipped = options, []
     schema = reading_schema(model_schema(describe(o.model, template=o.template)))
 
@@ -40,38 +33,31 @@ def annotate(options: argparse.Namespace, number: int, parts: int, open_scorer: 
         return InputRow(conversation, carried(row) if own else conversation.to_json())
 
     total = sum(1 for _ in input_rows(o.input, read, skipped, on_bad_row=o.on_bad_row))
-    scorer = open_scorer()
+    scorer = open_scorer(o.model, o)
     size = o.chunk_rows or 128 * scorer.rows
+    begin, end = (min(total, -(-total // size) * n // parts * size) for n in (number - 1, number))
     settings = {
         "command": "annotate", "source": o.input, "input": file_hashes([o.input])[o.input], "chunk_rows": size,
         "model": model_digest(scorer.description.path), "attributes": scorer.schema.to_json(),
-        "row_length": scorer.row_length, "rows": scorer.rows,
+        "row_length": scorer.row_length, "rows": scorer.rows, "part": f"{number}/{parts}",
         **{key: vars(o)[key] for key in ("turns", "format", "template", "dtype")},
     }  # fmt: skip
-    chunks = -(-total // size)
-    part = range(chunks * (number - 1) // parts * size, min(total, chunks * number // parts * size))
-    output = part_path(o.output, number, parts)
-    with resumable(output, settings | {"part": f"{number}/{parts}"}) as file:
-        if file.finished:
-            print(f"{output} is finished")
-        else:
-            file.skip(skipped if number == 1 else ())
-            begin = file.done // size * size
-            left = islice(input_rows(o.input, read, [], on_bad_row=o.on_bad_row), part.start + begin, part.stop)
+    path = o.output if parts == 1 else o.output.with_name(f"{o.output.stem}.part-{number}-of-{parts}{o.output.suffix}")
+    with resumable(path, settings) as output:
+        if not output.finished:
+            output.skip(skipped if number == 1 else ())
+            first = output.done // size * size
+            left = islice(input_rows(o.input, read, [], on_bad_row=o.on_bad_row), begin + first, end)
             pause = 0.1 if sys.stderr.isatty() else 10
-            with tqdm(total=len(part), initial=begin, unit="row", mininterval=pause) as bar:
+            with tqdm(total=end - begin, initial=first, unit="row", mininterval=pause) as bar:
                 for rows, chunk in _ahead(_chunks(left, size, scorer, o.turns == "last", o.on_bad_row == "skip")):
                     annotated = _annotated(rows, chunk, scorer)
-                    file.skip(Skipped(*refused[2:]) for refused in chunk.refused)
-                    for place, row in enumerate(annotated, start=bar.n):
-                        file.put(place, row)
+                    output.skip(chunk.refused.values())
+                    output.add(bar.n, annotated)
                     bar.update(len(rows))
-            file.finish(len(part))
-            print(f"{len(part)} rows in {output}; {scorer.counts}")
-        if file.listed:
-            print(f"turns or rows that were left out are listed in {beside(output, 'skipped.jsonl')}")
-    if parts > 1:
-        _join(o.output, parts, settings)
+    print(f"{path} is finished" if output.finished else f"{end - begin} rows in {path}; {scorer.counts}")
+    if output.listed:
+        print(f"turns or rows that were left out are listed in {beside(path, 'skipped.jsonl')}")
 
 
 def _chunks(left: Iterator[InputRow], size: int, scorer: Scorer, last: bool, skip: bool) -> Iterator[tuple]:
@@ -92,22 +78,17 @@ def _ahead(items: Iterator[tuple]) -> Iterator[tuple]:
 
 def _annotated(rows: Sequence[InputRow], chunk: Chunk, scorer: Scorer) -> list[dict]:
     """The output rows of a chunk."""
-    new = {refused[:2]: {} for refused in chunk.refused}
+    new = {key: {} for key in chunk.refused}
     for (place, turn), values in zip(chunk.examples, scorer.score(chunk), strict=True):
         try:
             new[place, turn] = predicted_keys(values, scorer.schema)
         except DataError as error:
             raise error.at(rows[place].conversation.file, rows[place].conversation.line) from None
-    out = [row.carried | {"turns": [dict(t) for t in row.carried["turns"]], "id": row.conversation.id} for row in rows]
+    out = [row.carried | {"turns": [*row.carried["turns"]], "id": row.conversation.id} for row in rows]
     for (place, turn), keys in new.items():
-        old = out[place]["turns"][turn]
-        out[place]["turns"][turn] = {k: old[k] for k in old if k not in ("predicted_ratings", "predicted_label")} | keys
+        old = out[place]["turns"][turn].items()
+        out[place]["turns"][turn] = {k: v for k, v in old if k not in ("predicted_ratings", "predicted_label")} | keys
     return out
-
-
-def part_path(output: Path, number: int, parts: int) -> Path:
-    """Where a part is written; OUTPUT where there is one only."""
-    return output if parts == 1 else output.with_name(f"{output.stem}.part-{number}-of-{parts}{output.suffix}")
 
 
 def model_digest(folder: Path) -> str:
@@ -121,24 +102,3 @@ def model_digest(folder: Path) -> str:
                 file.seek(place)
                 digest.update(file.read(65536))
     return digest.hexdigest()
-
-
-def _join(output: Path, parts: int, settings: dict) -> None:
-    """Joins the parts' outputs and lists of what was skipped, once all are there and made alike."""
-    paths = [part_path(output, number, parts) for number in range(1, parts + 1)]
-    if missing := [path.name for path in paths if not path.exists()]:
-        print(f"not there yet: {', '.join(missing)}")
-        return
-    for number, path in enumerate(paths, start=1):
-        check_settings(path, settings | {"part": f"{number}/{parts}"})
-    write_settings(output, settings | {"part": "1/1"})
-    lists = [path for path in (beside(path, "skipped.jsonl") for path in paths) if path.exists()]
-    for whole, pieces in ((beside(output, "skipped.jsonl"), lists), (output, paths)):
-        if pieces:
-            partial = beside(whole, uuid.uuid4().hex)  # another process may be joining too
-            with partial.open("wb") as file:
-                for piece in pieces:
-                    with piece.open("rb") as read:
-                        shutil.copyfileobj(read, file)
-            partial.replace(whole)
-    print(f"joined {parts} parts in {output}")

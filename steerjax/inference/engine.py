@@ -1,11 +1,9 @@
 """Batched decoding: prompts once through the model, then one token a row and step under one jit.
 
 A row is one answer: a prompt in one setting of the ratings, and one sample. What the settings of a prompt have in
-common, the prefix, is computed once; the suffix is what differs (from the label line on), at least the last token. The
-cache's slots: [0, P) prefix, [P, P + Q) suffix, then new tokens. Padding is masked, and positions count without it.
+common, the prefix, is computed once; the suffix is what differs, at least the last token. The cache's slots: [0, P)
+prefix, [P, P + Q) suffix, then new tokens. Padding is masked, and positions count without it.
 """
-
-from __future__ import annotations
 
 import functools
 import os
@@ -30,6 +28,7 @@ from steerjax.parallel.rules import RULES, constrain, mesh_ways
 from steerjax.schema import Schema
 
 _WINDOW = 4  # batches whose requests are sorted by length
+_LOOK = 64  # steps between two looks of the host
 
 
 class Request(NamedTuple):
@@ -46,14 +45,14 @@ class Inputs(NamedTuple):
     prefix_lengths: Int[np.ndarray, " R"]
     suffix: Int[np.ndarray, "B Q"]
     suffix_lengths: Int[np.ndarray, " B"]  # at least 1; 0 in rows that fill the batch
-    seeds: Int[np.ndarray, " B"]  # of the row's draws
+    seeds: Int[np.ndarray, " B"]
 
 
 class State(NamedTuple):
-    """Where a batch stands."""
+    """Where a batch stands; S = P + Q + M - 1, as the last token is never fed back."""
 
     cache: Cache  # keys and values [L B S K H]
-    seen: Bool[Array, "B P+Q"]  # which slots of prefix and suffix hold a token
+    seen: Bool[Array, "B S"]  # which slots hold a token
     keys: Array  # of the rows' draws
     tokens: Int[Array, "B M"]  # those drawn so far; after a row's end they mean nothing
     drawn: Int[Array, " B"]  # how many in each row, its end included
@@ -64,61 +63,52 @@ class State(NamedTuple):
 class Engine:
     """Answers from a chat model of our own. The text of a row depends on others at most in the rounding of sums.
 
-    Args:
-        schema: of the label lines.
-        batch_size: rows that are decoded together, about: whole requests, as many as the mesh can share evenly.
-        interval: steps between two looks of the host.
-
-    Raises:
-        ModelError: a reward model.
+    `schema` is that of label lines; `batch_size`, rows decoded together, is rounded to whole requests that the mesh
+    can share evenly. Raises ModelError: a reward model.
     """
 
-    def __init__(self, bundle: Bundle, schema: Schema, sampling: Sampling, batch_size: int = 8, interval: int = 64):
+    def __init__(self, bundle: Bundle, schema: Schema, sampling: Sampling, batch_size: int = 8):
         self._about = about = bundle.description
         if about.kind != "chat":
             raise ModelError(f"'{about.path}' is a {about.kind} model, which writes no text\n  cure: give a chat model")
         # One layer a step of the scan: unrolled, XLA copies the weights out of their stack (twice as slow on a CPU).
         model = bundle.module.clone(compute=replace(bundle.module.compute, unroll=1, remat="none"))
-        self.params, self.mesh, self.batch_size, self.interval = bundle.params, bundle.mesh, batch_size, interval
-        self.sampling, self.stops = sampling, Stops(about.tokenizer, about.template)
-        self.model, self._renderer = str(about.path), bundle.renderer(schema)
-        self._ways = mesh_ways(bundle.mesh, RULES["batch"])
+        self.params, self.mesh, self.batch_size, self.sampling = bundle.params, bundle.mesh, batch_size, sampling
+        self.model, self.stops = str(about.path), Stops(about.tokenizer, about.template)
+        self._renderer, self._ways = bundle.renderer(schema), mesh_ways(bundle.mesh, RULES["batch"])
         self._start = jax.jit(functools.partial(start, model, sampling, self.stops))
         self._advance = jax.jit(functools.partial(advance, model, sampling, self.stops), donate_argnums=1)
 
     def prepare(self, conversation: Conversation, settings: Sequence[Setting], samples: int) -> Request:
-        """The conversation's tokens in each setting; earlier answers with the ratings that they have.
+        """The conversation's tokens in each setting of the ratings; earlier answers with those that they have.
 
-        Raises:
-            DataError: what the renderer refuses, or no room for the answer.
+        Raises DataError: what the renderer refuses, or no room for the answer.
         """
-        about, prompts = self._about, []
+        about = self._about
         history = [(turn.ratings or turn.predicted_ratings) if about.schema else None for turn in conversation.turns]
-        for setting in settings:
-            label = label_of(setting, about.default_ratings) or None
-            rendered = self._renderer.render(conversation, history, generation_prompt=True, generation_label=label)
-            prompts.append(rendered.tokens)
+        labels = [label_of(setting, about.default_ratings) or None for setting in settings]
+        render = functools.partial(self._renderer.render, conversation, history, generation_prompt=True)
+        prompts = tuple(render(generation_label=label).tokens for label in labels)
         longest, new, room = max(map(len, prompts)), self.sampling.max_new_tokens, about.model.max_position_embeddings
         if longest + new > room:
-            message = f"{longest} tokens and {new} new ones are more than the model's {room}"
+            wrong = f"{longest} tokens and {new} new ones are more than the model's {room}"
             cure = "shorten it, or use a lower --max-new-tokens"
-            raise DataError(message, file=conversation.file, line=conversation.line, cure=cure)
-        return Request(tuple(prompts), samples)
+            raise DataError(wrong, cure=cure, file=conversation.file, line=conversation.line)
+        return Request(prompts, samples)
 
-    def run(self, requests: Sequence[Request], done: int = 0) -> Iterator[tuple[int, list[Answer]]]:
-        """(index, an answer for each setting and sample) of the requests from `done` on, all with as many of both.
-
-        Batches are cut from all requests, so that an interrupted job computes those of an uninterrupted one.
-        """
+    def run(self, requests: Sequence[Request], done: int = 0) -> Iterator[list[Answer]]:
+        """The answers to each request from `done` on, for each setting and sample; all have as many of both."""
         rows = len(requests[0].prompts) * requests[0].samples if requests else 1
         size = self._batch(rows)
-        window = _WINDOW * size
-        order = sorted(range(len(requests)), key=lambda i: (i // window, len(requests[i].prompts[0])))
-        for batch in (order[at : at + size] for at in range(0, len(order), size)):
-            if max(batch) >= done:
-                *_, drawn = self._steps([requests[i] for i in batch], size, self.interval)
-                for place, i in enumerate(batch):
-                    yield i, [self._answer(*row) for row in drawn[place * rows : (place + 1) * rows]]
+        for first in range(0, len(requests), _WINDOW * size):  # all windows, so that a resumed job has the same batches
+            window = range(first, min(first + _WINDOW * size, len(requests)))
+            order, answers = sorted(window, key=lambda i: len(requests[i].prompts[0])), {}
+            for batch in (order[at : at + size] for at in range(0, len(order), size)):
+                if max(batch) >= done:
+                    *_, drawn = self._steps([requests[i] for i in batch], size, _LOOK)
+                    found = [self._answer(*row) for row in drawn[: len(batch) * rows]]
+                    answers |= {i: found[place * rows : (place + 1) * rows] for place, i in enumerate(batch)}
+            yield from (answers[i] for i in window if i >= done)
 
     def stream(self, request: Request) -> Iterator[str | Answer]:
         """The pieces of one answer as they are drawn, then the whole `Answer`."""
@@ -133,7 +123,7 @@ class Engine:
         yield answer
 
     def _batch(self, rows: int) -> int:
-        """Requests of so many rows a batch."""
+        """Requests of so many rows in a batch."""
         return -(-max(1, self.batch_size // rows) // self._ways) * self._ways
 
     def _steps(self, requests: Sequence[Request], size: int, interval: int) -> Iterator[list[tuple[np.ndarray, bool]]]:
@@ -189,66 +179,67 @@ def _padded(texts: Sequence[np.ndarray], rows: int, least: int) -> tuple[np.ndar
 def start(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, inputs: Inputs) -> State:
     """Prefixes, then suffixes through the model; the first token is drawn."""
     R, B, M = len(inputs.prefix), len(inputs.suffix), sampling.max_new_tokens
-    nothing = empty_cache(model, R), jnp.zeros((R, 0), bool)
-    _, cache, seen = feed(model, params, *nothing, inputs.prefix, inputs.prefix_lengths)
+
+    def feed(cache: Cache, seen: Bool[Array, "B S"], tokens: Int[Array, "B T"], lengths: Int[Array, " B"]):
+        real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+        states, new = extend(model, params, cache, seen, constrain(tokens, "batch", None), real)
+        cache = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), cache, new)
+        return states, cache, jnp.concatenate([seen, real], axis=1)
+
+    _, cache, seen = feed(empty_cache(model, R), jnp.zeros((R, 0), bool), inputs.prefix, inputs.prefix_lengths)
     cache = jax.tree.map(lambda x: placed(jnp.repeat(x, B // R, axis=1)), cache)  # each row of a request gets its own
-    seen = jnp.repeat(seen, B // R, axis=0)
-    states, cache, seen = feed(model, params, cache, seen, inputs.suffix, inputs.suffix_lengths)
+    states, cache, seen = feed(cache, jnp.repeat(seen, B // R, axis=0), inputs.suffix, inputs.suffix_lengths)
     states = jnp.take_along_axis(states, inputs.suffix_lengths[:, None, None] - 1, axis=1)[:, 0]
-    logits = model.apply({"params": params}, states, method="head")
-    room = ((0, 0), (0, 0), (0, M - 1), (0, 0), (0, 0))  # M - 1: the last token is never fed back
+    room = ((0, 0), (0, 0), (0, M - 1), (0, 0), (0, 0))
     state = State(
         cache=jax.tree.map(lambda x: placed(jnp.pad(x, room)), cache),
-        seen=seen,
+        seen=jnp.pad(seen, room[1:3]),
         keys=jax.vmap(jax.random.key)(inputs.seeds),
         tokens=jnp.zeros((B, M), jnp.int32),
         drawn=jnp.zeros(B, jnp.int32),
         done=inputs.suffix_lengths == 0,
         count=jnp.int32(0),
     )
-    return add_token(state, draw(logits, state.keys, state.count, sampling), stops)
+    return add_token(model, sampling, stops, params, state, states)
 
 
-def feed(
+def extend(
     model: CausalLM, params: dict, cache: Cache, seen: Bool[Array, "B S"],
-    tokens: Int[Array, "B T"], lengths: Int[Array, " B"],
-) -> tuple[Float[Array, "B T D"], Cache, Bool[Array, "B S+T"]]:  # fmt: skip
-    """Padded texts that go on after those of the cache: their states; cache and `seen` with them."""
+    tokens: Int[Array, "B T"], real: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], Cache]:  # fmt: skip
+    """States, keys and values of texts that go on after those of the cache; `real` is false in their padding."""
     B, T = tokens.shape
-    real = jnp.arange(T) < lengths[:, None]
     own = jnp.tril(jnp.ones((T, T), bool)) & real[:, None]
     mask = jnp.concatenate([jnp.broadcast_to(seen[:, None], (B, T, seen.shape[1])), own], axis=-1)
-    positions, tokens = seen.sum(1, keepdims=True) + jnp.arange(T), constrain(tokens, "batch", None)
-    states, new = model.apply({"params": params}, tokens, positions, cache, mask, method="extend")
-    cache = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), cache, new)
-    return states, cache, jnp.concatenate([seen, real], axis=1)
+    positions = seen.sum(1, keepdims=True) + jnp.arange(T)
+    return model.apply({"params": params}, tokens, positions, cache, mask, method="extend")
 
 
 def advance(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, state: State, until: int) -> State:
     """Draws tokens until there are `until`, or all rows have ended."""
-    B, S = state.tokens.shape[0], state.cache.keys.shape[2]
-    prompt = state.seen.shape[1]  # slots
+    B, M = state.tokens.shape
 
     def step(state: State) -> State:
         fed = state.count - 1
-        written = jnp.broadcast_to(jnp.arange(S - prompt) < fed, (B, S - prompt))
-        mask = jnp.concatenate([state.seen, written, jnp.ones((B, 1), bool)], axis=1)[:, None]
-        token = jax.lax.dynamic_slice_in_dim(state.tokens, fed, 1, axis=1)
-        positions = state.seen.sum(1, keepdims=True) + fed
-        states, new = model.apply({"params": params}, token, positions, state.cache, mask, method="extend")
-        logits = model.apply({"params": params}, states[:, 0], method="head")
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=prompt + fed, axis=2)
-        state = state._replace(cache=jax.tree.map(write, state.cache, new))
-        return add_token(state, draw(logits, state.keys, state.count, sampling), stops)
+        token, real = jax.lax.dynamic_slice_in_dim(state.tokens, fed, 1, axis=1), jnp.ones((B, 1), bool)
+        states, new = extend(model, params, state.cache, state.seen, token, real)
+        slot = state.seen.shape[1] - (M - 1) + fed
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot)
+        cache = jax.tree.map(functools.partial(write, axis=2), state.cache, new)
+        state = state._replace(cache=cache, seen=write(state.seen, real, axis=1))
+        return add_token(model, sampling, stops, params, state, states[:, 0])
 
     return jax.lax.while_loop(lambda state: (state.count < until) & ~state.done.all(), step, state)
 
 
-def add_token(state: State, token: Int[Array, " B"], stops: Stops) -> State:
-    """Writes a drawn token, and sees whether it ends its row. Every process reads what is constrained here."""
-    tokens = constrain(
-        jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.count, axis=1), None, None
-    )
+def add_token(
+    model: CausalLM, sampling: Sampling, stops: Stops, params: dict, state: State, states: Float[Array, "B D"]
+) -> State:
+    """Draws a token for each row, and sees whether it ends the row. Every process reads what is constrained here."""
+    logits = model.apply({"params": params}, states, method="head")
+    token = draw(logits, state.keys, state.count, sampling)
+    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.count, axis=1)
+    tokens = constrain(tokens, None, None)
     drawn = constrain(jnp.where(state.done, state.drawn, state.count + 1), None)
     done = constrain(state.done | stops.ended(tokens, state.count), None)
     return state._replace(tokens=tokens, drawn=drawn, done=done, count=state.count + 1)

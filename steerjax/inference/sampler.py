@@ -1,7 +1,5 @@
 """From logits to a token: greedy, temperature, top-k, top-p. Pure functions in float32."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,7 +10,7 @@ from steerjax.inference.steering import Sampling
 def nucleus(probabilities: Float[Array, " V"], top_p: float) -> Bool[Array, " V"]:
     """The fewest most likely entries that add up to at least `top_p`; among equal ones the first.
 
-    Sorting is slow on a CPU, so: bisection over the bits, ordered as positive floats are, of the least one kept.
+    By bisection over the bits of the least one kept, which are ordered as positive floats are; a CPU sorts slowly.
     """
 
     def probability(bits):

@@ -1,13 +1,10 @@
 """Predicted ratings of assistant turns: rendered, packed so that what they share is computed once, and scored.
 
-What is computed follows from a chunk of conversations alone: the same chunk gives the same bits again on one machine.
+What is computed follows from the chunk of conversations alone: on one machine it gives the same bits again.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -31,34 +28,24 @@ _CHUNK = 1024  # conversations that `predict` packs together
 _NOTHING = np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)  # is learnt
 
 
-class Refused(NamedTuple):
-    """A turn without a prediction; from `file` on, the values of a `Skipped`."""
-
-    conversation: int  # its place in the chunk
-    turn: int
-    file: str
-    line: int
-    reason: str
-
-
 @dataclass(frozen=True)
 class Chunk:
-    """Conversations made ready for the model."""
+    """Conversations made ready for the model; a turn is named by (its conversation's place in the chunk, its own)."""
 
-    examples: tuple[tuple[int, int], ...]  # (conversation, turn) of each; E of them
+    examples: tuple[tuple[int, int], ...]  # E turns
     trees: tuple[Tree, ...]
     rows: Mapping[int, Sequence[Row]]  # by row length
-    refused: tuple[Refused, ...]
+    refused: Mapping[tuple[int, int], Skipped]  # turns without a prediction
 
 
 @dataclass
 class Counts:
-    """What was computed so far."""
+    """What was computed so far: turns with a prediction, tokens, their places (padding too), compiled shapes."""
 
-    turns: int = 0  # that have a prediction
+    turns: int = 0
     tokens: int = 0
-    places: int = 0  # tokens and padding
-    shapes: set[tuple[int, int]] = field(default_factory=set)  # (rows, row length), compiled
+    places: int = 0
+    shapes: set[tuple[int, int]] = field(default_factory=set)  # (rows, row length)
 
     def __str__(self) -> str:
         filled = self.tokens / max(1, self.places)
@@ -69,8 +56,7 @@ class Counts:
 def model_schema(description: Description) -> Schema:
     """The attributes that a reward model predicts, in the order of its outputs.
 
-    Raises:
-        ModelError: a chat model, or outputs without the names of attributes.
+    Raises ModelError: a chat model, or outputs without the names of attributes.
     """
     if description.kind != "reward":
         raise ModelError(f"'{description.path}' is a {description.kind} model\n  cure: give a reward model")
@@ -78,10 +64,8 @@ def model_schema(description: Description) -> Schema:
         return description.schema
     labels = read_config(description.path).labels
     if unknown := [label for label in labels if label not in STEERLM.names]:
-        raise ModelError(
-            f"'{description.path}': its outputs are {', '.join(labels)}, and the range of {unknown[0]} is not known\n"
-            "  cure: a steerjax.json with the attributes"
-        )
+        wrong = f"its outputs are {', '.join(labels)}, and the range of {unknown[0]} is not known"
+        raise ModelError(f"'{description.path}': {wrong}\n  cure: a steerjax.json with the attributes")
     return Schema(tuple(STEERLM[label] for label in labels))
 
 
@@ -97,10 +81,7 @@ def row_lengths(longest: int) -> tuple[int, ...]:
 
 
 def bucketed_rows(trees: Sequence[Tree], lengths: Sequence[int]) -> dict[int, list[Row]]:
-    """Packs each part of the trees into a row of the shortest length that holds it, or into what a longer has left.
-
-    `lengths` ascend; the last holds every example.
-    """
+    """Each part of the trees in a row of the shortest of these ascending lengths, or in what a longer has left."""
     parts = [part for number, tree in enumerate(trees) for part in parts_of(number, tree, lengths[-1], None)]
     rows: dict[int, list[Row]] = {}
     for shorter, length in reversed(list(zip((0, *lengths), lengths, strict=False))):
@@ -113,16 +94,11 @@ def bucketed_rows(trees: Sequence[Tree], lengths: Sequence[int]) -> dict[int, li
 
 
 class Scorer:
-    """Scores chunks of conversations with a reward model; `schema` is that of the predictions.
+    """Scores chunks of conversations with a reward model; `schema` has the attributes that had a rating in training.
 
-    These are the attributes that had a rating in the training data, if the model says so, else all.
-
-    Args:
-        row_length: tokens; a longer conversation has no prediction. 0 takes the model's longest context, at most 4096.
-        rows: packed rows a step. 0 takes 8 for each part of the mesh that rows are cut into, on a CPU 1.
-
-    Raises:
-        ModelError: no reward model. ConfigError: rows that the mesh does not divide, a bad row length.
+    A conversation of more than `row_length` tokens (0: the model's context, at most 4096) has no prediction. A step has
+    `rows` packed rows (0: 8 for each part of the mesh that rows are cut into, on a CPU 1).
+    Raises ModelError: no reward model; ConfigError: rows that the mesh does not divide, a bad row length.
     """
 
     def __init__(self, bundle: Bundle, *, row_length: int = 0, rows: int = 0):
@@ -136,9 +112,8 @@ class Scorer:
             problem = f"{self.rows} rows of {self.row_length} tokens a step"
             raise ConfigError(f"{problem}; cure: at least 1 token, and a multiple of {ways} rows (mesh data x fsdp)")
         self.counts = Counts()
-        self._renderer = bundle.renderer(self.schema)
+        self._bundle, self._renderer = bundle, bundle.renderer(self.schema)
         self._outputs = [whole.names.index(name) for name in self.schema.names]
-        self._bundle = bundle
 
         def score(params, batch: Batch):
             return bundle.module.apply({"params": params}, *(x[0] for x in batch[:3]))
@@ -148,28 +123,27 @@ class Scorer:
     def prepare(
         self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]], *, skip: bool = False
     ) -> Chunk:
-        """Renders and packs the assistant turns to rate of each conversation; needs no device.
+        """Renders and packs these assistant turns of each conversation; needs no device.
 
-        Raises:
-            DataError: a turn that cannot be rendered, which `skip` refuses. One that is too long is always refused.
+        Raises DataError: a turn that cannot be rendered, unless `skip` refuses it. One that is too long is refused.
         """
-        places, examples, refused = [], [], []
+        places, examples, refused = [], [], {}
         for place, turn in ((place, turn) for place, wanted in enumerate(turns) for turn in wanted):
             conversation = conversations[place]
             try:
                 tokens, root = self._renderer.reward_tokens(conversation, turn)
-                if len(tokens) <= self.row_length:
-                    examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))
-                    places.append((place, turn))
-                    continue
                 reason = f"turns[{turn}]: {len(tokens)} tokens up to its end, and a row has {self.row_length}"
             except DataError as error:
                 if not skip:
                     raise
-                reason = error.reason
-            refused.append(Refused(place, turn, conversation.file, conversation.line, reason))
+                tokens, reason = None, error.reason
+            if tokens is None or len(tokens) > self.row_length:
+                refused[place, turn] = Skipped(conversation.file, conversation.line, reason)
+            else:
+                examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))
+                places.append((place, turn))
         trees = grow(examples)
-        return Chunk(tuple(places), trees, bucketed_rows(trees, row_lengths(self.row_length)), tuple(refused))
+        return Chunk(tuple(places), trees, bucketed_rows(trees, row_lengths(self.row_length)), refused)
 
     def score(self, chunk: Chunk) -> np.ndarray:
         """Predicted ratings, float32 [E, A], attributes in the order of `schema`."""
@@ -193,21 +167,20 @@ class Scorer:
 
 
 def predict(
-    scorer: Scorer, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]], skipped: list[Skipped],
-    *, skip: bool,
-) -> tuple[list[tuple[Conversation, int]], np.ndarray]:  # fmt: skip
-    """`Scorer.prepare` and `score`: (conversation, turn) of every turn that could be rated, and predictions [E, A].
+    scorer: Scorer, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]], *, skip: bool
+) -> tuple[list[tuple[int, int]], np.ndarray, list[Skipped]]:
+    """`Scorer.prepare` and `score` of any number.
 
-    Turns that could not be rated are added to `skipped`.
+    Returns (place in `conversations`, turn) of the turns that could be rated, their predictions [E, A], and the others.
     """
-    examples, predicted = [], [np.zeros((0, len(scorer.schema)), np.float32)]
+    rated, predicted, skipped = [], [np.zeros((0, len(scorer.schema)), np.float32)], []
     for begin in range(0, len(conversations), _CHUNK):
-        part = conversations[begin : begin + _CHUNK]
-        chunk = scorer.prepare(part, turns[begin : begin + _CHUNK], skip=skip)
-        skipped += [Skipped(*refused[2:]) for refused in chunk.refused]
-        examples += [(part[place], turn) for place, turn in chunk.examples]
+        part = slice(begin, begin + _CHUNK)
+        chunk = scorer.prepare(conversations[part], turns[part], skip=skip)
+        skipped += chunk.refused.values()
+        rated += [(begin + place, turn) for place, turn in chunk.examples]
         predicted.append(scorer.score(chunk))
-    return examples, np.concatenate(predicted)
+    return rated, np.concatenate(predicted), skipped
 
 
 def assistant_turns(conversation: Conversation) -> list[int]:
@@ -218,8 +191,7 @@ def assistant_turns(conversation: Conversation) -> list[int]:
 def predicted_keys(predicted: np.ndarray, schema: Schema) -> dict:
     """What a turn says about a prediction [A]: the shortest decimals that are these float32 numbers, and the label.
 
-    Raises:
-        DataError: one is not finite.
+    Raises DataError: one is not finite.
     """
     ratings = {name: float(str(value)) for name, value in zip(schema.names, predicted, strict=True)}
     for name, value in ratings.items():

@@ -1,15 +1,12 @@
 """The same answers from an OpenAI-compatible server (vLLM, SGLang) that serves an exported chat model.
 
-Ratings go to the chat template as `chat_template_kwargs`: `attributes`, and those of earlier turns as
-`message_attributes`, one entry a message. (vLLM 0.32 drops what it does not know of a message.) Texts are sent as they
-are: the exported template breaks the control strings in them.
+Ratings go to the chat template as `chat_template_kwargs`: `attributes`, and those of earlier turns, one entry a
+message, as `message_attributes` (vLLM 0.32 drops what it does not know of a message). Texts are sent as they are.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,11 +24,9 @@ class Server:
         url: `http://host:8000` or `.../v1`. The key in OPENAI_API_KEY is sent, if there is one.
         model: the served name; None takes the only model that it serves.
         template: of the served model; None, not known: the white space around an answer is then removed.
-        workers: requests at a time.
-        attempts: tries of one request, with growing pauses.
+        workers: requests at a time. attempts: tries of one request, with growing pauses.
 
-    Raises:
-        ModelError: no server there, or it serves several models; later, a refused request or an odd answer.
+    Raises ModelError: no server there, or it serves several models; later, a refused request or an odd answer.
     """
 
     def __init__(
@@ -48,9 +43,8 @@ class Server:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"'{url}' is no address of a server; cure: http://HOST:PORT")
         with self._reported():
-            client = openai.OpenAI(
-                base_url=self.url, api_key=key, max_retries=attempts - 1, _strict_response_validation=True
-            )
+            options = {"max_retries": attempts - 1, "_strict_response_validation": True}
+            client = openai.OpenAI(base_url=self.url, api_key=key, **options)
             self._create = client.chat.completions.create
             names = [model] if model else [served.id for served in client.models.list()]
         if len(names) != 1:
@@ -64,27 +58,23 @@ class Server:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         rated = [(turn.ratings or turn.predicted_ratings or {}).items() for turn in turns]
         ratings = [{name: round_rating(r, self._schema[name]) for name, r in each} or None for each in rated]
-        body: dict[str, Any] = {
+        body = {
             "model": self.model, "messages": messages, "n": samples,
             "max_tokens": s.max_new_tokens, "temperature": s.temperature, "top_p": s.top_p,
         }  # fmt: skip
-        if self._template:
-            body["stop"] = sorted(self._template.control_strings)
+        body |= {"stop": sorted(self._template.control_strings)} if self._template else {}
         bodies = []
         for setting in settings:
+            asked = {"attributes": dict(setting), "message_attributes": ratings if any(ratings) else None}
+            ours = {"top_k": s.top_k, "chat_template_kwargs": _given(asked)}  # OpenAI itself has neither
             seed = hashed(s.seed, messages, ratings, sorted(setting.items()))
-            asked = {"attributes": dict(setting)} if setting else {}
-            asked |= {"message_attributes": ratings} if any(ratings) else {}
-            ours = {"top_k": s.top_k, "chat_template_kwargs": asked}  # OpenAI itself has neither
-            bodies.append(body | {"seed": seed, "extra_body": {key: value for key, value in ours.items() if value}})
+            bodies.append(body | {"seed": seed, "extra_body": _given(ours)})
         return bodies
 
-    def run(self, requests: Sequence[list[dict]], done: int) -> Iterator[tuple[int, list[Answer]]]:
+    def run(self, requests: Sequence[list[dict]], done: int = 0) -> Iterator[list[Answer]]:
         with ThreadPoolExecutor(self._workers) as pool:
-            waiting = {pool.submit(self._answers, requests[i]): i for i in range(done, len(requests))}
             try:
-                for future in as_completed(waiting):
-                    yield waiting[future], future.result()
+                yield from pool.map(self._answers, requests[done:])
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -133,3 +123,7 @@ class Server:
             about = f"{error} {error.__cause__ or ''}".strip()[:1000]
             cure = "check that an OpenAI-compatible server is up there, and its log"
             raise ModelError(f"{self.url}: {about}\n  cure: {cure}") from None
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value}

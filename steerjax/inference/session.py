@@ -1,7 +1,5 @@
 """What `steerjax generate` does: prompts or rows in, answers to the terminal or to a file."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
@@ -13,9 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from steerjax.chat.templates import get_template
+from steerjax.command import open_model
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
-from steerjax.data.loading import Skipped, file_hashes, load_conversations
+from steerjax.data.loading import file_hashes, load_conversations
 from steerjax.data.readers import source_format
 from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
@@ -28,7 +27,7 @@ _DIALOGUES = {"turns", "messages", "conversations", "instruction", "text"}  # ke
 
 
 class Session:
-    """The options of the command, made into a model (or a server), settings and sampling; SteerjaxError if unfit."""
+    """What the options ask for: a model or a server, settings, sampling. Raises SteerjaxError where they do not fit."""
 
     def __init__(self, options: argparse.Namespace):
         o = self.options = options
@@ -43,7 +42,7 @@ class Session:
             raise ModelError(f"'{o.model}' does not say which attributes it takes\n  cure: --schema")
         self.schema = own or SCHEMAS[o.schema or "steerlm"]
         self.settings = swept(o.attributes, o.sweep, self.schema)
-        self.combinations: list[dict] = []
+        self.combinations: list[Setting] = []
         if o.combinations:
             rated = load_conversations([o.combinations], self.schema, on_bad_row=o.on_bad_row)
             self.combinations = top_combinations(rated.conversations, self.schema, o.quality)
@@ -51,33 +50,27 @@ class Session:
             from steerjax.inference.server import Server
 
             template = about.template if about else get_template(o.template) if o.template else None
-            self.backend = Server(
-                o.server, o.server_model, self.schema, self.sampling, template=template, workers=o.batch_size
-            )
+            server = o.server, o.server_model, self.schema, self.sampling
+            self.backend = Server(*server, template=template, workers=o.batch_size)
         else:
-            from steerjax.bundle import open_bundle
             from steerjax.inference.engine import Engine
-            from steerjax.parallel.mesh import parse_mesh
 
-            bundle = open_bundle(o.model, parse_mesh(o.mesh), template=o.template, dtype=o.dtype)
-            self.backend = Engine(bundle, self.schema, self.sampling, o.batch_size)
+            self.backend = Engine(open_model(o.model, o), self.schema, self.sampling, o.batch_size)
 
     def answer_prompt(self, prompt: str) -> None:
         """Prints the answer as it comes, or, of several, each with its length."""
-        samples = self.options.samples
         row = self._read({"prompt": prompt, "system": self.options.system}, 0)
-        if len(self.settings) * samples == 1:
+        if len(self.settings) * self.options.samples == 1:
             for piece in self.backend.stream(row.request):
                 print(piece if isinstance(piece, str) else "\n", end="", flush=True)
             if piece.finish == "length":
                 print(f"[cut at {self.sampling.max_new_tokens} tokens]", file=sys.stderr)
             return
-        ((_, answers),) = self.backend.run([row.request], 0)
-        lines = []
+        (answers,), lines = self.backend.run([row.request]), []
         for made, answer in zip(self._answered(row, answers), answers, strict=True):
             made = made["generation"]
             name = " ".join(f"{key}={value}" for key, value in made["attributes"].items()) or "no ratings"
-            name += f" #{made['sample']}" if samples > 1 else ""
+            name += f" #{made['sample']}" if self.options.samples > 1 else ""
             length = f"{len(answer.text.split())} words" + (f", {answer.tokens} tokens" if answer.tokens else "")
             lines.append(f"{name}: {length}" + (", cut" if answer.finish == "length" else ""))
             print(f"--- {lines[-1]}\n{answer.text}\n")
@@ -85,8 +78,7 @@ class Session:
 
     def answer_file(self) -> None:
         """Answers every row of the input into the output; goes on where an earlier run of the same was."""
-        o, output = self.options, Path(self.options.output)
-        skipped: list[Skipped] = []
+        o, path, skipped = self.options, Path(self.options.output), []
         duplicates = "skip" if o.replace_answer else "keep"
         rows = list(input_rows(o.input, self._read, skipped, on_bad_row=o.on_bad_row, on_duplicate=duplicates))
         each = (1 if self.combinations else len(self.settings)) * o.samples
@@ -95,17 +87,17 @@ class Session:
             "settings": self.settings, "combinations": self.combinations, "sampling": asdict(self.sampling),
             **{key: vars(o)[key] for key in ("format", "samples", "system", "template", "dtype", "replace_answer")},
         }  # fmt: skip
-        with resumable(output, job) as file:
-            file.skip(skipped)
-            with tqdm(total=len(rows) * each, initial=file.done, unit="row", disable=None) as bar:
-                for index, answers in self.backend.run([row.request for row in rows], file.done // each):
-                    for place, row in enumerate(self._answered(rows[index], answers), start=index * each):
-                        file.put(place, row)
-                    bar.update(file.done - bar.n)
-            file.finish(len(rows) * each)
-        print(summary(output))
+        with resumable(path, job) as output:
+            output.skip(skipped)
+            done = output.done // each
+            with tqdm(total=len(rows) * each, initial=output.done, unit="row", disable=None) as bar:
+                for row, answers in zip(rows[done:], self.backend.run([r.request for r in rows], done), strict=True):
+                    output.add(done * each, [*self._answered(row, answers)])
+                    bar.update(output.done - bar.n)
+                    done += 1
+        print(summary(path))
         if skipped:
-            print(f"skipped {len(skipped)} rows, listed in {beside(output, 'skipped.jsonl')}")
+            print(f"skipped {len(skipped)} rows, listed in {beside(path, 'skipped.jsonl')}")
 
     def _read(self, row: dict, line: int) -> InputRow:
         o, source = self.options, self.options.input or "--prompt"
@@ -147,8 +139,7 @@ def sampling_of(o: argparse.Namespace) -> Sampling:
 def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "auto") -> Conversation:
     """The conversation that a row asks to be answered: any format of docs/formats.md, or only a `prompt`.
 
-    Raises:
-        DataError: the row cannot be read, or ends with an answer, which `replace_answer` drops.
+    Raises DataError: the row cannot be read, or ends with an answer, which `replace_answer` drops.
     """
     bare = "prompt" in row and not row.keys() & _DIALOGUES
     read = {"response": "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row} if bare else row
@@ -165,6 +156,5 @@ def summary(output: Path) -> str:
     """Rows, mean length, and how many were cut or are empty (later commands refuse such a row)."""
     made = [json.loads(line) for line in output.read_bytes().splitlines()]
     words = [len(row["turns"][-1]["content"].split()) for row in made]
-    cut = sum(row["generation"]["finish"] == "length" for row in made)
-    mean = sum(words) / len(words)
+    cut, mean = sum(row["generation"]["finish"] == "length" for row in made), sum(words) / len(words)
     return f"{output}: {len(made)} answers of {mean:.1f} words, {cut} cut at --max-new-tokens, {words.count(0)} empty"

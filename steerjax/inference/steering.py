@@ -1,7 +1,5 @@
 """What a model is asked for and what comes back: settings of the ratings, sampling, answers. No jax."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -49,10 +47,9 @@ def end_space(template: Template) -> str:
 
 
 def parse_attributes(text: str, schema: Schema) -> dict[str, int | None]:
-    """`helpfulness=4,verbosity=1`; `humor=none` leaves an attribute out, `none` alone leaves out the label line.
+    """`helpfulness=4,verbosity=1`; `humor=none` leaves an attribute out, `none` alone the label line.
 
-    Raises:
-        ConfigError: an unknown name, no number, or a rating out of range.
+    Raises ConfigError: an unknown name, no number, or a rating out of range.
     """
     if text.strip() == "none":
         return dict.fromkeys(schema.names)
@@ -68,8 +65,7 @@ def parse_attributes(text: str, schema: Schema) -> dict[str, int | None]:
 def parse_sweep(text: str, schema: Schema) -> dict[str, list[int]]:
     """`verbosity=0..4`, `verbosity=4..0`, `verbosity=0,2,4`, or `verbosity` for its whole range: {attribute: ratings}.
 
-    Raises:
-        ConfigError: as `parse_attributes`.
+    Raises ConfigError as `parse_attributes`.
     """
     name, equals, values = (part.strip() for part in text.partition("="))
     try:
@@ -98,28 +94,23 @@ def label_of(setting: Setting, defaults: Mapping[str, float] | None) -> dict[str
     return {name: value for name, value in {**(defaults or {}), **setting}.items() if value is not None}
 
 
-def top_combinations(
-    conversations: Iterable[Conversation], schema: Schema, quality: str | None = None
-) -> list[dict[str, int | None]]:
-    """The combinations of ratings that occur with the highest rating of `quality` that occurs, sorted.
+def top_combinations(rows: Iterable[Conversation], schema: Schema, quality: str | None = None) -> list[Setting]:
+    """The combinations of ratings that occur with the highest rating of `quality`, sorted (arXiv 2310.05344, step 4a).
 
-    Step 4a of the SteerLM paper (arXiv 2310.05344, section 3.4). A turn's predicted ratings count, else its human ones,
-    rounded as in a label line. Without `quality`, the first that is rated of quality, helpfulness, the schema's first.
-
-    Raises:
-        DataError: no turn has a rating of the attribute.
+    A turn's predicted ratings count, else its human ones, rounded as in a label line. Without `quality`, the first that
+    is rated of quality, helpfulness, the schema's first. Raises DataError: no turn has a rating of it.
     """
     rated = [
-        {a.name: round_rating(ratings[a.name], a) for a in schema.attributes if a.name in ratings}
-        for conversation in conversations
-        for turn in conversation.turns
+        tuple(round_rating(ratings[a.name], a) if a.name in ratings else None for a in schema.attributes)
+        for row in rows
+        for turn in row.turns
         if (ratings := turn.predicted_ratings or turn.ratings)
     ]
     names = (schema[quality].name,) if quality else ("quality", "helpfulness", schema.names[0])
-    for name in names:
-        best = max((ratings[name] for ratings in rated if name in ratings), default=None)
+    for place in (schema.names.index(name) for name in names if name in schema.names):
+        best = max((each[place] for each in rated if each[place] is not None), default=None)
         if best is not None:
-            top = {tuple(map(ratings.get, schema.names)) for ratings in rated if ratings.get(name) == best}
+            top = {each for each in rated if each[place] == best}
             ordered = sorted(top, key=lambda each: [(value is not None, value or 0) for value in each])
             return [dict(zip(schema.names, each, strict=True)) for each in ordered]
     cure = "annotate the file first, or use --quality"

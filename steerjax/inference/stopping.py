@@ -1,11 +1,10 @@
 """Where a response ends: at the template's end of turn (`<|im_end|>`, `"\\n<extra_id_1>"`) or any control string.
 
-With most tokenizers that is one token, with others several, and those may join what stands before it. So the device
-looks for the token sequences that it is usually written with, and the host looks for the strings, which decides.
+That may be several tokens, joined with what stands before. So the device looks for the token sequences that it is
+usually written with, and the host for the strings, which decides.
 """
 
-from __future__ import annotations
-
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -24,11 +23,8 @@ class Stops:
         self._tokenizer, self._template = tokenizer, template
         self._strings = sorted(template.control_strings | tokenizer.special_strings)
         self._ids = {index for index in (tokenizer.eos_id, tokenizer.bos_id) if index is not None}
-        written = [
-            tokenizer.encode(string, continuation=True, controls=template.control_strings)
-            for string in (*self._strings, template.end)
-        ]
-        sequences = {tuple(ids) for ids in written} | {(index,) for index in self._ids}
+        encode = functools.partial(tokenizer.encode, continuation=True, controls=template.control_strings)
+        sequences = {(index,) for index in self._ids} | {tuple(encode(s)) for s in (*self._strings, template.end)}
         self.tokens = sorted(ids[0] for ids in sequences if len(ids) == 1)
         several = sorted(ids for ids in sequences if len(ids) > 1)
         longest = max(map(len, several), default=0)

@@ -49,10 +49,9 @@ def extend(model, params, *arguments):
 
 def generate(decoder, requests):
     """Answers [request][setting][sample]."""
-    found = dict(decoder.run(requests))
     return [
-        [found[i][n : n + request.samples] for n in range(0, len(found[i]), request.samples)]
-        for i, request in enumerate(requests)
+        [answers[n : n + request.samples] for n in range(0, len(answers), request.samples)]
+        for request, answers in zip(requests, decoder.run(requests), strict=True)
     ]
 
 
@@ -134,7 +133,9 @@ def test_text_does_not_depend_on_batch_order_or_size():
     alone = engine(sampling, model, batch_size=1)
     assert [texts(generate(alone, [Request((p,))]))[0] for p in mixed[:3]] == whole[:3]
     order = np.random.default_rng(1).permutation(7)
-    shuffled = texts(generate(engine(sampling, model, batch_size=3, interval=4), [Request((mixed[i],)) for i in order]))
+    resumed = engine(sampling, model, batch_size=1).run([Request((p,)) for p in mixed], done=5)
+    assert [answer.ids for (answer,) in resumed] == whole[5:]
+    shuffled = texts(generate(engine(sampling, model, batch_size=3), [Request((mixed[i],)) for i in order]))
     assert shuffled == [whole[i] for i in order]
 
 

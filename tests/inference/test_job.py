@@ -1,5 +1,6 @@
 """A resumable output: in order, never a line twice or lost, whatever the moment of the kill."""
 
+import contextlib
 import json
 import os
 import random
@@ -19,14 +20,18 @@ SETTINGS = {"model": "m", "seed": 1, "attributes": ("a", "b")}
 ROWS = [{"id": i, "text": "é\u2028\n" * i} for i in range(30)]
 
 
+class Stopped(Exception):
+    """What ends a job before its end."""
+
+
 def run(path, until=30, settings=SETTINGS):
-    """Writes rows up to `until`; finishes when they are all there."""
-    with resumable(path, settings) as output:
+    """Writes rows up to `until`, and stops there if they are not all."""
+    with contextlib.suppress(Stopped), resumable(path, settings) as output:
         begun = output.done
         for index in range(begun, until):
-            output.put(index, ROWS[index])
-        if until == 30:
-            output.finish(30)
+            output.add(index, ROWS[index : index + 1])
+        if until < 30:
+            raise Stopped
     return begun
 
 
@@ -37,11 +42,10 @@ def read(path):
 def test_rows_in_order_and_nothing_called_output_before_the_end(tmp_path):
     path = tmp_path / "new" / "out.jsonl"
     with resumable(path, SETTINGS) as output:
-        for index in (2, 1, 0, 3, *range(29, 3, -1)):
-            output.put(index, ROWS[index])
-            output.put(0, ROWS[0])
+        for first in (0, 0, 3, 5, 10, 20):  # some of them a second time
+            output.add(first, ROWS[first : first + 10])
+            assert read(path.with_name("out.jsonl.partial")) == ROWS[: first + 10]
             assert not path.exists()
-        output.finish(30)
     assert read(path) == ROWS
     assert sorted(p.name for p in path.parent.iterdir()) == ["out.jsonl", "out.jsonl.settings.json"]
 
@@ -63,7 +67,6 @@ def test_a_finished_output_is_left_alone(tmp_path):
     with resumable(path, SETTINGS) as output:
         assert output.finished
         assert output.done == 30
-        output.finish(30)
     assert path.stat().st_mtime_ns == before
 
 
@@ -85,8 +88,7 @@ def test_what_json_can_carry(tmp_path):
     row = {"score": float("nan"), "half": "\ud83d", "deep": [{"n": 7}]}
     assert carried(row) == {"score": None, "half": "\ud83d", "deep": [{"n": 7}]}
     with resumable(tmp_path / "out.jsonl", SETTINGS) as output:
-        output.put(0, carried(row))
-        output.finish(1)
+        output.add(0, [carried(row)])
     assert read(tmp_path / "out.jsonl") == [carried(row)]
     for value in (b"x", float("inf"), {1}):
         with pytest.raises(DataError, match=r"(?s)field 'deep': .*cure"):
@@ -106,11 +108,8 @@ def test_refusals(tmp_path):
     with resumable(path, SETTINGS) as output:
         with pytest.raises(DataError, match="another process"):
             run(path)
-        output.put(0, ROWS[0])
-        with pytest.raises(RuntimeError, match="1 of 30"):
-            output.finish(30)
         with pytest.raises(ValueError):
-            output.put(1, {"score": float("nan")})
+            output.add(0, [{"score": float("nan")}])
     with pytest.raises(DataError, match=r"plain \.jsonl"):
         run(tmp_path / "out.jsonl.gz")
     (tmp_path / "file").write_text("")
@@ -120,14 +119,13 @@ def test_refusals(tmp_path):
 
 def test_killed_at_random_moments_the_bytes_are_the_same(tmp_path):
     program = textwrap.dedent("""
-        import sys, time
+        import pathlib, sys, time
         from steerjax.inference.job import resumable
-        with resumable(sys.argv[1], {}) as output:
+        with resumable(pathlib.Path(sys.argv[1]), {}) as output:
             print("ready", flush=True)
             for i in range(output.done, 60):
-                output.put(i, {"i": i, "text": "x" * 2000})
+                output.add(i, [{"i": i, "text": "x" * 2000}])
                 time.sleep(0.004)
-            output.finish(60)
     """)
     path = tmp_path / "out.jsonl"
     dice, kills = random.Random(0), 0

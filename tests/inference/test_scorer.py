@@ -130,14 +130,14 @@ def test_a_turn_that_cannot_be_rendered_is_refused_or_raised(opened):
     with pytest.raises(DataError, match=r"rows.jsonl:3: "):
         Scorer(opened).prepare([bad], [[0]])
     chunk = Scorer(opened).prepare([bad, LONG], [[0], [1]], skip=True)
-    assert [(r.conversation, r.turn) for r in chunk.refused] == [(0, 0)]
+    assert list(chunk.refused) == [(0, 0)]
     assert chunk.examples == ((1, 1),)
 
 
 def test_what_is_too_long_is_refused_not_cut(opened):
     chunk = Scorer(opened, row_length=256).prepare([LONG, *some_conversations(2, longest=30)], [[1], [1], [1]])
-    assert [(r.conversation, r.turn) for r in chunk.refused] == [(0, 1)]
-    assert "and a row has 256" in chunk.refused[0].reason
+    assert list(chunk.refused) == [(0, 1)]
+    assert "and a row has 256" in chunk.refused[0, 1].reason
     assert len(chunk.examples) == 2
     nothing = Scorer(opened, row_length=8)
     assert nothing.score(nothing.prepare([LONG], [[1]])).shape == (0, 5)
