@@ -23,7 +23,7 @@ from steerjax.schema import SCHEMAS, Schema, round_rating
 from steerjax.typed import typed
 
 BOOTSTRAP_TOP_K = 50  # the paper's, section 3.4
-_DIALOGUES = {"turns", "messages", "conversations", "instruction", "text"}  # keys of rows that are more than a prompt
+_DIALOGUES = {"turns", "messages", "conversations", "instruction"}  # keys of rows that are more than a prompt
 
 
 class Session:
