@@ -8,24 +8,21 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """One device, from its vendor's data sheet. Bandwidths are bytes/s in one direction, over all links."""
+    """One device, from its vendor's data sheet."""
 
     peak_flops: float  # dense bfloat16 FLOP/s
     hbm_bytes: float = 0.0  # what a program can use; for a TPU what its compiler says, less than the data sheet's
-    hbm_bandwidth: float = 0.0
-    link_bandwidth: float = 0.0  # to its slice (ICI) or node (NVLink)
-    network_bandwidth: float = 0.0  # to other nodes; 0 where a slice has no nodes to leave
 
 
 # By the words in `jax.Device.device_kind`; the first that is found counts.
 CHIPS = {
-    "TPU v5 lite": Chip(197e12, 15.75 * GIB, 819e9, 180e9),
-    "TPU v5": Chip(459e12, 95.73 * GIB, 2765e9, 540e9),  # v5p, which calls itself either
-    "TPU v6 lite": Chip(918e12, 31.24 * GIB, 1640e9, 360e9),
+    "TPU v5 lite": Chip(197e12, 15.75 * GIB),
+    "TPU v5": Chip(459e12, 95.73 * GIB),  # v5p, which calls itself either
+    "TPU v6 lite": Chip(918e12, 31.24 * GIB),
     "TPU7x": Chip(2307e12),
-    "H100": Chip(989e12, 79.1 * GIB, 3350e9, 450e9, 50e9),
-    "H200": Chip(989e12, 139.8 * GIB, 4800e9, 450e9, 50e9),
-    "A100": Chip(312e12, 79.1 * GIB, 2039e9, 300e9, 25e9),
+    "H100": Chip(989e12, 79.1 * GIB),
+    "H200": Chip(989e12, 139.8 * GIB),
+    "A100": Chip(312e12, 79.1 * GIB),
 }
 
 
