@@ -28,17 +28,15 @@ class Attribute:
     """
 
     name: str
-    low: float = 0.0
-    high: float = 4.0
+    low: Annotated[float, pydantic.Field(allow_inf_nan=False)] = 0.0
+    high: Annotated[float, pydantic.Field(allow_inf_nan=False)] = 4.0
     meaning: str = ""
 
     def __post_init__(self):
         if not re.fullmatch(r"[\w.-]+", self.name):
             raise ValueError("no name of an attribute; cure: letters, digits, _, - and .")
-        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError("no range; cure: low less than high, both finite")
-        if not self.labels:
-            raise ValueError("no whole number lies in the range, so no label can name it; cure: rescale the ratings")
+        if self.low >= self.high or not self.labels:
+            raise ValueError("no range with a whole number, as a label needs; cure: low less than high, or rescale")
 
     @property
     def labels(self) -> range:

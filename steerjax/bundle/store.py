@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import jax
@@ -24,13 +25,12 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path, keep_last: int):
-        best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics[METRIC], reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
+        loss = operator.itemgetter(METRIC)
+        best = checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policies = [checkpoint_managers.LatestN(keep_last), best]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=lambda metrics: metrics[METRIC],  # without it Orbax writes no metrics, and the policy sees none
+            best_fn=loss,  # without it Orbax writes no metrics, and the policy sees none
             best_mode="min",
             enable_async_checkpointing=True,
         )
@@ -42,9 +42,7 @@ class CheckpointStore:
 
     def best_step(self) -> int | None:
         """Step of the kept checkpoint with the least validation loss."""
-        metrics = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
-        scored = {step: m[METRIC] for step, m in metrics.items() if m}
-        return min(scored, key=scored.get) if scored else None
+        return self._manager.best_step()
 
     def save(self, params, training, step: int, provenance: dict, validation_loss: float | None) -> None:
         """Starts writing two trees of arrays; returns when they have been copied and may be donated."""

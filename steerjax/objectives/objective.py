@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 from flax import linen as nn
+from pydantic import Field
 
 from steerjax.chat.render import Renderer
 from steerjax.data.batch import Batch
@@ -18,6 +19,7 @@ from steerjax.errors import DataError
 from steerjax.schema import Schema
 
 TRAIN, VALIDATION = "train", "validation"
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sums = Mapping[str, tuple[jax.Array, jax.Array]]  # metric -> (sum, count), float32
 
 

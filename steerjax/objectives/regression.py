@@ -5,37 +5,31 @@ Source: HelpSteer, arXiv 2311.09528, section 4; NeMo-Aligner averages over micro
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 import pydantic.dataclasses
 from jaxtyping import Array, Float
-from pydantic import Field
 
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, Weight
 from steerjax.schema import Schema
 from steerjax.typed import STRICT
-
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RegressionConfig:
     """Masked mean squared error.
 
-    Attributes:
-        weight: of the objective among others.
-        average: over all ratings of a step, or over examples, each the mean of its own ratings (NeMo-Aligner with
-            micro-batch 1).
-        attribute_weights: by name; attributes that are not named weigh 1.
+    It is the `average` over all ratings of a step, or over examples, each the mean of its own ratings (NeMo-Aligner
+    with micro-batch 1).
     """
 
-    weight: Weight = 1.0
+    weight: Weight = 1.0  # of the objective among others
     average: Literal["ratings", "examples"] = "ratings"
-    attribute_weights: Mapping[str, Weight] = field(default_factory=dict)
+    attribute_weights: Mapping[str, Weight] = field(default_factory=dict)  # by name; what is not named weighs 1
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that is not rated, or none above 0."""
@@ -93,11 +87,7 @@ class Regression(Objective):
         self.data = {TRAIN: Rated(), VALIDATION: Rated()}
         self._weights = config.weights(setting.schema)
         self._codes: dict[tuple, int] = {}  # ratings -> the target that stands for them
-        self._of_codes = self._table([self._none])
-
-    @property
-    def _none(self) -> tuple[None, ...]:
-        return (None,) * len(self.setting.schema)
+        self._of_codes = self._table([(None,) * len(setting.schema)])  # the last, -1, is for places without ratings
 
     def _table(self, rows) -> np.ndarray:
         """Ratings as float32 [E A], NaN where they are missing."""
@@ -134,7 +124,7 @@ class Regression(Objective):
             if not data.rows:
                 names = ", ".join(self.setting.schema.names)
                 raise DataError(f"no rated response for {split}", cure=f"rate turns with {names}, or name the schema")
-        self._of_codes = self._table([*self._codes, self._none])  # the last, -1, is for places without ratings
+        self._of_codes = np.concatenate([self._table(list(self._codes)), self._of_codes[-1:]])
 
     def arrays(self, layout):
         """ratings: float32 [T A]. counts: float32 [T A], how many ratings of that value end there."""
@@ -188,24 +178,25 @@ class Regression(Objective):
                 if example.objective == self.name:
                     predicted[example.number] = output[place]
         total, count = self._error(predicted, ratings, mask.astype(np.float32))
-        seen = known, np.isfinite(known), train.lengths
-        result = evaluate_predictions(self.setting.schema, predicted, ratings, mask, data.lengths, data.ids, *seen)
+        seen, of_train = (predicted, ratings, mask, data.lengths, data.ids), (known, np.isfinite(known), train.lengths)
+        result = evaluate_predictions(self.setting.schema, *seen, *of_train)
         values = {f"attributes/{name}/{key}": x for name, found in result.metrics.items() for key, x in found.items()}
         values = {name: x for name, x in values.items() if not name.endswith("/count")}
         return Evaluation(float(total / count), values, result)
 
-    def _rated(self, split: str) -> dict[str, bool]:
-        """Whether a split has a rating, by attribute."""
-        return dict(zip(self.setting.schema.names, np.isfinite(self._table(self.data[split].rows)).any(0), strict=True))
+    def _rated(self, split: str) -> list[bool]:
+        """Whether the split rates an attribute, of each."""
+        return np.isfinite(self._table(self.data[split].rows)).any(0).tolist()
 
     def facts(self):
-        rated = zip(self._rated(TRAIN).items(), self._weights, strict=True)
-        return {"rated_attributes": [name for (name, here), weight in rated if here and weight > 0]}
+        trained = zip(self.setting.schema.names, self._rated(TRAIN), self._weights, strict=True)
+        return {"rated_attributes": [name for name, rated, weight in trained if rated and weight]}
 
     def summary(self):
         said = {}
         for split, data in self.data.items():
-            missing = ", ".join(name for name, here in self._rated(split).items() if not here)
+            rated = zip(self.setting.schema.names, self._rated(split), strict=True)
+            missing = ", ".join(name for name, here in rated if not here)
             words = (
                 f"{len(data.rows)} rated responses",
                 missing and f"none rated for {missing}",

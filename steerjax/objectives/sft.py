@@ -6,18 +6,17 @@ Source: SteerLM, arXiv 2310.05344, step 3; NeMo `gpt_sft_chat_dataset.py`.
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import pydantic.dataclasses
-from pydantic import Field
 
 from steerjax.chat.render import TokenRole
 from steerjax.data.conversation import Turn
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
 from steerjax.objectives.cross_entropy import chunked_cross_entropy
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, Weight
 from steerjax.schema import Schema, check_rating
 from steerjax.typed import STRICT
 
@@ -36,7 +35,7 @@ class SFTConfig:
         default_ratings: what an exported model is asked for where a request names nothing; by name.
     """
 
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    weight: Weight = 1.0
     ratings: Literal["human", "predicted", "human_then_predicted", "none"] = "human"
     missing: Literal["omit", "leave_out", "error"] = "omit"
     threads: Literal["once", "all"] = "once"

@@ -20,7 +20,7 @@ def experiment(objectives, **changes):
     config.objectives = objectives
     config.model.update(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=1)
     config.batch.update(rows=8, row_length=2560)
-    config.optimizer.update(learning_rate=3e-2, schedule="constant", warmup_steps=0)
+    config.optimizer.update(learning_rate=3e-2, schedule="constant", warmup_steps=0, epsilon=1e-6)
     config.train.update(steps=3, plots=False)
     for key, value in changes.items():
         group, name = key.split("__")
