@@ -24,7 +24,7 @@ def add_row_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """The options of commands that score conversations with a reward model; for `open_scorer`."""
+    """The options of commands that score conversations with a reward model; for `scorer.open_scorer`."""
     add_row_options(parser)
     add_model_options(parser)
     add, longer = parser.add_argument, "longer conversations are listed; default: the model's context, up to 4096"
@@ -38,13 +38,6 @@ def open_model(folder: str, options: argparse.Namespace):
     from steerjax.parallel.mesh import parse_mesh
 
     return open_bundle(folder, parse_mesh(options.mesh), template=options.template, dtype=options.dtype)
-
-
-def open_scorer(folder: str, options: argparse.Namespace):
-    """The `Scorer` of a reward model; SteerjaxError: no such model, or options that do not fit it."""
-    from steerjax.inference.scorer import Scorer
-
-    return Scorer(open_model(folder, options), row_length=options.row_length, rows=options.rows)
 
 
 @contextmanager

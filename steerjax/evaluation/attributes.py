@@ -6,7 +6,7 @@ The output holds metrics.json, report.md, plots, predictions.jsonl and skipped.j
 import argparse
 from collections.abc import Sequence
 
-from steerjax.command import MODEL, add_scoring_options, open_scorer
+from steerjax.command import MODEL, add_scoring_options
 from steerjax.data.conversation import Turn
 from steerjax.errors import DataError
 
@@ -25,7 +25,7 @@ def run(options: argparse.Namespace) -> dict:
     Returns `responses` and `skipped`, numbers; `attributes` and `baselines`, see `EvaluationResult`; `average_mse`.
     """
     from steerjax.data.loading import load_conversations, write_skipped
-    from steerjax.inference.scorer import predict, reading_schema
+    from steerjax.inference.scorer import open_scorer, predict, reading_schema
     from steerjax.report.page import format_table, write_report
     from steerjax.report.plots import require_matplotlib
     from steerjax.report.results import evaluate_predictions

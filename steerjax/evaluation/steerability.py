@@ -16,7 +16,7 @@ import pydantic.dataclasses
 from pydantic import ConfigDict
 from scipy.stats import rankdata, zscore
 
-from steerjax.command import add_scoring_options, open_scorer
+from steerjax.command import add_scoring_options
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
@@ -60,6 +60,8 @@ def run(options: argparse.Namespace) -> dict:
     require_matplotlib()
     answers, known = list(read_answers(options.input)), Schema(())
     if options.reward_model:
+        from steerjax.inference.scorer import open_scorer
+
         scorer = open_scorer(options.reward_model, options)
         answers, known = _rated(answers, scorer, options.on_bad_row == "skip"), scorer.schema
     if options.schema:

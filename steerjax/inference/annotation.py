@@ -12,13 +12,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 from steerjax.bundle import describe
-from steerjax.command import open_scorer
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes
 from steerjax.data.readers import source_format
 from steerjax.errors import DataError
 from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
-from steerjax.inference.scorer import Chunk, Scorer, assistant_turns, model_schema, predicted_keys, reading_schema
+from steerjax.inference.scorer import (
+    Chunk,
+    Scorer,
+    assistant_turns,
+    model_schema,
+    open_scorer,
+    predicted_keys,
+    reading_schema,
+)
 
 
 def annotate(options: argparse.Namespace, number: int, parts: int) -> None:

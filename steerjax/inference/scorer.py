@@ -3,6 +3,7 @@
 What is computed follows from the chunk of conversations alone: on one machine it gives the same bits again.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from steerjax.bundle import Bundle
+from steerjax.command import open_model
 from steerjax.data.batch import Batch, Feeder, RowBuilder, evaluation_steps
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped
@@ -164,6 +166,11 @@ class Scorer:
                     predicted[example.number] = output[place, self._outputs]
         self.counts.turns += len(chunk.examples)
         return predicted
+
+
+def open_scorer(folder: str, options: argparse.Namespace) -> Scorer:
+    """With `command.add_scoring_options`. Raises SteerjaxError: no such model, or options that do not fit it."""
+    return Scorer(open_model(folder, options), row_length=options.row_length, rows=options.rows)
 
 
 def predict(

@@ -219,7 +219,7 @@ def test_the_first_loss_does_not_depend_on_micro_batches(recipe, tmp_path):
     """The head is made from all rows of the first step, not from those of the first micro-batch."""
     found = []
     for micro_batches in (1, 2, 4):
-        e = experiment(recipe, steps=2)
+        e = experiment(recipe, steps=3)
         e = dataclasses.replace(e, batch=dataclasses.replace(e.batch, micro_batches=micro_batches, evaluation_rows=8),
                                 mesh=MeshConfig(data=2, fsdp=1, tensor=1, context=4))  # fmt: skip
         workdir = tmp_path / str(micro_batches)
