@@ -185,11 +185,17 @@ def _cell(name: str, cell: str) -> str | float | None:
         return cell
 
 
-def _parquet_rows(file: IO[bytes]) -> Rows:
+def _table_rows(file: IO[bytes]) -> Rows:
+    """Parquet, or Arrow's file or stream format, which is what `datasets` stores."""
+    import pyarrow.ipc
     import pyarrow.parquet
 
+    raw = file.read()
     try:
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(file.read())).read()
+        if raw.startswith(b"PAR1"):
+            table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
+        else:
+            table = (pyarrow.ipc.open_file if raw.startswith(b"ARROW1") else pyarrow.ipc.open_stream)(raw).read_all()
         _object((name, None) for name in table.column_names)
         batches = table.to_batches(max_chunksize=1024)
         yield from enumerate((_plain(row) for batch in batches for row in batch.to_pylist()), start=1)
@@ -213,5 +219,6 @@ _FILE_READERS = {
     ".json": _json_rows,
     ".csv": _csv_rows,
     ".tsv": _csv_rows,
-    ".parquet": _parquet_rows,
+    ".parquet": _table_rows,
+    ".arrow": _table_rows,
 }

@@ -169,6 +169,21 @@ def test_values_that_json_has_no_form_for(tmp_path):
     ]
 
 
+def test_arrow_as_datasets_stores_it(tmp_path, monkeypatch):
+    import datasets
+    import pyarrow
+
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_list(ROWS).save_to_disk("stored")
+    (path,) = Path("stored").glob("*.arrow")
+    assert [conversation.turns for conversation in converted(path)] == TURNS
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile("file.arrow", "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    assert [conversation.turns for conversation in converted("file.arrow")] == TURNS
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.arrow", "stored"]
+
+
 def test_hub_rows(monkeypatch):
     import datasets
 
