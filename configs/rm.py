@@ -28,6 +28,7 @@ def get_config():
 
     config.optimizer.frozen = ("embedding",)
     config.optimizer.learning_rate = 3e-3
+    config.optimizer.epsilon = 1e-3  # near the size of most gradients: with a tiny one Adam steps on their noise
 
     config.train.steps = 56
     config.train.evaluate_every = 8
