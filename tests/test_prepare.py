@@ -13,9 +13,10 @@ import pytest
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.prepare import main
 from steerjax.schema import HELPSTEER, STEERLM, format_label
+from tests import SHARED
 
-SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[2] / "shared")) / "data"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs STEERJAX_SHARED")
+DATA = SHARED / "data"
+needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason="needs STEERJAX_SHARED")
 
 HELPSTEER_ROW = {"prompt": "p", "response": "grün", "helpfulness": 4, "verbosity": 2}
 TREE = {
@@ -121,7 +122,7 @@ def test_own_attributes_that_are_none(tmp_path, capsys):
 
 @needs_shared
 def test_reference_golden_files(tmp_path):
-    nemo = SHARED / "nemo_aligner"
+    nemo = DATA / "nemo_aligner"
     prepare("reference", nemo / "dummy-sft.jsonl", output=tmp_path / "sft.jsonl")
     for row, source in zip(lines(tmp_path / "sft.jsonl"), lines(nemo / "dummy-sft.jsonl"), strict=True):
         assert row["system"] == source["system"]
@@ -134,8 +135,8 @@ def test_reference_golden_files(tmp_path):
 
 @needs_shared
 def test_real_alpaca(tmp_path):
-    prepare("alpaca", SHARED / "chat/alpaca_400.json", output=tmp_path / "a.jsonl")
-    rows = json.loads((SHARED / "chat/alpaca_400.json").read_text(encoding="utf-8"))
+    prepare("alpaca", DATA / "chat/alpaca_400.json", output=tmp_path / "a.jsonl")
+    rows = json.loads((DATA / "chat/alpaca_400.json").read_text(encoding="utf-8"))
     expected = [(f"{row['instruction']}\n{row['input']}".removesuffix("\n"), row["output"]) for row in rows]
     assert [tuple(turn["content"] for turn in row["turns"]) for row in lines(tmp_path / "a.jsonl")] == expected
 

@@ -12,6 +12,7 @@ from chat_helpers import control_strings, small_llama_spm
 
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
+from tests import SHARED
 
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_SPLIT = (
@@ -82,10 +83,9 @@ def embedded():
 
 
 @pytest.fixture(scope="session")
-def llama_spm(repository, train_tokenizer, texts, tmp_path_factory):
+def llama_spm(train_tokenizer, texts, tmp_path_factory):
     """A SentencePiece model with a dummy prefix and no control strings but <s> and </s>: Mistral's, or a small one."""
-    shared = Path(os.environ.get("STEERJAX_SHARED", repository.parent / "shared"))
-    path = shared / "data/tokenizers/mistral_v1.model"
+    path = SHARED / "data/tokenizers/mistral_v1.model"
     return load_tokenizer(path) if path.is_file() else small_llama_spm(train_tokenizer, texts, tmp_path_factory)
 
 

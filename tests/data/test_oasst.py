@@ -2,10 +2,8 @@
 
 import gzip
 import json
-import os
 import zlib
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +12,10 @@ from steerjax.data.oasst import read_threads
 from steerjax.data.statistics import statistics_of
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, OASST, STEERLM, Attribute, Schema
+from tests import SHARED
 
-SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[3] / "shared")) / "data/oasst"
-needs_sample = pytest.mark.skipif(not SHARED.is_dir(), reason="needs STEERJAX_SHARED")
+SAMPLE = SHARED / "data/oasst"
+needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs STEERJAX_SHARED")
 
 
 def message(name, role, *replies, **fields):
@@ -211,7 +210,7 @@ def recursion(node):
 
 @needs_sample
 def test_sample_equals_the_recursion(tmp_path):
-    roots = [json.loads(line)["prompt"] for line in (SHARED / "trees_en_100.jsonl").open(encoding="utf-8")]
+    roots = [json.loads(line)["prompt"] for line in (SAMPLE / "trees_en_100.jsonl").open(encoding="utf-8")]
     for root in roots:
         made_up_labels(root)
     path = write(tmp_path / "t.jsonl", *({"prompt": root} for root in roots))
@@ -225,5 +224,5 @@ def test_sample_equals_the_recursion(tmp_path):
 
 @needs_sample
 def test_the_two_exports_of_the_sample_agree():
-    first, second = (read(str(SHARED / f"{name}_en_100.jsonl"))[0] for name in ("trees", "messages"))
+    first, second = (read(str(SAMPLE / f"{name}_en_100.jsonl"))[0] for name in ("trees", "messages"))
     assert first == second

@@ -5,7 +5,6 @@ import csv
 import gzip
 import io
 import json
-import os
 import re
 from datetime import date, datetime
 from decimal import Decimal
@@ -18,8 +17,8 @@ from steerjax.data.formats import prompt_turns
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations, source_format
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, OASST, format_label, make_schema
+from tests import SHARED
 
-SHARED = Path(os.environ.get("STEERJAX_SHARED", Path(__file__).parents[3] / "shared"))
 DOCUMENTATION = Path(__file__).parents[2] / "docs/formats.md"
 HERE, NEMO = Path(__file__).parent, SHARED / "data/nemo_aligner"  # the second is absent in a plain clone
 DIALOGUES = [path for path in [HERE / "dialogues.jsonl", NEMO / "dummy-sft.jsonl"] if path.exists()]

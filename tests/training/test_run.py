@@ -239,7 +239,7 @@ def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
     e = experiment(recipe)
     bad = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, learning_rate=1e30, clip_norm=0.0,
                                                                warmup_steps=0, max_bad_steps=3))  # fmt: skip
-    with pytest.raises(TrainingError, match=r"not finite 3 steps in a row; the last good checkpoint is at step"):
+    with pytest.raises(TrainingError, match=r"not finite 3 steps in a row"):
         training.train(bad, tmp_path)
 
 
@@ -247,7 +247,7 @@ def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
     ("change", "message"),
     [
         (lambda c: c.optimizer.update(learning_rate=1e-3), r"optimizer.learning_rate 0.003.*0.001.*cure"),
-        (lambda c: c.train.update(seed=3), r"config.train.seed; cure"),
+        (lambda c: c.train.update(seed=3), r"config.train.seed 0.*3.*cure"),
         (lambda c: c.model.update(num_layers=1), r"config.model.num_layers 2.*1.*cure"),
     ],
 )
@@ -331,14 +331,14 @@ def test_a_resume_on_other_data_is_refused_or_recorded(recipe, tmp_path):
 
 def test_records_of_a_run_without_a_checkpoint_are_kept_aside(recipe, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 7.0}\n')
-    training.train(experiment(recipe, steps=2, checkpoint_every=0), tmp_path)
+    training.train(experiment(recipe, steps=3, checkpoint_every=0), tmp_path)
     aside = list(tmp_path.glob("metrics.*.jsonl"))
     assert len(aside) == 1
     assert read_metrics(aside[0])[0]["loss"] == 7.0
 
 
 def test_a_validation_file_that_shares_prompts_is_used_and_said(recipe, tmp_path, capsys):
-    e = experiment(recipe, steps=2)
+    e = experiment(recipe, steps=3)
     e = dataclasses.replace(e, data=dataclasses.replace(e.data, validation=e.data.train))
     training.train(e, tmp_path)
     assert "20 prompts" in capsys.readouterr().out

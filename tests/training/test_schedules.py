@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from steerjax.config import OptimizerConfig
 from steerjax.errors import ConfigError
+from steerjax.training.config import OptimizerConfig
 from steerjax.training.optimizer import decayed
 from steerjax.training.schedules import make_schedule
 
