@@ -1,8 +1,8 @@
 """A small reward model on the HelpSteer rows that ship in the package; a few minutes on two cores.
 
-From random parameters and some 300 rated responses it can learn little more than what a response's length says of
-its complexity and verbosity. The choices below are about that: frozen embeddings, because trained ones learn the
-training prompts by heart, and attention biases, with which attention by distance need not go through the tokens.
+From random parameters and some 300 rated responses it can learn at best what a response's length says of its
+complexity and verbosity. The choices below are about that: frozen embeddings, because trained ones learn the training
+prompts by heart, and attention biases, with which attention by distance need not go through the tokens.
 """
 
 from steerjax.config import default_config
