@@ -2,7 +2,7 @@
 
 A folder with the weights also serves: --config.model.source=DIR. The middle layers of this model tell more about
 ratings than the last ones, so the first 12 layers are kept, and the upper 3 of them are trained on the cached outputs
-of the first 9. docs/recipes.md has what else was tried.
+of the first 9. docs/notes/smollm2_packaged_rows.md has what else was tried.
 """
 
 from steerjax.config import default_config
