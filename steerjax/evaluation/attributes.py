@@ -67,8 +67,8 @@ def run(options: argparse.Namespace) -> dict:
 
 
 def _arrays(turns: Sequence[Turn], names: Sequence[str]) -> tuple:
-    """Human ratings [E, A], where they are, and the characters of each response."""
+    """Human ratings [E, A], NaN where there is none, and the characters of each response."""
     import numpy as np
 
     values = np.array([[turn.ratings.get(name, np.nan) for name in names] for turn in turns]).reshape(-1, len(names))
-    return values, ~np.isnan(values), [len(turn.content) for turn in turns]
+    return values, [len(turn.content) for turn in turns]

@@ -172,14 +172,14 @@ class Regression(Objective):
 
         data, train = self.data[VALIDATION], self.data[TRAIN]
         ratings, known = self._table(data.rows), self._table(train.rows)
-        mask, predicted = np.isfinite(ratings), np.zeros_like(ratings)
+        predicted = np.zeros_like(ratings)
         for layout, output in (pair for step in steps for pair in zip(*step, strict=True)):
             for example, place in layout.ends:
                 if example.objective == self.name:
                     predicted[example.number] = output[place]
-        total, count = self._error(predicted, ratings, mask.astype(np.float32))
-        seen, of_train = (predicted, ratings, mask, data.lengths, data.ids), (known, np.isfinite(known), train.lengths)
-        result = evaluate_predictions(self.setting.schema, *seen, *of_train)
+        total, count = self._error(predicted, ratings, np.isfinite(ratings).astype(np.float32))
+        seen = predicted, ratings, data.lengths, data.ids
+        result = evaluate_predictions(self.setting.schema, *seen, known, train.lengths)
         values = {f"attributes/{name}/{key}": x for name, found in result.metrics.items() for key, x in found.items()}
         values = {name: x for name, x in values.items() if not name.endswith("/count")}
         return Evaluation(float(total / count), values, result)

@@ -102,20 +102,17 @@ def evaluate_predictions(
     schema: Schema,
     predicted: ArrayLike,
     ratings: ArrayLike,
-    mask: ArrayLike,
     lengths: ArrayLike,
     ids: Sequence[str],
     train_ratings: ArrayLike,
-    train_mask: ArrayLike,
     train_lengths: ArrayLike,
 ) -> EvaluationResult:
     """Metrics of the model and of both baselines on the same ratings.
 
-    Ratings are `[E, A]`, given where their mask is True; lengths `[E]` are characters. An attribute without a rating
+    Ratings are `[E, A]`, lengths `[E]` characters. An attribute without a rating
     in the training split has no baseline (count 0).
     """
     predicted, ratings, train_ratings = (np.asarray(x, np.float64) for x in (predicted, ratings, train_ratings))
-    ratings, train_ratings = np.where(mask, ratings, np.nan), np.where(train_mask, train_ratings, np.nan)
     baselines = {}
     for degree, who in enumerate((MEAN_RATING, LOG_LENGTH)):
         guess = baseline(degree, train_ratings, train_lengths, lengths)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.bundle.build import abstract_parameters, build_module, resolve_compute
 from steerjax.data.batch import Batch, Feeder
-from steerjax.data.packing import Row
+from steerjax.data.packing import Row, packing_statistics
 from steerjax.models.flops import training_flops
 from steerjax.objectives import Objective, Setting, find_objective
 from steerjax.schema import Schema
@@ -56,7 +56,7 @@ class Program:
         self.whole = abstract_parameters(self.module, mesh)
         self.abstract = abstract_state(self.whole, self.optimizer, e.optimizer, mesh)
         self._frozen, self._model = e.optimizer.frozen_layers, e.model
-        self._cached = e.compute.cache_frozen
+        self._cached, self._row_length = e.compute.cache_frozen, e.batch.row_length
         self._outputs = e.model.vocab_size if self.kind == "chat" else len(schema)
         states, replicated = shardings_of(self.abstract), NamedSharding(mesh, PartitionSpec())
         schedule = make_schedule(e.optimizer, steps)
@@ -93,13 +93,12 @@ class Program:
 
     def step_facts(self, rows: Sequence[Row], trees) -> dict[str, float]:
         """Of a step's rows: examples, tokens, the tokens that they stand for, and model FLOPs."""
-        parts = [part for row in rows for part in row]
-        examples, tokens = sum(len(part.examples) for part in parts), sum(part.length for part in parts)
+        packed = packing_statistics(trees, rows, self._row_length)
         return {
-            "examples": examples,
-            "tokens": tokens,
-            "unshared_tokens": sum(len(trees[p.tree].examples[e].tokens) for p in parts for e in p.examples),
-            "flops": self.flops(tokens, sum(part.pairs for part in parts), examples),
+            "examples": packed.examples,
+            "tokens": packed.tokens,
+            "unshared_tokens": packed.unshared_tokens,
+            "flops": self.flops(packed.tokens, packed.pairs, packed.examples),
         }
 
     def flops(self, tokens: int, pairs: int, examples: int) -> float:

@@ -28,8 +28,8 @@ def _result(predicted, ratings, schema=None, mask=None, lengths=None, train=None
     schema = schema or _schema("a")
     train = np.tile([[1.0], [3.0]], (1, len(schema))) if train is None else train
     return evaluate_predictions(
-        schema, predicted, ratings, mask, lengths, [f"data:{i}" for i in range(len(ratings))],
-        train, np.isfinite(train), [9, 99],
+        schema, predicted, np.where(mask, ratings, np.nan), lengths, [f"data:{i}" for i in range(len(ratings))],
+        train, [9, 99],
     )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def test_averages_are_over_the_same_attributes():
 
 def test_without_a_training_split():
     empty = np.empty((0, 1))
-    result = evaluate_predictions(_schema("a"), [[1.0]], [[2.0]], [[True]], [7], ["x"], empty, empty, [])
+    result = evaluate_predictions(_schema("a"), [[1.0]], [[2.0]], [7], ["x"], empty, [])
     assert result.average_mse() == {"model": 1.0, "mean rating": None, "log length": None}
     assert all(sentence.startswith("No comparison") for sentence in comparison_sentences(result))
 
