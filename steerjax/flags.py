@@ -22,13 +22,15 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
     `usage` is what --help shows. A SteerjaxError is printed without a traceback; the exit status is then 2.
     """
     config = config_flags.DEFINE_config_file("config", None, "A recipe: a Python file with get_config().")
-    flags.mark_flags_as_required(["config", *required])
     sys.modules["__main__"].__doc__ = usage  # where absl looks for it
 
     def run(_) -> None:
         logging.set_verbosity(logging.WARNING)  # absl opens the tap for every library that logs
         with reported_errors():
-            main(resolve(config.value.to_dict()))
+            for name in ("config", *required):
+                if not flags.FLAGS[name].present:
+                    raise ConfigError(f"--{name} is not given; cure: {usage.splitlines()[0]}")
+            main(resolve(_recipe(config)))
 
     app.run(run, flags_parser=_parse_flags)
 
@@ -42,6 +44,15 @@ def _parse_flags(arguments: list[str]) -> list[str]:
             raise ConfigError(f"flags of the config: {error}\n  cure: the keys are in steerjax/config.py") from None
         except OSError as error:
             raise ConfigError(f"--config: {error}") from None
+
+
+def _recipe(config: flags.FlagHolder) -> dict:
+    """The recipe with the flags' changes. Raises ConfigError: there is no such file."""
+    try:
+        return config.value.to_dict()
+    except OSError as error:  # says what failed before it, whose last line says why
+        why = str(error.__cause__ or error).splitlines()[-1].strip()
+        raise ConfigError(f"--config: {why}; cure: the path of a recipe, e.g. configs/rm.py") from error
 
 
 def local_folder(path: str) -> Path:

@@ -59,9 +59,19 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
         ) from None
 
 
+def find_devices() -> list[jax.Device]:
+    """All devices. Raises ConfigError: JAX_PLATFORMS names a kind that is not here."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second, which says nothing, for CUDA without its plugin
+        named = jax.config.jax_platforms
+        cure = "JAX_PLATFORMS=cpu, or pip install 'steerjax[cuda]' or 'steerjax[tpu]' on a machine that has one"
+        raise ConfigError(f"JAX_PLATFORMS={named}: jax finds no such device. {error}\n  cure: {cure}") from error
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices (or those given), neighbours in the interconnect kept together."""
-    devices = jax.devices() if devices is None else devices
+    devices = find_devices() if devices is None else devices
     # An axis of the machine is cut where it has to be, as for 8 by 2 on 4 by 4 chips.
     grid = mesh_utils.create_device_mesh(mesh_shape(config, len(devices)), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -72,8 +72,14 @@ def make_input(e: Experiment, schema: Schema, objectives: Sequence[Objective], r
                     raise error.at(conversation.file, conversation.line) from None
                 skipped.append(Skipped(conversation.file, conversation.line, error.reason))
         trees.append(grow(examples))
-    for objective in objectives:
-        objective.check_data()
+    try:
+        for objective in objectives:
+            objective.check_data()
+    except DataError as error:
+        if not skipped:
+            raise
+        first = f"{skipped[0].file}:{skipped[0].line}: {skipped[0].reason}"
+        raise error.but(message=f"{error.message}; {len(skipped)} rows were skipped, the first is {first}") from None
     if missing := missing_markers(renderer.tokenizer, renderer.template):
         said["markers"] = f"{', '.join(missing)}: plain text to this tokenizer"
     if changed := sum(renderer.broken(conversation) for split in splits for conversation in split):

@@ -3,14 +3,13 @@
 import gzip
 import json
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from steerjax.data.loading import load_conversations, write_skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
-from steerjax.schema import HELPSTEER, STEERLM
+from steerjax.schema import HELPSTEER
 
 GOOD = {"prompt": "good prompt", "response": "fine", "helpfulness": 3}
 
@@ -308,49 +307,6 @@ def test_hub_failure(monkeypatch):
 def test_a_missing_file_is_refused_before_the_first_row(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         iter_rows(str(tmp_path / "none.jsonl"))
-
-
-# Files that failed once: name -> (schema, rows, or part of the message and of the cure of a refusal).
-CASES = {
-    "excel_utf16.csv": (HELPSTEER, 16),
-    "passthrough_nan.jsonl": (HELPSTEER, 16),
-    "passthrough_date.parquet": (HELPSTEER, 16),
-    "sft_predicted_only.jsonl": (HELPSTEER, 16),
-    "reference_nine_attributes.jsonl": (STEERLM, 16),
-    "reference_nine_attributes.jsonl ": (HELPSTEER, ":1: field 'conversations[1].label.quality'", "steerlm"),
-    "prompt_int_id.jsonl": (HELPSTEER, ":1: field 'response': missing", "add 'response'"),
-    "annotate_no_usable.jsonl": (HELPSTEER, ":1: field 'response': missing", "add 'response'"),
-}
-
-
-@pytest.mark.parametrize(("name", "expected"), CASES.items(), ids=CASES)
-def test_cases(name, expected):
-    path = Path(__file__).parent / "cases" / name.strip()
-    schema, *expected = expected
-    if len(expected) == 1:
-        conversations = load_conversations([str(path)], schema).conversations
-        assert [len(conversations)] == expected
-        assert all(len(conversation.turns) == 2 for conversation in conversations)
-        return
-    with pytest.raises(DataError) as caught:
-        load_conversations([str(path)], schema)
-    assert expected[0] in str(caught.value)
-    assert expected[1] in caught.value.cure
-    with pytest.raises(DataError, match="no usable row"):
-        load_conversations([str(path)], schema, on_bad_row="skip")
-
-
-def test_a_csv_cell_of_184_000_characters(tmp_path):
-    path = tmp_path / "long.csv"
-    rows = [f"Question {i}?,Answer {i}.,3,3,4,1,1\n" for i in range(6)]
-    table = "".join(f"text {i},reply {i},0,0,0,0,0\n" for i in range(6000))
-    rows.insert(3, f'"Clean this table:\n{table}",Done.,4,4,4,2,2\n')
-    header = "prompt,response,helpfulness,correctness,coherence,complexity,verbosity\n"
-    path.write_text(header + "".join(rows), encoding="utf-8")
-    loaded = load_conversations([str(path)], HELPSTEER, on_bad_row="skip")
-    assert (len(loaded.conversations), loaded.skipped) == (7, [])
-    assert loaded.conversations[3].turns[0].content == f"Clean this table:\n{table}"
-    assert [conversation.line for conversation in loaded.conversations] == [2, 3, 4, 5, 6007, 6008, 6009]
 
 
 def test_the_cure_of_a_wrong_encoding_cures(tmp_path):
