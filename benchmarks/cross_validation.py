@@ -62,12 +62,12 @@ def main() -> None:
         if options.training:
             predictions[MODEL] = trained(parts, options.output / f"fold-{fold}", options.training, names)
         folds.append((truth, predictions))
-        mse = {who: mean_metric(attribute_metrics(p, truth, names), "mse") for who, p in predictions.items()}
+        mse = {who: mean_metric(attribute_metrics(p, truth, schema), "mse") for who, p in predictions.items()}
         print(f"fold {fold}: " + ", ".join(f"{who} {value:.3f}" for who, value in mse.items()), flush=True)
     truth = np.concatenate([fold[0] for fold in folds])
     print(f"\n{len(truth)} responses\n{'':20}{'MSE':>8}" + "".join(f"{name:>14}" for name in names) + "  (Pearson)")
     for who in folds[0][1]:
-        metrics = attribute_metrics(np.concatenate([fold[1][who] for fold in folds]), truth, names)
+        metrics = attribute_metrics(np.concatenate([fold[1][who] for fold in folds]), truth, schema)
         pearson = [metrics[name]["pearson"] for name in names]
         print(
             f"{who:20}{mean_metric(metrics, 'mse'):8.3f}"

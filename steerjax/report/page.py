@@ -19,22 +19,23 @@ _PLOTS = {
 }
 _EXPLANATION = (
     "MSE is the mean of (predicted - human)², in rating², so lower is better; Pearson and Spearman (-1 to 1) say how "
-    "well responses are ordered. The mean-rating baseline always answers an attribute's mean in the training split; "
+    "well responses are ordered; kappa is the quadratic-weighted agreement of whole ratings, 0 for chance, 1 for "
+    "equality. The mean-rating baseline always answers an attribute's mean in the training split; "
     "the length baseline knows nothing but the response's length."
 )
 
 
 def format_table(result: EvaluationResult) -> str:
     """The metrics as plain text, a row an attribute and one for the average, then the comparison in words."""
-    rows = [["attribute", "ratings", "MSE", "MAE", "Pearson", "Spearman"]]
+    rows = [["attribute", "ratings", "MSE", "MAE", "Pearson", "Spearman", "kappa"]]
     rows[0] += [f"MSE {MEAN_RATING}", f"MSE {LOG_LENGTH}", "lowest MSE"]
     for title, names in [*((name, [name]) for name in result.schema.names), ("average", result.compared)]:
         errors = result.mse(*names)
-        model = [mean_metric(result.metrics, key, names) for key in ("mse", "mae", "pearson", "spearman")]
+        model = [mean_metric(result.metrics, key, names) for key in ("mse", "mae", "pearson", "spearman", "kappa")]
         cells = ["-" if x is None else f"{x:.3f}" for x in (*model, errors[MEAN_RATING], errors[LOG_LENGTH])]
         count = sum(result.metrics[name]["count"] for name in names)
         rows.append([title, str(count), *cells, " = ".join(lowest(errors)) or "-"])
-    header, *lines, last = text_table(rows, "<>>>>>>><")
+    header, *lines, last = text_table(rows, "<>>>>>>>><")
     rule = "-" * max(map(len, (header, *lines, last)))
     note = few_rows_note(result)
     first = [textwrap.fill(note, 100), ""] if note else []
@@ -54,16 +55,25 @@ def few_rows_note(result: EvaluationResult) -> str:
         return ""
     return (
         f"Only {count} responses were evaluated. They can show that the model beats the baselines clearly, not which "
-        "of two similar recipes is better: a correlation is known to about "
-        f"±{min(1, 2 / math.sqrt(max(count, 1))):.2f}, and a few percent of MSE may be chance."
+        "of two similar recipes is better: the intervals below say how far chance alone moves the averages."
     )
+
+
+def interval_sentence(result: EvaluationResult) -> str:
+    """Averages with their bootstrap intervals; "" where there are none."""
+    names = {"mse": "MSE", "pearson": "Pearson", "kappa": "kappa"}
+    values = [(words, mean_metric(result.metrics, key, result.compared), key) for key, words in names.items()]
+    found = [(words, value, interval) for words, value, key in values if (interval := result.interval(key))]
+    said = ", ".join(f"{words} {value:.3f} [{low:.3f}, {high:.3f}]" for words, value, (low, high) in found)
+    return f"Averages with 95% intervals (bootstrap over the responses): {said}." if said else ""
 
 
 def comparison_sentences(result: EvaluationResult) -> list[str]:
     """One sentence a baseline: does the model beat it on average MSE; and what the average leaves out or mixes."""
     averages, schema = result.average_mse(), result.schema
     baselines = ((MEAN_RATING, "mean-rating baseline"), (LOG_LENGTH, "length baseline"))
-    sentences = [_compare(averages[MODEL], averages[name], words) for name, words in baselines]
+    sentences = [said] if (said := interval_sentence(result)) else []
+    sentences += [_compare(averages[MODEL], averages[name], words, result, name) for name, words in baselines]
     if left_out := [name for name in schema.names if name not in result.compared]:
         sentences.append(f"Averages leave out {', '.join(left_out)}: no rating in the validation or training split.")
     if len({schema[name].high - schema[name].low for name in result.compared}) > 1:
@@ -71,7 +81,7 @@ def comparison_sentences(result: EvaluationResult) -> list[str]:
     return sentences
 
 
-def _compare(model: float | None, baseline: float | None, words: str) -> str:
+def _compare(model: float | None, baseline: float | None, words: str, result: EvaluationResult, name: str) -> str:
     if model is None or baseline is None:
         return f"No comparison with the {words}: no attribute has ratings in both the training and validation split."
     if not math.isfinite(model):
@@ -81,6 +91,8 @@ def _compare(model: float | None, baseline: float | None, words: str) -> str:
         return f"The model is level with the {words} on average MSE ({numbers})."
     verb, side = ("beats", "lower") if model < baseline else ("loses to", "higher")
     change = f", {abs(model / baseline - 1):.1%} {side}" if baseline else ""
+    if (interval := result.interval("mse", less=name)) and interval[0] < 0 < interval[1]:
+        change += ", which may be chance"
     return f"The model {verb} the {words} on average MSE ({numbers}{change})."
 
 

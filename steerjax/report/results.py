@@ -4,34 +4,32 @@
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import rankdata
 
-from steerjax.schema import Schema
+from steerjax.schema import Attribute, Schema
 
 MODEL, MEAN_RATING, LOG_LENGTH = "model", "mean rating", "log length"
 AttributeMetrics = dict[str, dict[str, float | int | None]]
 
 
-def attribute_metrics(predicted: np.ndarray, ratings: np.ndarray, names: Sequence[str]) -> AttributeMetrics:
+def attribute_metrics(predicted: np.ndarray, ratings: np.ndarray, schema: Schema) -> AttributeMetrics:
     """By name, over the examples with a rating; both arguments are `[E, A]`.
 
     `mse` (rating squared) and `mae` (rating): None without a rating, not finite where a prediction is not. `pearson`
-    and `spearman` (average ranks for ties): None where `correlation` is. `count` of ratings.
+    and `spearman` (average ranks for ties): None where `correlation` is. `kappa`: see `quadratic_kappa`. `count` of
+    ratings.
     """
-    found = {}
-    for name, x, y in zip(names, predicted.T, ratings.T, strict=True):
-        x, y = x[np.isfinite(y)], y[np.isfinite(y)]
-        pearson = correlation(x, y)
-        # The ranks of a column that is constant up to rounding would be ranks of the rounding.
-        spearman = None if pearson is None else correlation(rankdata(x), rankdata(y))
-        mse, mae = (float(np.mean(np.abs(x - y) ** power)) if len(y) else None for power in (2, 1))
-        found[name] = {"mse": mse, "mae": mae, "pearson": pearson, "spearman": spearman, "count": len(y)}
-    return found
+    columns = zip(schema.attributes, predicted.T, ratings.T, strict=True)
+    pairs = {attribute: (x[np.isfinite(y)], y[np.isfinite(y)]) for attribute, x, y in columns}
+    return {
+        attribute.name: {key: of(x, y, attribute) for key, of in _METRICS.items()} | {"count": len(y)}
+        for attribute, (x, y) in pairs.items()
+    }
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
@@ -39,6 +37,34 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     if len(x) < 2 or not np.isfinite([x, y]).all() or any(np.ptp(z) <= 1e-11 * np.abs(z).max() for z in (x, y)):
         return None
     return float(np.corrcoef(x, y)[0, 1])
+
+
+def whole(ratings: np.ndarray, attribute: Attribute) -> np.ndarray:
+    """Clipped to the range and rounded, halves up."""
+    return np.floor(np.clip(ratings, attribute.low, attribute.high) + 0.5)
+
+
+def quadratic_kappa(x: np.ndarray, y: np.ndarray, attribute: Attribute) -> float | None:
+    """Quadratic-weighted kappa of `whole` ratings.
+
+    One less the mean squared error over what it would be if the pairs were shuffled; None where that is 0 or a value
+    is not finite. Source: Cohen, Psychological Bulletin 70 (1968).
+    """
+    if not len(y) or not np.isfinite([x, y]).all():
+        return None
+    x, y = whole(x, attribute), whole(y, attribute)
+    shuffled = x.var() + y.var() + (x.mean() - y.mean()) ** 2
+    return float(1 - np.mean((x - y) ** 2) / shuffled) if shuffled else None
+
+
+_METRICS: dict[str, Callable[[np.ndarray, np.ndarray, Attribute], float | None]] = {
+    "mse": lambda x, y, _: float(np.mean((x - y) ** 2)) if len(y) else None,
+    "mae": lambda x, y, _: float(np.mean(np.abs(x - y))) if len(y) else None,
+    "pearson": lambda x, y, _: correlation(x, y),
+    # The ranks of a column that is constant up to rounding would be ranks of the rounding.
+    "spearman": lambda x, y, _: None if correlation(x, y) is None else correlation(rankdata(x), rankdata(y)),
+    "kappa": quadratic_kappa,
+}
 
 
 def attribute_correlations(ratings: np.ndarray) -> np.ndarray:
@@ -73,13 +99,14 @@ def baseline(degree: int, train_ratings: np.ndarray, train_lengths: ArrayLike, l
 class EvaluationResult:
     """Predicted and human ratings `[E, A]` of one split and what follows from them.
 
-    `metrics` are the model's `attribute_metrics`, `baselines` those of "mean rating" and "log length", fitted on the
-    training split.
+    `guesses` are the predictions `[E, A]` of "mean rating" and "log length", fitted on the training split; NaN where
+    they have none. `metrics` are the model's `attribute_metrics`, `baselines` theirs.
     """
 
     schema: Schema
     predicted: np.ndarray
     ratings: np.ndarray
+    guesses: Mapping[str, np.ndarray]
     metrics: AttributeMetrics
     baselines: Mapping[str, AttributeMetrics]
     ids: Sequence[str]
@@ -97,6 +124,42 @@ class EvaluationResult:
     def average_mse(self) -> dict[str, float | None]:
         return self.mse(*self.compared)
 
+    def interval(self, key: str, less: str | None = None) -> tuple[float, float] | None:
+        """95% of the model's average `key` (mse, pearson or kappa) over `compared`, had other such responses been
+        rated; with `less`, of what it is more than that baseline's.
+
+        The percentile bootstrap over the E responses (1,000 draws, seed 0); None for less than two, or where a draw
+        leaves it undefined.
+        """
+        random, count, draws = np.random.default_rng(0), len(self.ids), []
+        if count < 2:
+            return None
+        for _ in range(0, 1000, 100):  # so that no large split needs much memory
+            times = random.multinomial(count, np.full(count, 1 / count), 100).astype(np.float64)
+            value = self._resampled(key, self.predicted, times)
+            draws.append(value - self._resampled(key, self.guesses[less], times) if less else value)
+        low, high = np.percentile(draws, [2.5, 97.5]).tolist() if np.isfinite(draws).all() else (np.nan, np.nan)
+        return (low, high) if np.isfinite(low) else None
+
+    def _resampled(self, key: str, predicted: np.ndarray, times: np.ndarray) -> np.ndarray:
+        """The average of `key` when responses stand there `times` `[draws, E]`; `[draws]`, NaN where undefined."""
+        found = []
+        with np.errstate(all="ignore"):  # of an attribute that a draw has not
+            for name in self.compared:
+                column, attribute = self.schema.names.index(name), self.schema[name]
+                seen = np.isfinite(self.ratings[:, column])
+                x, y, n = predicted[seen, column], self.ratings[seen, column], times[:, seen]
+                if key == "kappa":
+                    x, y = whole(x, attribute), whole(y, attribute)
+                n, x, y = n / n.sum(1, keepdims=True), x - y.mean(), y - y.mean()
+                mean_x, mean_y = n @ x, n @ y
+                both, var_x, var_y = n @ (x * y) - mean_x * mean_y, n @ (x * x) - mean_x**2, n @ (y * y) - mean_y**2
+                shuffled = var_x + var_y + (mean_x - mean_y) ** 2
+                values = {"mse": shuffled - 2 * both, "pearson": both / np.sqrt(var_x * var_y),
+                          "kappa": 2 * both / shuffled}  # fmt: skip
+                found.append(values[key])
+        return np.mean(found, axis=0) if found else np.full(len(times), np.nan)
+
 
 def evaluate_predictions(
     schema: Schema,
@@ -113,12 +176,14 @@ def evaluate_predictions(
     in the training split has no baseline (count 0).
     """
     predicted, ratings, train_ratings = (np.asarray(x, np.float64) for x in (predicted, ratings, train_ratings))
-    baselines = {}
-    for degree, who in enumerate((MEAN_RATING, LOG_LENGTH)):
-        guess = baseline(degree, train_ratings, train_lengths, lengths)
-        baselines[who] = attribute_metrics(guess, np.where(np.isfinite(guess), ratings, np.nan), schema.names)
-    metrics = attribute_metrics(predicted, ratings, schema.names)
-    return EvaluationResult(schema, predicted, ratings, metrics, baselines, ids)
+    fits = enumerate((MEAN_RATING, LOG_LENGTH))
+    guesses = {who: baseline(degree, train_ratings, train_lengths, lengths) for degree, who in fits}
+    baselines = {
+        who: attribute_metrics(guess, np.where(np.isfinite(guess), ratings, np.nan), schema)
+        for who, guess in guesses.items()
+    }
+    metrics = attribute_metrics(predicted, ratings, schema)
+    return EvaluationResult(schema, predicted, ratings, guesses, metrics, baselines, ids)
 
 
 def lowest(values: Mapping[str, float | None]) -> tuple[str, ...]:

@@ -5,7 +5,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from steerjax.report.results import attribute_correlations, attribute_metrics, baseline, mean_metric
+from steerjax.report.results import (
+    attribute_correlations,
+    attribute_metrics,
+    baseline,
+    evaluate_predictions,
+    mean_metric,
+    quadratic_kappa,
+)
+from steerjax.schema import Attribute, Schema
+
+
+def _schema(names):
+    return Schema(tuple(Attribute(name) for name in names))
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +29,7 @@ def _no_warnings():
 
 def _column(predicted, ratings, mask=None):
     ratings = np.where(True if mask is None else mask, ratings, np.nan)
-    return attribute_metrics(np.c_[predicted], np.c_[ratings], ["a"])["a"]
+    return attribute_metrics(np.c_[predicted], np.c_[ratings], _schema("a"))["a"]
 
 
 def test_hand_computed():
@@ -45,7 +57,7 @@ def test_random_data_with_masks_equals_scipy():
     ratings = rng.integers(0, 5, (200, 3)).astype(np.float64)
     predicted = (ratings * 0.3 + rng.normal(size=(200, 3))).round(1)
     mask = rng.random((200, 3)) < 0.6
-    metrics = attribute_metrics(predicted, np.where(mask, ratings, np.nan), ["a", "b", "c"])
+    metrics = attribute_metrics(predicted, np.where(mask, ratings, np.nan), _schema("abc"))
     for a, name in enumerate("abc"):
         x, y = predicted[mask[:, a], a], ratings[mask[:, a], a]
         assert metrics[name]["count"] == mask[:, a].sum()
@@ -74,8 +86,8 @@ def test_correlation_undefined(predicted, ratings):
 
 
 def test_attribute_without_ratings():
-    metrics = attribute_metrics(np.ones((2, 2)), np.array([[0, np.nan]] * 2), ["a", "b"])
-    assert metrics["b"] == {"mse": None, "mae": None, "pearson": None, "spearman": None, "count": 0}
+    metrics = attribute_metrics(np.ones((2, 2)), np.array([[0, np.nan]] * 2), _schema("ab"))
+    assert metrics["b"] == {"mse": None, "mae": None, "pearson": None, "spearman": None, "kappa": None, "count": 0}
     assert mean_metric(metrics, "mse") == 1.0
     assert mean_metric(metrics, "mse", ["b"]) is None
 
@@ -89,9 +101,9 @@ def test_prediction_that_is_not_finite_is_not_hidden():
 
 def test_shapes_must_fit():
     with pytest.raises(ValueError):
-        attribute_metrics(np.zeros((2, 2)), np.zeros((2, 2)), ["a"])
+        attribute_metrics(np.zeros((2, 2)), np.zeros((2, 2)), _schema("a"))
     with pytest.raises(IndexError):
-        attribute_metrics(np.zeros((1, 1)), np.zeros((2, 1)), ["a"])
+        attribute_metrics(np.zeros((1, 1)), np.zeros((2, 1)), _schema("a"))
 
 
 def test_mean_baseline():
@@ -125,3 +137,40 @@ def test_correlations_are_pairwise_complete():
     np.testing.assert_allclose(np.diag(matrix)[:3], 1.0)
     assert np.isnan(matrix[3]).all()
     assert np.isnan(matrix[:, 3]).all()
+
+
+def test_kappa_by_the_matrix_of_counts():
+    """Cohen's weighted kappa as it is defined, on the whole ratings of a range of its own."""
+    rng = np.random.default_rng(3)
+    ratings = rng.integers(1, 6, 300).astype(float)
+    predicted = ratings + rng.normal(size=300)
+    counts = np.zeros((5, 5))
+    for x, y in zip(predicted, ratings, strict=True):
+        counts[int(min(max(math.floor(x + 0.5), 1), 5)) - 1, int(y) - 1] += 1
+    cost = np.subtract.outer(np.arange(5), np.arange(5)) ** 2
+    chance = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()
+    expected = 1 - (cost * counts).sum() / (cost * chance).sum()
+    assert quadratic_kappa(predicted, ratings, Attribute("a", 1, 5)) == pytest.approx(expected, rel=1e-12)
+    assert quadratic_kappa(np.ones(3), np.ones(3), Attribute("a")) is None
+    assert quadratic_kappa(np.array([np.nan, 1]), np.array([0, 1.0]), Attribute("a")) is None
+
+
+def test_intervals_are_those_of_metrics_on_drawn_rows():
+    rng = np.random.default_rng(4)
+    ratings = rng.integers(0, 5, (60, 2)).astype(float)
+    ratings[rng.random((60, 2)) < 0.2] = np.nan
+    predicted = np.nan_to_num(ratings, nan=2) * 0.5 + rng.normal(size=(60, 2))
+    result = evaluate_predictions(
+        _schema("ab"), predicted, ratings, rng.integers(1, 99, 60), range(60), ratings, rng.integers(1, 99, 60)
+    )
+    drawn = rng.integers(0, 60, (1000, 60))
+    for key in ("mse", "pearson", "kappa"):
+        values = [mean_metric(attribute_metrics(predicted[d], ratings[d], _schema("ab")), key) for d in drawn]
+        low, high = result.interval(key)
+        width = high - low
+        assert np.percentile(values, [2.5, 97.5]) == pytest.approx((low, high), abs=0.1 * width)
+        assert low < mean_metric(result.metrics, key) < high
+    low, high = result.interval("mse", less="mean rating")
+    assert low < result.average_mse()["model"] - result.average_mse()["mean rating"] < high
+    one = evaluate_predictions(_schema("a"), [[1.0]], [[2.0]], [7], ["x"], np.empty((0, 1)), [])
+    assert one.interval("pearson") is None
