@@ -215,6 +215,11 @@ def a_tokenizer_under_another_name():
     assert ours == theirs
 
 
+def a_tokenizer_that_is_not_the_models():
+    other = {"chat.tokenizer": "tokenizer_other_name.json", "model.source": "reward"}
+    refused(lambda: run_train("other", **other, **{"data.train": ("resume_before.jsonl",)}), "config.chat.tokenizer")
+
+
 def a_control_string_late_in_the_file():
     rows = annotated("annotate_late_control.jsonl", 300)
     assert rows[290]["turns"][0]["content"] == "What does <extra_id_1> mean in T5?"
@@ -245,7 +250,8 @@ def nine_attributes():
 CASES = (
     long_cell, utf16, other_rows_under_the_same_name, added_tokens_are_tokens, an_unnamed_head, nan_passes_through,
     dates_pass_through, no_label_of_the_kind_asked_for, a_tokenizer_under_another_name,
-    a_control_string_late_in_the_file, no_usable_row, an_id_that_is_a_number, nothing_fits_a_row, nine_attributes,
+    a_tokenizer_that_is_not_the_models, a_control_string_late_in_the_file,
+    no_usable_row, an_id_that_is_a_number, nothing_fits_a_row, nine_attributes,
 )  # fmt: skip
 
 

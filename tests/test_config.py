@@ -5,8 +5,12 @@ import json
 
 import pytest
 
+from steerjax.chat.render import make_renderer
 from steerjax.config import default_config, resolve
 from steerjax.errors import ConfigError
+from steerjax.training.input import make_input
+from steerjax.training.program import make_objectives
+from steerjax.training.source import with_source
 
 pytestmark = pytest.mark.short
 
@@ -107,3 +111,19 @@ def test_every_recipe_resolves(repository):
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         resolve(module.get_config().to_dict())
+
+
+@pytest.mark.parametrize("recipe", ["default", "rm", "sft"])
+def test_packaged_data_is_taken_as_it_is(repository, recipe):
+    """Every row becomes an example, duplicates too, and none is too long."""
+    config = default_config()
+    if recipe != "default":
+        namespace: dict = {}
+        exec((repository / "configs" / f"{recipe}.py").read_text(), namespace)
+        config = namespace["get_config"]()
+    e, source = with_source(resolve(config.to_dict()))
+    renderer = make_renderer(e.chat, e.data.make_schema())
+    found = make_input(e, e.data.make_schema(), make_objectives(e, e.data.make_schema(), renderer), renderer)
+    assert source is None
+    assert not found.skipped
+    assert sum(len(tree.examples) for trees in (found.plan.trees, found.validation) for tree in trees) == 429

@@ -5,12 +5,13 @@ Source: HelpSteer, arXiv 2311.09528, section 4; NeMo-Aligner averages over micro
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
 import pydantic.dataclasses
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
@@ -25,10 +26,15 @@ class RegressionConfig:
 
     It is the `average` over all ratings of a step, or over examples, each the mean of its own ratings (NeMo-Aligner
     with micro-batch 1).
+
+    Squared error predicts the mean of alike responses, so predictions vary less than ratings do, by their correlation
+    r. With `stretch` s a target is mean + s (rating - mean), mean the attribute's in the training split; with 1 / r
+    predictions vary as ratings do, which is best for quadratic kappa and worse for MSE.
     """
 
     weight: Weight = 1.0  # of the objective among others
     average: Literal["ratings", "examples"] = "ratings"
+    stretch: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     attribute_weights: Mapping[str, Weight] = field(default_factory=dict)  # by name; what is not named weighs 1
 
     def check(self, schema: Schema) -> None:
@@ -125,6 +131,9 @@ class Regression(Objective):
                 names = ", ".join(self.setting.schema.names)
                 raise DataError(f"no rated response for {split}", cure=f"rate turns with {names}, or name the schema")
         self._of_codes = np.concatenate([self._table(list(self._codes)), self._of_codes[-1:]])
+        ratings = self._table(self.data[TRAIN].rows)
+        means = np.nansum(ratings, 0, np.float64) / np.maximum(np.isfinite(ratings).sum(0), 1)
+        self._means = means.astype(np.float32)  # of the training split; 0 where nothing is rated
 
     def arrays(self, layout):
         """ratings: float32 [T A]. counts: float32 [T A], how many ratings of that value end there."""
@@ -133,7 +142,8 @@ class Regression(Objective):
         return {"ratings": np.nan_to_num(ratings), "counts": counts.astype(np.float32)}
 
     def _error(self, predicted, ratings, counts):
-        return masked_squared_error(predicted, ratings, counts, self._weights, self.config.average)
+        stretched = ratings if self.config.stretch == 1 else self._means + self.config.stretch * (ratings - self._means)
+        return masked_squared_error(predicted, stretched, counts, self._weights, self.config.average)
 
     def count(self, arrays):
         return self._error(arrays["ratings"], **arrays)[1]
@@ -160,12 +170,10 @@ class Regression(Objective):
         The states of all responses share a large common part. Without a bias the head is that mean state, scaled so
         that it maps itself to the means.
         """
-        ratings = self._table(self.data[TRAIN].rows)
-        means = np.nansum(ratings, 0, np.float64) / np.maximum(np.isfinite(ratings).sum(0), 1)
         if "reward_bias" in params:
-            return {"reward_head": params["reward_head"] * 0, "reward_bias": jnp.asarray(means, jnp.float32)}
+            return {"reward_head": params["reward_head"] * 0, "reward_bias": jnp.asarray(self._means)}
         mean = sums[0] / jnp.maximum(sums[1], 1)
-        return {"reward_head": jnp.outer(mean / jnp.sum(jnp.square(mean)), means.astype(np.float32))}
+        return {"reward_head": jnp.outer(mean / jnp.sum(jnp.square(mean)), self._means)}
 
     def evaluate(self, steps):
         from steerjax.report.results import evaluate_predictions

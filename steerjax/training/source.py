@@ -53,12 +53,19 @@ def _with_architecture(config: ModelConfig, found: LlamaConfig) -> ModelConfig:
     return ModelConfig(**fields, source=config.source, keep_layers=config.keep_layers)
 
 
-def with_vocabulary(experiment: Experiment, tokenizer: Tokenizer) -> Experiment:
+def with_vocabulary(experiment: Experiment, tokenizer: Tokenizer, source: Description | None) -> Experiment:
     """The vocabulary size 0 becomes the tokenizer's.
 
     Raises:
-        ConfigError: ids could lie outside the embedding.
+        ConfigError: ids could lie outside the embedding, or have another meaning in it.
     """
+    theirs, ours = ((t.backend.get_vocab() if t else {}) for t in (source and source.tokenizer, tokenizer))
+    strings = {index: string for string, index in theirs.items()}
+    if wrong := [string for string, index in ours.items() if strings.get(index, string) != string]:
+        raise ConfigError(
+            f"config.chat.tokenizer {experiment.chat.tokenizer}: {len(wrong)} of its ids, that of {min(wrong)!r} for "
+            f"one, are other tokens in {experiment.model.source}; cure: 'auto' takes the model's own"
+        )
     size = experiment.model.vocab_size or tokenizer.vocab_size
     if tokenizer.vocab_size > size:
         raise ConfigError(

@@ -7,6 +7,7 @@ import dataclasses
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -55,7 +56,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     schema = experiment.data.make_schema()
     e, source = with_source(experiment)
     renderer = make_renderer(e.chat, schema)
-    e = with_vocabulary(e, renderer.tokenizer)
+    e = with_vocabulary(e, renderer.tokenizer, source)
     mesh = make_mesh(e.mesh)
     check_batch(e.batch, mesh)
     objectives = make_objectives(e, schema, renderer)
@@ -137,10 +138,14 @@ class Run:
     feed_validation: Feeder
     steps: int
 
-    def evaluate(self, state: TrainState, processes: Processes = ALONE) -> dict[str, Evaluation]:
-        """Every objective on the validation split."""
+    def evaluate(
+        self, state: TrainState, processes: Processes = ALONE, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, Evaluation] | None:
+        """Every objective on the validation split; None where `stop`, asked before each step, said so."""
         collected = []
         for rows in evaluation_steps(self.data.validation_rows, self.experiment.batch.evaluated):
+            if stop():
+                return None
             processes.at("evaluation")
             outputs = self.program.evaluation_step(state.params, state.frozen, self.feed_validation(rows))
             collected.append(([self.feed_validation.build.layout(row) for row in rows], jax.device_get(outputs)))
@@ -219,9 +224,9 @@ def loop(
             )
         return bool(stop)
 
-    def evaluate(write: bool = True) -> dict[str, Evaluation]:
-        found = run.evaluate(state, processes)
-        if write:
+    def evaluate(write: bool = True, **options) -> dict[str, Evaluation] | None:
+        found = run.evaluate(state, processes, **options)
+        if write and found:
             loss = run.loss(found)
             each = {f"{name}/loss": one.loss for name, one in found.items()} if len(found) > 1 else {}
             values = {key: value for one in found.values() for key, value in one.values.items()}
@@ -248,10 +253,11 @@ def loop(
 
             checkpoint = step == run.steps or is_due(e.train.checkpoint_every)
             if stop or checkpoint or is_due(e.train.evaluate_every):
-                stop = (read(pending) or stop) and step < run.steps
+                stop = read(pending) or stop
                 pending = None
                 if not stop:
-                    evaluation = evaluate()
+                    evaluation = evaluate(stop=lambda: bool(any_process(asked.is_set())))
+                    stop = evaluation is None
                 if stop or checkpoint:
                     processes.barrier(f"save step {step}")
                     loss = None if stop else run.loss(evaluation)

@@ -163,6 +163,27 @@ def test_sigterm_saves_and_says_so(recipe, repository, uninterrupted, tmp_path):
     assert records(tmp_path) == records(uninterrupted)
 
 
+@pytest.mark.parametrize("last", [3, 6])
+def test_sigterm_at_an_evaluation_saves_first(recipe, tmp_path, monkeypatch, last):
+    """An evaluation can take longer than a preempted machine has left; what was owed is done when the run goes on."""
+    write = training.step_record
+
+    def record(run, rows, metrics, seconds):
+        if len(read_metrics(tmp_path / "metrics.jsonl")) == 4:  # two steps, each with its evaluation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(run, rows, metrics, seconds)
+
+    monkeypatch.setattr(training, "step_record", record)
+    options = {"steps": last, "evaluate_every": 1, "checkpoint_every": 0}
+    with pytest.raises(TrainingError, match="step 3 is saved"):
+        training.train(experiment(recipe, **options), tmp_path)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] != "train"] == [1, 2]
+    monkeypatch.undo()
+    training.train(experiment(recipe, **options), tmp_path)
+    found = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] != "train"]
+    assert found == list(range(1, last + 1))
+
+
 def test_metrics_have_what_the_interface_promises(uninterrupted):
     lines = read_metrics(uninterrupted / "metrics.jsonl")
     training = [r for r in lines if r["split"] == "train"]
