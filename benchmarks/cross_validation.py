@@ -22,8 +22,17 @@ import numpy as np
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import load_conversations, shuffled_keys
 from steerjax.errors import ConfigError, reported_errors
-from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL, attribute_metrics, baseline, mean_metric
-from steerjax.schema import SCHEMAS
+from steerjax.report.page import text_table
+from steerjax.report.results import (
+    LOG_LENGTH,
+    MEAN_RATING,
+    MODEL,
+    EvaluationResult,
+    attribute_metrics,
+    baseline,
+    mean_metric,
+)
+from steerjax.schema import SCHEMAS, make_schema
 
 
 def quadratic_baseline(train: np.ndarray, ratings: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -42,13 +51,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--schema", default="helpsteer")
+    parser.add_argument("--schema", default="helpsteer", choices=SCHEMAS)
+    parser.add_argument("--attribute", action="append", nargs=3, default=[], metavar=("NAME", "LOW", "HIGH"))
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0, help="of the folds")
     parser.add_argument("training", nargs="*", help="after --: flags of steerjax.train; without any, no model")
     options = parser.parse_args()
-    schema = SCHEMAS[options.schema]
-    names = schema.names
+    own = tuple((name, float(low), float(high)) for name, low, high in options.attribute)
+    schema = make_schema(options.schema, own)
+    names, training = schema.names, [*options.training]
+    if training:
+        training += [f"--config.data.attributes={own!r}"] if own else [f"--config.data.schema={options.schema}"]
     conversations = load_conversations([options.data], schema).conversations
     folds = []  # (ratings, {predictor: predictions}) of what each holds out
     for fold in range(options.folds):
@@ -59,20 +72,28 @@ def main() -> None:
             LOG_LENGTH: baseline(1, y, lengths[:, 1], held_out[:, 1]),
             "lengths, quadratic": quadratic_baseline(lengths, y, held_out),
         }
-        if options.training:
-            predictions[MODEL] = trained(parts, options.output / f"fold-{fold}", options.training, names)
+        if training:
+            predictions[MODEL] = trained(parts, options.output / f"fold-{fold}", training, names)
         folds.append((truth, predictions))
         mse = {who: mean_metric(attribute_metrics(p, truth, schema), "mse") for who, p in predictions.items()}
         print(f"fold {fold}: " + ", ".join(f"{who} {value:.3f}" for who, value in mse.items()), flush=True)
     truth = np.concatenate([fold[0] for fold in folds])
-    print(f"\n{len(truth)} responses\n{'':20}{'MSE':>8}" + "".join(f"{name:>14}" for name in names) + "  (Pearson)")
+    found = {}
     for who in folds[0][1]:
-        metrics = attribute_metrics(np.concatenate([fold[1][who] for fold in folds]), truth, schema)
-        pearson = [metrics[name]["pearson"] for name in names]
-        print(
-            f"{who:20}{mean_metric(metrics, 'mse'):8.3f}"
-            + "".join(f"{'' if r is None else f'{r:.2f}':>14}" for r in pearson)
-        )
+        predicted = np.concatenate([fold[1][who] for fold in folds])
+        metrics = attribute_metrics(predicted, truth, schema)
+        found[who] = EvaluationResult(schema, predicted, truth, {}, metrics, {}, range(len(truth)))
+    print(f"\n{len(truth)} responses, each held out once; averages with 95% intervals (bootstrap over responses)")
+    for title, key, of in (("RMSE", "mse", lambda x: x**0.5), ("Pearson", "pearson", lambda x: x)):
+        rows = [[title, "average", "interval", *names]]
+        for who, result in found.items():
+            values = [result.metrics[name][key] for name in names]
+            cells = [
+                "-" if value is None else f"{of(value):.3f}" for value in (mean_metric(result.metrics, key), *values)
+            ]
+            low, high = result.interval(key) or (np.nan, np.nan)
+            rows.append([who, cells[0], f"{of(low):.3f} to {of(high):.3f}", *cells[1:]])
+        print("", *text_table(rows, "<" + ">" * (len(rows[0]) - 1)), sep="\n")
 
 
 def kfold_by_prompt(

@@ -76,8 +76,12 @@ def make_state(
     rest: dict | None = None,
 ) -> TrainState:
     """The state before the first step, or with `rest` the one that a checkpoint holds. `whole` is given away."""
-    cut = jax.jit(lambda p: partition(p, config), out_shardings=shardings_of((abstract.params, abstract.frozen)))
-    params, frozen = cut(whole) if config.frozen_layers else partition(whole, config)
+    if config.frozen_layers:
+        cut = jax.jit(lambda p: partition(p, config), out_shardings=shardings_of((abstract.params, abstract.frozen)))
+        params, frozen = cut(whole)
+        jax.tree.map(lambda leaf: leaf.delete(), whole)  # else it is held beside its parts
+    else:
+        params, frozen = partition(whole, config)
     if rest is None:
         counters = [jax.device_put(np.zeros((), np.int32), abstract.step.sharding) for _ in range(3)]
         moments = jax.jit(optimizer.init, out_shardings=shardings_of(abstract.optimizer))(params)

@@ -277,6 +277,18 @@ def test_frozen_layers_are_cut_from_one_stack():
     assert leaf_at(after.optimizer[1].mu["llama"], "layers/mlp/up/kernel").shape[0] == 1
 
 
+@pytest.mark.parametrize("frozen_layers", [0, 1])
+def test_the_parameters_are_held_once(frozen_layers):
+    """What the state was made of is a part of it or is freed."""
+    config = OptimizerConfig(frozen_layers=frozen_layers)
+    mesh, module = make_mesh(MeshConfig(), jax.devices()[:1]), RewardModel(TINY, len(SCHEMA))
+    whole, optimizer = abstract_parameters(module, mesh), make_optimizer(config)
+    params = random_parameters(module, whole, 0)
+    state = make_state(params, abstract_state(whole, optimizer, config, mesh), optimizer, config)
+    kept = {id(x) for x in jax.tree.leaves((state.params, state.frozen))}
+    assert all(id(x) in kept or x.is_deleted() for x in jax.tree.leaves(params))
+
+
 def test_the_first_moment_in_bfloat16():
     """Half its size, and the first step is nearly the same; gradients and parameters stay float32."""
     after = {}
