@@ -8,6 +8,8 @@ os.environ["JAX_PLATFORMS"] = os.environ.get("STEERJAX_TEST_PLATFORM", "cpu")
 import jax
 import pytest
 
+from tests import SHARED, WITHOUT_SHARED
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", "/tmp/steerjax-test-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -19,3 +21,14 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def repository() -> Path:
     """The root of the checkout."""
     return REPOSITORY
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # so that it stands after the list of skipped tests
+def pytest_terminal_summary(terminalreporter):
+    result = yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    left_out = sum(WITHOUT_SHARED in str(report.longrepr) for report in skipped)
+    if left_out:
+        found = "lacks what they read" if SHARED.is_dir() else "is not there"
+        terminalreporter.write_line(f"{left_out} tests left out: {SHARED} {found}; STEERJAX_SHARED=FOLDER gives it")
+    return result

@@ -13,10 +13,7 @@ import pytest
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.prepare import main
 from steerjax.schema import HELPSTEER, STEERLM, format_label
-from tests import SHARED
-
-DATA = SHARED / "data"
-needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason="needs STEERJAX_SHARED")
+from tests import needs_shared
 
 HELPSTEER_ROW = {"prompt": "p", "response": "grün", "helpfulness": 4, "verbosity": 2}
 TREE = {
@@ -120,11 +117,10 @@ def test_own_attributes_that_are_none(tmp_path, capsys):
         assert "cure: " in capsys.readouterr().err
 
 
-@needs_shared
 def test_reference_golden_files(tmp_path):
-    nemo = DATA / "nemo_aligner"
-    prepare("reference", nemo / "dummy-sft.jsonl", output=tmp_path / "sft.jsonl")
-    for row, source in zip(lines(tmp_path / "sft.jsonl"), lines(nemo / "dummy-sft.jsonl"), strict=True):
+    golden = needs_shared("data/nemo_aligner/dummy-sft.jsonl")
+    prepare("reference", golden, output=tmp_path / "sft.jsonl")
+    for row, source in zip(lines(tmp_path / "sft.jsonl"), lines(golden), strict=True):
         assert row["system"] == source["system"]
         entries = [
             (t["role"].capitalize(), t["content"], format_label(t["ratings"], STEERLM) if "ratings" in t else None)
@@ -133,10 +129,10 @@ def test_reference_golden_files(tmp_path):
         assert entries == [(e["from"], e["value"], e.get("label")) for e in source["conversations"]]
 
 
-@needs_shared
 def test_real_alpaca(tmp_path):
-    prepare("alpaca", DATA / "chat/alpaca_400.json", output=tmp_path / "a.jsonl")
-    rows = json.loads((DATA / "chat/alpaca_400.json").read_text(encoding="utf-8"))
+    alpaca = needs_shared("data/chat/alpaca_400.json")
+    prepare("alpaca", alpaca, output=tmp_path / "a.jsonl")
+    rows = json.loads(alpaca.read_text(encoding="utf-8"))
     expected = [(f"{row['instruction']}\n{row['input']}".removesuffix("\n"), row["output"]) for row in rows]
     assert [tuple(turn["content"] for turn in row["turns"]) for row in lines(tmp_path / "a.jsonl")] == expected
 

@@ -9,6 +9,7 @@ from chat_helpers import renderer, talk
 
 from steerjax.chat.render import TokenRole
 from steerjax.data.conversation import Conversation, Turn
+from tests import needs_shared
 
 # Three exchanges: with a label, with a response that looks like one, with a label again.
 TALK = Conversation(
@@ -111,8 +112,7 @@ def test_every_trained_token_of_smollm2(smollm2):
 
 
 def test_every_trained_token_of_a_llama2_tokenizer(llama_spm):
-    if llama_spm.vocab_size != 32000:
-        pytest.skip("STEERJAX_SHARED has no data/tokenizers/mistral_v1.model")
+    needs_shared("data/tokenizers/mistral_v1.model")  # else `llama_spm` is a small one
     assert runs(TALK, llama_spm, "llama2") == (MASKED["llama2"], MISTRAL_LLAMA2)
 
 

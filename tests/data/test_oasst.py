@@ -12,10 +12,7 @@ from steerjax.data.oasst import read_threads
 from steerjax.data.statistics import statistics_of
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, OASST, STEERLM, Attribute, Schema
-from tests import SHARED
-
-SAMPLE = SHARED / "data/oasst"
-needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason="needs STEERJAX_SHARED")
+from tests import needs_shared
 
 
 def message(name, role, *replies, **fields):
@@ -208,9 +205,9 @@ def recursion(node):
     return [[entry, *thread] for reply in node["replies"] for thread in recursion(reply)]
 
 
-@needs_sample
 def test_sample_equals_the_recursion(tmp_path):
-    roots = [json.loads(line)["prompt"] for line in (SAMPLE / "trees_en_100.jsonl").open(encoding="utf-8")]
+    sample = needs_shared("data/oasst/trees_en_100.jsonl")
+    roots = [json.loads(line)["prompt"] for line in sample.open(encoding="utf-8")]
     for root in roots:
         made_up_labels(root)
     path = write(tmp_path / "t.jsonl", *({"prompt": root} for root in roots))
@@ -222,7 +219,7 @@ def test_sample_equals_the_recursion(tmp_path):
     assert (sum(map(len, threads)), dropped) == (2198, {})
 
 
-@needs_sample
 def test_the_two_exports_of_the_sample_agree():
-    first, second = (read(str(SAMPLE / f"{name}_en_100.jsonl"))[0] for name in ("trees", "messages"))
+    files = (needs_shared(f"data/oasst/{name}_en_100.jsonl") for name in ("trees", "messages"))
+    first, second = (read(str(file))[0] for file in files)
     assert first == second

@@ -17,11 +17,10 @@ from steerjax.data.formats import prompt_turns
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations, source_format
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, OASST, format_label, make_schema
-from tests import SHARED
+from tests import needs_shared
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs/formats.md"
-HERE, NEMO = Path(__file__).parent, SHARED / "data/nemo_aligner"  # the second is absent in a plain clone
-DIALOGUES = [path for path in [HERE / "dialogues.jsonl", NEMO / "dummy-sft.jsonl"] if path.exists()]
+HERE = Path(__file__).parent
 
 ROWS = [
     {"prompt": 'Say "hi", twice.\nNow.', "response": "hi\u2028hi", "helpfulness": 4, "correctness": None},
@@ -346,9 +345,7 @@ def test_every_reader_takes_ids_that_are_numbers(row):
     ],
 )
 def test_real_ratings_of_other_attributes(name, names, high, count):
-    path = SHARED / f"data/{name}.jsonl"
-    if not path.exists():
-        pytest.skip("needs STEERJAX_SHARED")
+    path = needs_shared(f"data/{name}.jsonl")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     got = converted(path, make_schema("helpsteer", [(name, 0 if high == 3 else 1, high) for name in names]))
     assert len(got) == count
@@ -423,8 +420,9 @@ def test_reference_conversations():
     assert conversation_from_row(row, HELPSTEER, "reference").system is None
 
 
-@pytest.mark.parametrize("path", DIALOGUES, ids=lambda path: path.name)
-def test_reference_golden_file(path):
+@pytest.mark.parametrize("name", ["dialogues.jsonl", "dummy-sft.jsonl"])
+def test_reference_golden_file(name):
+    path = HERE / name if name == "dialogues.jsonl" else needs_shared(f"data/nemo_aligner/{name}")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     got = converted(path)
     assert len(got) == len(rows) > 0

@@ -12,7 +12,7 @@ from steerjax.data.conversation import Conversation, Turn
 from steerjax.hf.chat_template import chat_template
 from steerjax.hf.tokenizer_files import special_strings, write_tokenizer
 from steerjax.schema import HELPSTEER
-from tests import SHARED
+from tests import needs_shared
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -25,8 +25,7 @@ def tokenizer_of(name, folder, texts):
     if name == "smollm2":
         return load_tokenizer(os.environ.get("STEERJAX_SMOLLM2") or pytest.skip("STEERJAX_SMOLLM2 names no folder"))
     if name == "mistral":
-        path = SHARED / "data/tokenizers/mistral_v1.model"
-        return load_tokenizer(path) if path.is_file() else pytest.skip(f"STEERJAX_SHARED: no {path}")
+        return load_tokenizer(needs_shared("data/tokenizers/mistral_v1.model"))
     return llama3_like(folder, texts) if name == "llama3" else load_tokenizer(name)
 
 

@@ -19,10 +19,10 @@ from steerjax.objectives.objective import TRAIN, VALIDATION
 from steerjax.objectives.regression import Regression, RegressionConfig
 from steerjax.objectives.sft import SFT, SFTConfig
 from steerjax.schema import OASST
+from tests import needs_shared
 from tests.helpers import assert_trees_close, host_batch, init_params, loss_and_gradients, outputs_at_ends
 from tests.models.attention.forests import kernels_anywhere
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "oasst" / "trees_en_100.jsonl"
 WORDS = ("rivers", "trees", "stones", "care", "answers", "model", "says", "knows", "about", "the", "and", "with")
 RENDERER = Renderer(load_tokenizer("embedded"), TEMPLATES["extra_id"], OASST)
 
@@ -97,12 +97,11 @@ def test_whole_trees_equal_threads(source, kind, attention, monkeypatch):
     assert packing_statistics(trees, packed, 512).saving > 1.5
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the OpenAssistant sample is not here")
 @pytest.mark.parametrize(("kind", "least"), [("reward", 1.4), ("chat", 1.4)])
 def test_the_openassistant_sample_shares_what_its_threads_have_in_common(tmp_path, kind, least):
     """Labels are made from a seed, as the sample has none."""
     random = np.random.default_rng(0)
-    trees = [json.loads(line) for line in SHARED.read_text().splitlines()]
+    trees = [json.loads(line) for line in needs_shared("data/oasst/trees_en_100.jsonl").read_text().splitlines()]
 
     def label(node):
         if node["role"] == "assistant":
