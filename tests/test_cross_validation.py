@@ -6,6 +6,7 @@ from benchmarks.cross_validation import kfold_by_prompt
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import shared_prompts
 from steerjax.errors import ConfigError
+from tests.refusals import refused
 
 
 def made_up(prompts, responses=3):
@@ -36,5 +37,5 @@ def test_data_of_one_prompt_is_cut_by_row():
 
 @pytest.mark.parametrize("folds", [1, 4])
 def test_folds_that_cannot_be(folds):
-    with pytest.raises(ConfigError, match="cure: --folds"):
+    with refused(ConfigError, cure="--folds"):
         kfold_by_prompt(made_up(prompts=3), folds, 0, seed=0)

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def test_local_prefixes_lines_and_ends_with_the_first_failure(launch):
     done = run(launch / "local.sh", 3, "--", "bash", "-c", script)
     assert done.returncode == 7
     assert sorted(done.stdout.splitlines()) == sorted(f"[{i}] {word}" for i in range(3) for word in ("out", "err"))
-    assert "process 1 ended with status 7" in done.stderr
+    assert re.search("process 1 .*status 7", done.stderr)
 
 
 def test_local_ends_what_does_not_end_by_itself(launch, tmp_path):
@@ -115,7 +116,7 @@ def test_tpu_vm_prints_its_commands(launch, arguments, words):
 def test_tpu_vm_wants_to_know_which(launch):
     done = run(launch / "tpu_vm.sh", "--dry-run", "create", **TPU | {"ACCELERATOR": "v9-1"})
     assert done.returncode == 64
-    assert "set RUNTIME for v9-1" in done.stderr
+    assert re.search("RUNTIME.*v9-1", done.stderr)
 
 
 @pytest.mark.parametrize(

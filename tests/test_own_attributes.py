@@ -15,6 +15,7 @@ from steerjax.parallel.mesh import MeshConfig
 from steerjax.report.records import read_metrics
 from steerjax.schema import Attribute, Schema
 from steerjax.training.train import train
+from tests.refusals import says
 from tests.reward_models import SENTENCE, read_rows, write_rows
 
 SCHEMA = Schema((Attribute("wit", 1, 5, "how funny"), Attribute("depth", 1, 10)))
@@ -151,16 +152,14 @@ def test_steering_and_its_measure(folder, chat, reward, capsys):
     assert [value["requested"] for value in found["attributes"]["wit"]["values"]] == [1, 2, 3, 4, 5]
     assert {path.name for path in measured.glob("*.png")} == {"steerability_wit.png", "steerability_depth.png"}
     capsys.readouterr()
-    for arguments, message in (
-        (("--attributes", "wit=6"), "outside 1..5"),
-        (("--attributes", "humor=1"), "unknown attribute 'humor'"),
-        (("--sweep", "depth=0..10"), "outside 1..10"),
+    for arguments, facts in (
+        (("--attributes", "wit=6"), ("wit", "6", "1..5")),
+        (("--attributes", "humor=1"), ("humor",)),
+        (("--sweep", "depth=0..10"), ("depth", "0", "1..10")),
     ):
         with pytest.raises(SystemExit):
             command(generate, "--model", chat, "--prompt", "Hi", *arguments)
-        said = capsys.readouterr().err
-        assert message in said
-        assert "cure:" in said
+        says(capsys.readouterr().err, arguments[0], *facts)
 
 
 def test_evaluating_a_reward_model(folder, reward):

@@ -11,6 +11,7 @@ from steerjax.config import resolve
 from steerjax.planning import compile as compiling
 from steerjax.planning import topology as topologies
 from tests.planning.test_fit import compiled
+from tests.refusals import says
 
 COMMAND = [sys.executable, "-m", "steerjax.plan"]
 
@@ -40,7 +41,7 @@ def test_no_accelerator_of_this_machine_is_looked_for(repository):
 def test_an_unknown_machine_is_an_error(repository):
     done = run(repository, "--config", "configs/rm_llama3_8b.py", "--topology", "v5p-256")
     assert done.returncode == 2
-    assert "not a machine that can be planned; cure: one of v5e:4x4" in done.stderr
+    says(done.stderr, "--topology", "v5p-256", cure="v5e:4x4")
     assert "Traceback" not in done.stderr
 
 

@@ -21,6 +21,7 @@ from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.schema import HELPSTEER, Attribute, Schema
 from tests.hf.test_export import EIGHT, environment, imported
 from tests.hf_folders import CLASSIFIER, TINY, oracle, provenance, random_tensors, save_checkpoint, write_folder
+from tests.refusals import refused
 from tests.reward_models import reward_folder
 
 TOKENS = np.random.default_rng(0).integers(5, 4096, (4, 16))
@@ -182,7 +183,7 @@ def test_a_run_that_was_moved_keeps_its_tokenizer(reward, tmp_path):
     assert describe(run).tokenizer.files == (copy,)
     with copy.open("ab") as file:
         file.write(b"\x9a\x06\x00")  # an unknown field: the same pieces, another file
-    with pytest.raises(CheckpointError, match=r"was trained with another tokenizer"):
+    with refused(CheckpointError, str(run / "checkpoints" / "7"), str(run / "tokenizer"), "sha256"):
         describe(run)
 
 
@@ -198,30 +199,30 @@ def test_missing_things_are_named(reward, tmp_path):
     (tmp_path / "weights").mkdir()
     shutil.copyfile(source / "model.safetensors", tmp_path / "weights" / "model.safetensors")
     (tmp_path / "file").write_text("")
-    for path, template, error, message in (
-        (source, None, ModelError, "does not say which chat template"),
-        (reward[0] / "out", "chatml", ModelError, "was trained with the template extra_id, not chatml"),
-        (source, "vicuna", ModelError, "unknown chat template 'vicuna'"),
-        ("./nothing", None, ModelError, "no model folder './nothing'"),
-        ("gs://bucket/run", None, ModelError, "no model folder 'gs://bucket/run'"),
-        (tmp_path, None, ModelError, "is neither a run"),
-        (tmp_path / "file", None, ModelError, "is neither a run"),
-        (tmp_path / "weights", None, ModelError, "has no config.json"),
-        (tmp_path / "begun", None, CheckpointError, "has no whole checkpoint yet"),
+    for path, template, error, facts in (
+        (source, None, ModelError, [source, "--template"]),
+        (reward[0] / "out", "chatml", ModelError, [reward[0] / "out", "extra_id", "chatml"]),
+        (source, "vicuna", ModelError, ["vicuna", "chatml"]),
+        ("./nothing", None, ModelError, ["./nothing"]),
+        ("gs://bucket/run", None, ModelError, ["gs://bucket/run"]),
+        (tmp_path, None, ModelError, [tmp_path, "checkpoints/STEP", "config.json"]),
+        (tmp_path / "file", None, ModelError, [tmp_path / "file", "checkpoints/STEP", "config.json"]),
+        (tmp_path / "weights", None, ModelError, [tmp_path / "weights", "config.json"]),
+        (tmp_path / "begun", None, CheckpointError, [tmp_path / "begun"]),
     ):
-        with pytest.raises(error, match=f"(?s){message}.*cure: "):
+        with refused(error, *map(str, facts)):
             describe(path, template=template)
-    with pytest.raises(ConfigError, match=r"dtype is 'float16'.*cure:"):
+    with refused(ConfigError, "compute.dtype", "float16"):
         open_bundle(source, template="extra_id", dtype="float16")
-    with pytest.raises(ConfigError, match=r"attention is 'splash'.*cure:"):
+    with refused(ConfigError, "config.compute.attention", "splash"):
         open_bundle(source, template="extra_id", attention="splash")
 
     run = shutil.copytree(reward[0] / "run", tmp_path / "run")
     edit_provenance(run, tokenizer={"source": str(tmp_path / "gone"), "sha256": "00"})
-    with pytest.raises(ModelError, match=r"its tokenizer cannot be read. no tokenizer at"):
+    with refused(ModelError, str(run / "checkpoints" / "7"), "tokenizer", str(tmp_path / "gone")):
         describe(run)
     edit_provenance(run, tokenizer={"sha256": "00"})
-    with pytest.raises(CheckpointError, match=r"metadata.tokenizer.source is missing"):
+    with refused(CheckpointError, "metadata.tokenizer.source"):
         describe(run)
 
 
@@ -230,7 +231,7 @@ def test_a_run_of_the_first_edition_is_refused_in_one_sentence(reward, tmp_path)
     said = run / "checkpoints" / "7" / "provenance" / "metadata"
     said.write_text(json.dumps({"steerjax": "0.1", "kind": "reward", "config": {"task": "reward"}}))
     for use in (describe, open_bundle, lambda path: export(str(path), tmp_path / "out")):
-        with pytest.raises(CheckpointError, match=r"edition 1 of steerjax, and this is edition 2\n  cure: train again"):
+        with refused(CheckpointError, str(run / "checkpoints" / "7"), "edition 1", cure="train again"):
             use(run)
     assert not (tmp_path / "out").exists()
 
@@ -239,15 +240,15 @@ def test_contradictions_are_refused(reward, tmp_path):
     out = shutil.copytree(reward[0] / "out", tmp_path / "out")
     about = json.loads((out / "steerjax.json").read_text())
     (out / "steerjax.json").write_text(json.dumps(about | {"attributes": about["attributes"][::-1]}))
-    with pytest.raises(ModelError, match=r"steerjax.json and config.json contradict each other [^$]*export again"):
+    with refused(ModelError, str(out), "steerjax.json", "config.json", cure="export again"):
         describe(out)
     (out / "steerjax.json").write_text(json.dumps(about | {"provenance": {"tokenizer": "mine"}}))
-    with pytest.raises(ModelError, match=r"steerjax.json: provenance.tokenizer is 'mine'.*cure:"):
+    with refused(ModelError, str(out / "steerjax.json"), "provenance.tokenizer", "mine"):
         describe(out)
     shutil.copyfile(reward[0] / "out" / "steerjax.json", out / "steerjax.json")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"vocab_size": 4095}))
-    with pytest.raises(ModelError, match=r"the tokenizer has 4096 tokens and the embedding 4095 rows\n  cure:"):
+    with refused(ModelError, str(out), "tokenizer", "4096", "embedding", "4095"):
         describe(out)
 
     # The parameters are of another architecture than the provenance says.
@@ -255,7 +256,7 @@ def test_contradictions_are_refused(reward, tmp_path):
     model = json.loads((run / "checkpoints" / "7" / "provenance" / "metadata").read_text())["model"]
     edit_provenance(run, model=model | {"intermediate_size": 50})
     for use in (open_bundle, lambda path: export(str(path), tmp_path / "other")):
-        with pytest.raises(ModelError, match=r"parameter llama/layers/mlp/down/kernel has shape \(3, 48, 32\)"):
+        with refused(ModelError, "llama/layers/mlp/down/kernel", "(3, 48, 32)", "(3, 50, 32)"):
             use(run)
 
 

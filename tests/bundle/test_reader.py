@@ -17,6 +17,7 @@ from steerjax.models.llama import CausalLM
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from tests.hf.test_export import EIGHT, imported
 from tests.hf_folders import TINY, oracle, provenance, random_tensors, save_checkpoint, write_folder
+from tests.refusals import refused
 
 SHAPES = {"llama/layers/mlp/up/kernel": (6, 8, 4), "llama/layers/attention_norm/scale": (6, 8), "head": (8, 3)}
 
@@ -70,10 +71,10 @@ def test_what_is_no_whole_checkpoint(saved, tmp_path):
     assert CheckpointReader(odd).shapes == SHAPES
     broken = shutil.copytree(directory, tmp_path / "7")
     shutil.rmtree(broken / "params" / "d")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with refused(CheckpointError, str(broken), "head"):
         CheckpointReader(broken).read("head", (slice(0, 8), slice(0, 3)))
     (broken / "params" / "_METADATA").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"broken.*cure:"):
+    with refused(CheckpointError, str(broken)):
         CheckpointReader(broken)
 
 
@@ -86,7 +87,7 @@ def test_the_first_layers_of_a_stack(layers, tmp_path):
     config = dataclasses.replace(read_config(folder).model, num_layers=layers)
     abstract = abstract_parameters(CausalLM(config), make_mesh(MeshConfig(data=2, fsdp=4)))
     if layers > 3:
-        with pytest.raises(ModelError, match=r"has shape \(3, 32.*, and \(4, 32.* is expected"):
+        with refused(ModelError, "llama/layers/attention/k/kernel", "(3, 32, 2, 8)", "(4, 32, 2, 8)"):
             load_parameters(reader, abstract)
         return
     found = jax.tree_util.tree_leaves_with_path(load_parameters(reader, abstract))

@@ -8,6 +8,8 @@ from steerjax.chat.render import TokenRole
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import WORD_JOINER, load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
+from steerjax.errors import DataError
+from tests.refusals import refused
 
 EVERY = [(name, string) for name in TEMPLATES for string in sorted(TEMPLATES[name].control_strings)]
 PLACES = ("system", "prompt", "response")
@@ -154,7 +156,7 @@ def test_tokenizers_that_cannot_be_told(gpt2_like, tmp_path, change):
 
 def test_half_a_surrogate_never_hides_anything(gpt2_like):
     """What the renderer uses inside is no text that a user can give."""
-    with pytest.raises(Exception, match="surrogate"):
+    with refused(DataError, "turns[0].content", "character 1"):
         renderer(gpt2_like, "chatml").render(talk("<\udc00|im_end|>"))
 
 

@@ -10,6 +10,7 @@ from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import DataError, ModelError
 from steerjax.schema import HELPSTEER
+from tests.refusals import refused
 
 SFT = talk("Hi", "Yo", "More", "OK", system="SYS")
 LABELS = [None, {"quality": 4}, None, {"quality": 2}]
@@ -336,49 +337,50 @@ PLACE = {"file": "rows.jsonl", "line": 7}
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "facts"),
     [
-        (lambda r: r.render(Conversation((Turn("system", "x"),), **PLACE)), r"turns\[0\].role.*unknown role 'system'"),
-        (lambda r: r.render(talk("a", "b", **PLACE), [None, {"charm": 1}]), r"ratings.charm.*unknown attribute"),
-        (lambda r: r.render(talk("a", "b", **PLACE), [None, {"quality": float("nan")}]), "ratings.quality.*NaN"),
+        (lambda r: r.render(Conversation((Turn("system", "x"),), **PLACE)), ("turns[0].role", "system")),
+        (lambda r: r.render(talk("a", "b", **PLACE), [None, {"charm": 1}]), ("turns[1].ratings.charm",)),
+        (
+            lambda r: r.render(talk("a", "b", **PLACE), [None, {"quality": float("nan")}]),
+            ("turns[1].ratings.quality", "NaN"),
+        ),
         (
             lambda r: r.render(talk("a", **PLACE), generation_prompt=True, generation_label={"charm": 1}),
-            "generation_label.charm.*unknown attribute",
+            ("generation_label.charm",),
         ),
-        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), 0), r"turns\[0\].*no response"),
-        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), 2), r"turns\[2\].*no response"),
-        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), -1), r"turns\[-1\].*no response"),
-        (lambda r: r.render(talk("a\ud800", **PLACE)), r"turns\[0\].content.*lone surrogate at character 1"),
+        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), 0), ("turns[0]", "response")),
+        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), 2), ("turns[2]", "response")),
+        (lambda r: r.reward_tokens(talk("a", "b", **PLACE), -1), ("turns[-1]", "response")),
+        (lambda r: r.render(talk("a\ud800", **PLACE)), ("turns[0].content", "character 1")),
     ],
 )
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_errors_name_the_place(embedded, template, call, message):
-    with pytest.raises(DataError, match=message) as error:
+def test_errors_name_the_place(embedded, template, call, facts):
+    with refused(DataError, "rows.jsonl:7", *facts):
         call(renderer(embedded, template))
-    assert str(error.value).startswith("rows.jsonl:7: ")
-    assert "cure:" in str(error.value)
 
 
 def test_llama2_wants_turns_to_alternate(embedded):
     twice = Conversation((Turn("user", "a"), Turn("user", "b")), **PLACE)
     opened = Conversation((Turn("assistant", "a"), Turn("user", "b")), **PLACE)
-    with pytest.raises(DataError, match=r"rows.jsonl:7.*turns\[0\].role.*only write 'user'\n.*cure: .*chatml"):
+    with refused(DataError, "rows.jsonl:7", "turns[0].role", "llama2", "user", cure="chatml"):
         renderer(embedded, "llama2").render(opened)
     for template in ("extra_id", "chatml", "llama3"):
         assert renderer(embedded, template).render(opened).responses[0].turn == 0
-    with pytest.raises(DataError, match=r"turns\[1\].role.*only write 'assistant'"):
+    with refused(DataError, "rows.jsonl:7", "turns[1].role", "llama2", "assistant"):
         renderer(embedded, "llama2").render(twice)
-    with pytest.raises(DataError, match=r"turns\[2\].role.*only write 'user'"):
+    with refused(DataError, "rows.jsonl:7", "turns[2].role", "llama2", "user"):
         renderer(embedded, "llama2").render(talk("a", "b", **PLACE), generation_prompt=True)
     assert "user\na<|im_end|>\n<|im_start|>user\nb" in renderer(embedded, "chatml").render(twice).text
 
 
 def test_wrong_settings(embedded):
-    with pytest.raises(ModelError, match=r"zephyr.*\n.*extra_id, chatml, llama3, llama2"):
+    with refused(ModelError, "zephyr", cure="extra_id, chatml, llama3, llama2"):
         get_template("zephyr")
     with pytest.raises(ValueError, match="generation_prompt"):
         renderer(embedded, "chatml").render(talk("a"), generation_label={"quality": 1})
-    with pytest.raises(DataError, match="quality"):
+    with refused(DataError, "turns[1].ratings.quality", cure="helpfulness"):
         Renderer(embedded, TEMPLATES["chatml"], HELPSTEER).render(talk("a", "b"), [None, {"quality": 1}])
 
 

@@ -10,6 +10,7 @@ from steerjax.data.loading import load_conversations, write_skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
 from steerjax.schema import HELPSTEER
+from tests.refusals import names, refused
 
 GOOD = {"prompt": "good prompt", "response": "fine", "helpfulness": 3}
 
@@ -42,195 +43,163 @@ def turn(role, **changes):
     return {"role": role, "content": "c"} | changes
 
 
-BAD_ROWS = {  # name -> (row, field, part of the message)
-    "unknown format": ({"question": "q"}, "", "unknown format with keys"),
-    "ambiguous format": (helpsteer(turns=[]), "", "any of: helpsteer, conversation"),
+BAD_ROWS = {  # name -> (row, field, what the message names)
+    "unknown format": ({"question": "q"}, "", "['question']"),
+    "ambiguous format": (helpsteer(turns=[]), "", "helpsteer, conversation"),
     # HelpSteer
     "prompt missing": (without("prompt"), "prompt", "missing"),
     "prompt null": (helpsteer(prompt=None), "prompt", "missing"),
-    "prompt not text": (helpsteer(prompt=["p"]), "prompt", "expected text, got list"),
+    "prompt not text": (helpsteer(prompt=["p"]), "prompt", "list"),
     "prompt blank": (helpsteer(prompt=" \n"), "prompt", "empty"),
     "response missing": (without("response"), "response", "missing"),
-    "response not text": (helpsteer(response=4), "response", "expected text, got int"),
+    "response not text": (helpsteer(response=4), "response", "int"),
     "response empty": (helpsteer(response=""), "response", "empty"),
     "response of white space": (helpsteer(response=" \t\u00a0\n"), "response", "empty"),
     "half a surrogate pair": (helpsteer(response="a\ud83d"), "response", "surrogate"),
-    "system not text": (helpsteer(system=1), "system", "expected text, got int"),
-    "no attribute": (without("helpfulness"), "helpfulness", "no attribute of the schema"),
-    "rating is text": (helpsteer(helpfulness="3"), "helpfulness", "rating '3' is not a number"),
-    "rating is boolean": (helpsteer(helpfulness=True), "helpfulness", "rating True is not a number"),
-    "rating is NaN": (helpsteer(helpfulness=float("nan")), "helpfulness", "rating nan is not finite"),
-    "rating is infinite": (helpsteer(helpfulness=float("-inf")), "helpfulness", "rating -inf is not finite"),
-    "rating too high": (helpsteer(correctness=5), "correctness", "rating 5 is outside 0..4"),
-    "rating too low": (helpsteer(verbosity=-0.5), "verbosity", "rating -0.5 is outside 0..4"),
-    "list of ratings empty": (helpsteer(helpfulness=[]), "helpfulness", "is not a number"),
-    "list of ratings out of range": (helpsteer(helpfulness=[3, 5]), "helpfulness", "rating 5 is outside 0..4"),
-    "rating beyond floats": (helpsteer(helpfulness=10**400), "helpfulness", "is not finite"),
+    "system not text": (helpsteer(system=1), "system", "int"),
+    "no attribute": (without("helpfulness"), "helpfulness", "helpfulness, correctness"),
+    "rating is text": (helpsteer(helpfulness="3"), "helpfulness", "'3'"),
+    "rating is boolean": (helpsteer(helpfulness=True), "helpfulness", "True"),
+    "rating is NaN": (helpsteer(helpfulness=float("nan")), "helpfulness", "nan"),
+    "rating is infinite": (helpsteer(helpfulness=float("-inf")), "helpfulness", "-inf"),
+    "rating too high": (helpsteer(correctness=5), "correctness", "5"),
+    "rating too low": (helpsteer(verbosity=-0.5), "verbosity", "-0.5"),
+    "list of ratings empty": (helpsteer(helpfulness=[]), "helpfulness", "[]"),
+    "list of ratings out of range": (helpsteer(helpfulness=[3, 5]), "helpfulness", "5"),
+    "rating beyond floats": (helpsteer(helpfulness=10**400), "helpfulness", "finite"),
     # Reference
     "conversations empty": (reference(), "conversations", "no turn"),
-    "speaker unknown": (reference(("Bot", None)), "conversations[0].from", "unknown role 'Bot'"),
-    "speaker repeated": (
-        reference(("User", None), ("User", None)),
-        "conversations[1]",
-        "roles must alternate",
-    ),
-    "user labelled": (reference(("User", "helpfulness:3")), "conversations[0]", "a user turn is rated"),
-    "label a number": (
-        reference(("User", None), ("Assistant", 3)),
-        "conversations[1].label",
-        "expected text, got int",
-    ),
+    "speaker unknown": (reference(("Bot", None)), "conversations[0].from", "'Bot'"),
+    "speaker repeated": (reference(("User", None), ("User", None)), "conversations[1]", "alternate"),
+    "user labelled": (reference(("User", "helpfulness:3")), "conversations[0]", "user turn"),
+    "label a number": (reference(("User", None), ("Assistant", 3)), "conversations[1].label", "int"),
     "label unreadable": (
         reference(("User", None), ("Assistant", "helpfulness=3")),
         "conversations[1].label.helpfulness=3",
-        "not name:number",
+        "name:number",
     ),
     "label of unknown name": (
         reference(("User", None), ("Assistant", "quality:3")),
         "conversations[1].label.quality",
-        "no such attribute",
+        "attribute",
     ),
     "label beyond range": (
         reference(("User", None), ("Assistant", "helpfulness:-1")),
         "conversations[1].label.helpfulness",
-        "rating -1 is outside",
+        "-1",
     ),
-    "mask on the assistant": (reference(("User", None), mask="Assistant"), "mask", "masks the assistant"),
-    "mask not text": (reference(("User", None), mask=1), "mask", "expected text, got int"),
+    "mask on the assistant": (reference(("User", None), mask="Assistant"), "mask", "assistant"),
+    "mask not text": (reference(("User", None), mask=1), "mask", "int"),
     # Conversation
-    "turns not a list": ({"turns": {"role": "user"}}, "turns", "expected a list"),
-    "turn not an object": (conversation("hi"), "turns[0]", "expected an object, got str"),
+    "turns not a list": ({"turns": {"role": "user"}}, "turns", "dict"),
+    "turn not an object": (conversation("hi"), "turns[0]", "str"),
     "role missing": (conversation({"content": "c"}), "turns[0].role", "missing"),
-    "role unknown": (conversation(turn("user"), turn("bot")), "turns[1].role", "unknown role 'bot'"),
-    "system as a turn": (conversation(turn("system"), turn("user")), "turns[0].role", "unknown role 'system'"),
-    "assistant twice": (
-        conversation(turn("assistant"), turn("assistant")),
-        "turns[1]",
-        "roles must alternate",
-    ),
+    "role unknown": (conversation(turn("user"), turn("bot")), "turns[1].role", "'bot'"),
+    "system as a turn": (conversation(turn("system"), turn("user")), "turns[0].role", "'system'"),
+    "assistant twice": (conversation(turn("assistant"), turn("assistant")), "turns[1]", "alternate"),
     "content missing": (conversation({"role": "user"}), "turns[0].content", "missing"),
     "content empty": (conversation(turn("user"), turn("assistant", content="")), "turns[1].content", "empty"),
-    "unknown key in a turn": (conversation(turn("user", rating=1)), "turns[0].rating", "do not read"),
-    "ratings a list": (
-        conversation(turn("user"), turn("assistant", ratings=[3])),
-        "turns[1].ratings",
-        "expected an object, got list",
-    ),
+    "unknown key in a turn": (conversation(turn("user", rating=1)), "turns[0].rating", "key"),
+    "ratings a list": (conversation(turn("user"), turn("assistant", ratings=[3])), "turns[1].ratings", "list"),
     "ratings of unknown name": (
         conversation(turn("user"), turn("assistant", ratings={"funny": 1})),
         "turns[1].ratings.funny",
-        "no such attribute",
+        "attribute",
     ),
     "ratings out of range": (
         conversation(turn("user"), turn("assistant", ratings={"coherence": 4.5})),
         "turns[1].ratings.coherence",
-        "rating 4.5 is outside 0..4",
+        "4.5",
     ),
     "prediction not finite": (
         conversation(turn("user"), turn("assistant", predicted_ratings={"coherence": float("inf")})),
         "turns[1].predicted_ratings.coherence",
-        "not finite",
+        "inf",
     ),
-    "user rated": (conversation(turn("user", ratings={"coherence": 4})), "turns[0]", "a user turn is rated"),
-    "id not text": (conversation(turn("user"), id=[7]), "id", "expected text, got list"),
-    "id of a turn not text": (conversation(turn("user", id={"a": 1})), "turns[0].id", "expected text, got dict"),
+    "user rated": (conversation(turn("user", ratings={"coherence": 4})), "turns[0]", "user turn"),
+    "id not text": (conversation(turn("user"), id=[7]), "id", "list"),
+    "id of a turn not text": (conversation(turn("user", id={"a": 1})), "turns[0].id", "dict"),
     # Chat formats of others
     "messages empty": (messages(), "messages", "no turn"),
-    "tool role": (messages(("user", "u"), ("tool", "t")), "messages[1].role", "unknown role 'tool'"),
+    "tool role": (messages(("user", "u"), ("tool", "t")), "messages[1].role", "'tool'"),
     "tool call": (
         {"messages": [{"role": "user", "content": "u", "tool_calls": [{"id": 1}]}]},
         "messages[0].tool_calls",
-        "do not read",
+        "key",
     ),
-    "masked message": (
-        {"messages": [{"role": "user", "content": "u", "weight": 0}]},
-        "messages[0].weight",
-        "do not read",
-    ),
+    "masked message": ({"messages": [{"role": "user", "content": "u", "weight": 0}]}, "messages[0].weight", "key"),
     "content null": (messages(("user", None)), "messages[0].content", "missing"),
     "content an image": (
         messages(("user", [{"type": "text", "text": "u"}, {"type": "image_url", "image_url": {}}])),
         "messages[0].content[1]",
         "no text",
     ),
-    "content part without text": (
-        messages(("user", [{"type": "text"}])),
-        "messages[0].content[0].text",
-        "missing",
-    ),
-    "system only": (messages(("system", "s")), "messages", "no turn beside"),
-    "system in the middle": (messages(("user", "u"), ("system", "s")), "messages[1]", "a system text stands first"),
-    "two system texts": (messages(("system", "s"), ("user", "u")) | {"system": "t"}, "messages[0]", "two system"),
-    "rating of messages beyond range": (
-        messages(("assistant", "a")) | {"helpfulness": 7},
-        "helpfulness",
-        "outside 0..4",
-    ),
-    "rated messages without an answer": (messages(("user", "u")) | {"helpfulness": 3}, "messages", "no assistant turn"),
+    "content part without text": (messages(("user", [{"type": "text"}])), "messages[0].content[0].text", "missing"),
+    "system only": (messages(("system", "s")), "messages", "no turn"),
+    "system in the middle": (messages(("user", "u"), ("system", "s")), "messages[1]", "system after user"),
+    "two system texts": (messages(("system", "s"), ("user", "u")) | {"system": "t"}, "messages[0]", "two"),
+    "rating of messages beyond range": (messages(("assistant", "a")) | {"helpfulness": 7}, "helpfulness", "7"),
+    "rated messages without an answer": (messages(("user", "u")) | {"helpfulness": 3}, "messages", "assistant turn"),
     "messages rated twice": (
         {"messages": [{"role": "assistant", "content": "a", "ratings": {"coherence": 1}}], "coherence": 2},
         "messages",
-        "rated twice",
+        "twice",
     ),
-    "ShareGPT human twice": (
-        sharegpt(("human", "a"), ("human", "b")),
-        "conversations[1]",
-        "roles must alternate",
-    ),
+    "ShareGPT human twice": (sharegpt(("human", "a"), ("human", "b")), "conversations[1]", "alternate"),
     "ShareGPT empty answer": (sharegpt(("human", "a"), ("gpt", "")), "conversations[1].value", "empty"),
     "ShareGPT unknown speaker": (
         sharegpt(("human", "a"), ("function_call", "b")),
         "conversations[1].from",
-        "unknown role 'function_call'",
+        "'function_call'",
     ),
     "instruction empty": ({"instruction": "", "output": "o"}, "instruction", "empty"),
     "output missing": ({"instruction": "i", "input": ""}, "output", "missing"),
-    "input no text": ({"instruction": "i", "input": 3, "output": "o"}, "input", "expected text, got int"),
+    "input no text": ({"instruction": "i", "input": 3, "output": "o"}, "input", "int"),
     "history": ({"instruction": "i", "output": "o", "history": [["q", "a"]]}, "history", "not read"),
-    "system of a conversation not text": (conversation(turn("user"), system=[]), "system", "expected text, got list"),
+    "system of a conversation not text": (conversation(turn("user"), system=[]), "system", "list"),
 }
 
-BAD_FILES = {  # name -> (file name, bytes, line, field, part of the message); a line of 0 is the whole file
-    "broken JSON": ("f.jsonl", b'\n{"prompt": "a"\n', 2, "", "broken JSON: Expecting ',' delimiter"),
-    "two objects on a line": ("f.jsonl", b"{} {}\n", 1, "", "broken JSON: Extra data, column 4"),
-    "line is a list": ("f.jsonl", b'{"prompt": 1}\n[]\n', 1, "prompt", "expected text, got int"),
-    "list in a list": ("f.jsonl", b"[[]]\n", 1, "", "expected an object, got list"),
-    "line is a number": ("f.jsonl", b"17\n", 1, "", "expected an object, got int"),
-    "key twice": ("f.jsonl", b'{"prompt": "a", "prompt": "b"}\n', 1, "prompt", "stands twice"),
-    "key of a turn twice": ("f.jsonl", b'{"turns": [{"role": "user", "role": "user"}]}\n', 1, "role", "stands twice"),
-    "nested too deep": ("f.jsonl", b'{"a":' * 100_000 + b"\n", 1, "", "broken JSON"),
-    "integer too long": ("f.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}\n", 1, "", "broken JSON: Exceeds the limit"),
-    "Latin-1 JSONL": ("f.jsonl", b'{"prompt": "caf\xe9"}\n', 1, "", "not UTF-8: byte 0xe9"),
+BAD_FILES = {  # name -> (file name, bytes, line, field, what the message names); a line of 0 is the whole file
+    "broken JSON": ("f.jsonl", b'\n{"prompt": "a"\n', 2, "", "JSON"),
+    "two objects on a line": ("f.jsonl", b"{} {}\n", 1, "", "column 4"),
+    "line is a list": ("f.jsonl", b'{"prompt": 1}\n[]\n', 1, "prompt", "int"),
+    "list in a list": ("f.jsonl", b"[[]]\n", 1, "", "list"),
+    "line is a number": ("f.jsonl", b"17\n", 1, "", "int"),
+    "key twice": ("f.jsonl", b'{"prompt": "a", "prompt": "b"}\n', 1, "prompt", "twice"),
+    "key of a turn twice": ("f.jsonl", b'{"turns": [{"role": "user", "role": "user"}]}\n', 1, "role", "twice"),
+    "nested too deep": ("f.jsonl", b'{"a":' * 100_000 + b"\n", 1, "", "JSON"),
+    "integer too long": ("f.jsonl", b'{"prompt": ' + b"1" * 5000 + b"}\n", 1, "", "JSON"),
+    "Latin-1 JSONL": ("f.jsonl", b'{"prompt": "caf\xe9"}\n', 1, "", "0xe9"),
     "UTF-16 CSV cut short": ("f.csv", "prompt\na".encode("utf-16")[:-1], 0, "", "cannot read"),
-    "Latin-1 JSON": ("f.json", b'[\n{"prompt": "caf\xe9"}]', 2, "", "not UTF-8: byte 0xe9"),
-    "broken JSON list": ("f.json", b'[\n{},\n{"a" 1}]', 3, "", "broken JSON"),
+    "Latin-1 JSON": ("f.json", b'[\n{"prompt": "caf\xe9"}]', 2, "", "0xe9"),
+    "broken JSON list": ("f.json", b'[\n{},\n{"a" 1}]', 3, "", "JSON"),
     "JSON of one object": ("f.json", b'{"prompt": "a"}', 1, "response", "missing"),
-    "JSON of lines": ("f.json", b"{}\n{}\n", 1, "", "unknown format"),
-    "JSON object of lines": ("f.json", b'{\n"prompt": "a"\n}', 1, "", "broken JSON"),
-    "JSON key twice": ("f.json", b'[{"prompt": "a", "prompt": "b"}]', 0, "prompt", "stands twice"),
-    "JSON row no object": ("f.json", b"[3]", 1, "", "expected an object, got int"),
-    "CSV without header": ("f.csv", b"What?,That.,3\nHow?,So.,2\n", 2, "", "unknown format"),
+    "JSON of lines": ("f.json", b"{}\n{}\n", 1, "", "[]"),
+    "JSON object of lines": ("f.json", b'{\n"prompt": "a"\n}', 1, "", "JSON"),
+    "JSON key twice": ("f.json", b'[{"prompt": "a", "prompt": "b"}]', 0, "prompt", "twice"),
+    "JSON row no object": ("f.json", b"[3]", 1, "", "int"),
+    "CSV without header": ("f.csv", b"What?,That.,3\nHow?,So.,2\n", 2, "", "['What?'"),
     "CSV empty": ("f.csv", b"", 0, "", "no row"),
     "CSV without response": ("f.csv", b"prompt,answer,verbosity\na,b,1\n", 2, "response", "missing"),
     "CSV column twice": ("f.csv", b"prompt,response,prompt\na,b,c\n", 0, "prompt", "twice"),
-    "CSV cell too many": ("f.csv", b"prompt,response,verbosity\na,b,1,2\n", 2, "", "4 cells under a header of 3"),
-    "CSV cell too few": ("f.csv", b"prompt,response,verbosity\na,b\n", 2, "", "2 cells under a header of 3"),
-    "CSV quote open": ("f.csv", b'prompt,response,verbosity\n"a,b,1\n', 2, "", "broken CSV: unexpected end"),
-    "CSV header quote open": ("f.csv", b'prompt,"response\n', 1, "", "broken CSV: unexpected end"),
-    "CSV rating is text": ("f.csv", b"prompt,response,verbosity\na,b,good\n", 2, "verbosity", "'good' is not a number"),
-    "CSV rating is nan": ("f.csv", b"prompt,response,verbosity\na,b,nan\n", 2, "verbosity", "not finite"),
+    "CSV cell too many": ("f.csv", b"prompt,response,verbosity\na,b,1,2\n", 2, "", "4 cells"),
+    "CSV cell too few": ("f.csv", b"prompt,response,verbosity\na,b\n", 2, "", "2 cells"),
+    "CSV quote open": ("f.csv", b'prompt,response,verbosity\n"a,b,1\n', 2, "", "CSV"),
+    "CSV header quote open": ("f.csv", b'prompt,"response\n', 1, "", "CSV"),
+    "CSV rating is text": ("f.csv", b"prompt,response,verbosity\na,b,good\n", 2, "verbosity", "'good'"),
+    "CSV rating is nan": ("f.csv", b"prompt,response,verbosity\na,b,nan\n", 2, "verbosity", "nan"),
     "CSV response empty": ("f.csv", b'prompt,response,verbosity\n"x\ny",,1\n', 2, "response", "missing"),
-    "Latin-1 CSV": ("f.csv", b"prompt,response,verbosity\na,caf\xe9,1\n", 2, "", "not UTF-8: byte 0xe9"),
-    "Latin-1 CSV header": ("f.csv", b"prompt,response,\xe9\n", 1, "", "not UTF-8: byte 0xe9"),
-    "no gzip": ("f.jsonl.gz", b"<html>\n", 1, "", "broken JSON"),
+    "Latin-1 CSV": ("f.csv", b"prompt,response,verbosity\na,caf\xe9,1\n", 2, "", "0xe9"),
+    "Latin-1 CSV header": ("f.csv", b"prompt,response,\xe9\n", 1, "", "0xe9"),
+    "no gzip": ("f.jsonl.gz", b"<html>\n", 1, "", "JSON"),
     "gzip cut short": ("f.jsonl.gz", gzip.compress(b"{}" * 9999, mtime=0)[:-20], 0, "", "cannot read"),
-    "no Parquet": ("f.parquet", b"PAR0" * 9, 0, "", "broken table"),
+    "no Parquet": ("f.parquet", b"PAR0" * 9, 0, "", "table"),
     "empty file": ("f.jsonl", b"", 0, "", "no row"),
     "blank lines only": ("f.jsonl", b"\n \n", 0, "", "no row"),
     "empty list": ("f.json", b"[]", 0, "", "no row"),
-    "Parquet cut short": ("f.parquet", b"PAR1" * 9, 0, "", "broken table"),
-    "unknown type": ("f.xlsx", b"PK", 0, "", "unknown file type '.xlsx'"),
-    "no extension": ("rows", b"{}", 0, "", "unknown file type ''"),
+    "Parquet cut short": ("f.parquet", b"PAR1" * 9, 0, "", "table"),
+    "unknown type": ("f.xlsx", b"PK", 0, "", "'.xlsx'"),
+    "no extension": ("rows", b"{}", 0, "", "''"),
 }
 
 
@@ -242,7 +211,7 @@ def refusal(source, **options):
 
 def assert_says(error, path, line, field, fragment):
     assert (error.file, error.line, error.field) == (str(path), line, field)
-    assert fragment in error.message
+    assert names(error.message, fragment)
     assert error.cure.strip()
     assert str(error).startswith(f"{path}:{line}: " if line else f"{path}: ")
     assert f"cure: {error.cure}" in str(error)
@@ -284,13 +253,13 @@ def test_parquet_column_twice(tmp_path):
 
 
 def test_missing_file_and_folder(tmp_path):
-    assert_says(refusal(tmp_path / "none.jsonl"), tmp_path / "none.jsonl", 0, "", "no such file")
-    assert_says(refusal(tmp_path), tmp_path, 0, "", "this is a folder")
+    assert_says(refusal(tmp_path / "none.jsonl"), tmp_path / "none.jsonl", 0, "", "file")
+    assert_says(refusal(tmp_path), tmp_path, 0, "", "folder")
 
 
 def test_missing_sample():
     error = refusal("embedded:helpsteer3")
-    assert_says(error, "embedded:helpsteer3", 0, "", "no embedded sample 'helpsteer3'")
+    assert_says(error, "embedded:helpsteer3", 0, "", "'helpsteer3'")
     assert "helpsteer2" in error.cure
 
 
@@ -301,11 +270,11 @@ def test_hub_failure(monkeypatch):
         raise ValueError(f"Unknown split {split}")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert_says(refusal("hub:a/b:dev"), "hub:a/b:dev", 0, "", "cannot load from the hub: Unknown split dev")
+    assert_says(refusal("hub:a/b:dev"), "hub:a/b:dev", 0, "", "Unknown split dev")
 
 
 def test_a_missing_file_is_refused_before_the_first_row(tmp_path):
-    with pytest.raises(DataError, match="no such file"):
+    with refused(DataError, str(tmp_path / "none.jsonl"), cure="embedded:NAME"):
         iter_rows(str(tmp_path / "none.jsonl"))
 
 

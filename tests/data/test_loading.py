@@ -18,6 +18,7 @@ from steerjax.data.loading import (
 )
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER
+from tests.refusals import refused
 
 
 def row(prompt="p", response="r", **ratings):
@@ -94,16 +95,14 @@ def test_skipped_rows_are_listed_with_reasons(tmp_path):
 
 def test_the_first_bad_row_stops_the_run_and_names_the_way_on(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", row(), row(response=""), row(response=None))
-    with pytest.raises(DataError, match="on_bad_row='skip'") as caught:
+    with refused(DataError, f"{path}:2", "response", cure="on_bad_row='skip'"):
         load_conversations([path], HELPSTEER)
-    assert caught.value.line == 2
 
 
 def test_a_source_without_a_usable_row_is_refused(tmp_path):
     good, bad = write_rows(tmp_path / "a.jsonl", row()), write_rows(tmp_path / "b.jsonl", row(response=""), {})
-    with pytest.raises(DataError, match="no usable row: 2 skipped, the first at line 1") as caught:
+    with refused(DataError, bad, "2", "line 1", "response"):
         load_conversations([good, bad], HELPSTEER, on_bad_row="skip")
-    assert caught.value.file == bad
 
 
 def test_half_a_character_in_a_reason_can_be_listed(tmp_path):
@@ -155,12 +154,12 @@ def test_split_is_the_same_on_every_machine():
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
 def test_split_refuses_fractions_outside_the_open_interval(fraction):
-    with pytest.raises(ConfigError, match="fraction"):
+    with refused(ConfigError, "fraction", str(fraction)):
         split_by_prompt(made_up(), fraction, seed=0)
 
 
 def test_split_refuses_an_empty_side():
-    with pytest.raises(DataError, match="left for training"):
+    with refused(DataError, "training", "1 prompts", cure="validation files"):
         split_by_prompt(made_up(prompts=1, responses=1), 0.5, seed=0)
 
 
@@ -191,5 +190,5 @@ def test_file_hashes(tmp_path, monkeypatch):
     assert hashes[path] == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
     assert len(hashes["embedded:helpsteer2"]) == 64
     assert hashes["hub:nvidia/HelpSteer2"] == dataset._fingerprint
-    with pytest.raises(DataError, match="no such file"):
+    with refused(DataError, str(tmp_path / "none.jsonl"), cure="embedded:NAME"):
         file_hashes([str(tmp_path / "none.jsonl")])

@@ -18,6 +18,7 @@ from steerjax.evaluation.steerability import (
     trend,
 )
 from steerjax.schema import HELPSTEER, Attribute, Schema
+from tests.refusals import refused
 
 
 def answer(prompt, requested, text, predicted=None):
@@ -133,7 +134,7 @@ def test_ranges_are_the_models_or_told_from_the_answers():
     own = steerability(given, schema)
     assert list(own["attributes"]) == ["warmth", "verbosity", "tone"]
     assert own["attributes"]["warmth"]["values"][0]["exact"] == 0.0
-    with pytest.raises(DataError, match=r"(?s)warmth.*1\.\.4.*cure"):
+    with refused(DataError, "warmth", "1..4", cure="--schema"):
         requested_schema(given, Schema((Attribute("warmth", 1.0, 4.0),)))
 
 
@@ -153,5 +154,5 @@ def test_rows_that_are_no_answers(tmp_path):
     assert (read.requested, read.text, read.predicted) == ({"warmth": 9.0}, "", {})
     for row in bad:
         path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
-        with pytest.raises(DataError, match=r"answers.jsonl:2: [\s\S]*cure: give a file that generate wrote"):
+        with refused(DataError, "answers.jsonl:2", cure="generate"):
             list(read_answers(str(path)))

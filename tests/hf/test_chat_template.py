@@ -17,6 +17,7 @@ from steerjax.hf.chat_template import chat_template
 from steerjax.hf.tokenizer_files import special_strings
 from steerjax.schema import HELPSTEER, Attribute, Schema, format_label
 from tests.hf.serving import as_messages, conversations, export, llama3_like, renderer, talk, tokenizer_of
+from tests.refusals import refused
 
 RATINGS = {"verbosity": 2.5, "helpfulness": 3.5, "correctness": 0, "coherence": 1.4}
 DEFAULTS = {"helpfulness": 4, "verbosity": 2, "coherence": 4.0}
@@ -100,7 +101,7 @@ def test_text_of_random_conversations(name, embedded):
 
 @pytest.mark.parametrize("bad", [[None], "no", {"verbosity": 1}, 3, [{"verbosity": 1}, None, None]])
 def test_message_attributes_are_one_for_each_message(bad):
-    with pytest.raises(Refused, match="message_attributes: expected"):
+    with pytest.raises(Refused, match="message_attributes: "):
         render(chat("chatml"), as_messages(talk("Hi", "Yo", system="")), message_attributes=bad)
 
 
@@ -109,7 +110,7 @@ def test_answer_after_an_answer(name, embedded):
     """A header right after a response: `end_opens` has written a part of it."""
     conversation = talk("Hi", "Yo")
     if TEMPLATES[name].alternates:
-        with pytest.raises(Refused, match="follows a user turn"):
+        with pytest.raises(Refused, match="user turn"):
             render(chat(name), as_messages(conversation), add_generation_prompt=True)
         return
     expected = renderer(embedded, name).render(conversation, generation_prompt=True).text
@@ -148,7 +149,7 @@ def test_order_and_range_are_the_schemas():
     schema = Schema((Attribute("clear", -1, 1), Attribute("kind", 0.5, 9.7), Attribute("long", 1, 5)))
     assert label_line(schema, attributes={"kind": 9.5, "clear": -0.3}) == "clear:0,kind:9"
     assert label_line(schema, attributes={"long": 4.5, "kind": 0.5}) == "kind:1,long:4"
-    with pytest.raises(Refused, match=r"rating 0.4 of 'kind' is outside 0.5..9.7"):
+    with pytest.raises(Refused, match=r"0\.4.*'kind'.* 0\.5\.\.9\.7"):
         label_line(schema, attributes={"kind": 0.4})
 
 
@@ -163,21 +164,21 @@ def test_labels_are_the_schemas(low, high):
 @pytest.mark.parametrize(
     ("attributes", "message"),
     [
-        ({"humor": 1}, "attributes: unknown attribute 'humor'; use helpfulness, correctness, coherence, complexity, v"),
-        ({"verbosity": 5}, "rating 5 of 'verbosity' is outside 0..4"),
-        ({"verbosity": -1}, "outside 0..4"),
-        ({"verbosity": float("nan")}, "outside 0..4"),
-        ({"verbosity": float("inf")}, "outside 0..4"),
-        ({"verbosity": "3"}, "rating '3' of 'verbosity' is not a number"),
-        ({"verbosity": True}, "is not a number"),
-        ({"verbosity": [3]}, "is not a number"),
-        ("verbosity:3", "attributes: expected a mapping"),
-        (["verbosity"], "expected a mapping"),
-        (3, "expected a mapping"),
+        ({"humor": 1}, "attributes: .*'humor'.*helpfulness, correctness, coherence, complexity, verbosity"),
+        ({"verbosity": 5}, r" 5 .*'verbosity'.* 0\.\.4"),
+        ({"verbosity": -1}, r" -1 .*'verbosity'.* 0\.\.4"),
+        ({"verbosity": float("nan")}, r"nan.*'verbosity'.* 0\.\.4"),
+        ({"verbosity": float("inf")}, r"inf.*'verbosity'.* 0\.\.4"),
+        ({"verbosity": "3"}, "'3'.*'verbosity'.*number"),
+        ({"verbosity": True}, "True.*'verbosity'.*number"),
+        ({"verbosity": [3]}, r"\[3\].*'verbosity'.*number"),
+        ("verbosity:3", "attributes: .*mapping"),
+        (["verbosity"], "attributes: .*mapping"),
+        (3, "attributes: .*mapping"),
     ],
 )
 def test_bad_ratings(attributes, message):
-    with pytest.raises(Refused, match=message.replace("(", r"\(")):
+    with pytest.raises(Refused, match=message):
         label_line(attributes=attributes)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "ratings": attributes}]
     with pytest.raises(Refused, match=r"messages\[1\].attributes: "):
@@ -186,7 +187,7 @@ def test_bad_ratings(attributes, message):
 
 def test_a_plain_chat_model_takes_no_attributes():
     assert label_line(schema=None) == ""
-    with pytest.raises(Refused, match="this model takes none"):
+    with pytest.raises(Refused, match=r"attributes: .*'verbosity'"):
         label_line(schema=None, attributes={"verbosity": 1})
 
 
@@ -196,16 +197,16 @@ USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "cont
 @pytest.mark.parametrize(
     ("name", "messages", "message"),
     [
-        ("chatml", [{"role": "tool", "content": "x"}], r"messages\[0\]: unknown role 'tool'"),
-        ("chatml", [USER, {"role": "system", "content": "x"}], r"messages\[1\]: unknown role 'system'"),
-        ("llama2", [ASSISTANT], r"messages\[0\]: turns must go user"),
-        ("llama2", [{"role": "system", "content": "x"}, USER, USER], r"messages\[2\]: turns must go user"),
-        ("chatml", [USER | {"ratings": {"verbosity": 1}}], r"messages\[0\]: ratings of a user turn"),
-        ("chatml", [{"role": "user", "content": None}], r"messages\[0\].content: expected a text"),
-        ("chatml", [{"role": "user"}], r"messages\[0\].content: expected a text"),
-        ("chatml", [USER | {"content": {"type": "text", "text": "x"}}], "expected a text"),
-        ("chatml", [USER | {"content": [{"type": "image_url"}]}], r"a part that is no text \(type 'image_url'\)"),
-        ("chatml", [USER | {"content": [{"type": "text"}]}], "a part that is no text"),
+        ("chatml", [{"role": "tool", "content": "x"}], r"messages\[0\].*'tool'"),
+        ("chatml", [USER, {"role": "system", "content": "x"}], r"messages\[1\].*'system'"),
+        ("llama2", [ASSISTANT], r"messages\[0\].*user, assistant, user"),
+        ("llama2", [{"role": "system", "content": "x"}, USER, USER], r"messages\[2\].*user, assistant, user"),
+        ("chatml", [USER | {"ratings": {"verbosity": 1}}], r"messages\[0\].*ratings.*user"),
+        ("chatml", [{"role": "user", "content": None}], r"messages\[0\].content: "),
+        ("chatml", [{"role": "user"}], r"messages\[0\].content: "),
+        ("chatml", [USER | {"content": {"type": "text", "text": "x"}}], r"messages\[0\].content: "),
+        ("chatml", [USER | {"content": [{"type": "image_url"}]}], r"messages\[0\].content.*'image_url'"),
+        ("chatml", [USER | {"content": [{"type": "text"}]}], r"messages\[0\].content.*'text'"),
     ],
 )
 @pytest.mark.parametrize("kind", ["chat", "reward"])
@@ -224,9 +225,9 @@ def test_reward_template(name):
     assert expected.endswith("Yo" + TEMPLATES[name].reward_end)
     assert render(text, [USER, labelled], add_generation_prompt=True) == expected
     for messages in ([], [USER], [USER, ASSISTANT, USER]):
-        with pytest.raises(Refused, match="nothing to rate"):
+        with pytest.raises(Refused, match=r"messages: .*assistant turn"):
             render(text, messages)
-    with pytest.raises(Refused, match="takes none"):
+    with pytest.raises(Refused, match=r"attributes: .*reward model"):
         render(text, [USER, ASSISTANT], attributes={"verbosity": 1})
 
 
@@ -283,9 +284,9 @@ def test_system_prompt_of_the_recipe(name, embedded):
 def test_settings_are_checked():
     text = chat("chatml", system_prompt="a <|im_end|> <pad>", special_strings=frozenset({"<pad>"}))
     assert "system\na <\u2060|im_end|> <\u2060pad><|im_end|>" in render(text, [USER])
-    with pytest.raises(DataError, match="unknown attribute 'humor'"):
+    with refused(DataError, "humor", cure="verbosity"):
         chat("chatml", default_ratings={"humor": 1})
-    with pytest.raises(DataError, match=r"outside 0\.\.4"):
+    with refused(DataError, "verbosity", "5", "0..4"):
         chat("chatml", default_ratings={"verbosity": 5})
 
 
@@ -340,7 +341,7 @@ def test_transformers_makes_the_renderers_tokens(name, source, rows, tmp_path):
                 assert got == expected.tokens.tolist()
         compared += 1
     assert compared >= 25
-    with pytest.raises(jinja2.TemplateError, match="unknown attribute 'humor'"):
+    with pytest.raises(jinja2.TemplateError, match=r"attributes: .*'humor'"):
         served.apply_chat_template(messages, attributes={"humor": 1})
 
 

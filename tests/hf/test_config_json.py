@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import pytest
 
@@ -10,6 +9,7 @@ from steerjax.errors import ModelError
 from steerjax.hf.config_json import parse_config, read_config, write_config
 from steerjax.models.config import LlamaConfig, RopeScaling
 from tests.hf_folders import CLASSIFIER, LABELS, TINY
+from tests.refusals import refused
 
 LLAMA3_ROPE = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
@@ -194,58 +194,56 @@ REFUSED = [
     ({"model_type": "qwen2"}, "model_type 'qwen2'"),
     ({"model_type": ["llama"]}, "model_type ['llama']"),
     ({"architectures": ["LlamaForQuestionAnswering"]}, "architectures ['LlamaForQuestionAnswering']"),
-    ({"architectures": "LlamaForCausalLM"}, "architectures is 'LlamaForCausalLM'"),
-    ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not implemented; cure: a model with 'silu'"),
+    ({"architectures": "LlamaForCausalLM"}, "architectures 'LlamaForCausalLM'"),
+    ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ({"pretraining_tp": 2}, "pretraining_tp 2"),
     ({"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4}"),
     ({"rope_interleaved": True}, "rope_interleaved True"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type 'linear'"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "rope_type 'yarn'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs high_freq_factor"),
-    ({"rope_scaling": LLAMA3_ROPE | {"mscale": 1.0}}, "has no mscale"),
-    ({"rope_scaling": LLAMA3_ROPE | {"factor": "8"}}, "rope_scaling.factor is '8'"),
-    ({"rope_scaling": LLAMA3_ROPE | {"factor": 0}}, "rope_scaling.factor is 0"),
-    ({"rope_scaling": {"factor": 8.0}}, "rope_type 'default' has no factor"),
-    ({"rope_scaling": [8.0]}, "rope_scaling is [8.0]"),
-    ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
-    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 500000.0, and 10000.0 elsewhere"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type 'llama3' high_freq_factor"),
+    ({"rope_scaling": LLAMA3_ROPE | {"mscale": 1.0}}, "rope_type 'llama3' mscale"),
+    ({"rope_scaling": LLAMA3_ROPE | {"factor": "8"}}, "rope_scaling.factor '8'"),
+    ({"rope_scaling": LLAMA3_ROPE | {"factor": 0}}, "rope_scaling.factor 0"),
+    ({"rope_scaling": {"factor": 8.0}}, "rope_type 'default' factor"),
+    ({"rope_scaling": [8.0]}, "rope_scaling [8.0]"),
+    ({"rope_theta": "1e4"}, "rope_theta '1e4'"),
+    ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta 500000.0 10000.0"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
-    ({"logit_scale": 0.5}, "unknown key 'logit_scale' (0.5)"),
-    ({"auto_map": {"AutoModel": "x.Y"}}, "unknown key 'auto_map'"),
+    ({"logit_scale": 0.5}, "'logit_scale' 0.5"),
+    ({"auto_map": {"AutoModel": "x.Y"}}, "'auto_map'"),
     ({"torch_dtype": "float64"}, "dtype 'float64'"),
-    ({"hidden_size": None}, "hidden_size is None"),
-    ({"hidden_size": 0}, "hidden_size is 0"),
-    ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
-    ({"num_hidden_layers": 3.0}, "num_hidden_layers is 3.0"),
-    ({"num_hidden_layers": 10**30}, "num_hidden_layers is 1000"),
-    ({"vocab_size": True}, "vocab_size is True"),
-    ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0"),
-    ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf"),
-    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+    ({"hidden_size": None}, "hidden_size None"),
+    ({"hidden_size": 0}, "hidden_size 0"),
+    ({"num_hidden_layers": "3"}, "num_hidden_layers '3'"),
+    ({"num_hidden_layers": 3.0}, "num_hidden_layers 3.0"),
+    ({"num_hidden_layers": 10**30}, f"num_hidden_layers {10**30}"),
+    ({"vocab_size": True}, "vocab_size True"),
+    ({"rms_norm_eps": -1.0}, "rms_norm_eps -1.0"),
+    ({"rms_norm_eps": float("inf")}, "rms_norm_eps inf"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings 'yes'"),
     ({"num_key_value_heads": 3}, "num_kv_heads 3"),
-    (CLASSIFIER | {"id2label": {"0": "a", "2": "b"}}, "id2label has the keys ['0', '2']"),
-    (CLASSIFIER | {"id2label": {}}, "id2label has the keys []"),
-    (CLASSIFIER | {"id2label": ["a"]}, "id2label is ['a']"),
-    (CLASSIFIER | {"id2label": {"0": 1}}, "id2label.0 is 1"),
-    (CLASSIFIER | {"id2label": None, "num_labels": 10**30}, "num_labels is 1000"),
-    (CLASSIFIER | {"num_labels": 0}, "num_labels is 0"),
+    (CLASSIFIER | {"id2label": {"0": "a", "2": "b"}}, "id2label ['0', '2']"),
+    (CLASSIFIER | {"id2label": {}}, "id2label []"),
+    (CLASSIFIER | {"id2label": ["a"]}, "id2label ['a']"),
+    (CLASSIFIER | {"id2label": {"0": 1}}, "id2label.0 1"),
+    (CLASSIFIER | {"id2label": None, "num_labels": 10**30}, f"num_labels {10**30}"),
+    (CLASSIFIER | {"num_labels": 0}, "num_labels 0"),
 ]
 
 
 @pytest.mark.parametrize(("change", "said"), REFUSED, ids=lambda value: None)
 def test_refused(change, said, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY | change))
-    with pytest.raises(ModelError, match=re.escape(said)) as caught:
+    with refused(ModelError, str(tmp_path / "config.json"), *said.split()):
         read_config(tmp_path)
-    assert str(tmp_path / "config.json") in str(caught.value)
-    assert "cure:" in str(caught.value)
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_attention_heads"])
 def test_a_key_without_a_default(key):
-    with pytest.raises(ModelError, match=f"{key} is missing"):
+    with refused(ModelError, f"config.json.{key}"):
         parse_config({name: value for name, value in TINY.items() if name != key})
 
 
@@ -261,14 +259,15 @@ def test_labels_may_be_called_anything(names):
     "change", [{"sliding_window": 4096}, {"sliding_window": 32767}, {"attention_bias": True}, {"mlp_bias": True}]
 )
 def test_a_mistral_that_is_no_llama(change):
-    with pytest.raises(ModelError, match=rf"{next(iter(change))}.*; cure:"):
+    ((key, value),) = change.items()
+    with refused(ModelError, "config.json", key, str(value)):
         parse_config(MISTRAL | change)
 
 
 def test_a_window_as_long_as_the_context():
     assert parse_config(MISTRAL | {"sliding_window": 32768}).model.max_position_embeddings == 32768
     absent = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
-    with pytest.raises(ModelError, match=r"sliding_window 4096 .* max_position_embeddings 32768"):
+    with refused(ModelError, "sliding_window 4096", cure="max_position_embeddings 32768"):
         parse_config(absent)
 
 
@@ -277,9 +276,8 @@ def test_config_files_that_cannot_be_read(tmp_path):
     for text in (None, "{", "[]", "[" * 100_000, b"\xff"):
         if text is not None:
             file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        with pytest.raises(ModelError, match="cure:") as caught:
+        with refused(ModelError, str(file)):
             read_config(tmp_path)
-        assert str(file) in str(caught.value)
 
 
 def test_our_default_model_can_be_written():

@@ -11,6 +11,7 @@ from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ModelError
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from tests.hf.serving import export, tokenizer_of
+from tests.refusals import refused
 
 SOURCES = ["embedded", "mistral", "llama3", pytest.param("smollm2", marks=pytest.mark.smollm2)]
 NATURAL = {"embedded": "extra_id", "mistral": "llama2", "llama3": "llama3", "smollm2": "chatml"}
@@ -205,17 +206,16 @@ def test_characters_that_are_no_piece(texts, tmp_path, prefix):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"model_type": "unigram"}, "other ids for"),
-        ({"normalization_rule_name": "nmt_nfkc"}, "normalises text"),
-        ({"remove_extra_whitespaces": True}, "other ids for"),
-        ({"treat_whitespace_as_suffix": True}, "other ids for"),
-        ({"user_defined_symbols": ["<x>"]}, "other ids for"),
+        ({"model_type": "unigram"}, "other ids"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalises"),
+        ({"remove_extra_whitespaces": True}, "other ids"),
+        ({"treat_whitespace_as_suffix": True}, "other ids"),
+        ({"user_defined_symbols": ["<x>"]}, "other ids"),
     ],
 )
 def test_models_that_cannot_be_converted(options, reason, texts, tmp_path):
-    with pytest.raises(ModelError, match=f"m.model' cannot become a tokenizer.json with equal ids: it .*{reason}") as e:
+    with refused(ModelError, str(tmp_path / "m.model"), "tokenizer.json", reason):
         train(tmp_path / "m.model", texts[:40], **options)
-    assert "cure:" in str(e.value)
 
 
 def test_a_conversion_is_compared(texts, tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_a_conversion_is_compared(texts, tmp_path, monkeypatch):
     train(tmp_path / "m.model", texts[:40])
     bpe = tokenizers.models.BPE
     monkeypatch.setattr(tokenizers.models, "BPE", lambda merges, **rest: bpe(merges=merges[::-1], **rest))
-    with pytest.raises(ModelError, match="other ids for"):
+    with refused(ModelError, str(tmp_path / "m.model"), "tokenizer.json", "other ids"):
         load_tokenizer(tmp_path / "m.model")
 
 

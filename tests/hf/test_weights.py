@@ -17,6 +17,7 @@ from steerjax.hf.weights import FolderReader, load_parameters, read_headers, res
 from steerjax.models.llama import CausalLM, RewardModel
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from tests.hf_folders import CLASSIFIER, TINY, oracle, random_tensors, write_folder
+from tests.refusals import refused
 
 MESHES = {
     "one": (MeshConfig(data=1), 1),
@@ -91,7 +92,7 @@ def test_the_first_layers_only(tmp_path):
     found = by_path(load_parameters(FolderReader(folder, config), abstract_parameters(CausalLM(less), mesh)))
     for path, value in oracle(tensors, TINY).items():
         np.testing.assert_array_equal(found[path], value[:2] if "/layers/" in path else value, err_msg=path)
-    with pytest.raises(ModelError, match=r"llama/layers/.* has shape \(3, .* \(4, .* is expected"):
+    with refused(ModelError, str(folder), "llama/layers/attention/k/kernel", "(3, 32, 2, 8)", "(4, 32, 2, 8)"):
         load_parameters(FolderReader(folder, config), abstract_parameters(CausalLM(more), mesh))
 
 
@@ -131,7 +132,7 @@ def test_a_group_that_the_folder_lacks(tmp_path, architecture, group):
     folder = write_folder(tmp_path / "model", raw, random_tensors(raw))
     config = read_config(folder)
     model = CausalLM(config.model) if group == "lm_head" else RewardModel(config.model, 5)
-    with pytest.raises(ModelError, match=rf"{group} has shape None.*\n.*cure: another model"):
+    with refused(ModelError, str(folder), group, cure="another model"):
         load_parameters(FolderReader(folder, config), abstract_parameters(model, make_mesh(MeshConfig())))
 
 
@@ -150,7 +151,7 @@ def test_a_second_copy_of_a_tied_head(tmp_path):
     other = tensors["model.embed_tokens.weight"].copy()
     other[-1, -1] += 1
     differs = write_folder(tmp_path / "differs", TINY, tensors | {"lm_head.weight": other})
-    with pytest.raises(ModelError, match=r"lm_head.weight is not the embedding"):
+    with refused(ModelError, str(differs), "lm_head.weight", "tie_word_embeddings"):
         FolderReader(differs, read_config(differs))
 
 
@@ -252,22 +253,22 @@ def no_weights(folder, tensors):
 
 # What the error names.
 BROKEN = {
-    missing_tensor: r"LlamaForCausalLM .* model.layers.1.mlp.up_proj.weight is absent",
-    untied_without_head: r"lm_head.weight is absent",
-    extra_tensor: r"model.layers.0.self_attn.q_norm.weight is \(8,\), not absent",
-    wrong_shape: r"model.layers.2.self_attn.k_proj.weight is \(32, 32\), not \(16, 32\)",
-    wrong_dtype: r"model.layers.2.self_attn.k_proj.weight has dtype I8",
-    truncated: r"model.safetensors' is truncated",
-    not_safetensors: r"model.safetensors' is truncated, missing or no safetensors",
-    missing_file: r"model-00002-of-00002.safetensors' is truncated, missing",
-    index_outside_the_folder: r"a.safetensors' is truncated, missing",
-    index_outside_that_is_there: r"a is \(1,\), not absent",
-    broken_index: r"index.json' cannot be read",
-    index_of_numbers: r"index.json.weight_map.a is 1",
-    index_without_map: r"index.json.weight_map is missing",
-    twice: r"model.* stands in .*model-00002-of-00002.safetensors' and .*model-00001-of",
-    pickle_only: r"only pytorch_model.bin, which may be pickles",
-    no_weights: r"has neither model.safetensors nor model.safetensors.index.json",
+    missing_tensor: ("LlamaForCausalLM", "model.layers.1.mlp.up_proj.weight", "absent", "(48, 32)"),
+    untied_without_head: ("lm_head.weight", "absent", "(4096, 32)"),
+    extra_tensor: ("model.layers.0.self_attn.q_norm.weight", "(8,)", "absent"),
+    wrong_shape: ("model.layers.2.self_attn.k_proj.weight", "(32, 32)", "(16, 32)"),
+    wrong_dtype: ("model.safetensors", "model.layers.2.self_attn.k_proj.weight", "I8"),
+    truncated: ("model.safetensors", "truncated"),
+    not_safetensors: ("model.safetensors", "safetensors file"),
+    missing_file: ("model-00002-of-00002.safetensors", "missing"),
+    index_outside_the_folder: ("../a.safetensors", "missing"),
+    index_outside_that_is_there: ("a", "(1,)", "absent"),
+    broken_index: ("model.safetensors.index.json", "line 1 column 2"),
+    index_of_numbers: ("model.safetensors.index.json.weight_map.a", "1"),
+    index_without_map: ("model.safetensors.index.json.weight_map",),
+    twice: ("model.embed_tokens.weight", "model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors"),
+    pickle_only: ("pytorch_model.bin", "model.safetensors", "model.safetensors.index.json"),
+    no_weights: ("model.safetensors", "model.safetensors.index.json"),
 }
 
 
@@ -285,9 +286,8 @@ def test_files_say_themselves_what_they_hold(wrongs, tmp_path):
 def test_broken_folders(breaks, tmp_path):
     folder = tmp_path / "model"
     breaks(folder, random_tensors(TINY))
-    with pytest.raises(ModelError, match=BROKEN[breaks]) as caught:
+    with refused(ModelError, str(folder), *BROKEN[breaks]):
         FolderReader(folder, read_config(folder))
-    assert "cure:" in str(caught.value) or breaks is index_without_map
 
 
 def test_sources(tmp_path, monkeypatch):
@@ -307,7 +307,7 @@ def test_sources(tmp_path, monkeypatch):
     assert not asked
     assert resolve_source("owner/name") == tmp_path
     assert not {"*", "*.bin", "*.py", "*.safetensors"} & set(asked["allow_patterns"])
-    with pytest.raises(ModelError, match=r"'no/such' .* hub: offline"):
+    with refused(ModelError, "no/such", "offline"):
         resolve_source("no/such")
-    with pytest.raises(ModelError, match=r"no model folder './nowhere/at/all'"):
+    with refused(ModelError, "./nowhere/at/all"):
         resolve_source("./nowhere/at/all")

@@ -15,6 +15,7 @@ from steerjax.parallel.mesh import MeshConfig
 from steerjax.schema import HELPSTEER
 from tests.hf.test_export import imported
 from tests.hf_folders import TINY, random_tensors, write_folder
+from tests.refusals import refused, says
 from tests.reward_models import reward_folder, some_conversations
 
 TOLERANCE = 1e-5
@@ -127,7 +128,7 @@ def test_control_strings_are_text(opened):
 def test_a_turn_that_cannot_be_rendered_is_refused_or_raised(opened):
     """Half a surrogate is no text."""
     bad = Conversation((Turn("assistant", "\ud800"),), file="rows.jsonl", line=3)
-    with pytest.raises(DataError, match=r"rows.jsonl:3: "):
+    with refused(DataError, "rows.jsonl:3", "turns[0].content"):
         Scorer(opened).prepare([bad], [[0]])
     chunk = Scorer(opened).prepare([bad, LONG], [[0], [1]], skip=True)
     assert list(chunk.refused) == [(0, 0)]
@@ -137,7 +138,7 @@ def test_a_turn_that_cannot_be_rendered_is_refused_or_raised(opened):
 def test_what_is_too_long_is_refused_not_cut(opened):
     chunk = Scorer(opened, row_length=256).prepare([LONG, *some_conversations(2, longest=30)], [[1], [1], [1]])
     assert list(chunk.refused) == [(0, 1)]
-    assert "and a row has 256" in chunk.refused[0, 1].reason
+    says(chunk.refused[0, 1], "rows.jsonl:99", "256")
     assert len(chunk.examples) == 2
     nothing = Scorer(opened, row_length=8)
     assert nothing.score(nothing.prepare([LONG], [[1]])).shape == (0, 5)
@@ -188,12 +189,12 @@ def test_only_attributes_that_were_trained_are_predicted(folder, tmp_path):
 
 def test_models_that_rate_nothing_are_refused(tmp_path, opened):
     chat = write_folder(tmp_path / "chat", TINY, random_tensors(TINY))
-    with pytest.raises(ModelError, match="is a chat model"):
+    with refused(ModelError, str(chat), cure="reward model"):
         Scorer(open_bundle(chat, template="extra_id"))
     other = reward_folder(tmp_path / "other", id2label={str(i): f"LABEL_{i}" for i in range(5)})
-    with pytest.raises(ModelError, match="range of LABEL_0 is not known"):
+    with refused(ModelError, str(other), "LABEL_0", cure="steerjax.json"):
         Scorer(open_bundle(other, template="extra_id"))
-    with pytest.raises(ConfigError, match="a multiple of 8 rows"):
+    with refused(ConfigError, "3 rows", cure="8 rows"):
         Scorer(opened, rows=3)
 
 
@@ -204,5 +205,5 @@ def test_predictions_are_written_as_float32_and_rounded_half_to_even():
     assert keys["predicted_label"] == "helpfulness:2,correctness:4,coherence:0,complexity:4,verbosity:1"
     assert json.dumps(keys["predicted_ratings"]["verbosity"]) == "1.1"
     assert np.array_equal(np.float32(list(keys["predicted_ratings"].values())), values)
-    with pytest.raises(DataError, match="field 'coherence': the model predicts nan"):
+    with refused(DataError, "coherence", "nan", cure="--dtype"):
         predicted_keys(np.array([1, 1, np.nan, 1, 1], np.float32), HELPSTEER)

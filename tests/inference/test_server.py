@@ -13,6 +13,7 @@ from steerjax.errors import ConfigError, ModelError
 from steerjax.inference.server import Server
 from steerjax.inference.steering import Answer, Sampling
 from steerjax.schema import HELPSTEER
+from tests.refusals import refused
 
 pytestmark = pytest.mark.short
 ABOUT = {"id": "x", "created": 1, "model": "m", "object": "chat.completion"}
@@ -156,7 +157,7 @@ def test_tried_again_while_the_server_is_away(fake, status):
     fake.status, fake.failures = status, 2
     assert next(backend.run([request], 0))[0].text == "null 0"
     fake.failures = 3
-    with pytest.raises(ModelError, match=r"(?s)unknown attribute|Connection.*cure"):
+    with refused(ModelError, fake.url, str(status) if status else "Connection"):
         list(backend.run([request], 0))
 
 
@@ -164,14 +165,14 @@ def test_clear_errors(fake):
     backend = client(fake)
     request = backend.prepare(CONVERSATION, [{}], 1)
     fake.status, fake.failures = 400, 1
-    with pytest.raises(ModelError, match=r"(?s)400.*unknown attribute 'kindness'.*cure"):
+    with refused(ModelError, "400", "kindness"):
         list(backend.run([request], 0))
     assert len(fake.bodies) == 1  # not tried again
     fake.models = ["a", "b"]
-    with pytest.raises(ModelError, match=r"a, b; cure: .*--server-model"):
+    with refused(ModelError, "a, b", cure="--server-model"):
         client(fake)
     for url in ("http://127.0.0.1:9", "http://[::1", "localhost", "ftp://h"):
-        with pytest.raises((ModelError, ConfigError), match="cure"):
+        with refused((ModelError, ConfigError), url):
             Server(url, None, HELPSTEER, Sampling(), attempts=2)
 
 
@@ -192,7 +193,7 @@ def test_an_odd_answer_is_an_error_of_ours(fake, raw):
     backend = client(fake)
     request = backend.prepare(CONVERSATION, [{}], 1)
     fake.raw = ABOUT | raw if isinstance(raw, dict) else raw
-    with pytest.raises(ModelError, match="cure"):
+    with refused(ModelError, fake.url):
         list(backend.run([request], 0))
 
 
@@ -201,14 +202,14 @@ def test_an_odd_answer_is_an_error_of_ours(fake, raw):
 def test_an_odd_stream_is_an_error_of_ours(fake, raw):
     backend = client(fake)
     fake.raw = raw
-    with pytest.raises(ModelError, match="cure"):
+    with refused(ModelError, fake.url):
         list(backend.stream(backend.prepare(CONVERSATION, [{}], 1)))
 
 
 def test_a_model_list_that_is_none(fake):
     for models in ({}, {"data": [{}]}, {"data": "m"}, []):
         fake.list = models
-        with pytest.raises(ModelError, match="cure"):
+        with refused(ModelError, fake.url):
             client(fake)
 
 

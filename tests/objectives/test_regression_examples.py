@@ -11,6 +11,7 @@ from steerjax.objectives import Setting
 from steerjax.objectives.objective import TRAIN, VALIDATION
 from steerjax.objectives.regression import Regression, RegressionConfig
 from steerjax.schema import STEERLM
+from tests.refusals import refused
 
 pytestmark = pytest.mark.short
 
@@ -45,7 +46,7 @@ def test_a_conversation_without_a_rating_is_counted_and_none_at_all_refused():
     for split in (TRAIN, VALIDATION):
         assert objective.examples(Conversation(TALK.turns[:1]), split) == []
     assert objective.data[TRAIN].unrated == 1
-    with pytest.raises(DataError, match="cure"):
+    with refused(DataError, "train", cure="quality"):
         objective.check_data()
 
 
@@ -53,6 +54,6 @@ def test_a_conversation_without_a_rating_is_counted_and_none_at_all_refused():
 def test_a_text_that_is_too_long_is_refused_and_leaves_nothing_behind(limits):
     """Else its ratings would be compared with predictions that nobody made."""
     objective = regression(**limits)
-    with pytest.raises(DataError, match="cure"):
+    with refused(DataError, "30", cure="config.data.on_bad_row"):
         objective.examples(TALK, TRAIN)
     assert objective.data[TRAIN].rows == []

@@ -15,6 +15,7 @@ from steerjax.objectives import Setting
 from steerjax.objectives.objective import TRAIN
 from steerjax.objectives.sft import SFT, SFTConfig
 from steerjax.schema import STEERLM
+from tests.refusals import refused
 
 pytestmark = pytest.mark.short
 
@@ -84,7 +85,7 @@ def test_missing_ratings():
     assert trained_texts(left_out) == ["one\n<extra_id_1>", "three\n<extra_id_1>"]
     np.testing.assert_array_equal(left_out.tokens, example(ratings="predicted").tokens)  # "two" keeps its place
     assert len(trained_texts(example(ratings="none", missing="leave_out"))) == 3
-    with pytest.raises(DataError, match=r"turns\[3\][\s\S]*predicted[\s\S]*cure:"):
+    with refused(DataError, "turns[3]", "config.sft.ratings", "predicted", cure="config.sft.missing"):
         example(ratings="predicted", missing="error")
     assert len(trained_texts(example(ratings="none", missing="error"))) == 3
 
@@ -93,7 +94,7 @@ def test_a_text_that_is_too_long_is_refused_and_leaves_nothing_behind():
     longest = len(example().tokens)
     for row_length, positions in ((longest - 1, 999), (999, longest - 1)):
         sft = SFT(SFTConfig(), Setting(STEERLM, RENDERER, row_length=row_length, positions=positions))
-        with pytest.raises(DataError, match="cure"):
+        with refused(DataError, str(longest), str(longest - 1), cure="config.data.on_bad_row"):
             sft.examples(TALK, TRAIN)
         assert not any(sft.counts[TRAIN].values())
     sft = SFT(SFTConfig(), Setting(STEERLM, RENDERER, row_length=longest, positions=longest))
@@ -113,7 +114,7 @@ def test_no_label_at_all_is_refused(options):
     sft = objective(**options)
     for split in ("train", "validation"):
         sft.examples(Conversation((Turn("user", "Hi"), Turn("assistant", "Yo"))), split)
-    with pytest.raises(DataError, match="cure"):
+    with refused(DataError, "train", cure="config.sft"):
         sft.check_data()
     sft = objective(ratings="none")
     for split in ("train", "validation"):

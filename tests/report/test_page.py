@@ -11,6 +11,7 @@ from steerjax.report.plots import plot_losses, require_matplotlib
 from steerjax.report.records import read_metrics, write_json
 from steerjax.report.results import evaluate_predictions, lowest
 from steerjax.schema import HELPSTEER, STEERLM, Attribute, Schema, make_schema
+from tests.refusals import refused
 
 OWN = make_schema("helpsteer", (("warmth", 1, 5), ("evidence", 1, 10)))
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -211,7 +212,7 @@ def test_records(tmp_path):
 def test_missing_matplotlib_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
-    with pytest.raises(SteerjaxError, match=r"pip install 'steerjax\[plots\]'"):
+    with refused(SteerjaxError, "matplotlib", cure="pip install 'steerjax[plots]'"):
         require_matplotlib()
     with pytest.raises(SteerjaxError):
         write_report(tmp_path / "report", _random_result(), _records(), {}, "{}")

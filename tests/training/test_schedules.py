@@ -7,6 +7,7 @@ from steerjax.errors import ConfigError
 from steerjax.training.config import OptimizerConfig
 from steerjax.training.optimizer import decayed
 from steerjax.training.schedules import make_schedule
+from tests.refusals import refused
 
 pytestmark = pytest.mark.short
 
@@ -43,7 +44,7 @@ def test_no_warmup_starts_at_the_peak():
 def test_constant_steps_that_leave_no_decay_are_refused():
     """The reference falls to the minimum at once (its fault F11)."""
     config = OptimizerConfig(warmup_steps=10, constant_steps=1000)
-    with pytest.raises(ConfigError, match=r"800 steps are all taken .* cure: fewer of them, or more steps"):
+    with refused(ConfigError, "800 steps", "10", "1000", cure="more steps"):
         make_schedule(config, 800)
 
 
