@@ -15,7 +15,7 @@ from steerjax.parallel.mesh import MeshConfig
 from steerjax.schema import HELPSTEER
 from tests.hf.test_export import imported
 from tests.hf_folders import TINY, random_tensors, write_folder
-from tests.refusals import refused, says
+from tests.refusals import names, refused
 from tests.reward_models import reward_folder, some_conversations
 
 TOLERANCE = 1e-5
@@ -138,7 +138,7 @@ def test_a_turn_that_cannot_be_rendered_is_refused_or_raised(opened):
 def test_what_is_too_long_is_refused_not_cut(opened):
     chunk = Scorer(opened, row_length=256).prepare([LONG, *some_conversations(2, longest=30)], [[1], [1], [1]])
     assert list(chunk.refused) == [(0, 1)]
-    says(chunk.refused[0, 1], "rows.jsonl:99", "256")
+    assert names(chunk.refused[0, 1].reason, "256")
     assert len(chunk.examples) == 2
     nothing = Scorer(opened, row_length=8)
     assert nothing.score(nothing.prepare([LONG], [[1]])).shape == (0, 5)

@@ -179,7 +179,7 @@ def test_sigterm_to_one_stops_all_at_one_step_and_another_number_goes_on(recipe,
         group.wait_for(0, "step 1/")
         group.processes[1].send_signal(signal.SIGTERM)
         assert group.wait() == [2, 2]
-        said = [re.search(r"stopped by SIGTERM; step (\d+) is saved", group.output(i)) for i in range(2)]
+        said = [re.search(r"SIGTERM.* step (\d+)", group.output(i)) for i in range(2)]
     assert said[0], group.output(0)
     assert said[0][1] == said[1][1]
     assert (workdir / "checkpoints" / said[0][1]).is_dir()
@@ -224,7 +224,7 @@ def test_a_killed_process_ends_the_others_with_its_name(recipe, tmp_path, victim
         other = 1 - victim
         assert group.processes[other].wait(60) != 0
         print(f"ended {time.time() - killed:.1f} s after the kill")
-        assert re.search(rf"process {other} of 2 ends, because process {victim}( of 2)? .*killed", group.output(other))
+        assert re.search(rf"process {other} of 2 .*process {victim}\b.*killed", group.output(other))
 
 
 def test_process_0_killed_is_named(tmp_path):
@@ -235,13 +235,13 @@ def test_process_0_killed_is_named(tmp_path):
         group.processes[0].kill()
         assert all(group.wait(60))
         for i in (1, 2):
-            assert f"process {i} of 3 ends, because process 0 is gone" in group.output(i)
+            assert re.search(rf"process {i} of 3 .*process 0\b", group.output(i))
 
 
 def test_an_exception_in_one_ends_all_with_its_error(recipe, tmp_path):
     with Group([worker("train", recipe, tmp_path / "run", "data=2")] * 2, tmp_path, FAIL_AT="1:5") as group:
         assert group.wait() == [1, 1]
-        assert "process 0 of 2 ends, because process 1 of 2 failed: ZeroDivisionError: made to fail" in group.output(0)
+        assert re.search("process 0 of 2 .*process 1 of 2 .*ZeroDivisionError: made to fail", group.output(0))
         assert 'raise ZeroDivisionError("made to fail")' in group.output(1)
 
 
@@ -251,8 +251,8 @@ def test_processes_that_differ_are_named(recipe, tmp_path):
     other = command(recipe, workdir, "--config.optimizer.learning_rate=0.002")
     with Group([command(recipe, workdir), other], tmp_path) as group:
         assert group.wait() == [1, 1]
-        said = "process 1 has config.optimizer.learning_rate = 0.002, the others 0.001"
-        assert any(said in group.output(i) for i in range(2)), group.output(0)
+        said = r"process 1 .*config\.optimizer\.learning_rate.* 0\.002.* 0\.001"
+        assert any(re.search(said, group.output(i)) for i in range(2)), group.output(0)
     assert not (workdir / "config.json").exists()
 
 
@@ -267,7 +267,7 @@ def test_a_barrier_names_who_is_late(tmp_path):
     with Group([worker("late")] * 2, tmp_path) as group:
         assert group.wait(60) == [1, 1]
         for i in range(2):
-            assert "'save step 8': process 1 of 2 (last at 'reading the rows') did not come" in group.output(i)
+            assert re.search("'save step 8'.*process 1 of 2 .*'reading the rows'", group.output(i))
 
 
 def test_a_start_that_is_not_answered_says_so(tmp_path):
@@ -275,7 +275,7 @@ def test_a_start_that_is_not_answered_says_so(tmp_path):
     for index in range(2):
         with Group([worker("feed")], tmp_path, **settings, STEERJAX_PROCESS=str(index)) as group:
             assert group.wait(60) == [1]
-            said = rf"not all processes started within 2 s .*127.0.0.1:\d+.*'process_id': {index}"
+            said = rf" 2 s .*127.0.0.1:\d+.*'process_id': {index}"
             assert re.search(said, group.output(0))
 
 
