@@ -41,7 +41,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
         try:
             return app.parse_flags_with_usage(arguments)
         except (AttributeError, KeyError, TypeError) as error:
-            raise ConfigError(f"flags of the config: {error}\n  cure: the keys are in steerjax/config.py") from None
+            said = " ".join(str(error.args[0] if error.args else error).split())
+            raise ConfigError(f"flags of the config: {said}\n  cure: the keys are in steerjax/config.py") from None
         except OSError as error:
             raise ConfigError(f"--config: {error}") from None
 

@@ -149,7 +149,9 @@ def round_rating(value: float, attribute: Attribute) -> int:
     Raises DataError for NaN, which the reference turns into 0.
     """
     if math.isnan(value):
-        raise DataError("predicted rating is NaN", field=attribute.name, cure="check the model that predicted it")
+        raise DataError(
+            "rating is NaN", field=attribute.name, cure="leave it out, or check the model that predicted it"
+        )
     nearest = round(min(attribute.high, max(attribute.low, float(value))))
     return min(attribute.labels[-1], max(attribute.labels[0], nearest))
 

@@ -66,8 +66,11 @@ def _cure(problem: dict) -> str:
         return f"one of {context['expected']}"
     limits = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     wanted = [f"{words} {context[name]}" for name, words in limits.items() if name in context]
+    if "min_length" in context:
+        wanted.append(f"at least {context['min_length']} of them")
     kind = problem["type"].removesuffix("_type").removesuffix("_parsing").replace("_", " ")
-    return " and ".join(wanted) or f"a value of type {kind}"
+    kind = {"dataclass": "a mapping of keys", "finite number": "a finite number"}.get(kind, f"a value of type {kind}")
+    return " and ".join(wanted) or kind
 
 
 def _near(kind: Any, place: tuple) -> str:

@@ -109,8 +109,10 @@ def _messages(row: Row, schema: Schema, key: str) -> list[Turn]:
     if rated := _columns(row, schema):
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
         if last is None or turns[last].ratings:
-            what = "no assistant turn is there" if last is None else "the last assistant turn is rated twice"
-            raise DataError(what, key, "rate it beside the messages or in it")
+            what, cure = "the last assistant turn is rated twice", "rate it beside the messages or in it"
+            if last is None:
+                what, cure = "ratings, and no assistant turn to which they belong", "add the response, or remove them"
+            raise DataError(what, key, cure)
         turns[last] = replace(turns[last], ratings=rated)
     return turns
 

@@ -122,6 +122,8 @@ class Server:
         except Exception as error:
             about = f"{error} {error.__cause__ or ''}".strip()[:1000]
             cure = "check that an OpenAI-compatible server is up there, and its log"
+            if getattr(error, "status_code", 0) == 400:  # it is up, and says what it does not take
+                cure = "ask for what the server says that it takes"
             raise ModelError(f"{self.url}: {about}\n  cure: {cure}") from None
 
 

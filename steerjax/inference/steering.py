@@ -79,7 +79,9 @@ def parse_sweep(text: str, schema: Schema) -> dict[str, list[int]]:
             ratings = list(range(first, last + 1) or range(first, last - 1, -1))
         return {name: ratings}
     except (ValueError, DataError) as error:
-        raise ConfigError(f"--sweep {text}: {error}\n  cure: e.g. verbosity=0..4, in the attribute's range") from None
+        said = error.reason if isinstance(error, DataError) else "no list or range of whole numbers"
+        cure = f"e.g. verbosity=0..4, of {', '.join(schema.names)}, in the attribute's range"
+        raise ConfigError(f"--sweep {text}: {said}\n  cure: {cure}") from None
 
 
 def swept(attributes: str, sweeps: Sequence[str], schema: Schema) -> list[dict[str, int | None]]:
