@@ -1,7 +1,7 @@
 """Bad configs are refused at the door with the key and the cure; recipes are whole."""
 
-import importlib.util
 import json
+import re
 
 import pytest
 
@@ -105,13 +105,15 @@ def test_data_files_as_a_tuple_or_with_commas(value):
 
 
 def test_every_recipe_resolves(repository):
-    recipes = sorted((repository / "configs").glob("*.py"))
-    assert recipes
-    for path in recipes:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        resolve(module.get_config().to_dict())
+    recipes = [path.read_text() for path in (repository / "configs").glob("*.py")]
+    pages = [repository / "README.md", *(repository / "docs").glob("*.md")]
+    recipes += [block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    recipes = [text for text in recipes if "def get_config" in text]
+    assert len(recipes) >= 10
+    for text in recipes:
+        namespace: dict = {}
+        exec(text, namespace)
+        resolve(namespace["get_config"]().to_dict())
 
 
 @pytest.mark.parametrize("recipe", ["default", "rm", "sft"])
