@@ -98,8 +98,9 @@ def bucketed_rows(trees: Sequence[Tree], lengths: Sequence[int]) -> dict[int, li
 class Scorer:
     """Scores chunks of conversations with a reward model; `schema` has the attributes that had a rating in training.
 
-    A conversation of more than `row_length` tokens (0: the model's context, at most 4096) has no prediction. A step has
-    `rows` packed rows (0: 8 for each part of the mesh that rows are cut into, on a CPU 1).
+    A conversation of more tokens than `row_length` (0: the model's context, at most 4096), or than the model has
+    positions for, has no prediction. A step has `rows` packed rows (0: 8 for each part of the mesh that rows are cut
+    into, on a CPU 1).
     Raises ModelError: no reward model; ConfigError: rows that the mesh does not divide, a bad row length.
     """
 
@@ -108,6 +109,7 @@ class Scorer:
         whole, rated = model_schema(about), about.provenance.get("rated_attributes")
         self.schema = whole if rated is None else Schema(tuple(a for a in whole.attributes if a.name in rated))
         self.row_length = row_length or min(about.model.max_position_embeddings, _LONGEST_ROW)
+        self._longest = min(self.row_length, about.model.max_position_embeddings)
         ways = mesh_ways(bundle.mesh, ("data", "fsdp"))
         self.rows = rows or ways * (1 if jax.default_backend() == "cpu" else 8)
         if self.rows < 1 or self.rows % ways or self.row_length < 1:
@@ -134,12 +136,13 @@ class Scorer:
             conversation = conversations[place]
             try:
                 tokens, root = self._renderer.reward_tokens(conversation, turn)
-                reason = f"turns[{turn}]: {len(tokens)} tokens up to its end, and a row has {self.row_length}"
+                whose = "a row has" if self._longest == self.row_length else "the model has positions for"
+                reason = f"turns[{turn}]: {len(tokens)} tokens up to its end, and {whose} {self._longest}"
             except DataError as error:
                 if not skip:
                     raise
                 tokens, reason = None, error.reason
-            if tokens is None or len(tokens) > self.row_length:
+            if tokens is None or len(tokens) > self._longest:
                 refused[place, turn] = Skipped(conversation.file, conversation.line, reason)
             else:
                 examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))

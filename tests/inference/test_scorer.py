@@ -1,6 +1,7 @@
 """Scores of turns: the same whatever they are packed with, and what transformers says of an export."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -140,6 +141,10 @@ def test_what_is_too_long_is_refused_not_cut(opened):
     assert list(chunk.refused) == [(0, 1)]
     assert names(chunk.refused[0, 1].reason, "256")
     assert len(chunk.examples) == 2
+    beyond = replace(LONG, turns=(Turn("user", "long " * 400), LONG.turns[1]))  # than the context of 512
+    chunk = Scorer(opened, row_length=4096).prepare([beyond, LONG], [[1], [1]])
+    assert list(chunk.refused) == [(0, 1)]
+    assert names(chunk.refused[0, 1].reason, "512")
     nothing = Scorer(opened, row_length=8)
     assert nothing.score(nothing.prepare([LONG], [[1]])).shape == (0, 5)
 
