@@ -35,7 +35,7 @@ from steerjax.training.metrics import MetricsWriter, Progress
 from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import initial_parameters, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
-from steerjax.training.workdir import check_same_inputs, claim_workdir, keep_tokenizer, make_provenance
+from steerjax.training.workdir import check_same_inputs, claim_workdir, keep_tokenizer, make_provenance, only_run
 
 
 def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -> dict[str, Evaluation]:
@@ -86,7 +86,11 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
             "cure: a folder that all machines share"
         )
 
-    with jax.set_mesh(mesh), CheckpointStore(workdir / "checkpoints", e.train.keep_last) as store:
+    with (
+        only_run(workdir, active=main),
+        jax.set_mesh(mesh),
+        CheckpointStore(workdir / "checkpoints", e.train.keep_last) as store,
+    ):
         # ---- State: (1) resume, or start from (2) a source's parameters or (3) random ones
         newest = store.latest_step()
         processes.agree("start from a checkpoint", {f"newest step in {workdir}": newest})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import filelock
 
 from steerjax import __version__
 from steerjax.bundle.describe import Provenance, TokenizerSource, output_names, read_provenance
@@ -38,6 +41,27 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
         raise CheckpointError(f"--workdir {workdir}: {error.strerror}; cure: a folder that can be written") from error
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} is broken: {error}; cure: another --workdir") from error
+
+
+@contextlib.contextmanager
+def only_run(workdir: Path, *, active: bool) -> Iterator[None]:
+    """While it lasts no other process trains in the folder; only process 0 of a run, the `active` one, asks.
+
+    Raises CheckpointError: one does, e.g. a run that was stopped and is still saving.
+    """
+    lock = filelock.FileLock(workdir / ".lock", timeout=0)
+    try:
+        if active:
+            lock.acquire()
+    except filelock.Timeout:
+        said = f"--workdir {workdir}: another process trains there, or still saves"
+        raise CheckpointError(f"{said}; cure: wait until it has ended, or another --workdir") from None
+    except NotImplementedError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_same(old: dict, new: dict, workdir: Path) -> None:

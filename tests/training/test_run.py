@@ -20,6 +20,7 @@ from steerjax.errors import CheckpointError, ConfigError, TrainingError
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.report.records import read_metrics
 from steerjax.training import train as training
+from steerjax.training.workdir import only_run
 from tests.refusals import refused, says
 
 TIMES = (
@@ -363,6 +364,13 @@ def test_a_validation_file_that_shares_prompts_is_used_and_said(recipe, tmp_path
     e = dataclasses.replace(e, data=dataclasses.replace(e.data, validation=e.data.train))
     training.train(e, tmp_path)
     assert "20 prompts" in capsys.readouterr().out
+
+
+def test_two_runs_in_one_folder_are_refused(recipe, tmp_path):
+    """The second would find no checkpoint yet and begin anew."""
+    with only_run(tmp_path, active=True), refused(CheckpointError, str(tmp_path), cure="--workdir"):
+        training.train(experiment(recipe, steps=3), tmp_path)
+    training.train(experiment(recipe, steps=3), tmp_path)
 
 
 def test_a_remote_workdir_is_refused(recipe, repository):
