@@ -83,7 +83,7 @@ def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
     found: dict[str, dict[str, float]] = {}
     for record in read_metrics(checkpoint.absolute().parent.parent / "metrics.jsonl"):
         if (str(record["step"]), record["split"]) == (checkpoint.name, "validation"):
-            for key in (key for key in record if key.startswith("attributes/")):
+            for key in (key for key, value in record.items() if key.startswith("attributes/") and value is not None):
                 _, name, metric = key.split("/")
                 found.setdefault(name, {})[metric] = record[key]
     return found or None

@@ -30,7 +30,10 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
             for name in ("config", *required):
                 if not flags.FLAGS[name].present:
                     raise ConfigError(f"--{name} is not given; cure: {usage.splitlines()[0]}")
-            main(resolve(_recipe(config)))
+            try:
+                main(resolve(_recipe(config)))
+            except KeyboardInterrupt:
+                sys.exit("interrupted; the same command goes on from the last checkpoint")
 
     app.run(run, flags_parser=_parse_flags)
 

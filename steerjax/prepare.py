@@ -88,7 +88,11 @@ def _check(o: argparse.Namespace) -> None:
         raise ConfigError(f"--lang and --keep-deleted belong to oasst; cure: remove them for {o.source}")
     if (o.validation_fraction is None) != (o.validation_output is None):
         raise ConfigError("--validation-fraction and --validation-output need each other; cure: give both")
-    written = [path.resolve() for path in (o.output, o.validation_output, o.statistics) if path]
+    listing = o.output.with_name(o.output.name + ".skipped.jsonl") if o.output.name else None
+    for path in (o.output, o.validation_output, o.statistics):
+        if path and (not path.name or (path.exists() and not path.is_file())):
+            raise ConfigError(f"'{path}' is no name for a file; cure: name a file to write")
+    written = [path.resolve() for path in (o.output, o.validation_output, o.statistics, listing) if path]
     read = [path.resolve() for path in map(source_path, o.input) if path]
     if twice := [path for i, path in enumerate(written) if path in (*read, *written[:i])]:
         raise ConfigError(f"{twice[0]} would be written over; cure: name another file")

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from steerjax import annotate, export, generate, prepare
+from steerjax import annotate, evaluate, export, generate, prepare
 from steerjax.bundle.describe import read_provenance
 from steerjax.chat.templates import TEMPLATES
 from steerjax.config import default_config, resolve
+from steerjax.data.formats import conversation_from_row
 from steerjax.errors import SteerjaxError
+from steerjax.schema import HELPSTEER
 from steerjax.training.train import train
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 from tests.reward_models import read_rows, reward_folder, write_rows
@@ -111,7 +113,8 @@ def folder(tmp_path_factory) -> Path:
 
 def run(*words: str) -> None:
     """A command and its arguments."""
-    {"prepare": prepare, "annotate": annotate, "generate": generate, "export": export}[words[0]].main(list(words[1:]))
+    modules = {module.__name__.split(".")[-1]: module for module in (prepare, annotate, generate, evaluate, export)}
+    modules[words[0]].main(list(words[1:]))
 
 
 def run_train(workdir: str, **changes) -> None:
@@ -247,7 +250,100 @@ def nine_attributes():
     run_train("nine", **nine, **{"data.schema": "steerlm"})
 
 
+# ---- Found by breaking
+
+
+def an_output_that_is_the_input():
+    rows = Path("rows.jsonl")
+    rows.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": "d"}')
+    for command in ("annotate", "generate"):
+        model = "reward" if command == "annotate" else "chat"
+        words = ("--model", model, "--template", "extra_id", "--input", "rows.jsonl", "--output", "rows.jsonl")
+        refused(lambda: run(command, *words), "rows.jsonl")  # noqa: B023
+    assert rows.read_text().count("\n") == 1
+    assert rows.read_text().endswith("}")
+
+
+def an_output_that_is_the_list_of_skipped_rows():
+    rows = Path("out.jsonl.skipped.jsonl")
+    rows.write_bytes(Path("resume_before.jsonl").read_bytes())
+    refused(lambda: prepared(rows.name, 16), rows.name)
+    refused(lambda: run("prepare", "helpsteer", "--input", "resume_before.jsonl", "--output", ""), "file")
+    assert rows.exists()
+
+
+def an_attribute_without_a_metric():
+    rows = [{"prompt": f"Q{i}?", "response": "yes " * i, "verbosity": i % 5, "coherence": 3} for i in range(1, 12)]
+    write_rows(Path("rows.jsonl"), rows)
+    run_train("few", **{"data.train": ("rows.jsonl",)})
+    run("export", "--checkpoint", "few", "--output", "few-hf")
+    assert "| coherence |" in Path("few-hf/README.md").read_text()
+
+
+def fewer_steps_than_are_done():
+    run_train("done", **{"data.train": ("resume_before.jsonl",)})
+    refused(lambda: run_train("done", **{"data.train": ("resume_before.jsonl",), "train.steps": 1}), "step 2", "steps")
+
+
+def a_tokenizer_copy_that_is_not_whole():
+    data = {"data.train": ("resume_before.jsonl",)}
+    Path("copied/tokenizer").mkdir(parents=True)
+    run_train("copied", **data)
+    run("annotate", "--model", "copied", "--input", "resume_before.jsonl", "--output", "one.jsonl")
+    copy = Path("copied/tokenizer/tokenizer.model")
+    copy.write_bytes(copy.read_bytes()[:1000])
+    run_train("copied", **data, **{"train.steps": 3})
+    run("annotate", "--model", "copied", "--input", "resume_before.jsonl", "--output", "two.jsonl")
+
+
+def csv_as_people_have_it():
+    for text, rows in (
+        ("sep=;\nprompt;response; verbosity ;\np;r;3;\n", 1),
+        ('prompt,response,verbosity,"notes;a;b;c;d"\np,r,3,x\n', 1),
+        ("prompt,response,verbosity,,\np,r,3,,\nq,r,4,,\n", 2),
+    ):
+        Path("rows.csv").write_text(text)
+        prepared("rows.csv", rows)
+        assert read_rows(Path("out.jsonl"))[0]["turns"][1]["ratings"] == {"verbosity": 3}
+    Path("rows.csv").write_text("prompt,response,verbosity\np,r,0_4\n")
+    refused(lambda: run("prepare", "helpsteer", "--input", "rows.csv", "--output", "out.jsonl"), "rows.csv:2", "0_4")
+
+
+def ratings_in_columns_of_every_format():
+    for row in (
+        {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}], "verbosity": 3},
+        {"instruction": "p", "output": "r", "verbosity": 3},
+        {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}], "verbosity": 3},
+        {"prompt": "p", "response": "r", "ratings": {"verbosity": 3}, "helpfulness": None},
+    ):
+        conversation = conversation_from_row(row, HELPSTEER)
+        assert conversation.turns[1].ratings == {"verbosity": 3}
+
+
+def an_attribute_that_is_asked_for_twice():
+    ask = ("generate", "--model", "chat", "--template", "extra_id", "--schema", "helpsteer", "--prompt", "Hi")
+    refused(lambda: run(*ask, "--sweep", "verbosity=0..1", "--sweep", "verbosity=3..4"), "verbosity")
+    refused(lambda: run(*ask, "--sweep", "verbosity=0..1", "--attributes", "verbosity=4"), "verbosity")
+    refused(lambda: run(*ask, "--attributes", "verbosity=4,verbosity=none"), "verbosity")
+
+
+def a_broken_line_of_metrics():
+    run_train("broken", **{"data.train": ("resume_before.jsonl",)})
+    with Path("broken/metrics.jsonl").open("a") as file:
+        file.write("{\n")
+    refused(lambda: run_train("broken", **{"data.train": ("resume_before.jsonl",)}), "metrics.jsonl:4")
+
+
+def rows_that_are_all_too_long_to_evaluate():
+    words = ("--suite", "attributes", "--model", "reward", "--template", "extra_id", "--data", "resume_before.jsonl")
+    refused(lambda: run("evaluate", *words, "--output", "report", "--row-length", "8"), "16", "--row-length")
+
+
 CASES = (
+    an_output_that_is_the_input, an_output_that_is_the_list_of_skipped_rows, an_attribute_without_a_metric,
+    fewer_steps_than_are_done, a_tokenizer_copy_that_is_not_whole, csv_as_people_have_it,
+    ratings_in_columns_of_every_format, an_attribute_that_is_asked_for_twice, a_broken_line_of_metrics,
+    rows_that_are_all_too_long_to_evaluate,
     long_cell, utf16, other_rows_under_the_same_name, added_tokens_are_tokens, an_unnamed_head, nan_passes_through,
     dates_pass_through, no_label_of_the_kind_asked_for, a_tokenizer_under_another_name,
     a_tokenizer_that_is_not_the_models, a_control_string_late_in_the_file,

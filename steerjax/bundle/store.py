@@ -66,15 +66,21 @@ class CheckpointStore:
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
-            cure = "the config that the run was started with, or another --workdir"
+            cure = (
+                f"the config that the run was started with; or, if it is damaged, delete {step}: the run goes on before"
+            )
             raise CheckpointError(
                 f"{self._manager.directory}/{step} cannot be restored: {error}\n  cure: {cure}"
             ) from error
         return found["params"], found["training"]
 
     def wait(self) -> None:
-        """Blocks until everything is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
+        """Blocks until everything is on disk. Raises CheckpointError: it cannot be written."""
+        try:
+            self._manager.wait_until_finished()
+        except (ValueError, OSError) as error:  # tensorstore's, of a full disk
+            cure = "free some space; the same command goes on from the last whole checkpoint"
+            raise CheckpointError(f"{self._manager.directory} cannot be written: {error}\n  cure: {cure}") from error
 
     def __enter__(self) -> CheckpointStore:
         return self

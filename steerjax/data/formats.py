@@ -35,6 +35,8 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         raise ConfigError(f"unknown format '{format}'; cure: one of auto, {', '.join(FORMATS)}")
     key, read = FORMATS[format]
     turns, system = read(row, schema, key), value_of(row, "system", str, None)
+    if key != "turns":  # whose other keys pass through
+        _rate_last(turns, row, schema, key)
     check_turns(turns, key)
     if turns and turns[0].role == "system":
         if system not in (None, turns[0].content):
@@ -63,11 +65,23 @@ def _detect_format(row: Row) -> str:
 
 
 def _helpsteer(row: Row, schema: Schema, key: str) -> list[Turn]:
-    return [Turn("user", text_of(row, key)), Turn("assistant", text_of(row, "response"), _columns(row, schema))]
+    return [Turn("user", text_of(row, key)), Turn("assistant", text_of(row, "response"))]
 
 
 def _helpsteer2(row: Row, schema: Schema, key: str) -> list[Turn]:
     return [*prompt_turns(row, key), *_helpsteer(row, schema, key)[1:]]
+
+
+def _rate_last(turns: list[Turn], row: Row, schema: Schema, key: str) -> None:
+    """Ratings in the row's columns, or its `ratings`, belong to the last assistant turn."""
+    columns, more = _columns(row, schema), _ratings(row, "ratings", schema)
+    if rated := {**(columns or {}), **(more or {})}:
+        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+        if last is None:
+            raise DataError("ratings, and no response", key, "add the response they belong to, or remove them")
+        if turns[last].ratings or (columns and more):
+            raise DataError("the last assistant turn is rated twice", key, "rate it beside the turns or in it")
+        turns[last] = replace(turns[last], ratings=rated)
 
 
 def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
@@ -100,20 +114,6 @@ def _reference(row: Row, schema: Schema, key: str) -> list[Turn]:
     for turn in _dialogue(row, schema, key, _SPEAKERS | dict.fromkeys(masked, "user")):
         plain = turn.role == "user" and not turn.ratings
         turns += prompt_turns({"value": turn.content}, "value") if plain else [turn]
-    return turns
-
-
-def _messages(row: Row, schema: Schema, key: str) -> list[Turn]:
-    """Ratings in the row's columns belong to the last assistant turn."""
-    turns = _dialogue(row, schema, key)
-    if rated := _columns(row, schema):
-        last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
-        if last is None or turns[last].ratings:
-            what, cure = "the last assistant turn is rated twice", "rate it beside the messages or in it"
-            if last is None:
-                what, cure = "ratings, and no assistant turn to which they belong", "add the response, or remove them"
-            raise DataError(what, key, cure)
-        turns[last] = replace(turns[last], ratings=rated)
     return turns
 
 
@@ -183,7 +183,7 @@ FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
     "helpsteer2": ("prompt", _helpsteer2),
     "reference": ("conversations", _reference),
     "conversation": ("turns", _dialogue),
-    "messages": ("messages", _messages),
+    "messages": ("messages", _dialogue),
     "sharegpt": ("conversations", _dialogue),
     "alpaca": ("instruction", _alpaca),
 }

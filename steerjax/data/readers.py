@@ -6,6 +6,7 @@ import decimal
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ Rows = Iterator[tuple[int, Row | DataError]]
 
 EMBEDDED = ("helpsteer", "helpsteer2")
 _SAMPLES = Path(__file__).with_name("samples")
+_SEPARATOR = re.compile(r"sep=(.)\r?\n")
 _TEXT_COLUMNS = ("id", "prompt", "response", "system", "instruction", "input", "output")
 
 
@@ -158,9 +160,12 @@ def _csv_rows(file: IO[bytes]) -> Rows:
     """Strict: after a broken record nothing says where the next begins. (pandas' and pyarrow's readers would join rows
     from an open quote to the next.)"""
     text = _decode(file.read())
-    separator = max(",\t;", key=text.partition("\n")[0].count)
+    if named := _SEPARATOR.match(text):  # Excel's own first line
+        text = text[named.end() :]
+    first = re.sub(r'"[^"]*"', "", text.splitlines()[0]) if text else ""
+    separator = named[1] if named else max(",\t;", key=first.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    header, rows, line = [], [], 1
+    header, rows, line = [], [], 1 + bool(named)
     limit = csv.field_size_limit(len(text) + 1)  # the whole module's, so it is put back
     try:
         for cells in reader:
@@ -168,7 +173,9 @@ def _csv_rows(file: IO[bytes]) -> Rows:
                 raise csv.Error(f"{len(cells)} cells under a header of {len(header)}")
             if header and cells:
                 rows.append((line, {name: _cell(name, cell) for name, cell in zip(header, cells, strict=True)}))
-            header, line = header or list(_object((name, None) for name in cells)), reader.line_num + 1
+            names = ((name.strip() or f"column {place}", None) for place, name in enumerate(cells, start=1))
+            header = header or list(_object(names))
+            line = reader.line_num + 1 + bool(named)
     except csv.Error as error:
         cure = "quote cells with separators or line breaks, double the quotes in them, and close each before this line"
         raise DataError(f"broken CSV: {error}", line=line, cure=cure) from None
@@ -180,7 +187,8 @@ def _csv_rows(file: IO[bytes]) -> Rows:
 def _cell(name: str, cell: str) -> str | float | None:
     """Empty is missing; numbers are parsed, except in columns that hold text."""
     try:
-        return (cell if name in _TEXT_COLUMNS else float(cell)) if cell.strip() else None
+        number = name not in _TEXT_COLUMNS and "_" not in cell  # to Python 0_4 is 4
+        return (float(cell) if number else cell) if cell.strip() else None
     except ValueError:
         return cell
 
@@ -199,7 +207,7 @@ def _table_rows(file: IO[bytes]) -> Rows:
         _object((name, None) for name in table.column_names)
         batches = table.to_batches(max_chunksize=1024)
         yield from enumerate((_plain(row) for batch in batches for row in batch.to_pylist()), start=1)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:  # the last: a date past year 9999
         raise DataError(f"broken table: {error}", cure="write the file again, e.g. with pyarrow") from error
 
 

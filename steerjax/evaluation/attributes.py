@@ -46,6 +46,9 @@ def run(options: argparse.Namespace) -> dict:
     trained = [c.turns[turn] for c, rated in zip(*load(options.train_data)[:2], strict=True) for turn in rated]
     rated, predicted, refused = predict(scorer, conversations, turns, skip=how == "skip")
     skipped += refused
+    if not rated and refused:
+        what = f"all {len(refused)} rated responses were left out, the first of them: {refused[0].reason}"
+        raise DataError(what, file=refused[0].file, line=refused[0].line, cure="a larger --row-length, or other rows")
     if not rated:
         raise DataError("no rated response to evaluate", file=options.data[0], cure=f"rate {' or '.join(names)}")
     tested, ids = [conversations[c].turns[turn] for c, turn in rated], [conversations[c].id for c, _ in rated]

@@ -57,6 +57,8 @@ def parse_attributes(text: str, schema: Schema) -> dict[str, int | None]:
     try:
         given = parse_label(",".join(":".join(entry) for entry in entries if entry[-1] != "none"), schema)
         left_out = {schema[entry[0]].name: None for entry in entries if entry[-1] == "none"}
+        if twice := given.keys() & left_out.keys():
+            raise DataError("stands twice", min(twice), "name it once")
     except DataError as error:
         raise ConfigError(f"--attributes {text}: {error}") from None
     return {name: round_rating(rating, schema[name]) for name, rating in given.items()} | left_out
@@ -87,7 +89,11 @@ def parse_sweep(text: str, schema: Schema) -> dict[str, list[int]]:
 def swept(attributes: str, sweeps: Sequence[str], schema: Schema) -> list[dict[str, int | None]]:
     """The settings that --attributes asks for with every combination of the ratings of each --sweep."""
     base = parse_attributes(attributes, schema) if attributes else {}
-    sweeping = {name: ratings for text in sweeps for name, ratings in parse_sweep(text, schema).items()}
+    parsed = [parse_sweep(text, schema) for text in sweeps]
+    sweeping = {name: ratings for each in parsed for name, ratings in each.items()}
+    if len(sweeping) < len(parsed) or sweeping.keys() & base.keys():
+        twice = next(iter(sweeping.keys() & base.keys()), min(sweeping))
+        raise ConfigError(f"--sweep {', '.join(sweeps)}: {twice} is asked for twice; cure: name an attribute once")
     return [base | dict(zip(sweeping, each, strict=True)) for each in itertools.product(*sweeping.values())]
 
 

@@ -3,10 +3,18 @@
 import json
 from pathlib import Path
 
+from steerjax.errors import DataError
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line that a killed process left half written is dropped."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else (), start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"broken JSON: {error}", file=str(path), line=number, cure="delete the line") from None
+    return records
 
 
 def write_json(path: Path, value: dict) -> None:

@@ -75,7 +75,7 @@ class TrainConfig:
 
     epochs: NotNegative = 1.0
     steps: Count = 0
-    seed: int = 0
+    seed: Count = 0
     log_every: Count = 1
     evaluate_every: Count = 0
     checkpoint_every: Count = 0

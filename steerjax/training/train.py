@@ -95,6 +95,9 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         newest = store.latest_step()
         processes.agree("start from a checkpoint", {f"newest step in {workdir}": newest})
         step, rest, new_head = newest or 0, None, False
+        if step > steps:
+            cure = f"config.train.steps (or epochs) of at least {step}, or another --workdir"
+            raise CheckpointError(f"{workdir} has done step {step}, and {steps} are asked for; cure: {cure}")
         if newest is None:
             whole, new_head = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
         else:
@@ -246,7 +249,7 @@ def loop(
     if owed or step == run.steps:
         evaluation = evaluate(write=not writer.evaluated)
     any_process = make_any(run.program.mesh)
-    with stop_on_sigterm() as asked:
+    with stop_on_signals() as asked:
         while step < run.steps:
             rows = run.data.plan.step_rows(step)
             state, metrics = run.program.train_step(state, run.feed(rows))
@@ -271,7 +274,7 @@ def loop(
                 store.wait()
                 processes.finish()
                 raise TrainingError(
-                    f"stopped by SIGTERM; step {step} is saved\n  cure: the same command goes on from there"
+                    f"stopped by a signal; step {step} is saved\n  cure: the same command goes on from there"
                 )
     return evaluation
 
@@ -302,15 +305,21 @@ def make_any(mesh: Mesh):
 
 
 @contextlib.contextmanager
-def stop_on_sigterm():
-    """An event that SIGTERM sets while the block runs (a preempted machine sends one some 30 seconds ahead)."""
+def stop_on_signals():
+    """An event that SIGTERM (a preempted machine sends one some 30 seconds ahead) and Ctrl-C set while the block runs;
+    a second Ctrl-C interrupts at once."""
     event, in_main = threading.Event(), threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: event.set()) if in_main else None
+
+    def stop(number, _):
+        event.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
     try:
         yield event
     finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def summary_text(summary: dict[str, str]) -> str:

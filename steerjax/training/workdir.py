@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import filelock
 from steerjax import __version__
 from steerjax.bundle.describe import Provenance, TokenizerSource, output_names, read_provenance
 from steerjax.chat.render import Renderer
-from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer
+from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from steerjax.data.loading import file_hashes
-from steerjax.errors import CheckpointError
+from steerjax.errors import CheckpointError, ModelError
 from steerjax.hf.description import Description
 from steerjax.objectives import Objective
 from steerjax.schema import Schema
@@ -36,11 +37,14 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _check_same(json.loads(path.read_text()), json.loads(experiment.to_json()), workdir)
-        path.write_text(experiment.to_json())
+        new = path.with_name("config.json.partial")
+        new.write_text(experiment.to_json())
+        new.replace(path)
     except OSError as error:
         raise CheckpointError(f"--workdir {workdir}: {error.strerror}; cure: a folder that can be written") from error
     except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is broken: {error}; cure: another --workdir") from error
+        cure = f"delete it, if the recipe is still the same, or another --workdir (not {workdir})"
+        raise CheckpointError(f"{path} is broken: {error}; cure: {cure}") from error
 
 
 @contextlib.contextmanager
@@ -137,8 +141,19 @@ def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Proven
 
 
 def keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
-    """Puts the tokenizer's files beside the checkpoints, so that a run can be moved and opened anywhere."""
-    folder = workdir / "tokenizer"
-    if not folder.exists():
-        folder.mkdir()
-        copy_tokenizer(tokenizer, folder)
+    """Puts the tokenizer's files beside the checkpoints, so that a run can be moved and opened anywhere.
+
+    A copy that is not this tokenizer's, or not whole, as a full disk leaves one, is replaced.
+    """
+    folder, new = workdir / "tokenizer", workdir / "tokenizer.partial"
+    with contextlib.suppress(ModelError):
+        if load_tokenizer(folder).hash == tokenizer.hash:
+            return
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        copy_tokenizer(tokenizer, new)
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written: {error}; cure: free some space, and start again") from error

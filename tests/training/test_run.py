@@ -166,18 +166,19 @@ def test_sigterm_saves_and_says_so(recipe, repository, uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize("last", [3, 6])
-def test_sigterm_at_an_evaluation_saves_first(recipe, tmp_path, monkeypatch, last):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_an_evaluation_saves_first(recipe, tmp_path, monkeypatch, sent, last):
     """An evaluation can take longer than a preempted machine has left; what was owed is done when the run goes on."""
     write = training.step_record
 
     def record(run, rows, metrics, seconds):
         if len(read_metrics(tmp_path / "metrics.jsonl")) == 4:  # two steps, each with its evaluation
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
         return write(run, rows, metrics, seconds)
 
     monkeypatch.setattr(training, "step_record", record)
     options = {"steps": last, "evaluate_every": 1, "checkpoint_every": 0}
-    with refused(TrainingError, "SIGTERM", "step 3", cure="the same command"):
+    with refused(TrainingError, "step 3", cure="the same command"):
         training.train(experiment(recipe, **options), tmp_path)
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] != "train"] == [1, 2]
     monkeypatch.undo()
