@@ -109,7 +109,7 @@ def test_every_recipe_resolves(repository):
     pages = [repository / "README.md", *(repository / "docs").glob("*.md")]
     recipes += [block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
     recipes = [text for text in recipes if "def get_config" in text]
-    assert len(recipes) >= 10
+    assert len(recipes) >= 11
     for text in recipes:
         namespace: dict = {}
         exec(text, namespace)
