@@ -78,7 +78,7 @@ def _rate_last(turns: list[Turn], row: Row, schema: Schema, key: str) -> None:
     if rated := {**(columns or {}), **(more or {})}:
         last = max((i for i, turn in enumerate(turns) if turn.role == "assistant"), default=None)
         if last is None:
-            raise DataError("ratings, and no response", key, "add the response they belong to, or remove them")
+            raise DataError("ratings, and no assistant turn", key, "add the response they belong to, or remove them")
         if turns[last].ratings or (columns and more):
             raise DataError("the last assistant turn is rated twice", key, "rate it beside the turns or in it")
         turns[last] = replace(turns[last], ratings=rated)

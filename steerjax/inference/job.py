@@ -97,10 +97,9 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
     if path.suffix != ".jsonl":
         raise DataError("lines are added to a plain .jsonl file only", file=str(path), cure="name it .jsonl")
     finished, partial, listing = path.exists(), beside(path, "partial"), beside(path, "skipped.jsonl")
-    if finished:
-        if not beside(path, "settings.json").exists():  # it may be the input
-            raise DataError("a file that we did not write is there", file=str(path), cure="name another output")
-        _check_settings(path, settings)
+    if finished and not beside(path, "settings.json").exists():  # it may be the input
+        wrong = f"a file that we did not write is there, or {beside(path, 'settings.json')} is gone"
+        raise DataError(wrong, file=str(path), cure="name another output")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = (path if finished else partial).open("ab+")
@@ -112,7 +111,8 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
         except BlockingIOError:
             cure = "wait for it, or name another output"
             raise DataError("another process is writing it", file=str(path), cure=cure) from None
-        output = Output(path, finished, file, 0 if finished else sum(1 for _ in _whole_lines(file)), set())
+        file.seek(0)
+        output = Output(path, finished, file, sum(1 for _ in (file if finished else _whole_lines(file))), set())
         if output.done or finished:
             _check_settings(path, settings)
             if listing.exists():
