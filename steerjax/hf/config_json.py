@@ -1,7 +1,7 @@
 """`config.json` of a Hugging Face folder, read strictly and written for transformers 4 and 5, vLLM and SGLang.
 
 A key is taken, required to have the one value that we compute, or known not to change the function. Any other is
-refused, as it may mean another model. A family is a class here, and what it has bias on, in `LlamaConfig.biased`.
+refused, as it may mean another model. What a family has of its own is in models/families.
 """
 
 import dataclasses
@@ -9,46 +9,19 @@ import fnmatch
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import Field
 
 from steerjax.errors import ConfigError, ModelError
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER
-from steerjax.models.config import LlamaConfig, Positive, RopeScaling
+from steerjax.models.config import LlamaConfig, RopeScaling
+from steerjax.models.families import FAMILIES
+from steerjax.models.families.family import Number
 from steerjax.typed import STRICT, read_json, typed
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, and ours
-
-Count = Annotated[int, Field(ge=1, le=10_000)]  # of what is made one by one
-
-
-# A family's keys, with the defaults of transformers' config class; null is what follows from the others.
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class _Llama:
-    vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count | None = None
-    head_dim: Positive | None = None
-    max_position_embeddings: Positive = 2048
-    rms_norm_eps: float = 1e-6
-    tie_word_embeddings: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    initializer_range: float = 0.02
-
-
-@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class _Mistral(_Llama):
-    num_key_value_heads: Count | None = 8
-    max_position_embeddings: Positive = 131072
-    attention_bias: Literal[False] = False
-    mlp_bias: Literal[False] = False
-    sliding_window: Positive | None = 4096
 
 
 # What is said of the folder rather than of the network.
@@ -57,13 +30,13 @@ class _Folder:
     architectures: list[str] | None = None
     dtype: str | None = None
     torch_dtype: str | None = None
-    num_labels: Count | None = None
+    num_labels: Number | None = None
     id2label: Annotated[dict[str, str], Field(max_length=10_000)] | None = None
 
 
-_FAMILIES = {"llama": _Llama, "mistral": _Mistral}  # by model_type
 _OUR_NAMES = {
     "num_hidden_layers": "num_layers", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads",
+    "sliding_window": "window",
 }  # fmt: skip
 _SCALING = {field.name for field in dataclasses.fields(RopeScaling)}  # what rope_type llama3 needs, under our names
 # The values that are the only ones we compute.
@@ -90,7 +63,7 @@ class HuggingFaceConfig:
     """A `config.json`."""
 
     model: LlamaConfig
-    architecture: str  # CAUSAL_LM, CLASSIFIER or BARE; Mistral's are read as Llama's
+    architecture: str  # CAUSAL_LM, CLASSIFIER or BARE, whatever the family
     labels: tuple[str, ...]  # what a classifier calls its outputs, in order (any names), else ()
     dtype: str  # of the stored weights, as the file says
     raw: Mapping[str, Any]  # the file as it stands
@@ -106,34 +79,39 @@ def read_config(folder: Path) -> HuggingFaceConfig:
 def parse_config(raw: Mapping[str, Any], where: str = "config.json") -> HuggingFaceConfig:
     """`read_config` of what the file holds; `where` stands before the key in messages."""
     kind = raw.get("model_type")
-    if kind not in list(_FAMILIES):
-        raise _not_implemented(where, "model_type", kind, "a Llama, or a Mistral that is one")
-    family = _FAMILIES[kind]
-    known = (*_names(family), *_names(_Folder), *_REQUIRED, *_HARMLESS)
+    if kind not in list(FAMILIES):
+        raise _not_implemented(where, "model_type", kind, f"a model of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    required = _REQUIRED | family.required
+    known = (*_names(family.keys), *_names(_Folder), *required, *_HARMLESS, *family.harmless)
     for key, value in raw.items():
-        if value not in _REQUIRED.get(key, (value,)):
-            raise _not_implemented(where, key, value, f"a model with {_REQUIRED[key][0]!r}")
+        if value not in required.get(key, (value,)):
+            raise _not_implemented(where, key, value, f"a model with {required[key][0]!r}")
         if not any(fnmatch.fnmatchcase(key, pattern) for pattern in known):
             cure = "remove it from the file if it does not change what the model computes"
             raise ModelError(f"{where}: unknown key {key!r} ({reprlib.repr(value)}); cure: {cure}")
-    values, said = dataclasses.asdict(_typed(family, raw, where)), _typed(_Folder, raw, where)
-    window, longest = values.pop("sliding_window", None), values["max_position_embeddings"]
-    if window is not None and window < longest:
-        cure = f"a model without (Mistral 7B v0.2 and later), or max_position_embeddings {longest} cut to it"
-        raise _not_implemented(where, "sliding_window", window, cure)
+    values, said = dataclasses.asdict(_typed(family.keys, raw, where)), _typed(_Folder, raw, where)
     # Ours has 0 where theirs has null.
     fields = {_OUR_NAMES.get(key, key): 0 if value is None else value for key, value in values.items()}
     try:
-        model = typed(LlamaConfig, fields | _rope(raw, where), where, ModelError)
+        model = typed(LlamaConfig, fields | _rope(raw, where) | {"family": kind}, where, ModelError)
     except ConfigError as error:
         raise ModelError(f"{where}: {error}") from None
-    names = [name.replace(kind.capitalize(), "Llama") for name in said.architectures or [CAUSAL_LM]]
-    if len(names) != 1 or names[0] not in (CAUSAL_LM, CLASSIFIER, BARE):
-        raise _not_implemented(where, "architectures", said.architectures, f"{CAUSAL_LM}, {CLASSIFIER} or {BARE}")
+    names = {theirs_name(name, kind): name for name in (CAUSAL_LM, CLASSIFIER, BARE)}
+    theirs = said.architectures or [theirs_name(CAUSAL_LM, kind)]
+    if len(theirs) != 1 or theirs[0] not in names:
+        raise _not_implemented(where, "architectures", said.architectures, f"one of {', '.join(names)}")
     dtype, dtypes = (said.dtype or said.torch_dtype or "float32").removeprefix("torch."), list(DTYPES.values())
     if dtype not in dtypes:
         raise _not_implemented(where, "dtype", dtype, f"weights in {' or '.join(dtypes)}")
-    return HuggingFaceConfig(model, names[0], _labels(said, where) if names[0] == CLASSIFIER else (), dtype, raw)
+    architecture = names[theirs[0]]
+    labels = _labels(said, where) if architecture == CLASSIFIER else ()
+    return HuggingFaceConfig(model, architecture, labels, dtype, raw)
+
+
+def theirs_name(architecture: str, family: str) -> str:
+    """What transformers calls a family's CAUSAL_LM, CLASSIFIER or BARE."""
+    return architecture.replace("Llama", FAMILIES[family].prefix)
 
 
 def write_config(config: HuggingFaceConfig) -> dict[str, Any]:
@@ -142,8 +120,12 @@ def write_config(config: HuggingFaceConfig) -> dict[str, Any]:
     Token ids and `problem_type` are those of `config.raw`.
     """
     model, scaling = config.model, config.model.rope_scaling
-    written = {"architectures": [config.architecture], "model_type": "llama", "hidden_act": "silu"}
-    written |= {key: getattr(model, _OUR_NAMES.get(key, key)) for key in _names(_Llama)}
+    names = [theirs_name(config.architecture, model.family)]
+    written = {"architectures": names, "model_type": model.family, "hidden_act": "silu"}
+    written |= {key: getattr(model, _OUR_NAMES.get(key, key)) for key in _names(FAMILIES[model.family].keys)}
+    if "sliding_window" in written:
+        written["sliding_window"] = written["sliding_window"] or None
+    written |= {key: values[0] for key, values in FAMILIES[model.family].required.items()}
     scaled = {"rope_type": "llama3"} | dataclasses.asdict(scaling)
     written |= {"rope_theta": model.rope_theta, "rope_scaling": scaled if scaling.factor != 1 else None}
     written["torch_dtype"] = config.dtype

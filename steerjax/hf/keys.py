@@ -1,4 +1,4 @@
-"""The one map between Hugging Face's Llama tensors and our parameters, for import and for export.
+"""The one map between Hugging Face's tensors and our parameters, for import and for export.
 
 A weight is [out, in] there and [in..., out...] here, so it is transposed and reshaped; a query weight [N*H, D] is
 [D, N, H]. RoPE is half-split on both sides, so no row is ever moved. Layers are stacked here.
@@ -14,6 +14,7 @@ from steerjax.models.config import LlamaConfig
 
 Index = tuple[slice, ...]  # without steps
 
+# Llama's names; another family's have its prefix.
 CAUSAL_LM = "LlamaForCausalLM"
 CLASSIFIER = "LlamaForSequenceClassification"
 BARE = "LlamaModel"
@@ -100,6 +101,9 @@ def tensors(config: LlamaConfig, architecture: str, labels: int = 0, *, prefix: 
             found.append(Tensor(f"{theirs}{name}.weight", kernel, layer, into + out, len(into), turned=True))
             if path.split("/")[1] in config.biased:
                 found.append(Tensor(f"{theirs}{name}.bias", f"{ours}{path}/bias", layer, out, len(out)))
+        for letter in ("q", "k") if config.qk_norm else ():
+            norm = f"{theirs}self_attn.{letter}_norm.weight"
+            found.append(Tensor(norm, f"{ours}attention/{letter}_norm/scale", layer, (config.head_dim,)))
     found.append(Tensor(f"{prefix}norm.weight", "llama/final_norm/scale", None, (D,)))
     if architecture == CAUSAL_LM and not config.tie_word_embeddings:
         found.append(Tensor("lm_head.weight", "lm_head", None, (D, V), turned=True))

@@ -212,6 +212,9 @@ def extend(
     own = jnp.tril(jnp.ones((T, T), bool)) & real[:, None]
     mask = jnp.concatenate([jnp.broadcast_to(seen[:, None], (B, T, seen.shape[1])), own], axis=-1)
     positions = seen.sum(1, keepdims=True) + jnp.arange(T)
+    if model.config.window:
+        slots = jnp.concatenate([jnp.cumsum(seen, axis=1) - 1, positions], axis=1)
+        mask &= positions[:, :, None] - slots[:, None] < model.config.window
     return model.apply({"params": params}, tokens, positions, cache, mask, method="extend")
 
 

@@ -9,10 +9,11 @@ import pydantic.dataclasses
 from pydantic import Field
 
 from steerjax.errors import ConfigError
+from steerjax.models.families import FAMILIES
+from steerjax.models.families.family import Positive
 from steerjax.typed import STRICT
 
 Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -28,8 +29,9 @@ class RopeScaling:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class LlamaConfig:
-    """Llama 1, 2, 3, 3.1, 3.2, TinyLlama, SmolLM2, Mistral.
+    """A Llama, or a model of a family that differs from it in what `families/` says.
 
+    A token sees those at less than `window` positions before it, 0 for all.
     `head_dim` 0 is `hidden_size // num_heads`, `num_kv_heads` 0 `num_heads`, `vocab_size` 0 the tokenizer's (filled in
     when a run begins).
     """
@@ -49,6 +51,8 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     initializer_range: PositiveFloat = 0.02
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    window: Count = 0
 
     def __post_init__(self):
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
@@ -56,6 +60,10 @@ class LlamaConfig:
         if self.num_heads % self.num_kv_heads:
             both = f"model.num_heads {self.num_heads} is no multiple of model.num_kv_heads {self.num_kv_heads}"
             raise ConfigError(f"{both}; cure: a multiple, or a divisor")
+        if self.window and self.family != "mistral":
+            raise ConfigError(
+                f"model.window is {self.window}, and a {self.family} has none; cure: 0, or family mistral"
+            )
         if self.head_dim % 2 or not self.head_dim:
             raise ConfigError(f"model.head_dim is {self.head_dim}; cure: an even number, RoPE turns pairs")
 
@@ -66,7 +74,13 @@ class LlamaConfig:
     @property
     def biased(self) -> tuple[str, ...]:
         """The projections that have a bias, here and in Hugging Face's files."""
-        return ("q", "k", "v", "o") * self.attention_bias + ("gate", "up", "down") * self.mlp_bias
+        chosen = ("q", "k", "v", "o") * self.attention_bias + ("gate", "up", "down") * self.mlp_bias
+        return FAMILIES[self.family].biased + chosen
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys of each head go through an RMSNorm before RoPE."""
+        return FAMILIES[self.family].qk_norm
 
     @property
     def block_parameters(self) -> int:

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.core import meta
 from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.models.attention import Cache, Plan, cached_attention, make_plan, seen_mean, self_attention
+from steerjax.models.attention import Cache, Plan, Window, cached_attention, make_plan, seen_mean, self_attention
 from steerjax.models.config import LlamaConfig
 from steerjax.models.embedding import look_up
 from steerjax.models.rope import apply_rope, rope_tables
@@ -92,9 +92,11 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: States, context: Context, cache: Cache | None):
         linear = functools.partial(Linear, config=self.config, dtype=self.compute.dtype)
-        q = apply_rope(linear("BTD,DNH->BTNH", name="q")(x), *context.rope)
-        k = apply_rope(linear("BTD,DKH->BTKH", name="k")(x), *context.rope)
+        q, k = linear("BTD,DNH->BTNH", name="q")(x), linear("BTD,DKH->BTKH", name="k")(x)
         v = linear("BTD,DKH->BTKH", name="v")(x)
+        if self.config.qk_norm:
+            q, k = (RMSNorm(self.config.rms_norm_eps, name=f"{n}_norm")(y) for n, y in (("q", q), ("k", k)))
+        q, k = (apply_rope(y, *context.rope) for y in (q, k))
         q = constrain(q, "batch", "length", "activation_heads", None)
         if cache is None:
             y = self_attention(q, k, v, context.plan)
@@ -157,7 +159,8 @@ class Llama(nn.Module):
 
     def _context(self, positions: Ints, until=None, mask=None) -> Context:
         c, run = self.config, self.compute
-        plan = None if until is None else make_plan(run.attention, until, run.chunk, run.dtype)
+        window = Window(positions, positions + c.window) if c.window else None
+        plan = None if until is None else make_plan(run.attention, until, run.chunk, run.dtype, window)
         return Context(rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling), plan, mask)
 
     def _embed(self, tokens: Ints) -> States:

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from steerjax.errors import ModelError
+from steerjax.errors import ConfigError, ModelError
 from steerjax.hf.config_json import parse_config, read_config, write_config
 from steerjax.models.config import LlamaConfig, RopeScaling
+from steerjax.models.families import FAMILIES
 from tests.hf_folders import CLASSIFIER, LABELS, TINY
 from tests.refusals import refused
 
@@ -115,10 +116,41 @@ REAL = {
             "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 1000000.0,
             "sliding_window": None, "transformers_version": "4.42.0.dev0", "vocab_size": 32768,
         },
-        {"vocab_size": 32768, "head_dim": 128},
+        {"vocab_size": 32768, "head_dim": 128, "window": 0},
+    ),
+    "Mistral-7B-v0.1": (
+        COMMON | {
+            "architectures": ["MistralForCausalLM"], "hidden_size": 4096, "intermediate_size": 14336,
+            "max_position_embeddings": 32768, "model_type": "mistral", "num_attention_heads": 32,
+            "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 10000.0, "sliding_window": 4096,
+            "transformers_version": "4.34.0.dev0", "vocab_size": 32000,
+        },
+        {"window": 4096, "family": "mistral"},
+    ),
+    "Qwen2.5-0.5B-Instruct": (
+        COMMON | {
+            "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+            "eos_token_id": 151645, "hidden_size": 896, "intermediate_size": 4864, "max_position_embeddings": 32768,
+            "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14, "num_hidden_layers": 24,
+            "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+            "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.43.1",
+            "use_sliding_window": False, "vocab_size": 151936,
+        },
+        {"biased": ("q", "k", "v"), "window": 0, "head_dim": 64, "tie_word_embeddings": True},
+    ),
+    "Qwen3-0.6B": (
+        COMMON | {
+            "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+            "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "hidden_size": 1024,
+            "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+            "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+            "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+            "use_sliding_window": False, "vocab_size": 151936,
+        },
+        {"qk_norm": True, "biased": (), "head_dim": 128},
     ),
 }  # fmt: skip
-MISTRAL = REAL["Mistral-7B-v0.2"][0]
 
 
 @pytest.mark.short
@@ -141,12 +173,12 @@ def test_real_configs(name):
 @pytest.mark.parametrize("name", REAL)
 def test_transformers_reads_what_we_write(name):
     """Source and export are the same to transformers, field by field."""
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import MistralConfig
+    import transformers
 
     raw = REAL[name][0]
-    source = (MistralConfig if raw["model_type"] == "mistral" else TheirConfig).from_dict(dict(raw))
-    export = TheirConfig.from_dict(write_config(parse_config(raw)))
+    theirs = getattr(transformers, FAMILIES[raw["model_type"]].prefix + "Config")
+    source, export = theirs.from_dict(dict(raw)), theirs.from_dict(write_config(parse_config(raw)))
+    assert export.architectures == source.architectures
     fields = (
         "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
@@ -163,14 +195,14 @@ def test_transformers_reads_what_we_write(name):
 
 @pytest.mark.parity
 def test_absent_keys_mean_what_they_mean_to_transformers():
-    from transformers import LlamaConfig as TheirConfig
-    from transformers import MistralConfig
+    import transformers
 
     least = {key: TINY[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
     least |= {"num_hidden_layers": 2, "num_attention_heads": 8}
-    for kind, theirs in (("llama", TheirConfig(**least)), ("mistral", MistralConfig(**least))):
-        extra = {"model_type": kind} | ({"sliding_window": None} if kind == "mistral" else {})
-        ours = parse_config(least | extra).model
+    for kind, family in FAMILIES.items():
+        theirs = getattr(transformers, family.prefix + "Config")(**least)
+        ours = parse_config(least | {"model_type": kind}).model
+        assert ours.window == (getattr(theirs, "sliding_window", None) or 0)
         for name, their_name in (
             ("num_kv_heads", "num_key_value_heads"), ("max_position_embeddings", None), ("rms_norm_eps", None),
             ("tie_word_embeddings", None), ("initializer_range", None),
@@ -191,7 +223,7 @@ def test_a_classifier():
 
 # What changes in a good file, and the key and value that the error names.
 REFUSED = [
-    ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+    ({"model_type": "gemma2"}, "model_type 'gemma2'"),
     ({"model_type": ["llama"]}, "model_type ['llama']"),
     ({"architectures": ["LlamaForQuestionAnswering"]}, "architectures ['LlamaForQuestionAnswering']"),
     ({"architectures": "LlamaForCausalLM"}, "architectures 'LlamaForCausalLM'"),
@@ -256,19 +288,25 @@ def test_labels_may_be_called_anything(names):
 
 
 @pytest.mark.parametrize(
-    "change", [{"sliding_window": 4096}, {"sliding_window": 32767}, {"attention_bias": True}, {"mlp_bias": True}]
+    ("name", "change"),
+    [
+        ("Mistral-7B-v0.2", {"attention_bias": True}),
+        ("Mistral-7B-v0.2", {"mlp_bias": True}),
+        ("Qwen2.5-0.5B-Instruct", {"use_sliding_window": True}),
+        ("Qwen2.5-0.5B-Instruct", {"attention_bias": True}),
+        ("Qwen3-0.6B", {"use_sliding_window": True}),
+        ("Qwen3-0.6B", {"architectures": ["Qwen2ForCausalLM"]}),
+    ],
 )
-def test_a_mistral_that_is_no_llama(change):
+def test_what_a_family_has_not(name, change):
     ((key, value),) = change.items()
     with refused(ModelError, "config.json", key, str(value)):
-        parse_config(MISTRAL | change)
+        parse_config(REAL[name][0] | change)
 
 
-def test_a_window_as_long_as_the_context():
-    assert parse_config(MISTRAL | {"sliding_window": 32768}).model.max_position_embeddings == 32768
-    absent = {key: value for key, value in MISTRAL.items() if key != "sliding_window"}
-    with refused(ModelError, "sliding_window 4096", cure="max_position_embeddings 32768"):
-        parse_config(absent)
+def test_a_window_that_no_config_would_say():
+    with refused(ConfigError, "model.window is 8"):
+        LlamaConfig(window=8)
 
 
 def test_config_files_that_cannot_be_read(tmp_path):

@@ -8,6 +8,7 @@ from flax.core import meta
 
 from steerjax.models.attention import Cache
 from steerjax.models.config import LlamaConfig, RopeScaling
+from steerjax.models.families import FAMILIES
 from steerjax.models.llama import CausalLM, Compute, RewardModel
 
 pytestmark = pytest.mark.parity
@@ -27,19 +28,32 @@ CASES = {
     "attention-bias": {"attention_bias": True},
     "mlp-bias": {"mlp_bias": True},
     "one-layer": {"num_layers": 1},
+    "mistral": {"family": "mistral"},
+    "mistral-window": {"family": "mistral", "window": 5},
+    "mistral-window-1": {"family": "mistral", "window": 1},
+    "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3", "head_dim": 20},
+    "qwen3-bias": {"family": "qwen3", "attention_bias": True},
 }
 
 
-def hf_config(config: LlamaConfig, **more):
-    from transformers import LlamaConfig as HFConfig
+def theirs(config: LlamaConfig, architecture: str):
+    """transformers' class: `architecture` is Config, ForCausalLM or ForSequenceClassification."""
+    import transformers
 
+    return getattr(transformers, FAMILIES[config.family].prefix + architecture)
+
+
+def hf_config(config: LlamaConfig, **more):
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     scaling = config.rope_scaling
     if scaling.factor != 1:
         rope |= {"rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor}
         rope |= {"high_freq_factor": scaling.high_freq_factor}
         rope |= {"original_max_position_embeddings": scaling.original_max_position_embeddings}
-    return HFConfig(
+    if config.family == "mistral":
+        more["sliding_window"] = config.window or None
+    return theirs(config, "Config")(
         vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_layers, num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads, head_dim=config.head_dim, rms_norm_eps=config.rms_norm_eps,
@@ -85,6 +99,8 @@ def from_torch(module, config: LlamaConfig) -> dict:
             bias_shape = shape[1:] if name in ("q", "k", "v") else shape[-1:]
             entry["bias"] = stack(f"{theirs}.bias", lambda b, shape=bias_shape: b.reshape(shape))
         layers[group][name] = entry
+    for letter in "qk" if "model.layers.0.self_attn.q_norm.weight" in weights else "":
+        layers["attention"][f"{letter}_norm"] = {"scale": stack(f"self_attn.{letter}_norm.weight", lambda w: w)}
     layers["attention_norm"] = {"scale": stack("input_layernorm.weight", lambda w: w)}
     layers["mlp_norm"] = {"scale": stack("post_attention_layernorm.weight", lambda w: w)}
     return {
@@ -98,13 +114,12 @@ def from_torch(module, config: LlamaConfig) -> dict:
 @pytest.mark.parametrize(("attention", "chunk"), [("chunked", 8), ("chunked", 256), ("blockwise", 8)])
 def test_logits_equal_transformers(name, attention, chunk):
     import torch
-    from transformers import LlamaForCausalLM
 
     case = {**BASE, **CASES[name]}
     start = case.pop("start", 0)
     config = LlamaConfig(**case)
-    theirs = randomize(LlamaForCausalLM(hf_config(config, attn_implementation="eager")), seed=0)
-    params, weights = from_torch(theirs, config)
+    model = theirs(config, "ForCausalLM")(hf_config(config, attn_implementation="eager"))
+    params, weights = from_torch(randomize(model, seed=0), config)
     params = {"llama": params}
     if not config.tie_word_embeddings:
         params["lm_head"] = weights["lm_head.weight"].T
@@ -112,7 +127,7 @@ def test_logits_equal_transformers(name, attention, chunk):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 24))
     positions = np.arange(24)[None].repeat(2, 0) + start
     with torch.no_grad():
-        expected = theirs(input_ids=torch.tensor(tokens), position_ids=torch.tensor(positions)).logits.numpy()
+        expected = model(input_ids=torch.tensor(tokens), position_ids=torch.tensor(positions)).logits.numpy()
     module = CausalLM(config, Compute(attention=attention, chunk=chunk))
     logits = jax.jit(module.apply)({"params": params}, tokens, positions, np.full((2, 24), 24))
     assert np.abs(expected).max() > 0.5  # the comparison is of something
@@ -125,15 +140,15 @@ def until_of(lengths, row_length: int) -> np.ndarray:
     return np.where(places < lengths[:, None], lengths[:, None], places + 1).astype(np.int32)
 
 
-def test_rewards_equal_sequence_classification():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rewards_equal_sequence_classification(family):
     """Right padding, rows of different length, five labels."""
     import torch
-    from transformers import LlamaForSequenceClassification
 
-    config = LlamaConfig(**BASE, num_kv_heads=2)
+    config = LlamaConfig(**BASE, num_kv_heads=2, family=family)
     more = {"num_labels": 5, "pad_token_id": 0, "attn_implementation": "eager"}
-    theirs = randomize(LlamaForSequenceClassification(hf_config(config, **more)), seed=1)
-    params, weights = from_torch(theirs, config)
+    model = randomize(theirs(config, "ForSequenceClassification")(hf_config(config, **more)), seed=1)
+    params, weights = from_torch(model, config)
     params = {"llama": params, "reward_head": weights["score.weight"].T}
 
     lengths = np.array([24, 7, 15])
@@ -141,7 +156,7 @@ def test_rewards_equal_sequence_classification():
     real = np.arange(24)[None] < lengths[:, None]
     tokens = np.where(real, tokens, 0)
     with torch.no_grad():
-        expected = theirs(torch.tensor(tokens), attention_mask=torch.tensor(real.astype(int))).logits.numpy()
+        expected = model(torch.tensor(tokens), attention_mask=torch.tensor(real.astype(int))).logits.numpy()
     positions = np.arange(24)[None].repeat(3, 0)
     rewards = RewardModel(config, 5).apply({"params": params}, tokens, positions, until_of(lengths, 24))
     np.testing.assert_allclose(rewards[np.arange(3), lengths - 1], expected, atol=1e-4, rtol=0)

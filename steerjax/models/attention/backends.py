@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from steerjax.errors import ConfigError
 from steerjax.models.attention.blockwise import block_plan, blockwise_attention
 from steerjax.models.attention.kernels import LANES, cudnn_attention, cudnn_bias, splash_attention, splash_plan
-from steerjax.models.attention.mask import Heads, Keys, allowed, causal_attention
+from steerjax.models.attention.mask import Heads, Keys, Window, allowed, causal_attention
 from steerjax.parallel.rules import RULES, mesh_ways, partition_spec
 
 SPLASH_LARGEST = 16384**2  # pairs of a row; at 2 bytes each, 512 MiB
@@ -28,49 +28,50 @@ class Plan:
     """What `self_attention` needs of a batch, made once for all layers."""
 
     until: Int[Array, "B T"]
+    window: Window | None
     mask: Any  # in the form of the back end; `chunked` needs none
     name: str = struct.field(pytree_node=False)
     chunk: int = struct.field(pytree_node=False)
 
 
-def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype) -> Plan:
+def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype, window: Window | None = None) -> Plan:
     """The plan of a batch, on the mesh that is set, for queries of this dtype.
 
     Rows that cannot be cut as the back end and the mesh need (those to rate have any length) are `chunked`.
     """
     part = until.shape[1] // _context_size()
     if name == "chunked" or part % {"splash": LANES, "cudnn": 2}.get(name, chunk) or not _divides(until.shape, _ROWS):
-        return Plan(until, None, "chunked", chunk)
+        return Plan(until, window, None, "chunked", chunk)
 
-    def local(until):
+    def local(until, window):
         if name == "blockwise":
-            return block_plan(until, chunk, _start(part), part)
-        mask = allowed(until, _start(part), part)
+            return block_plan(until, chunk, _start(part), part, window)
+        mask = allowed(until, _start(part), part, window)
         return splash_plan(mask) if name == "splash" else cudnn_bias(mask, dtype)
 
-    return Plan(until, _on_mesh(local, (("batch",),), _MASK[name])(until), name, chunk)
+    return Plan(until, window, _on_mesh(local, (("batch",),) * 2, _MASK[name])(until, window), name, chunk)
 
 
 def self_attention(q: Heads, k: Keys, v: Keys, plan: Plan) -> Heads:
     """Attention over packed rows on the mesh that is set: each device for its own rows, heads and queries."""
 
-    def local(q, k, v, until, mask):
+    def local(q, k, v, until, window, mask):
         if _context_size() > 1:
             k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
         match plan.name:
             case "chunked":
-                return causal_attention(q, k, v, until, plan.chunk, _start(q.shape[1]))
+                return causal_attention(q, k, v, until, plan.chunk, _start(q.shape[1]), window)
             case "blockwise":
-                return blockwise_attention(q, k, v, until, mask, plan.chunk)
+                return blockwise_attention(q, k, v, until, window, mask, plan.chunk)
             case "splash":
                 return splash_attention(q, k, v, mask)
             case "cudnn":
                 return cudnn_attention(q, k, v, mask)
 
     if plan.name == "chunked" and (_context_size() == 1 or not _divides(q.shape, _HEADS)):
-        return causal_attention(q, k, v, plan.until, plan.chunk)  # XLA cuts rows and heads as well
-    inputs = (_HEADS, _HEADS, _HEADS, ("batch",), _MASK[plan.name])
-    return _on_mesh(local, inputs, _HEADS)(q, k, v, plan.until, plan.mask)
+        return causal_attention(q, k, v, plan.until, plan.chunk, window=plan.window)  # XLA cuts rows and heads as well
+    inputs = (_HEADS, _HEADS, _HEADS, ("batch",), ("batch",), _MASK[plan.name])
+    return _on_mesh(local, inputs, _HEADS)(q, k, v, plan.until, plan.window, plan.mask)
 
 
 def _on_mesh(function, inputs: tuple[tuple, ...], output: tuple):

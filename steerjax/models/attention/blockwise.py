@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from steerjax.models.attention.mask import Heads, Keys
+from steerjax.models.attention.mask import Heads, Keys, Window
 
 NEGATIVE = -1e30  # finite: a block may hold no key for a query, and inf - inf is NaN
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -28,7 +28,11 @@ class BlockPlan(NamedTuple):
 
 
 def block_plan(
-    until: Int[Array, "B S"], block: int, start: int | Int[Array, ""] = 0, length: int | None = None
+    until: Int[Array, "B S"],
+    block: int,
+    start: int | Int[Array, ""] = 0,
+    length: int | None = None,
+    window: Window | None = None,
 ) -> BlockPlan:
     """The plan of rows; arguments of `mask.allowed`, multiples of `block`."""
     B, S = until.shape
@@ -38,6 +42,11 @@ def block_plan(
     bounds = until.reshape(B, 1, S // block, block)
     full = (k0 + block - 1 <= first) & (bounds.min(-1) >= end)
     empty = (k0 >= end) | (bounds.max(-1) <= first)
+    if window is not None:
+        positions, reach = (x.reshape(B, S // block, block) for x in window)
+        positions = positions[:, numbers, None]
+        full &= positions.max(-1) < reach.min(-1)[:, None]
+        empty |= positions.min(-1) >= reach.max(-1)[:, None]
     keys = jnp.argsort(jnp.where(full, 0, jnp.where(empty, 2, 1)), axis=-1, stable=True)
     queries = jnp.broadcast_to(numbers, (B, len(numbers)))
     return BlockPlan(*(x.astype(jnp.int32) for x in (queries, keys, full.sum(-1), (~empty).sum(-1))))
@@ -50,6 +59,7 @@ class _Row(NamedTuple):
     k: Float[Array, "m K b H"]
     v: Float[Array, "m K b H"]
     until: Int[Array, "m b"]
+    window: Window | None  # in blocks, too
 
 
 def _scores(row: _Row, plan: BlockPlan, i, j, masked: bool) -> Float[Array, "K Gb b"]:
@@ -59,6 +69,8 @@ def _scores(row: _Row, plan: BlockPlan, i, j, masked: bool) -> Float[Array, "K G
     place = jnp.arange(b := row.until.shape[1])
     queries = (plan.queries[i] * b + place)[:, None]
     mask = (j * b + place <= queries) & (queries < row.until[j])
+    if row.window is not None:
+        mask &= row.window.positions[plan.queries[i]][:, None] < row.window.reach[j]
     return jnp.where(jnp.tile(mask, (scores.shape[1] // b, 1)), scores, NEGATIVE)
 
 
@@ -127,29 +139,32 @@ def _from_blocks(x: Float[Array, "B n K Gb H"], block: int) -> Heads:
     return x.reshape(B, n * block, K * (Gb // block), H)
 
 
-def _rows(q, k, v, until, block: int) -> _Row:
-    return _Row(*(_to_blocks(x, k.shape[2], block) for x in (q, k, v)), until.reshape(len(until), -1, block))
+def _rows(q, k, v, until, window, block: int) -> _Row:
+    heads = (_to_blocks(x, k.shape[2], block) for x in (q, k, v))
+    return _Row(*heads, *jax.tree.map(lambda x: x.reshape(len(x), -1, block), (until, window)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def blockwise_attention(q: Heads, k: Keys, v: Keys, until: Int[Array, "B S"], plan: BlockPlan, block: int) -> Heads:
-    """Self-attention under the mask of `mask.allowed`, softmax in float32; k, v and until are of whole rows.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def blockwise_attention(
+    q: Heads, k: Keys, v: Keys, until: Int[Array, "B S"], window: Window | None, plan: BlockPlan, block: int
+) -> Heads:
+    """Self-attention under the mask of `mask.allowed`, softmax in float32; k, v, until and window are of whole rows.
 
-    `plan` is the `block_plan` of these until, queries and block.
+    `plan` is the `block_plan` of these until, window, queries and block.
     """
-    return _forward(q, k, v, until, plan, block)[0]
+    return _forward(q, k, v, until, window, plan, block)[0]
 
 
-def _forward(q, k, v, until, plan, block):
-    out, logsumexp = jax.lax.map(lambda x: _forward_row(*x), (_rows(q, k, v, until, block), plan))
-    return _from_blocks(out, block), (q, k, v, until, plan, out, logsumexp)
+def _forward(q, k, v, until, window, plan, block):
+    out, logsumexp = jax.lax.map(lambda x: _forward_row(*x), (_rows(q, k, v, until, window, block), plan))
+    return _from_blocks(out, block), (q, k, v, until, window, plan, out, logsumexp)
 
 
 def _backward(block, saved, gradient):
-    q, k, v, until, plan, out, logsumexp = saved
-    arguments = (_rows(q, k, v, until, block), plan, out, logsumexp, _to_blocks(gradient, k.shape[2], block))
-    gradients = jax.lax.map(lambda x: _backward_row(*x), arguments)
-    return *(_from_blocks(g, block).astype(q.dtype) for g in gradients), None, None
+    q, k, v, until, window, plan, out, logsumexp = saved
+    rows, gradient = _rows(q, k, v, until, window, block), _to_blocks(gradient, k.shape[2], block)
+    gradients = jax.lax.map(lambda x: _backward_row(*x), (rows, plan, out, logsumexp, gradient))
+    return *(_from_blocks(g, block).astype(q.dtype) for g in gradients), None, None, None
 
 
 blockwise_attention.defvjp(_forward, _backward)

@@ -17,13 +17,30 @@ Heads = Float[Array, "B T N H"]  # of queries and outputs
 Keys = Float[Array, "B S K H"]  # and values; N / K query heads share one
 
 
+class Window(NamedTuple):
+    """A sliding window (Mistral's): a token at position p is seen up to position p + window - 1 of its own text."""
+
+    positions: Int[Array, "B S"]
+    reach: Int[Array, "B S"]  # position + window
+
+
 def allowed(
-    until: Int[Array, "B S"], start: int | Int[Array, ""] = 0, length: int | None = None
+    until: Int[Array, "B S"],
+    start: int | Int[Array, ""] = 0,
+    length: int | None = None,
+    window: Window | None = None,
 ) -> Bool[Array, "B T S"]:
-    """True where a query sees a key: `j <= i < until[j]`; `start` and `length` are the queries', all by default."""
+    """True where a query sees a key: `j <= i < until[j]`, and `positions[i] < reach[j]` where there is a window.
+
+    `start` and `length` are the queries', all by default.
+    """
     S = until.shape[1]
     queries = start + jnp.arange(length or S)[:, None]
-    return (jnp.arange(S) <= queries) & (queries < until[:, None, :])
+    mask = (jnp.arange(S) <= queries) & (queries < until[:, None, :])
+    if window is None:
+        return mask
+    positions = jax.lax.dynamic_slice_in_dim(window.positions, start, length or S, axis=1)
+    return mask & (positions[:, :, None] < window.reach[:, None, :])
 
 
 def attend(q: Heads, parts: Sequence[tuple[Keys, Keys]], mask: Bool[Array, "B T S"]) -> Heads:
@@ -63,17 +80,24 @@ def cached_attention(q: Heads, k: Keys, v: Keys, cache: Cache, mask: Bool[Array,
 
 
 def causal_attention(
-    q: Heads, k: Keys, v: Keys, until: Int[Array, "B S"], chunk: int = 256, start: int | Int[Array, ""] = 0
+    q: Heads,
+    k: Keys,
+    v: Keys,
+    until: Int[Array, "B S"],
+    chunk: int = 256,
+    start: int | Int[Array, ""] = 0,
+    window: Window | None = None,
 ) -> Heads:
     """Attention over packed rows, `chunk` queries at a time, with only the keys before them, and no scores kept.
 
-    k, v and until are of whole rows, in which the queries start at `start`; where that is no plain number, the future
-    is masked, not skipped.
+    k, v, until and window are of whole rows, in which the queries start at `start`; where that is no plain number, the
+    future is masked, not skipped.
     """
 
     @jax.checkpoint
     def attend_chunk(q, k, v, until, start):
-        return attend(q, ((k, v),), allowed(until, start, q.shape[1]))
+        near = window and Window(window.positions, window.reach[:, : until.shape[1]])
+        return attend(q, ((k, v),), allowed(until, start, q.shape[1], near))
 
     outputs = []
     for begin in range(0, q.shape[1], chunk):

@@ -82,8 +82,10 @@ def by_definition(q, k, v, mask):
     return jnp.einsum("BNTS,BSNH->BTNH", jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf)), v)
 
 
-def attention(name: str, chunk: int, q, k, v, until):
-    return self_attention(q, k, v, make_plan(name, until, chunk, q.dtype))
+def attention(name: str, chunk: int, q, k, v, mask):
+    """`mask` is `until`, or that and a window."""
+    until, window = mask if isinstance(mask, tuple) else (mask, None)
+    return self_attention(q, k, v, make_plan(name, until, chunk, q.dtype, window))
 
 
 @functools.partial(jax.jit, static_argnums=0)

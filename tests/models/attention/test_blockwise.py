@@ -61,7 +61,7 @@ def test_a_query_without_a_key_in_a_visited_block_is_no_nan():
     q = q * 30  # with scores far apart
 
     def blockwise(q, k, v, until):
-        return blockwise_attention(q, k, v, until, block_plan(until, 16), 16)
+        return blockwise_attention(q, k, v, until, None, block_plan(until, 16), 16)
 
     ours = values_and_gradients(blockwise, q, k, v, weights, until)
     assert all(bool(jnp.isfinite(x).all()) for x in ours)

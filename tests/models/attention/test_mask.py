@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from steerjax.models.attention import Cache, cached_attention, seen_mean
+from steerjax.models.attention import Cache, Window, cached_attention, seen_mean
 from steerjax.models.attention.mask import allowed
 from tests.models.attention.forests import (
     NAMES,
@@ -30,22 +30,27 @@ from tests.models.attention.forests import (
 T = 256
 Q, K, V, WEIGHTS = arrays(2, T, N=4, K=2, H=16)
 CASES = [*((name, 64) for name in NAMES), ("blockwise", 16), ("blockwise", 256), ("chunked", 100)]
-ATTENTIONS = {case: functools.partial(attention, *case) for case in CASES}  # one object a case: compiled once
+ATTENTIONS = {case: functools.partial(attention, *case) for case in CASES}  # one object a case: compiled twice
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(forest=st.lists(trees(depth=6, longest=20), max_size=12))
-def test_until_is_the_mask_of_ancestors_with_every_back_end(monkeypatch, forest):
-    """Forests of depth up to 6, beside one tree; what they leave of the row is padding."""
+@given(forest=st.lists(trees(depth=6, longest=20), max_size=12), reach=st.sampled_from([None, 1, 3, 40]))
+def test_until_is_the_mask_of_ancestors_with_every_back_end(monkeypatch, forest, reach):
+    """Forests of depth up to 6, beside one tree; what they leave of the row is padding. With and without a window."""
     kernels_anywhere(monkeypatch)
     rows = lay_out(forest, T), lay_out([Node(100, (Node(50), Node(70)))], T)
     until, mask = (np.stack(x) for x in zip(*rows, strict=True))
     np.testing.assert_array_equal(allowed(until), mask)
     np.testing.assert_array_equal(allowed(until, 64, 100), mask[:, 64:164])
     assert (until - np.arange(T)).sum() == mask.sum()  # how FLOPs are counted
+    window, positions = None, mask.sum(-1) - 1
+    if reach:
+        window = Window(positions, positions + reach)
+        mask = mask & (positions[:, :, None] - positions[:, None] < reach)
+        np.testing.assert_array_equal(allowed(until, 64, 100, window), mask[:, 64:164])
     expected = values_and_gradients(by_definition, Q, K, V, WEIGHTS, mask)
     for case in CASES:
-        assert_equal(values_and_gradients(ATTENTIONS[case], Q, K, V, WEIGHTS, until), expected)
+        assert_equal(values_and_gradients(ATTENTIONS[case], Q, K, V, WEIGHTS, (until, window)), expected)
 
 
 @pytest.mark.parametrize("chunk", [7, 40, 256])
