@@ -125,8 +125,9 @@ def test_packaged_data_is_taken_as_it_is(repository, recipe):
         exec((repository / "configs" / f"{recipe}.py").read_text(), namespace)
         config = namespace["get_config"]()
     e, source = with_source(resolve(config.to_dict()))
-    renderer = make_renderer(e.chat, e.data.make_schema())
-    found = make_input(e, e.data.make_schema(), make_objectives(e, e.data.make_schema(), renderer), renderer)
+    schema = e.data.make_schema()
+    renderer = make_renderer(e.chat, schema)
+    found = make_input(e, make_objectives(e, schema, renderer), renderer)
     assert source is None
     assert not found.skipped
     assert sum(len(tree.examples) for trees in (found.plan.trees, found.validation) for tree in trees) == 429

@@ -15,7 +15,19 @@ def _separated(value: Any) -> Any:
 
 
 Sources = Annotated[tuple[str, ...], BeforeValidator(_separated), Field(strict=False)]
-Format = Literal["auto", "helpsteer", "helpsteer2", "reference", "conversation", "messages", "sharegpt", "alpaca"]
+Format = Literal[
+    "auto",
+    "helpsteer",
+    "helpsteer2",
+    "reference",
+    "conversation",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "preference",
+    "helpsteer2_preference",
+    "helpsteer3",
+]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -1,7 +1,7 @@
 """The conversation: what every reader produces and every later stage consumes."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 ROLES = ("user", "assistant")
 
@@ -26,15 +26,28 @@ class Conversation:
     id: str = ""  # the row's own name, or "FILE:LINE"
     file: str = ""
     line: int = 0  # from 1
+    rejected: tuple[Turn, ...] = ()  # the same with another response, to which people prefer the one in `turns`
+    strength: float = 1.0  # how much; 0 is undecided
+
+    def both(self) -> tuple["Conversation", "Conversation"]:
+        """The two conversations of a pair, each alone."""
+        return tuple(replace(self, turns=turns, rejected=()) for turns in (self.turns, self.rejected))
 
     def content(self) -> list:
         """What a duplicate has in common with it: system, roles, contents and human ratings."""
-        return [self.system, [(turn.role, turn.content, sorted((turn.ratings or {}).items())) for turn in self.turns]]
+        turns = self.turns + self.rejected
+        said = [(turn.role, turn.content, sorted((turn.ratings or {}).items())) for turn in turns]
+        return [self.system, said, *([len(self.turns), self.strength] if self.rejected else [])]
 
     def to_json(self) -> dict:
         """The conversation format (docs/formats.md), one object a line."""
-        turns = []
-        for turn in self.turns:
-            known = {"ratings": turn.ratings, "predicted_ratings": turn.predicted_ratings, "id": turn.id}
-            turns.append({"role": turn.role, "content": turn.content} | {k: v for k, v in known.items() if v})
-        return {"system": self.system, "turns": turns, "id": self.id}
+        pair = {"rejected": _said(self.rejected), "strength": self.strength} if self.rejected else {}
+        return {"system": self.system, "turns": _said(self.turns), **pair, "id": self.id}
+
+
+def _said(turns: Iterable[Turn]) -> list[dict]:
+    said = []
+    for turn in turns:
+        known = {"ratings": turn.ratings, "predicted_ratings": turn.predicted_ratings, "id": turn.id}
+        said.append({"role": turn.role, "content": turn.content} | {k: v for k, v in known.items() if v})
+    return said

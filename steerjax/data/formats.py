@@ -2,10 +2,10 @@
 
 import functools
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import ConfigError, DataError
@@ -13,6 +13,7 @@ from steerjax.schema import SCHEMAS, Schema, check_rating, parse_label
 
 Row = dict[str, Any]
 
+_HH = re.compile(r"\n\n(Human|Assistant):")
 _MARKER = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
 _SPEAKERS = {  # casefolded
     **dict.fromkeys(("user", "human"), "user"),
@@ -29,19 +30,25 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
 
     Raises DataError: names the field. ConfigError: `format` is neither "auto" nor in `FORMATS`.
     """
-    if format == "auto":
-        format = _detect_format(row)
-    elif format not in FORMATS:
-        raise ConfigError(f"unknown format '{format}'; cure: one of auto, {', '.join(FORMATS)}")
-    key, read = FORMATS[format]
-    turns, system = read(row, schema, key), value_of(row, "system", str, None)
-    if key != "turns":  # whose other keys pass through
-        _rate_last(turns, row, schema, key)
-    check_turns(turns, key)
-    if turns and turns[0].role == "system":
-        if system not in (None, turns[0].content):
-            raise DataError("two system texts", f"{key}[0]", "keep one, or remove the row")
-        system = turns.pop(0).content
+    if format not in ("auto", *FORMATS, *PAIRS):
+        raise ConfigError(f"unknown format '{format}'; cure: one of auto, {', '.join((*FORMATS, *PAIRS))}")
+    pair, system = pair_of(row, schema, format), value_of(row, "system", str, None)
+    if pair:
+        key, (turns, rejected, strength) = "chosen", pair
+    else:
+        format = _detect_format(row) if format == "auto" else format
+        key, read = FORMATS[format]
+        turns, rejected, strength = read(row, schema, key), [], 1.0
+        if key != "turns":  # whose other keys pass through
+            _rate_last(turns, row, schema, key)
+        if key == "turns" and "rejected" in row:
+            rejected, strength = read_dialogue(row, schema, "rejected"), _number(row, "strength", 1.0)
+    for side, field in ((turns, key), (rejected, "rejected")):
+        check_turns(side, field)
+        if side and side[0].role == "system":
+            if system not in (None, side[0].content):
+                raise DataError("two system texts", f"{field}[0]", "keep one, or remove the row")
+            system = side.pop(0).content
     if not turns:
         raise DataError("no turn beside a system text", key, "write at least one turn, or remove the row")
     if rated and key == "prompt" and not row.keys() & set(schema.names):
@@ -49,7 +56,9 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", schema.names[0], cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
-    return Conversation(tuple(turns), system, name_of(row))
+    if rejected:
+        _check_pair(turns, rejected, strength)
+    return Conversation(tuple(turns), system, name_of(row), rejected=tuple(rejected), strength=strength)
 
 
 def _detect_format(row: Row) -> str:
@@ -111,16 +120,16 @@ def _reference(row: Row, schema: Schema, key: str) -> list[Turn]:
     if "assistant" in masked:
         raise DataError("masks the assistant, the side that is rated", "mask", 'write "mask": "User"')
     turns = []
-    for turn in _dialogue(row, schema, key, _SPEAKERS | dict.fromkeys(masked, "user")):
+    for turn in read_dialogue(row, schema, key, _SPEAKERS | dict.fromkeys(masked, "user")):
         plain = turn.role == "user" and not turn.ratings
         turns += prompt_turns({"value": turn.content}, "value") if plain else [turn]
     return turns
 
 
-def _dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = _SPEAKERS) -> list[Turn]:
+def read_dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = _SPEAKERS) -> list[Turn]:
     """A list of turns, of which the first may be the system text."""
     role_key, content_key = ("from", "value") if key == "conversations" else ("role", "content")
-    own, turns = key == "turns", []
+    own, turns = key in ("turns", "rejected") and "turns" in row, []
     for index, entry in enumerate(value_of(row, key, list)):
         with inside(f"{key}[{index}]."):
             check_kind(dict, entry, "")
@@ -182,11 +191,101 @@ FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
     "helpsteer": ("prompt", _helpsteer),
     "helpsteer2": ("prompt", _helpsteer2),
     "reference": ("conversations", _reference),
-    "conversation": ("turns", _dialogue),
-    "messages": ("messages", _dialogue),
-    "sharegpt": ("conversations", _dialogue),
+    "conversation": ("turns", read_dialogue),
+    "messages": ("messages", read_dialogue),
+    "sharegpt": ("conversations", read_dialogue),
     "alpaca": ("instruction", _alpaca),
 }
+
+
+# Two responses in a row, of which people prefer one.
+
+
+class Pair(NamedTuple):
+    """Turns with the response that is preferred and with the other, and how much, above 0; 0 is undecided."""
+
+    chosen: list[Turn]
+    rejected: list[Turn]
+    strength: float
+
+
+def _trl(row: Row, schema: Schema) -> Pair:
+    """TRL's and RewardBench's: texts, or messages with the prompt apart or inside."""
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        before = read_dialogue(row, schema, "prompt")
+    else:
+        before = [] if prompt is None else [Turn("user", text_of(row, "prompt"))]
+
+    def side(key: str) -> list[Turn]:
+        if isinstance(row.get(key), list):
+            return before + read_dialogue(row, schema, key)
+        if before:
+            return [*before, Turn("assistant", text_of(row, key))]
+        return _hh(text_of(row, key), key)
+
+    return Pair(side("chosen"), side("rejected"), _number(row, "margin", 1.0))
+
+
+def _hh(text: str, key: str) -> list[Turn]:
+    """Anthropic's `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
+    before, *pieces = _HH.split(text)
+    if before or not pieces:
+        cure = "add 'prompt', or write the text as HH does, from '\\n\\nHuman:' on"
+        raise DataError("a text without a prompt", key, cure)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [Turn(roles[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
+
+
+def _helpsteer2(row: Row, schema: Schema) -> Pair:
+    return _two(list(prompt_turns(row)), row, "response_1", "response_2", "preference_strength")
+
+
+def _helpsteer3(row: Row, schema: Schema) -> Pair:
+    text = isinstance(row.get("context"), str)
+    before = [Turn("user", text_of(row, "context"))] if text else read_dialogue(row, schema, "context")
+    return _two(before, row, "response1", "response2", "overall_preference")
+
+
+def _two(before: list[Turn], row: Row, first: str, second: str, preference: str) -> Pair:
+    """A preference below 0 is for the first."""
+    sides = [[*before, Turn("assistant", text_of(row, key))] for key in (first, second)]
+    strength = _number(row, preference)
+    return Pair(*(sides if strength < 0 else sides[::-1]), abs(strength))
+
+
+def _number(row: Row, key: str, *default: Any) -> float:
+    value = row.get(key)
+    if value is None and default:
+        return default[0]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+        raise DataError(f"{value!r:.80} is not a number", key, "write how much one is preferred, or remove the row")
+    return float(value)
+
+
+PAIRS: dict[str, tuple[tuple[str, ...], Callable[[Row, Schema], Pair]]] = {  # name -> (keys that tell it, reader)
+    "preference": (("chosen", "rejected"), _trl),
+    "helpsteer2_preference": (("response_1", "response_2", "preference_strength"), _helpsteer2),
+    "helpsteer3": (("response1", "response2", "overall_preference"), _helpsteer3),
+}
+
+
+def pair_of(row: Row, schema: Schema, format: str) -> Pair | None:
+    """The pair of a row of this format; of `auto`, where the row's keys tell one. None for a row that is no pair."""
+    for name, (keys, read) in PAIRS.items():
+        if name == format or (format == "auto" and row.keys() >= set(keys)):
+            return read(row, schema)
+    return None
+
+
+def _check_pair(chosen: Sequence[Turn], rejected: Sequence[Turn], strength: float) -> None:
+    for turns, key in ((chosen, "chosen"), (rejected, "rejected")):
+        if not turns or turns[-1].role != "assistant":
+            raise DataError("no response at the end", key, "end it with an assistant turn, or remove the row")
+    if not 0 <= strength < 1e30:
+        raise DataError(f"a strength of {strength:g}", "strength", "0 or more; swap the responses where it is below")
+    if [(t.role, t.content) for t in chosen] == [(t.role, t.content) for t in rejected]:
+        raise DataError("both responses are the same text", "rejected", "remove the row; nothing can be learnt of it")
 
 
 # The checks that all formats share.

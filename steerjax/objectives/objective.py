@@ -16,7 +16,7 @@ from steerjax.data.conversation import Conversation
 from steerjax.data.packing import Layout, check_fits
 from steerjax.data.trees import Example
 from steerjax.errors import DataError
-from steerjax.schema import Schema
+from steerjax.schema import Attribute, Schema
 
 TRAIN, VALIDATION = "train", "validation"
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -68,6 +68,11 @@ class Objective:
 
     def __init__(self, config, setting: Setting):
         self.config, self.setting = config, setting
+
+    @staticmethod
+    def predicts(config: Any, schema: Schema) -> tuple[Attribute, ...]:
+        """What the objective needs a reward head for, of the data's attributes or of its own."""
+        return schema.attributes
 
     def examples(self, conversation: Conversation, split: str) -> list[Example]:
         """What of a conversation is learnt, in tokens; [] where there is nothing.

@@ -72,7 +72,7 @@ def compile_step(e: Experiment, devices: Sequence[jax.Device]) -> Compiled:
 
     Raises ConfigError: a batch or a parameter that the mesh does not divide.
     """
-    mesh, schema = make_mesh(e.mesh, list(devices)), e.data.make_schema()
+    mesh, schema = make_mesh(e.mesh, list(devices)), predicted_schema(e.objective, e.data.make_schema())
     check_batch(e.batch, mesh)
     # Objectives see no row, so any tokenizer does; the embedded one is always there.
     objectives = make_objectives(e, schema, make_renderer(replace(e.chat, tokenizer="embedded"), schema))

@@ -66,6 +66,16 @@ def plot_losses(records: Sequence[Mapping], path: str | Path) -> None:
             axes.legend()
 
 
+def plot_calibration(predicted, observed, counts, path: str | Path) -> None:
+    """How often a response is preferred against the predicted probability of it, a point a bin."""
+    with new_figure(path, 5.4, 5.0) as figure:
+        axes = figure.subplots()
+        axes.set(title="Calibration", xlabel="predicted probability", ylabel="share that is preferred")
+        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
+        axes.plot(predicted, observed, color=BLUE, linewidth=1.5)
+        axes.scatter(predicted, observed, s=20 + 200 * counts / counts.max(), color=BLUE)
+
+
 def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
     """Predicted against human ratings, one panel an attribute."""
     count, columns = len(result.schema), min(len(result.schema), 3)

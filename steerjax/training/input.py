@@ -53,13 +53,13 @@ def load_splits(data: DataConfig, schema: Schema) -> tuple[list, list[Skipped], 
     return list(splits), [row for part in loaded for row in part.skipped], said
 
 
-def make_input(e: Experiment, schema: Schema, objectives: Sequence[Objective], renderer: Renderer) -> Input:
+def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Renderer) -> Input:
     """Every objective's examples of both splits, as trees.
 
     Raises:
         DataError: names the row; or nothing is left, or nothing that an objective can learn from.
     """
-    splits, skipped, said = load_splits(e.data, schema)
+    splits, skipped, said = load_splits(e.data, e.data.make_schema())
     trees = []
     for split, conversations in zip((TRAIN, VALIDATION), splits, strict=True):
         examples: list[Example] = []

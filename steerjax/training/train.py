@@ -23,7 +23,7 @@ from steerjax.data.loading import write_skipped
 from steerjax.data.packing import Row, packing_statistics
 from steerjax.errors import CheckpointError, TrainingError
 from steerjax.models.flops import peak_flops
-from steerjax.objectives import Evaluation
+from steerjax.objectives import Evaluation, predicted_schema
 from steerjax.parallel.mesh import make_mesh
 from steerjax.parallel.processes import ALONE, Processes
 from steerjax.report.plots import require_matplotlib
@@ -53,14 +53,14 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         require_matplotlib()
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
-    schema = experiment.data.make_schema()
+    schema = predicted_schema(experiment.objective, experiment.data.make_schema())
     e, source = with_source(experiment)
     renderer = make_renderer(e.chat, schema)
     e = with_vocabulary(e, renderer.tokenizer, source)
     mesh = make_mesh(e.mesh)
     check_batch(e.batch, mesh)
     objectives = make_objectives(e, schema, renderer)
-    data = make_input(e, schema, objectives, renderer)
+    data = make_input(e, objectives, renderer)
     caches = [FrozenStates(e.model.hidden_size) if e.compute.cache_frozen else None for _ in range(2)]
     feed, feed_validation = (
         make_feeder(trees, objectives, e.batch.row_length, mesh, parts, cache)

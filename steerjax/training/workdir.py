@@ -97,9 +97,10 @@ def make_provenance(
     source: Description | None,
 ) -> Provenance:
     """What the run's checkpoints say (design, decision 13)."""
-    e, facts = experiment, {key: value for o in objectives for key, value in o.facts().items()}
+    e, said = experiment, [o.facts() for o in objectives]
+    facts = {key: value for each in said for key, value in each.items()}
     if "rated_attributes" in facts:
-        rated = set(facts["rated_attributes"])
+        rated = {name for each in said for name in each["rated_attributes"]}
         if source and output_names(source) == schema.names:  # its head goes on, and what that had learned counts
             rated |= set(source.provenance.get("rated_attributes") or schema.names)
         facts["rated_attributes"] = tuple(name for name in schema.names if name in rated)
