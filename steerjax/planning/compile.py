@@ -14,6 +14,7 @@ from steerjax.chat.render import make_renderer
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ConfigError
 from steerjax.models.flops import GIB
+from steerjax.objectives import predicted_schema
 from steerjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
 from steerjax.planning.topology import Topology
 from steerjax.training.config import Experiment

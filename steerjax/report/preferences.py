@@ -29,7 +29,7 @@ class PreferenceResult:
     metrics: Mapping[str, float]
 
     def interval(self, less: str | None = None) -> tuple[float, float]:
-        """95% of the accuracy, or of what it is more than `longer`'s: the bootstrap over pairs (1,000 draws, seed 0)."""
+        """95% of the accuracy, or of what it is more than `longer`'s: bootstrap over pairs (1,000 draws, seed 0)."""
         values, random = self.right - (self.longer if less else 0), np.random.default_rng(0)
         means = [values[random.integers(0, len(values), len(values))].mean() for _ in range(1000)]
         return tuple(np.percentile(means, [2.5, 97.5]).tolist())
