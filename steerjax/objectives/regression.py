@@ -101,13 +101,16 @@ class Regression(Objective):
 
     def examples(self, conversation, split):
         data, examples = self.data[split], []
-        rated = [i for i, turn in enumerate(conversation.turns) if turn.ratings]
-        rendered = [self.setting.renderer.reward_tokens(conversation, i) for i in rated]  # all, before any is kept
+        rated = [(conversation, i) for i, turn in enumerate(conversation.turns) if turn.ratings]
+        if conversation.rejected:  # the other response of a pair, and what else differs there
+            other, seen = conversation.both()[1], dict(enumerate(conversation.turns))
+            rated += [(other, i) for i, turn in enumerate(other.turns) if turn.ratings and turn != seen.get(i)]
+        rendered = [self.setting.renderer.reward_tokens(*place) for place in rated]  # all, before any is kept
         for tokens, _ in rendered:
             self.setting.check_length(len(tokens))
         data.unrated += not rated
-        for i, (tokens, root) in zip(rated, rendered, strict=True):
-            turn = conversation.turns[i]
+        for (each, i), (tokens, root) in zip(rated, rendered, strict=True):
+            turn = each.turns[i]
             if turn.id and turn.id in data.turns:
                 data.shared += 1
                 continue
