@@ -25,6 +25,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
         help="auto: a folder's own, float32 for a checkpoint")  # fmt: skip
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file; default 5GB")
+    add("--scalar", metavar="NAME|NAME=W,...",
+        help="of a reward model: one score, the weighted sum of its attributes; goodness, llama3_70b, ...")  # fmt: skip
     add("--template", help="give a plain Hugging Face folder this chat template: extra_id, chatml, llama3 or llama2")
     add("--schema", choices=tuple(SCHEMAS), help="attributes that a plain chat model's template takes")
     add("--default-ratings", metavar="NAME=N,...",
@@ -38,21 +40,24 @@ def export(
     *,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
+    scalar: str | None = None,
     template: str | None = None,
     schema: str | None = None,
     default_ratings: str | None = None,
 ) -> None:
     """Exports a checkpoint, or writes a Hugging Face folder anew.
 
+    `scalar` makes one score of a reward model's attributes.
     `template`, `schema` and `default_ratings` are for a plain chat model, which gets our chat template by them.
     Raises SteerjaxError: see `steerjax.hf.export`, or options that do not fit the model.
     """
     from steerjax.bundle import describe, locate
     from steerjax.bundle.reader import is_checkpoint, open_reader
     from steerjax.hf.export import convert_folder, export_model
+    from steerjax.hf.scalar import ScalarReader, parse_scalar, scalar_description
 
     folder, sizes = locate(checkpoint), {"dtype": dtype, "max_shard_size": max_shard_size}
-    if template is schema is default_ratings is None and not is_checkpoint(folder):
+    if template is schema is default_ratings is scalar is None and not is_checkpoint(folder):
         convert_folder(folder, output, **sizes)
         return
     about = describe(checkpoint, template=template)
@@ -72,8 +77,14 @@ def export(
         except DataError as error:
             raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
         about = dataclasses.replace(about, default_ratings=ratings)
-    evaluation = _metrics(folder) if is_checkpoint(folder) else None
-    export_model(about, open_reader(folder), output, evaluation=evaluation, **sizes)
+    evaluation, reader = _metrics(folder) if is_checkpoint(folder) else None, open_reader(folder)
+    if scalar is not None:
+        if about.kind != "reward" or about.schema is None:
+            raise ConfigError("--scalar is for a reward model that says what it rates; cure: leave it out")
+        name, weights = parse_scalar(scalar, about.schema)
+        reader = ScalarReader(reader, about.schema, weights)
+        about, evaluation = scalar_description(about, name, weights), None
+    export_model(about, reader, output, evaluation=evaluation, **sizes)
 
 
 def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:

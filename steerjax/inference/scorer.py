@@ -22,7 +22,7 @@ from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.hf.config_json import read_config
 from steerjax.hf.description import Description
 from steerjax.parallel.rules import mesh_ways, partition_spec
-from steerjax.schema import STEERLM, Schema, format_label
+from steerjax.schema import STEERLM, Attribute, Schema, format_label
 
 _SHORTEST_ROW = 1024  # tokens; shorter conversations share a row of this length
 _LONGEST_ROW = 4096  # tokens, unless the user says otherwise
@@ -55,6 +55,10 @@ class Counts:
         return f"{self.turns} turns, {self.tokens:,} tokens, rows {filled:.1%} filled, compiled for {shapes}"
 
 
+# Of a model with one output; the range is for labels and plots only.
+SCORE = Attribute("score", -100.0, 100.0, "what the model's one output says")
+
+
 def model_schema(description: Description) -> Schema:
     """The attributes that a reward model predicts, in the order of its outputs.
 
@@ -65,6 +69,8 @@ def model_schema(description: Description) -> Schema:
     if description.schema is not None:
         return description.schema
     labels = read_config(description.path).labels
+    if len(labels) == 1 and labels[0] not in STEERLM.names:  # a score, whatever it is called
+        return Schema((SCORE,))
     if unknown := [label for label in labels if label not in STEERLM.names]:
         wrong = f"its outputs are {', '.join(labels)}, and the range of {unknown[0]} is not known"
         raise ModelError(f"'{description.path}': {wrong}\n  cure: a steerjax.json with the attributes")
