@@ -12,6 +12,7 @@ COMMANDS = {
     "generate": "answers steered by ratings",
     "evaluate": "measures a model",
     "export": "writes a Hugging Face folder",
+    "merge": "averages or extrapolates models",
     "plan": "compiles a recipe's step for a machine that is not here: does it fit?",
 }
 
