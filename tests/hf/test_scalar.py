@@ -26,9 +26,12 @@ def reward(tmp_path_factory):
 
 def ratings(model, rows, output):
     annotate.main(["--model", str(model), "--input", str(rows), "--output", str(output)])
-    return [
-        turn["predicted_ratings"] for row in read_rows(output) for turn in row["turns"] if "predicted_ratings" in turn
-    ]
+    return predictions(output)
+
+
+def predictions(path):
+    turns = [turn for row in read_rows(path) for turn in row["turns"]]
+    return [turn["predicted_ratings"] for turn in turns if "predicted_ratings" in turn]
 
 
 @pytest.mark.parametrize("scalar", ["goodness", "llama3_70b", "verbosity=-2,helpfulness=0.25"])
@@ -74,23 +77,9 @@ def test_a_one_label_model_of_somebody_else(tmp_path):
     config = TINY | CLASSIFIER | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1}
     folder = write_folder(tmp_path / "skywork", config, random_tensors(config))
     rows = write_rows(tmp_path / "rows.jsonl", some_conversations(3, longest=9))
-    annotate.main(
-        [
-            "--model",
-            str(folder),
-            "--template",
-            "extra_id",
-            "--input",
-            str(rows),
-            "--output",
-            str(tmp_path / "out.jsonl"),
-        ]
-    )
-    assert all(
-        list(turn["predicted_ratings"]) == ["score"]
-        for row in read_rows(tmp_path / "out.jsonl")
-        for turn in row["turns"][1::2]
-    )
+    words = ("--model", folder, "--template", "extra_id", "--input", rows, "--output", tmp_path / "out.jsonl")
+    annotate.main([str(word) for word in words])
+    assert all(list(found) == ["score"] for found in predictions(tmp_path / "out.jsonl"))
 
 
 # ---- merge
@@ -125,16 +114,16 @@ def test_a_run_beside_its_source(reward, tmp_path):
         np.testing.assert_allclose(value, read_folder(reward)[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("words", [
-    ["A"], ["A", "B", "--factor", "2", "--weights", "1,0"], ["A", "B", "--weights", "1,1"], ["A", "B", "--weights", "1"],
-    ["A", "B", "--weights", "a,b"], ["A", "C"],
-])  # fmt: skip
+BAD = ("A", "A B --factor 2 --weights 1,0", "A B --weights 1,1", "A B --weights 1", "A B --weights a,b", "A C")
+
+
+@pytest.mark.parametrize("words", BAD)
 def test_what_cannot_be_merged(reward, tmp_path, words, capsys):
     other = reward_folder(tmp_path / "other", num_hidden_layers=3)
     (other / "steerjax.json").write_text((reward / "steerjax.json").read_text())
     places = {"A": str(reward), "B": str(reward), "C": str(other)}
     with pytest.raises(SystemExit) as caught:
-        merge.main([*(places.get(word, word) for word in words), "--output", str(tmp_path / "out")])
+        merge.main([*(places.get(word, word) for word in words.split()), "--output", str(tmp_path / "out")])
     assert caught.value.code == 2
     assert "cure: " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
