@@ -26,22 +26,21 @@ class BradleyTerryConfig:
 
     `regular`: -log sigmoid(d); `margin`: -log sigmoid(d - m); `scaled`: -m log sigmoid(d).
 
-    The score is a weighted sum of attributes (`{"helpfulness": 0.65, "correctness": 0.8}`), or `own`: an output of its
-    own beside them, called `preference`.
+    The score is a weighted sum of attributes (`{"helpfulness": 0.65, "correctness": 0.8}`); without any, an output of
+    its own, called `preference`.
     """
 
     weight: Weight = 1.0  # of the objective among others
     loss: Literal["regular", "margin", "scaled"] = "regular"
-    score: Literal["own"] | Mapping[str, float] = "own"
+    score: Mapping[str, float] = field(default_factory=dict)
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that the model does not predict, or none but 0."""
         where = "config.bradley_terry.score"
-        weights = self.score if isinstance(self.score, Mapping) else {}
-        for name in weights.keys() - set(schema.names):
-            raise ConfigError(f"{where}: {name} is not predicted; cure: use {', '.join(schema.names)}, or 'own'")
-        if self.score != "own" and not any(weights.values()):
-            raise ConfigError(f"{where} has no weight but 0; cure: one that is not, or 'own'")
+        for name in self.score.keys() - set(schema.names):
+            raise ConfigError(f"{where}: {name} is not predicted; cure: use {', '.join(schema.names)}, or none")
+        if self.score and not any(self.score.values()):
+            raise ConfigError(f"{where} has no weight but 0; cure: one that is not, or none at all")
 
 
 # The range is for labels and plots; a score has none.
@@ -72,12 +71,12 @@ class BradleyTerry(Objective):
 
     @staticmethod
     def predicts(config, schema):
-        return (PREFERENCE,) if config.score == "own" else tuple(a for a in schema.attributes if a.name in config.score)
+        return tuple(a for a in schema.attributes if a.name in config.score) or (PREFERENCE,)
 
     def __init__(self, config, setting):
         super().__init__(config, setting)
         self.data = {TRAIN: Pairs(), VALIDATION: Pairs()}
-        score = {PREFERENCE.name: 1.0} if config.score == "own" else config.score
+        score = config.score or {PREFERENCE.name: 1.0}
         self._weights = np.array([score.get(name, 0.0) for name in setting.schema.names], np.float32)
         self._all = Pairs()  # of both splits, by the number that stands in the targets
 

@@ -198,7 +198,7 @@ def test_absent_keys_mean_what_they_mean_to_transformers():
     import transformers
 
     least = {key: TINY[key] for key in ("vocab_size", "hidden_size", "intermediate_size")}
-    least |= {"num_hidden_layers": 2, "num_attention_heads": 8}
+    least |= {"num_hidden_layers": 2, "num_attention_heads": 32, "hidden_size": 128}  # Qwen's default has 32 kv heads
     for kind, family in FAMILIES.items():
         theirs = getattr(transformers, family.prefix + "Config")(**least)
         ours = parse_config(least | {"model_type": kind}).model

@@ -55,8 +55,8 @@ def test_loss_and_gradient_equal_pytorchs(kind):
         np.testing.assert_allclose(gradient, their.grad, rtol=1e-5, atol=1e-7)
 
 
-def objective(loss: str = "regular", score=None) -> BradleyTerry:
-    return BradleyTerry(BradleyTerryConfig(loss=loss, score=score or {"a": 1.0, "b": -0.5}), Setting(SCHEMA, None))
+def objective(loss: str = "regular") -> BradleyTerry:
+    return BradleyTerry(BradleyTerryConfig(loss=loss, score={"a": 1.0, "b": -0.5}), Setting(SCHEMA, None))
 
 
 def some_pairs(bt: BradleyTerry, prompts: list[int], seed: int = 0, longest: int = 20):

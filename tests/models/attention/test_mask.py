@@ -34,7 +34,7 @@ ATTENTIONS = {case: functools.partial(attention, *case) for case in CASES}  # on
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(forest=st.lists(trees(depth=6, longest=20), max_size=12), reach=st.sampled_from([None, 1, 3, 40]))
+@given(forest=st.lists(trees(depth=6, longest=20), max_size=12), reach=st.sampled_from([None, 2, 3, 40]))
 def test_until_is_the_mask_of_ancestors_with_every_back_end(monkeypatch, forest, reach):
     """Forests of depth up to 6, beside one tree; what they leave of the row is padding. With and without a window."""
     kernels_anywhere(monkeypatch)
