@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steerjax.errors import ConfigError, DataError, reported_errors
-from steerjax.schema import SCHEMAS, parse_label
+from steerjax.schema import SCHEMAS, parse_label, parse_scalar
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,7 +54,7 @@ def export(
     from steerjax.bundle import describe, locate
     from steerjax.bundle.reader import is_checkpoint, open_reader
     from steerjax.hf.export import convert_folder, export_model
-    from steerjax.hf.scalar import ScalarReader, parse_scalar, scalar_description
+    from steerjax.hf.scalar import ScalarReader, scalar_description
 
     folder, sizes = locate(checkpoint), {"dtype": dtype, "max_shard_size": max_shard_size}
     if template is schema is default_ratings is scalar is None and not is_checkpoint(folder):

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from steerjax.data.loading import load_conversations, split_by_prompt, write_skipped
 from steerjax.data.oasst import read_threads
+from steerjax.data.pairs import pairs_of
 from steerjax.data.readers import source_path
 from steerjax.data.statistics import format_statistics, statistics_of
-from steerjax.errors import ConfigError, reported_errors
-from steerjax.schema import SCHEMAS, make_schema
+from steerjax.errors import ConfigError, DataError, reported_errors
+from steerjax.schema import SCHEMAS, make_schema, parse_scalar
 
 SOURCES = {  # a format of rows, or oasst -> its schema
     "helpsteer": "helpsteer", "helpsteer2": "helpsteer", "oasst": "oasst", "reference": "steerlm",
@@ -37,6 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
         help="one of your own, in place of the schema's; may stand several times")  # fmt: skip
     add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in OUTPUT.skipped.jsonl")
     add("--on-duplicate", choices=("keep", "skip"), default="keep", help="of a row that stands twice")
+    add("--pairs", metavar="NAME|NAME=W,...",
+        help="write pairs of responses of which one is rated higher by an attribute, a weighted sum, goodness, ...")  # fmt: skip
+    add("--least", type=float, metavar="D", help="of pairs: the least difference (default: any)")
     add("--validation-output", type=Path, metavar="FILE", help="hold out a part of the prompts, into this file")
     add("--validation-fraction", type=float, metavar="PART", help="of the prompts, e.g. 0.05")
     add("--seed", type=int, default=0, help="of the hold-out (default: 0)")
@@ -62,6 +66,11 @@ def _prepare(o: argparse.Namespace) -> None:
     options = {"format": o.source, "on_bad_row": o.on_bad_row, "on_duplicate": o.on_duplicate}
     loaded = load_conversations(o.input, schema, read=read, **options)
     rows, skipped = loaded.conversations, loaded.skipped
+    if o.pairs is not None:
+        rows = pairs_of(rows, parse_scalar(o.pairs, schema, "--pairs")[1], o.least or 0.0)
+        if not rows:
+            cure = "a smaller --least, or rows with several rated responses to a prompt"
+            raise DataError("no two responses to a prompt differ so much", file=o.input[0], cure=cure)
     parts = {o.output: rows}
     if o.validation_output:
         parts = dict(
@@ -84,6 +93,8 @@ def _prepare(o: argparse.Namespace) -> None:
 
 
 def _check(o: argparse.Namespace) -> None:
+    if o.least is not None and (o.pairs is None or o.least < 0):
+        raise ConfigError(f"--least {o.least:g}: of pairs, and not below 0; cure: --pairs NAME beside it")
     if o.source != "oasst" and (o.lang is not None or o.keep_deleted):
         raise ConfigError(f"--lang and --keep-deleted belong to oasst; cure: remove them for {o.source}")
     if (o.validation_fraction is None) != (o.validation_output is None):

@@ -128,6 +128,30 @@ SCALAR_WEIGHTS: dict[str, dict[str, float]] = {
 }  # fmt: skip
 
 
+def parse_scalar(text: str, schema: Schema, flag: str = "--scalar") -> tuple[str, dict[str, float]]:
+    """`goodness` or another preset, an attribute's name, or `NAME=W,...`: the score's name and the attributes' weights.
+
+    Raises ConfigError: an attribute that the model has not, no number, or no weight but 0.
+    """
+    name, weights = text, SCALAR_WEIGHTS.get(text)
+    try:
+        if text in schema.names:
+            weights = {text: 1.0}
+        if weights is None:
+            pairs = [entry.partition("=") for entry in text.split(",")]
+            name, weights = "score", {name.strip(): float(value) for name, _, value in pairs}
+            if len(weights) < len(pairs):
+                raise ValueError("an attribute stands twice")
+        for attribute in weights:
+            schema[attribute]  # raises where there is none
+        if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
+            raise ValueError("no weight but 0, or one that is not finite")
+    except (ValueError, DataError) as error:
+        cure = f"{', '.join(SCALAR_WEIGHTS)}, or NAME=W,... of {', '.join(schema.names)}"
+        raise ConfigError(f"{flag} {text}: {error}\n  cure: {cure}") from None
+    return name, weights
+
+
 def check_rating(value: object, attribute: Attribute) -> float:
     """`value` as a float. Raises DataError, which names the attribute: no number, not finite, or out of range."""
     low, high = attribute.low, attribute.high

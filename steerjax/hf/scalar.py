@@ -6,34 +6,12 @@ import dataclasses
 
 import numpy as np
 
-from steerjax.errors import ConfigError, DataError, ModelError
+from steerjax.errors import ModelError
 from steerjax.hf.description import Description
 from steerjax.hf.keys import Index
-from steerjax.schema import SCALAR_WEIGHTS, Attribute, Schema
+from steerjax.schema import Attribute, Schema
 
 HEAD = "reward_head"
-
-
-def parse_scalar(text: str, schema: Schema) -> tuple[str, dict[str, float]]:
-    """`goodness` or another preset, or `NAME=W,...`: the score's name and the attributes' weights.
-
-    Raises ConfigError: an attribute that the model has not, no number, or no weight but 0.
-    """
-    name, weights = text, SCALAR_WEIGHTS.get(text)
-    try:
-        if weights is None:
-            pairs = [entry.partition("=") for entry in text.split(",")]
-            name, weights = "score", {name.strip(): float(value) for name, _, value in pairs}
-            if len(weights) < len(pairs):
-                raise ValueError("an attribute stands twice")
-        for attribute in weights:
-            schema[attribute]  # raises where there is none
-        if not any(weights.values()) or not np.isfinite(list(weights.values())).all():
-            raise ValueError("no weight but 0, or one that is not finite")
-    except (ValueError, DataError) as error:
-        cure = f"{', '.join(SCALAR_WEIGHTS)}, or NAME=W,... of {', '.join(schema.names)}"
-        raise ConfigError(f"--scalar {text}: {error}\n  cure: {cure}") from None
-    return name, weights
 
 
 def scalar_description(about: Description, name: str, weights: dict[str, float]) -> Description:

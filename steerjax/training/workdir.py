@@ -100,7 +100,7 @@ def make_provenance(
     e, said = experiment, [o.facts() for o in objectives]
     facts = {key: value for each in said for key, value in each.items()}
     if "rated_attributes" in facts:
-        rated = {name for each in said for name in each["rated_attributes"]}
+        rated = {name for each in said for name in each.get("rated_attributes", ())}
         if source and output_names(source) == schema.names:  # its head goes on, and what that had learned counts
             rated |= set(source.provenance.get("rated_attributes") or schema.names)
         facts["rated_attributes"] = tuple(name for name in schema.names if name in rated)

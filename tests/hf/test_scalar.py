@@ -8,8 +8,7 @@ import pytest
 from steerjax import annotate, export, merge
 from steerjax.bundle import open_bundle
 from steerjax.errors import ConfigError
-from steerjax.hf.scalar import parse_scalar
-from steerjax.schema import HELPSTEER
+from steerjax.schema import HELPSTEER, parse_scalar
 from tests.hf_folders import CLASSIFIER, TINY, provenance, random_tensors, read_folder, save_checkpoint, write_folder
 from tests.refusals import refused
 from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
