@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
         help="one of your own, in place of the schema's; may stand several times")  # fmt: skip
     add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in OUTPUT.skipped.jsonl")
     add("--on-duplicate", choices=("keep", "skip"), default="keep", help="of a row that stands twice")
-    add("--pairs", metavar="NAME|NAME=W,...",
-        help="write pairs of responses of which one is rated higher by an attribute, a weighted sum, goodness, ...")  # fmt: skip
+    higher = "write pairs of responses of which one is rated higher, by an attribute, a weighted sum, goodness, ..."
+    add("--pairs", metavar="NAME|NAME=W,...", help=higher)
     add("--least", type=float, metavar="D", help="of pairs: the least difference (default: any)")
     add("--validation-output", type=Path, metavar="FILE", help="hold out a part of the prompts, into this file")
     add("--validation-fraction", type=float, metavar="PART", help="of the prompts, e.g. 0.05")

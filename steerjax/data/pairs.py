@@ -10,6 +10,8 @@ from steerjax.data.conversation import Conversation
 def pairs_of(rows: Iterable[Conversation], weights: Mapping[str, float], least: float) -> list[Conversation]:
     """Every two responses to the same turns whose weighted sums of human ratings differ by at least `least` and more
     than 0, the better one in `turns`; the difference is the strength. Responses that lack a rating make no pair.
+
+    A response may stand in several pairs; its turn has its row's id, so that its ratings count once.
     """
     groups: dict[tuple, list[tuple[float, Conversation]]] = {}
     for row in rows:
@@ -18,7 +20,8 @@ def pairs_of(rows: Iterable[Conversation], weights: Mapping[str, float], least: 
         if last.role == "assistant" and weights.keys() <= ratings.keys():
             score = sum(weight * ratings[name] for name, weight in weights.items())
             key = (row.system, tuple((turn.role, turn.content) for turn in before))
-            groups.setdefault(key, []).append((score, row))
+            last = replace(last, id=last.id or row.id)
+            groups.setdefault(key, []).append((score, replace(row, turns=(*before, last))))
     pairs = []
     for group in groups.values():
         for two in itertools.combinations(group, 2):
