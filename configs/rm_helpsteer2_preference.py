@@ -1,8 +1,8 @@
 """HelpSteer2-Preference, the second of two stages: scaled Bradley-Terry from a regression model (arXiv 2410.01257).
 
 From NeMo-Aligner's guide (steerlm.rst): stage 1 is `rm_llama3_70b.py` from Llama-3.1-70B-Instruct on helpfulness alone
-(--config.data.attributes="(('helpfulness',0,4),)"), stage 2 one epoch of the preferences at a constant 1e-6 with the head
-of stage 1, 128 responses a step. ExPO after it: `steerjax merge STAGE1 STAGE2 --factor 1.52`.
+(--config.data.attributes="(('helpfulness',0,4),)"), stage 2 one epoch of the preferences at a constant 1e-6 with the
+head of stage 1, 128 responses a step. ExPO after it: `steerjax merge STAGE1 STAGE2 --factor 1.52`.
 
 Not run here: it wants 70B parameters and the hub. The same two stages ran on SmolLM2 and the packaged rows
 (docs/preferences.md).

@@ -477,7 +477,7 @@ def test_documented_example(example):
         return
     answer = conversation_from_row(row, HELPSTEER).turns[-1]
     rated = {"helpfulness": 4.0, "verbosity": 2.0}
-    unrated = {"instruction", "generation"} & row.keys() or "gpt" in example
+    unrated = {"instruction", "generation", "chosen"} & row.keys() or "gpt" in example
     assert answer == Turn("assistant", "7", None if unrated else rated, answer.predicted_ratings)
 
 
