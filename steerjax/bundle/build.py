@@ -102,11 +102,15 @@ def random_parameters(module: nn.Module, abstract: dict, seed: int) -> dict:
     """Random parameters, every leaf made in its own shards; `abstract` may be a part of the module's tree."""
 
     def init(key):
-        params = meta.unbox(module.init(key, method="initialize")["params"])
-        return {name: params[name] for name in abstract}
+        return _part(meta.unbox(module.init(key, method="initialize")["params"]), abstract)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def _part(params: dict, like: dict) -> dict:
+    """The leaves of `params` that `like` has."""
+    return {name: _part(params[name], part) if isinstance(part, dict) else params[name] for name, part in like.items()}
 
 
 def stored_head(about: Description) -> HeadConfig:

@@ -28,6 +28,26 @@ class RopeScaling:
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): a projection W is W + alpha / rank * A B, and only A and B are trained.
+
+    `rank` 0 has none. `targets` are among q, k, v, o, gate, up and down, or `all-linear`. A reward head is trained too.
+    """
+
+    rank: Count = 0
+    alpha: PositiveFloat = 16.0
+    targets: tuple[Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"], ...] = ("all-linear",)
+
+    def __post_init__(self):
+        if self.rank and not self.targets:
+            raise ValueError("no targets; cure: all-linear, or names of projections")
+
+    def adapts(self, projection: str) -> bool:
+        """Whether this projection has an adapter."""
+        return self.rank > 0 and bool({"all-linear", projection} & set(self.targets))
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class LlamaConfig:
     """A Llama, or a model of a family that differs from it in what `families/` says.
 
@@ -53,6 +73,7 @@ class LlamaConfig:
     initializer_range: PositiveFloat = 0.02
     family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     window: Count = 0
+    lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
         object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)

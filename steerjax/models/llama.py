@@ -1,7 +1,7 @@
 """Llama in Linen, with either head. Modules hold parameters and names; the mathematics is in rope.py and attention/.
 
 Letters: B rows, T tokens, D model width, F feed-forward width, N query heads, K key-value heads, H head size,
-L layers, V vocabulary, A attributes.
+L layers, V vocabulary, A attributes, R rank of adapters.
 """
 
 import functools
@@ -29,7 +29,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 # Letter of a kernel's dimension -> its logical axis.
-AXES = {"D": "embed", "F": "mlp", "N": "heads", "K": "kv_heads", "H": "head", "V": "vocab"}
+AXES = {"D": "embed", "F": "mlp", "N": "heads", "K": "kv_heads", "H": "head", "V": "vocab", "R": "rank"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         c, (inputs, outputs) = self.config, self.equation.split("->")
         sizes = {"D": c.hidden_size, "F": c.intermediate_size, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim}
+        sizes["R"] = c.lora.rank
 
         def param(name: str, init, letters: str) -> Array:
             axes, shape = [AXES[letter] for letter in letters], [sizes[letter] for letter in letters]
@@ -82,6 +83,13 @@ class Linear(nn.Module):
 
         kernel = param("kernel", nn.initializers.normal(c.initializer_range), inputs.split(",")[1])
         y = jnp.einsum(self.equation, x, kernel)
+        if c.lora.adapts(self.name):
+            letters, kernel_letters = inputs.split(",")
+            into, out = ("".join(x for x in kernel_letters if (x in outputs) == there) for there in (False, True))
+            a = param("lora_a", nn.initializers.normal(c.initializer_range), into + "R")
+            b = param("lora_b", nn.initializers.zeros, "R" + out)
+            low = jnp.einsum(f"{letters},{into}R->BTR", x, a)
+            y += jnp.einsum(f"BTR,R{out}->BT{out}", low, b) * (c.lora.alpha / c.lora.rank)
         return y + param("bias", nn.initializers.zeros, outputs.removeprefix("BT")) if self.name in c.biased else y
 
 

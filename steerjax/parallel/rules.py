@@ -29,6 +29,7 @@ RULES: dict[str | None, tuple[str, ...]] = {
     "head": (),
     "mlp": ("tensor",),
     "norm": (),
+    "rank": (),
     "attributes": (),
 }
 

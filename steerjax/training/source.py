@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from flax import linen as nn
 
@@ -14,6 +15,8 @@ from steerjax.hf.description import Description
 from steerjax.models.config import HeadConfig, LlamaConfig, ModelConfig
 from steerjax.training.config import Experiment
 
+BASE = r"^(?!reward_)(?!.*/lora_)"  # all but heads and adapters
+
 
 def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]:
     """The experiment with the source's architecture and tokenizer filled in, and the source.
@@ -23,9 +26,14 @@ def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]
             there are. ModelError: no such source, or it was trained with another template.
     """
     e, source = experiment, None
+    if e.model.lora.rank and e.model.source == "random":
+        raise ConfigError("config.model.lora adapts a model that is there; cure: a config.model.source, or rank 0")
     if e.model.source != "random":
         source = describe(e.model.source, template=e.chat.template)
         e = dataclasses.replace(e, model=_with_architecture(e.model, source.model))
+    if e.model.lora.rank:
+        frozen = (*e.optimizer.frozen, BASE)
+        e = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, frozen=frozen))
     if e.chat.tokenizer == "auto":
         tokenizer = str(source.tokenizer.files[0]) if source else "embedded"
         e = dataclasses.replace(e, chat=dataclasses.replace(e.chat, tokenizer=tokenizer))
@@ -41,7 +49,7 @@ def _with_architecture(config: ModelConfig, found: LlamaConfig) -> ModelConfig:
     untouched = ModelConfig(num_kv_heads=0, head_dim=0)  # what default_config resolves to
     for f in dataclasses.fields(LlamaConfig):
         value, default, theirs = (getattr(m, f.name) for m in (config, untouched, found))
-        if value not in (default, theirs):
+        if value not in (default, theirs) and (f.name != "lora" or theirs != default):
             raise ConfigError(
                 f"config.model.{f.name} is {value!r} and {config.source} has {theirs!r}; "
                 "cure: leave the architecture to the source"
@@ -50,6 +58,7 @@ def _with_architecture(config: ModelConfig, found: LlamaConfig) -> ModelConfig:
         raise ConfigError(f"config.model.keep_layers is {config.keep_layers}; cure: at most {found.num_layers} here")
     fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(LlamaConfig)}
     fields["num_layers"] = config.keep_layers or found.num_layers
+    fields["lora"] = found.lora if found.lora.rank else config.lora
     return ModelConfig(**fields, source=config.source, keep_layers=config.keep_layers)
 
 
@@ -75,6 +84,23 @@ def with_vocabulary(experiment: Experiment, tokenizer: Tokenizer, source: Descri
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_size=size))
 
 
+def split(tree: dict, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
+    """A nested dict without the leaves whose names are chosen, and those alone."""
+    rest, found = {}, {}
+    for name, part in tree.items():
+        if isinstance(part, dict):
+            rest[name], inner = split(part, chosen)
+            found |= {name: inner} if inner else {}
+        else:
+            (found if chosen(name) else rest)[name] = part
+    return rest, found
+
+
+def merged(one: dict, other: dict) -> dict:
+    """Both nested dicts' leaves."""
+    return one | {name: merged(one.get(name, {}), p) if isinstance(p, dict) else p for name, p in other.items()}
+
+
 def initial_parameters(
     source: Description | None, module: nn.Module, whole: dict, names: tuple[str, ...], seed: int
 ) -> tuple[dict, bool]:
@@ -96,7 +122,10 @@ def initial_parameters(
                 f"config.head is not that of {source.path}; cure: config.head.readout='{theirs.readout}' and "
                 f"config.head.use_bias={theirs.use_bias}, as its head goes on"
             )
-    params = stored_parameters(source, {name: tree for name, tree in whole.items() if name not in new})
-    if new:
-        params |= random_parameters(module, {name: whole[name] for name in new}, seed)
-    return params, bool(new)
+    wanted = {name: tree for name, tree in whole.items() if name not in new}
+    made = {name: whole[name] for name in new}
+    if module.config.lora.rank and not source.model.lora.rank:  # new adapters
+        wanted, adapters = split(wanted, lambda name: name.startswith("lora_"))
+        made |= adapters
+    params = stored_parameters(source, wanted)
+    return merged(params, random_parameters(module, made, seed)) if made else params, bool(new)

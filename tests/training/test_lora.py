@@ -1,0 +1,191 @@
+"""Adapters: their gradients by the chain rule, what is trained and kept, and one function with or without them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from steerjax import export
+from steerjax.bundle import open_bundle
+from steerjax.config import default_config, resolve
+from steerjax.data.packing import pack
+from steerjax.data.trees import grow
+from steerjax.errors import ConfigError
+from steerjax.models.config import LoraConfig
+from steerjax.models.llama import RewardModel
+from steerjax.parallel.mesh import MeshConfig
+from steerjax.report.records import read_metrics
+from steerjax.training.train import train
+from tests.helpers import (
+    TINY,
+    assert_trees_close,
+    host_batch,
+    init_params,
+    loss_and_gradients,
+    rated_examples,
+    regression,
+)
+from tests.hf_folders import TINY as FOLDER
+from tests.hf_folders import random_tensors, read_folder, write_folder
+from tests.refusals import refused
+from tests.reward_models import SENTENCE, write_rows
+
+NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def folded(layers: dict, scale: float) -> dict:
+    """Kernels with their adapters added, by hand."""
+    out = {}
+    for name, part in layers.items():
+        if not isinstance(part, dict) or "kernel" not in part:
+            out[name] = folded(part, scale) if isinstance(part, dict) else part
+            continue
+        out[name] = {"kernel": part["kernel"]} | ({"bias": part["bias"]} if "bias" in part else {})
+        if "lora_a" in part:
+            L, R = len(part["kernel"]), part["lora_a"].shape[-1]
+            low = part["lora_a"].reshape(L, -1, R) @ part["lora_b"].reshape(L, R, -1)
+            out[name]["kernel"] += scale * low.reshape(part["kernel"].shape)
+    return out
+
+
+@pytest.mark.parametrize("targets", [("all-linear",), ("q", "v"), ("o", "down")])
+def test_gradients_are_those_of_full_training_by_the_chain_rule(targets):
+    """For W + s A B and G the gradient of W: s G B' for A, s A' G for B."""
+    lora = LoraConfig(rank=3, alpha=6.0, targets=targets)
+    objective = regression()
+    trees = grow(rated_examples(objective, [2, 3]))
+    batch = host_batch([objective], trees, pack(trees, 128), 128)
+    module = RewardModel(dataclasses.replace(TINY, lora=lora), 3)
+    params = init_params(module)
+    random = np.random.default_rng(0)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: jnp.asarray(random.normal(size=x.shape), jnp.float32) * 0.1 if "lora_b" in str(path) else x,
+        params,
+    )
+    plain = params | {"llama": params["llama"] | {"layers": folded(params["llama"]["layers"], lora.alpha / lora.rank)}}
+    (ours, _), gradients = loss_and_gradients(module, [objective], batch, params)
+    (theirs, _), full = loss_and_gradients(RewardModel(TINY, 3), [objective], batch, plain)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    assert_trees_close(gradients["reward_head"], full["reward_head"], rtol=1e-5)
+    adapted = 0
+    for group, parts in params["llama"]["layers"].items():
+        for name, part in parts.items():
+            if isinstance(part, dict) and "lora_a" in part:
+                L, R = len(part["kernel"]), lora.rank
+                a, b = part["lora_a"].reshape(L, -1, R), part["lora_b"].reshape(L, R, -1)
+                g = full["llama"]["layers"][group][name]["kernel"].reshape(L, a.shape[1], -1)
+                found = gradients["llama"]["layers"][group][name]
+                expected = {"lora_a": 2 * g @ b.swapaxes(1, 2), "lora_b": 2 * a.swapaxes(1, 2) @ g}
+                for leaf, value in expected.items():
+                    assert_trees_close(found[leaf].reshape(value.shape), value, rtol=1e-5)
+                adapted += 1
+    assert adapted == (7 if targets == ("all-linear",) else 2)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A causal model of random weights, and rated rows."""
+    folder = tmp_path_factory.mktemp("lora")
+    tensors = {k: v * (1 if "norm" in k else 0.2) for k, v in random_tensors(FOLDER).items()}
+    write_folder(folder / "model", FOLDER, tensors)
+    random = np.random.default_rng(0)
+    words = SENTENCE.split()
+    rows = [
+        {"prompt": f"Question {i // 2}?", "response": " ".join(random.choice(words, random.integers(3, 30))),
+         **dict(zip(NAMES, random.integers(0, 5, 5).tolist(), strict=True))} for i in range(80)
+    ]  # fmt: skip
+    write_rows(folder / "rows.jsonl", rows)
+    return folder
+
+
+def experiment(source, objectives=("regression",), **changes):
+    config = default_config()
+    config.objectives = objectives
+    config.data.train = (str(source / "rows.jsonl"),)
+    config.data.validation_fraction = 0.2
+    config.model.source = str(source / "model")
+    config.model.lora.rank = 4
+    config.batch.update(rows=8, row_length=256)
+    config.optimizer.update(warmup_steps=0, learning_rate=1e-2, epsilon=1e-6)
+    config.train.update(steps=4, plots=False, checkpoint_every=2)
+    for key, value in changes.items():
+        group, *inner, name = key.split("__")
+        target = config[group]
+        for part in inner:
+            target = target[part]
+        setattr(target, name, value)
+    return resolve(config.to_dict())
+
+
+def losses(workdir):
+    return [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "train"]
+
+
+def rewards(folder, mesh=None):
+    bundle = open_bundle(folder, mesh or MeshConfig(), dtype="float32")
+    inputs = np.arange(5, 325).reshape(8, 40) % 4096, np.arange(40)[None].repeat(8, 0), np.full((8, 40), 40)
+    with jax.set_mesh(bundle.mesh):
+        return np.asarray(jax.jit(bundle.module.apply)({"params": bundle.params}, *inputs))
+
+
+def test_only_adapters_and_the_head_are_trained_and_the_merged_export_is_the_same_model(source, tmp_path, capsys):
+    train(experiment(source), tmp_path / "run")
+    said = capsys.readouterr().out
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0]
+    bundle = open_bundle(tmp_path / "run", dtype="float32")
+    base = open_bundle(source / "model", template="extra_id", dtype="float32").params
+    trained = bundle.params["llama"]["layers"]["mlp"]["up"]
+    np.testing.assert_array_equal(trained["kernel"], base["llama"]["layers"]["mlp"]["up"]["kernel"])
+    np.testing.assert_array_equal(bundle.params["llama"]["embedding"], base["llama"]["embedding"])
+    assert np.abs(trained["lora_b"]).max() > 0
+    sizes = {name: leaf.size for name, leaf in (("a", trained["lora_a"]), ("b", trained["lora_b"]))}
+    assert sizes == {"a": 3 * 32 * 4, "b": 3 * 4 * 48}
+    total = sum(x.size for x in jax.tree.leaves(bundle.params))
+    adapters = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(bundle.params) if "lora_" in str(path))
+    assert f"{total:,}, {total - adapters - 32 * 5:,} of them frozen" in said
+
+    export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    assert not any("lora" in name for name in read_folder(tmp_path / "out"))
+    for mesh in (MeshConfig(), MeshConfig(data=1, fsdp=4, tensor=2)):
+        np.testing.assert_allclose(rewards(tmp_path / "out"), rewards(tmp_path / "run", mesh), rtol=0, atol=1e-5)
+
+
+def test_resumed_equals_uninterrupted_on_another_mesh(source, tmp_path):
+    constant = {"optimizer__schedule": "constant"}
+    train(experiment(source, **constant), tmp_path / "alone")
+    train(experiment(source, **constant, train__steps=2), tmp_path / "parts")
+    mesh = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}
+    train(experiment(source, **constant, **mesh), tmp_path / "parts")
+    np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "alone"), rtol=1e-5)
+    np.testing.assert_allclose(rewards(tmp_path / "parts"), rewards(tmp_path / "alone"), rtol=0, atol=1e-4)
+
+
+def test_a_run_with_adapters_is_a_source(source, tmp_path):
+    """Its adapters and its head go on."""
+    train(experiment(source), tmp_path / "run")
+    e = experiment(source, model__source=str(tmp_path / "run"), model__lora__rank=0, train__steps=1)
+    train(e, tmp_path / "more")
+    assert open_bundle(tmp_path / "more").description.model.lora.rank == 4
+    assert losses(tmp_path / "more")[0] < losses(tmp_path / "run")[0]
+
+
+def test_chat_models_too(source, tmp_path):
+    train(experiment(source, ("sft",)), tmp_path / "run")
+    export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    np.testing.assert_allclose(rewards(tmp_path / "out"), rewards(tmp_path / "run"), rtol=0, atol=2e-4)
+
+
+def test_what_cannot_be_adapted(source):
+    for key, value in (("model__lora__targets", ()), ("model__lora__targets", ("query",)), ("model__lora__rank", -1)):
+        with refused(ConfigError, "config.model.lora"):
+            experiment(source, **{key: value})
+    from steerjax.training.source import with_source
+
+    with refused(ConfigError, "config.model.lora", cure="config.model.source"):
+        with_source(experiment(source, model__source="random"))
