@@ -27,6 +27,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file; default 5GB")
     add("--scalar", metavar="NAME|NAME=W,...",
         help="of a reward model: one score, the weighted sum of its attributes; goodness, llama3_70b, ...")  # fmt: skip
+    add("--adapter", action="store_true", help="of a model with adapters: PEFT's adapter, in place of merged weights")
     add("--template", help="give a plain Hugging Face folder this chat template: extra_id, chatml, llama3 or llama2")
     add("--schema", choices=tuple(SCHEMAS), help="attributes that a plain chat model's template takes")
     add("--default-ratings", metavar="NAME=N,...",
@@ -41,6 +42,7 @@ def export(
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     scalar: str | None = None,
+    adapter: bool = False,
     template: str | None = None,
     schema: str | None = None,
     default_ratings: str | None = None,
@@ -59,7 +61,7 @@ def export(
     from steerjax.models.config import LoraConfig
 
     folder, sizes = locate(checkpoint), {"dtype": dtype, "max_shard_size": max_shard_size}
-    if template is schema is default_ratings is scalar is None and not is_checkpoint(folder):
+    if template is schema is default_ratings is scalar is None and not adapter and not is_checkpoint(folder):
         convert_folder(folder, output, **sizes)
         return
     about = describe(checkpoint, template=template)
@@ -80,16 +82,24 @@ def export(
             raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
         about = dataclasses.replace(about, default_ratings=ratings)
     evaluation, reader = _metrics(folder) if is_checkpoint(folder) else None, open_reader(folder)
-    if about.model.lora.rank:
+    if about.model.lora.rank and not adapter:
         reader = FoldedReader(reader, about.model.lora)
         about = dataclasses.replace(about, model=dataclasses.replace(about.model, lora=LoraConfig()))
+    if adapter and (scalar is not None or _kept_layers(about)):
+        raise ConfigError(
+            "--adapter with --scalar, or of a model cut by config.model.keep_layers; cure: merged weights"
+        )
     if scalar is not None:
         if about.kind != "reward" or about.schema is None:
             raise ConfigError("--scalar is for a reward model that says what it rates; cure: leave it out")
         name, weights = parse_scalar(scalar, about.schema)
         reader = ScalarReader(reader, about.schema, weights)
         about, evaluation = scalar_description(about, name, weights), None
-    export_model(about, reader, output, evaluation=evaluation, **sizes)
+    export_model(about, reader, output, evaluation=evaluation, adapter=adapter, **sizes)
+
+
+def _kept_layers(about) -> int:
+    return about.provenance.get("config", {}).get("model", {}).get("keep_layers", 0)
 
 
 def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:

@@ -19,6 +19,7 @@ from steerjax.hf.chat_template import chat_template
 from steerjax.hf.config_json import DTYPES, HuggingFaceConfig, read_config, write_config
 from steerjax.hf.description import Description
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, stacked_shapes, tensors
+from steerjax.hf.lora import write_adapter
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from steerjax.hf.weights import FolderReader, unfit
 
@@ -37,6 +38,7 @@ def export_model(
     dtype: str,
     max_shard_size: str,
     evaluation: Mapping | None = None,
+    adapter: bool = False,
 ) -> None:
     """Writes the whole folder of one of our models, or of a chat model that gets our template.
 
@@ -45,6 +47,7 @@ def export_model(
         output: a folder that is not there yet, or empty.
         dtype: float32, bfloat16, float16, or "auto" for each tensor's own.
         evaluation: attribute -> metric -> value, for the model card.
+        adapter: PEFT's adapter in place of the whole weights.
 
     Raises ModelError: what no server can load, a tensor that overflows in `dtype`, a folder that cannot be written.
     """
@@ -63,9 +66,13 @@ def export_model(
         special_strings=special_strings(tokenizer, template),
     )
     with new_folder(output) as folder:
-        write_model(folder, config, reader, dtype, max_shard_size)
+        if adapter:
+            base = str(description.provenance.get("base_model", ""))
+            write_adapter(folder, description.model, kind, len(labels), reader, base)
+        else:
+            write_model(folder, config, reader, dtype, max_shard_size)
         write_tokenizer(folder, tokenizer, template, written_template)
-        if not reward:
+        if not reward and not adapter:
             _write_json(folder / "generation_config.json", ids | {"eos_token_id": stop_tokens(tokenizer, template)})
         _write_json(folder / "steerjax.json", description.to_json())
         (folder / "README.md").write_text(model_card(description, evaluation=evaluation), encoding="utf-8")

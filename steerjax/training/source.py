@@ -26,8 +26,6 @@ def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]
             there are. ModelError: no such source, or it was trained with another template.
     """
     e, source = experiment, None
-    if e.model.lora.rank and e.model.source == "random":
-        raise ConfigError("config.model.lora adapts a model that is there; cure: a config.model.source, or rank 0")
     if e.model.source != "random":
         source = describe(e.model.source, template=e.chat.template)
         e = dataclasses.replace(e, model=_with_architecture(e.model, source.model))
@@ -111,6 +109,8 @@ def initial_parameters(
     Raises:
         ConfigError: that head is read in another way, or has a bias and this model none, or the reverse.
     """
+    if source is None and module.config.lora.rank:
+        raise ConfigError("config.model.lora adapts a model that is there; cure: a config.model.source, or rank 0")
     if source is None:
         return random_parameters(module, whole, seed), "reward_head" in whole
     head = [name for name in ("reward_head", "reward_bias") if name in whole]

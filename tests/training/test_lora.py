@@ -181,11 +181,28 @@ def test_chat_models_too(source, tmp_path):
     np.testing.assert_allclose(rewards(tmp_path / "out"), rewards(tmp_path / "run"), rtol=0, atol=2e-4)
 
 
-def test_what_cannot_be_adapted(source):
+def test_what_cannot_be_adapted(source, tmp_path):
     for key, value in (("model__lora__targets", ()), ("model__lora__targets", ("query",)), ("model__lora__rank", -1)):
         with refused(ConfigError, "config.model.lora"):
             experiment(source, **{key: value})
-    from steerjax.training.source import with_source
-
     with refused(ConfigError, "config.model.lora", cure="config.model.source"):
-        with_source(experiment(source, model__source="random"))
+        train(experiment(source, model__source="random"), tmp_path)
+
+
+@pytest.mark.parity
+def test_peft_scores_as_we_do(source, tmp_path):
+    """The adapter with its head, on the base model, and what PEFT merges."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    train(experiment(source, model__lora__targets=("q", "v", "o", "down")), tmp_path / "run")
+    export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "adapter"), "--adapter"])
+    base = AutoModelForSequenceClassification.from_pretrained(source / "model", num_labels=5, dtype=torch.float32)
+    base.config.pad_token_id = 0
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    tokens = np.arange(5, 325).reshape(8, 40) % 4096
+    ours = rewards(tmp_path / "run")[:, -1]
+    for each in (model, model.merge_and_unload()):
+        with torch.no_grad():
+            np.testing.assert_allclose(each(torch.tensor(tokens)).logits.numpy(), ours, rtol=0, atol=1e-5)
