@@ -16,7 +16,7 @@ from steerjax.bundle.reader import is_checkpoint, open_reader
 from steerjax.chat.render import Renderer
 from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
-from steerjax.hf.weights import load_parameters
+from steerjax.hf.weights import FirstLogitReader, load_parameters
 from steerjax.models.attention import Choice, choose_backend
 from steerjax.models.config import ComputeConfig, HeadConfig, LlamaConfig
 from steerjax.models.llama import CausalLM, Compute, RewardModel
@@ -125,4 +125,7 @@ def stored_parameters(about: Description, abstract: dict) -> dict:
     `abstract` may lack groups, and have the first of the layers only. Raises ModelError, CheckpointError: what is
     stored does not fit.
     """
-    return load_parameters(open_reader(about.path), abstract)
+    reader = open_reader(about.path)
+    if "reward_head" in abstract and "reward_head" not in reader.shapes and about.kind == "reward":
+        reader = FirstLogitReader(reader)
+    return load_parameters(reader, abstract)

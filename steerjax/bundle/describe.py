@@ -13,7 +13,7 @@ from steerjax.chat.tokenizer import Tokenizer, load_tokenizer
 from steerjax.errors import CheckpointError, ModelError
 from steerjax.hf.config_json import HuggingFaceConfig, read_config
 from steerjax.hf.description import About, Description, read_about
-from steerjax.hf.keys import BARE, CLASSIFIER
+from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER
 from steerjax.hf.weights import resolve_source
 from steerjax.models.config import LlamaConfig
 from steerjax.schema import Attributes, Schema
@@ -149,6 +149,9 @@ def _about(folder: Path, config: HuggingFaceConfig, template: str | None) -> Abo
     if not said:
         cure = f"--template, one of {', '.join(TEMPLATES)}"
         raise ModelError(f"'{folder}' does not say which chat template it was trained with\n  cure: {cure}")
+    first_logit = config.architecture == CAUSAL_LM and said.kind == "reward" and said.schema and len(said.schema) == 1
+    if first_logit:  # Nemotron's reward models: the logit of token 0 where the response ends
+        return said
     if said.kind != kind or (kind == "reward" and said.schema and said.schema.names != config.labels):
         facts = f"{said.kind} model, {config.architecture}, labels {', '.join(config.labels) or 'none'}"
         wrong = f"steerjax.json and config.json contradict each other ({facts})"

@@ -132,6 +132,23 @@ def unfit(reader, path: str, expected: tuple[int, ...] | None) -> ModelError:
     return ModelError(f"{said}\n  cure: another model, or another step of the run")
 
 
+class FirstLogitReader:
+    """A causal model as a reward model whose one output is the logit of token 0 (Nemotron's layout)."""
+
+    def __init__(self, reader):
+        self._reader, self.directory = reader, reader.directory
+        self.shapes = {**reader.shapes, "reward_head": (reader.shapes["llama/embedding"][1], 1)}
+        self.dtypes = {**reader.dtypes, "reward_head": "float32"}
+
+    def read(self, path: str, index: Index, dtype) -> np.ndarray:
+        """As the reader's own."""
+        if path != "reward_head":
+            return self._reader.read(path, index, dtype)
+        if "lm_head" in self._reader.shapes:
+            return self._reader.read("lm_head", (index[0], slice(0, 1)), dtype)
+        return self._reader.read("llama/embedding", (slice(0, 1), index[0]), dtype).T
+
+
 def load_parameters(reader, abstract: Mapping) -> dict:
     """A folder's or checkpoint's parameters as global arrays, each process reading only what its devices hold.
 

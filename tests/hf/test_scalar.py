@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -79,6 +80,32 @@ def test_a_one_label_model_of_somebody_else(tmp_path):
     words = ("--model", folder, "--template", "extra_id", "--input", rows, "--output", tmp_path / "out.jsonl")
     annotate.main([str(word) for word in words])
     assert all(list(found) == ["score"] for found in predictions(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("layout", "tied"), [("one label", False), ("first logit", False), ("first logit", True)])
+def test_models_with_one_output_score_as_in_transformers(tmp_path, layout, tied):
+    """Skywork's one label, and Nemotron's logit of token 0 of a causal model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    label = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "num_labels": 1}
+    config = TINY | (CLASSIFIER | label if layout == "one label" else {"tie_word_embeddings": tied})
+    tensors = {name: x * (1 if "norm" in name else 0.2) for name, x in random_tensors(config).items()}
+    folder = write_folder(tmp_path / "model", config, tensors)
+    about = {"kind": "reward", "template": "extra_id", "attributes": [{"name": "reward", "low": -9, "high": 9}]}
+    if layout == "first logit":
+        (folder / "steerjax.json").write_text(json.dumps(about))
+    bundle = open_bundle(folder, template="extra_id", dtype="float32")
+    assert bundle.description.kind == "reward"
+    tokens = np.random.default_rng(0).integers(4, 4096, (8, 30))
+    inputs = tokens, np.arange(30)[None].repeat(8, 0), np.full((8, 30), 30)
+    ours = bundle.module.apply({"params": jax.device_get(bundle.params)}, *inputs)[:, -1]
+    kind = AutoModelForSequenceClassification if layout == "one label" else AutoModelForCausalLM
+    with torch.no_grad():
+        logits = kind.from_pretrained(folder, dtype=torch.float32).eval()(torch.tensor(tokens)).logits
+    expected = logits if layout == "one label" else logits[:, -1, :1]
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-4)
 
 
 # ---- merge
