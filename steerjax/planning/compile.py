@@ -20,7 +20,7 @@ from steerjax.planning.topology import Topology
 from steerjax.training.config import Experiment
 from steerjax.training.input import check_batch, make_feeder
 from steerjax.training.program import Program, make_objectives
-from steerjax.training.source import with_source
+from steerjax.training.source import with_frozen_base, with_source
 
 # Part of a device's memory that a plan leaves free: the next batch, the evaluation's program, fragments.
 RESERVE = 0.05
@@ -64,6 +64,7 @@ def plannable(experiment: Experiment, devices: int) -> Experiment:
         e, _ = with_source(e)
     if e.model.vocab_size == 0:
         e = replace(e, model=replace(e.model, vocab_size=load_tokenizer(e.chat.tokenizer).vocab_size))
+    e = with_frozen_base(e)
     mesh, steps = MeshConfig(*mesh_shape(e.mesh, devices)), e.train.steps or 1_000_000
     return replace(e, mesh=mesh, train=replace(e.train, steps=steps))
 

@@ -29,9 +29,7 @@ def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]
     if e.model.source != "random":
         source = describe(e.model.source, template=e.chat.template)
         e = dataclasses.replace(e, model=_with_architecture(e.model, source.model))
-    if e.model.lora.rank:
-        frozen = (*e.optimizer.frozen, BASE)
-        e = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, frozen=frozen))
+    e = with_frozen_base(e)
     if e.chat.tokenizer == "auto":
         tokenizer = str(source.tokenizer.files[0]) if source else "embedded"
         e = dataclasses.replace(e, chat=dataclasses.replace(e.chat, tokenizer=tokenizer))
@@ -41,6 +39,13 @@ def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]
             f"cure: at most {e.model.num_layers}, the model's layers"
         )
     return e, source
+
+
+def with_frozen_base(e: Experiment) -> Experiment:
+    """With adapters, only they and heads are trained."""
+    if not e.model.lora.rank or BASE in e.optimizer.frozen:
+        return e
+    return dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, frozen=(*e.optimizer.frozen, BASE)))
 
 
 def _with_architecture(config: ModelConfig, found: LlamaConfig) -> ModelConfig:

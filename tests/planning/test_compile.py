@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from steerjax.config import resolve
 from steerjax.errors import ConfigError
-from steerjax.models.config import ModelConfig
+from steerjax.models.config import LoraConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.planning.compile import compile_step, plannable, used_bytes
 from steerjax.planning.topology import parse_topology
@@ -83,6 +83,15 @@ def test_compile_time_does_not_grow_with_layers(no_compile_cache):
         length[layers] = len(text)
     assert seconds[32] < 1.3 * seconds[2], seconds
     assert length[32] < 1.05 * length[2]
+
+
+def test_adapters_have_the_optimizers_state_alone():
+    """Arguments are the parameters once, and two moments of adapters and head."""
+    sizes = {}
+    for rank in (0, 4):
+        model = replace(MODEL, lora=LoraConfig(rank=rank))
+        sizes[rank] = compile_step(tiny((1, 8, 1, 1), model=model), jax.devices()).parts["argument"]
+    assert sizes[4] < 0.5 * sizes[0]
 
 
 def test_what_cannot_be_planned_is_said_before_it_is_compiled():
