@@ -5,8 +5,8 @@ is ten times that of full training, as is usual for adapters. Not run here. What
 
     steerjax plan --config configs/rm_lora_llama3_8b.py --topology v5p:2x2x1
 
-says 19.3 GiB a device of four, of which parameters and optimizer state are 7.7; rm_llama3_8b.py, which trains all, has 38.4
-and 21.0 there.
+says 19.3 GiB a device of four, of which parameters and optimizer state are 7.7; rm_llama3_8b.py, which trains all, has
+38.4 and 21.0 there.
 
 Train with --config.model.source=meta-llama/Meta-Llama-3-8B-Instruct; its architecture is what stands here, so that a
 plan needs no download.
