@@ -56,7 +56,7 @@ def theirs(folder):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(), MeshConfig(data=1, fsdp=4, tensor=2), MeshConfig(data=2, tensor=2, context=2)]
+    "mesh", [MeshConfig(data=1, fsdp=4, tensor=2), MeshConfig(data=2, tensor=2, context=2)], ids=str
 )
 def test_sharded_logits_equal_transformers(folder, mesh):
     import torch

@@ -242,9 +242,8 @@ def experiment(rows, objectives, **changes):
     return resolve(config.to_dict())
 
 
-@pytest.mark.parametrize("loss", ["regular", "margin", "scaled"])
-def test_a_run_learns_what_is_preferred(rows, tmp_path, capsys, loss):
-    found = train(experiment(rows, ("bradley_terry",), bradley_terry__loss=loss), tmp_path)["bradley_terry"]
+def test_a_run_learns_what_is_preferred(rows, tmp_path, capsys):
+    found = train(experiment(rows, ("bradley_terry",), bradley_terry__loss="scaled"), tmp_path)["bradley_terry"]
     assert found.values["accuracy"] > 0.9
     assert found.detail.interval()[0] > 0.8
     assert "40 pairs" in capsys.readouterr().out

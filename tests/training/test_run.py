@@ -165,8 +165,7 @@ def test_sigterm_saves_and_says_so(recipe, repository, uninterrupted, tmp_path):
     assert records(tmp_path) == records(uninterrupted)
 
 
-@pytest.mark.parametrize("last", [3, 6])
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("sent", "last"), [(signal.SIGTERM, 3), (signal.SIGINT, 6)])
 def test_a_signal_at_an_evaluation_saves_first(recipe, tmp_path, monkeypatch, sent, last):
     """An evaluation can take longer than a preempted machine has left; what was owed is done when the run goes on."""
     write = training.step_record
