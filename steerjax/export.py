@@ -56,9 +56,8 @@ def export(
     from steerjax.bundle import describe, locate
     from steerjax.bundle.reader import is_checkpoint, open_reader
     from steerjax.hf.export import convert_folder, export_model
-    from steerjax.hf.lora import FoldedReader
+    from steerjax.hf.lora import folded
     from steerjax.hf.scalar import ScalarReader, scalar_description
-    from steerjax.models.config import LoraConfig
 
     folder, sizes = locate(checkpoint), {"dtype": dtype, "max_shard_size": max_shard_size}
     if template is schema is default_ratings is scalar is None and not adapter and not is_checkpoint(folder):
@@ -82,9 +81,8 @@ def export(
             raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
         about = dataclasses.replace(about, default_ratings=ratings)
     evaluation, reader = _metrics(folder) if is_checkpoint(folder) else None, open_reader(folder)
-    if about.model.lora.rank and not adapter:
-        reader = FoldedReader(reader, about.model.lora)
-        about = dataclasses.replace(about, model=dataclasses.replace(about.model, lora=LoraConfig()))
+    if not adapter:
+        about, reader = folded(about, reader)
     if adapter and (scalar is not None or _kept_layers(about)):
         raise ConfigError(
             "--adapter with --scalar, or of a model cut by config.model.keep_layers; cure: merged weights"

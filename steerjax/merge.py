@@ -41,11 +41,12 @@ def merge(o: argparse.Namespace) -> None:
     from steerjax.bundle import describe
     from steerjax.bundle.reader import open_reader
     from steerjax.hf.export import export_model
+    from steerjax.hf.lora import folded
     from steerjax.hf.merge import MergedReader, check_mergeable
 
     weights = merge_weights(len(o.models), o.factor, o.weights)
-    models = [describe(model, template=o.template) for model in o.models]
-    readers = [open_reader(model.path) for model in models]
+    found = [describe(model, template=o.template) for model in o.models]
+    models, readers = zip(*(folded(model, open_reader(model.path)) for model in found), strict=True)
     check_mergeable(models, readers)
     merged = {"merged": {str(model.path): weight for model, weight in zip(models, weights, strict=True)}}
     about = dataclasses.replace(models[-1], provenance={**models[-1].provenance, **merged})

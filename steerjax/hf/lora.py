@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from steerjax.errors import ConfigError
+from steerjax.hf.description import Description
 from steerjax.hf.keys import CLASSIFIER, Index, tensors
 from steerjax.models.config import LlamaConfig, LoraConfig
 
@@ -36,6 +39,14 @@ class FoldedReader:
         layers, size = len(kernel), a.shape[-1]
         folded = np.matmul(a.reshape(layers, -1, size), b.reshape(layers, size, -1)).reshape(kernel.shape)
         return (kernel + self._scale * folded).astype(dtype, copy=False)
+
+
+def folded(about: Description, reader) -> tuple[Description, Any]:
+    """The model without adapters that computes the same, and its reader; a model without any as it is."""
+    if not about.model.lora.rank:
+        return about, reader
+    plain = dataclasses.replace(about.model, lora=LoraConfig())
+    return dataclasses.replace(about, model=plain), FoldedReader(reader, about.model.lora)
 
 
 def write_adapter(folder: Path, config: LlamaConfig, architecture: str, labels: int, reader, base: str) -> None:

@@ -31,7 +31,7 @@ class MergedReader:
     """A reader of the weighted sum of several readers' parameters, in float32."""
 
     def __init__(self, readers: Sequence, weights: Sequence[float]):
-        self._readers, self._weights = readers, weights
+        self._readers, self._weights, self.directory = readers, weights, readers[0].directory
         self.shapes = readers[0].shapes
         self.dtypes = dict.fromkeys(self.shapes, np.dtype(np.float32))
 

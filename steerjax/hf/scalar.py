@@ -29,13 +29,10 @@ class ScalarReader:
     def __init__(self, reader, schema: Schema, weights: dict[str, float]):
         if HEAD not in reader.shapes:
             raise ModelError("--scalar of a model without a reward head\n  cure: leave it out for a chat model")
-        self._reader = reader
+        self._reader, self.directory = reader, reader.directory
         self._weights = np.array([weights.get(name, 0.0) for name in schema.names])
         self.shapes = {**reader.shapes, HEAD: (reader.shapes[HEAD][0], 1)}
         self.dtypes = {**reader.dtypes, HEAD: np.dtype(np.float32)}
-
-    def __getattr__(self, name: str):
-        return getattr(self._reader, name)
 
     def read(self, path: str, index: Index, dtype) -> np.ndarray:
         """As the reader's own."""

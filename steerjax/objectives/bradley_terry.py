@@ -114,7 +114,7 @@ class BradleyTerry(Objective):
     def check_data(self):
         for split, data in self.data.items():
             if not data.strengths:
-                cure = "rows with 'chosen' and 'rejected' (docs/formats.md), or config.bradley_terry.train"
+                cure = "rows with 'chosen' and 'rejected' (docs/formats.md)"
                 raise DataError(f"no pair of responses for {split}", cure=cure)
         if self.config.loss != "regular" and set(self._all.strengths) == {1.0}:
             cure = "rows that say how much (margin, preference_strength), or 'regular'"
@@ -162,10 +162,8 @@ class BradleyTerry(Objective):
 
         data = self.data[VALIDATION]
         scores = np.zeros((len(data.strengths), 2))
-        for layout, output in (pair for step in steps for pair in zip(*step, strict=True)):
-            for example, place in layout.ends:
-                if example.objective == self.name:
-                    scores[example.number // 2, example.number % 2] = output[place]
+        for example, score in self.read_ends(steps):
+            scores[example.number // 2, example.number % 2] = score
         strengths = np.array(data.strengths)
         found = np.asarray(preference_loss(scores[:, 0] - scores[:, 1], strengths, self.config.loss), np.float64)
         result = preference_result(scores, strengths, data.lengths, data.ids)

@@ -1,6 +1,6 @@
 """What all objectives have in common: the questions that input, step and report ask of one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -106,6 +106,13 @@ class Objective:
     def evaluate(self, steps: Sequence[tuple[list[Layout], Any]]) -> Evaluation:
         """From each step's rows, as they were laid out, and its `outputs` (of padding rows too)."""
         raise NotImplementedError
+
+    def read_ends(self, steps: Sequence[tuple[list[Layout], Any]]) -> Iterator[tuple[Example, Any]]:
+        """Of `evaluate`'s steps: each example of this objective with its rows' output at its last token."""
+        for layout, output in (row for step in steps for row in zip(*step, strict=True)):
+            for example, place in layout.ends:
+                if example.objective == self.name:
+                    yield example, output[place]
 
     def first_sums(self, model: nn.Module, hidden: jax.Array, batch: Batch, arrays):
         """For a new head: what `first_parameters` needs of the first step, added up over its rows; None for nothing."""

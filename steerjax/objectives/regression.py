@@ -184,10 +184,8 @@ class Regression(Objective):
         data, train = self.data[VALIDATION], self.data[TRAIN]
         ratings, known = self._table(data.rows), self._table(train.rows)
         predicted = np.zeros_like(ratings)
-        for layout, output in (pair for step in steps for pair in zip(*step, strict=True)):
-            for example, place in layout.ends:
-                if example.objective == self.name:
-                    predicted[example.number] = output[place]
+        for example, output in self.read_ends(steps):
+            predicted[example.number] = output
         total, count = self._error(predicted, ratings, np.isfinite(ratings).astype(np.float32))
         seen = predicted, ratings, data.lengths, data.ids
         result = evaluate_predictions(self.setting.schema, *seen, known, train.lengths)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from steerjax import export
+from steerjax import export, merge
 from steerjax.bundle import open_bundle
 from steerjax.config import default_config, resolve
 from steerjax.data.packing import pack
@@ -171,6 +171,18 @@ def test_a_run_with_adapters_is_a_source(source, tmp_path):
     train(e, tmp_path / "more")
     assert open_bundle(tmp_path / "more").description.model.lora.rank == 4
     assert losses(tmp_path / "more")[0] < losses(tmp_path / "run")[0]
+
+
+def test_runs_with_adapters_are_merged_as_the_models_they_are(source, tmp_path):
+    """The mean of A B is not the product of means."""
+    for seed in (0, 1):
+        train(experiment(source, train__seed=seed), tmp_path / f"run{seed}")
+        export.main(["--checkpoint", str(tmp_path / f"run{seed}"), "--output", str(tmp_path / f"out{seed}")])
+    merge.main([str(tmp_path / "run0"), str(tmp_path / "run1"), "--output", str(tmp_path / "both")])
+    first, second, both = (read_folder(tmp_path / name) for name in ("out0", "out1", "both"))
+    assert both.keys() == first.keys()
+    for name, value in both.items():
+        np.testing.assert_allclose(value, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-6)
 
 
 def test_chat_models_too(source, tmp_path):
