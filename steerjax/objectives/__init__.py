@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from steerjax.errors import ConfigError
-from steerjax.objectives.objective import Evaluation, Objective, Setting
+from steerjax.objectives.objective import Evaluation, Objective, ObjectiveConfig, Setting
 from steerjax.schema import Schema
 
-__all__ = ["OBJECTIVES", "Evaluation", "Objective", "Setting", "find_objective", "predicted_schema"]
+__all__ = ["OBJECTIVES", "Evaluation", "Objective", "ObjectiveConfig", "Setting", "find_objective", "predicted_schema"]
 
 OBJECTIVES: dict[str, str] = {  # name, also of its config group -> module:class
     "bradley_terry": "steerjax.objectives.bradley_terry:BradleyTerry",

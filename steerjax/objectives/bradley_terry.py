@@ -15,13 +15,13 @@ from jaxtyping import Array, Float
 
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, Weight
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig
 from steerjax.schema import Attribute, Schema
 from steerjax.typed import STRICT
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class BradleyTerryConfig:
+class BradleyTerryConfig(ObjectiveConfig):
     """The loss of a pair, of the difference d of its scores and its strength m (1 where the data has none).
 
     `regular`: -log sigmoid(d); `margin`: -log sigmoid(d - m); `scaled`: -m log sigmoid(d).
@@ -30,7 +30,6 @@ class BradleyTerryConfig:
     its own, called `preference`.
     """
 
-    weight: Weight = 1.0  # of the objective among others
     loss: Literal["regular", "margin", "scaled"] = "regular"
     score: Mapping[str, float] = field(default_factory=dict)
 

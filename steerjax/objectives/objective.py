@@ -7,20 +7,42 @@ from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
+import pydantic.dataclasses
 from flax import linen as nn
 from pydantic import Field
 
 from steerjax.chat.render import Renderer
 from steerjax.data.batch import Batch
+from steerjax.data.config import Format, Sources
 from steerjax.data.conversation import Conversation
 from steerjax.data.packing import Layout, check_fits
 from steerjax.data.trees import Example
 from steerjax.errors import DataError
 from steerjax.schema import Attribute, Schema
+from steerjax.typed import STRICT
 
 TRAIN, VALIDATION = "train", "validation"
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sums = Mapping[str, tuple[jax.Array, jax.Array]]  # metric -> (sum, count), float32
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class ObjectiveConfig:
+    """What every objective's config group has.
+
+    Attributes:
+        weight: of the objective among others.
+        train, validation, format: data of its own, as in `config.data`; without `train` it learns from that.
+    """
+
+    weight: Weight = 1.0
+    train: Sources = ()
+    validation: Sources = ()
+    format: Format = "auto"
+
+    def __post_init__(self):
+        if not self.train and (self.validation or self.format != "auto"):
+            raise ValueError("validation or format without train; cure: set train too, or neither")
 
 
 @dataclass(frozen=True)
@@ -59,7 +81,7 @@ class Objective:
     Attributes:
         name: of the objective and of its config group.
         kind: of the model, "reward" (a head that reads ratings) or "chat" (a language model).
-        Config: the config group, a pydantic dataclass with a field `weight` and `check(schema)`.
+        Config: the config group, an `ObjectiveConfig` with `check(schema)`.
     """
 
     name: ClassVar[str]

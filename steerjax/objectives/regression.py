@@ -15,13 +15,13 @@ from pydantic import Field
 
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, Weight
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig, Weight
 from steerjax.schema import Schema
 from steerjax.typed import STRICT
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class RegressionConfig:
+class RegressionConfig(ObjectiveConfig):
     """Masked mean squared error.
 
     It is the `average` over all ratings of a step, or over examples, each the mean of its own ratings (NeMo-Aligner
@@ -32,7 +32,6 @@ class RegressionConfig:
     predictions vary as ratings do, which is best for quadratic kappa and worse for MSE.
     """
 
-    weight: Weight = 1.0  # of the objective among others
     average: Literal["ratings", "examples"] = "ratings"
     stretch: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     attribute_weights: Mapping[str, Weight] = field(default_factory=dict)  # by name; what is not named weighs 1

@@ -16,17 +16,16 @@ from steerjax.data.conversation import Turn
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
 from steerjax.objectives.cross_entropy import chunked_cross_entropy
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, Weight
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig
 from steerjax.schema import Schema, check_rating
 from steerjax.typed import STRICT
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class SFTConfig:
+class SFTConfig(ObjectiveConfig):
     """Attribute-conditioned SFT.
 
     Attributes:
-        weight: of the objective among others.
         ratings: which ratings the label lines carry; `human_then_predicted` takes for each attribute the human one
             where there is one; `none` is plain SFT.
         missing: a response without ratings is trained without a label line (omit), is context only (leave_out), or
@@ -35,7 +34,6 @@ class SFTConfig:
         default_ratings: what an exported model is asked for where a request names nothing; by name.
     """
 
-    weight: Weight = 1.0
     ratings: Literal["human", "predicted", "human_then_predicted", "none"] = "human"
     missing: Literal["omit", "leave_out", "error"] = "omit"
     threads: Literal["once", "all"] = "once"

@@ -109,6 +109,11 @@ class Experiment:
     optimizer: OptimizerConfig
     train: TrainConfig
 
+    def sources(self) -> tuple[str, ...]:
+        """All data that is read, each once."""
+        read = [own if own.train else self.data for own in self.objective.values()]
+        return tuple(dict.fromkeys(source for each in read for source in (*each.train, *each.validation)))
+
     def to_dict(self) -> dict:
         """Nested plain data as a recipe writes it: objectives' groups stand beside the others."""
         values = dataclasses.asdict(self)

@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 from steerjax.chat.render import Renderer
 from steerjax.chat.tokenizer import missing_markers
 from steerjax.data.batch import BatchPlan, Feeder, RowBuilder
-from steerjax.data.config import BatchConfig, DataConfig
+from steerjax.data.config import BatchConfig
+from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, load_conversations, shared_prompts, split_by_prompt
 from steerjax.data.packing import Row, pack
 from steerjax.data.trees import Example, Tree, grow
@@ -18,7 +19,6 @@ from steerjax.errors import ConfigError, DataError
 from steerjax.objectives import Objective
 from steerjax.objectives.objective import TRAIN, VALIDATION
 from steerjax.parallel.rules import mesh_ways, partition_spec
-from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 
 
@@ -33,24 +33,44 @@ class Input:
     said: dict[str, str]
 
 
-def load_splits(data: DataConfig, schema: Schema) -> tuple[list, list[Skipped], dict[str, str]]:
-    """[training, validation] conversations, rows that were left out, and facts for the summary.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Conversations of the same sources, and the names of the objectives that learn from them."""
 
-    Raises:
-        DataError: a row that cannot be used, unless the config says to skip such rows.
+    objectives: list[str]
+    splits: list[list[Conversation]]  # training, validation
+
+
+def load_parts(e: Experiment) -> tuple[list[Part], list[Skipped], dict[str, str]]:
+    """The data of every objective, rows that were left out, and facts for the summary.
+
+    What has no validation of its own is held out together, so that no file's training rows have a prompt of another's
+    validation. Raises DataError: a row that cannot be used, unless the config says to skip such rows.
     """
-    options = {"format": data.format, "on_bad_row": data.on_bad_row, "on_duplicate": data.on_duplicate}
-    loaded = [load_conversations(part, schema, **options) for part in (data.train, data.validation) if part]
-    splits, said = [part.conversations for part in loaded], {}
-    if not data.validation:
-        splits = split_by_prompt(*splits, data.validation_fraction, data.split_seed)
-    if both := shared_prompts(*splits):
+    data, schema, names = e.data, e.data.make_schema(), {}
+    for name, own in e.objective.items():
+        chosen = own if own.train else data
+        names.setdefault((chosen.train, chosen.validation, chosen.format), []).append(name)
+    options = {"on_bad_row": data.on_bad_row, "on_duplicate": data.on_duplicate}
+    parts, loaded = [], []
+    for (*sources, format), objectives in names.items():
+        found = [load_conversations(each, schema, format=format, **options) for each in sources if each]
+        parts.append(Part(objectives, [one.conversations for one in found]))
+        loaded += found
+    whole = [part.splits for part in parts if len(part.splits) == 1]
+    if whole:
+        rows = [conversation for splits in whole for conversation in splits[0]]
+        held_out = set(map(id, split_by_prompt(rows, data.validation_fraction, data.split_seed)[1]))
+        for splits in whole:
+            splits[:] = ([c for c in splits[0] if (id(c) in held_out) == there] for there in (False, True))
+    said = {}
+    if both := shared_prompts(*([c for part in parts for c in part.splits[i]] for i in range(2))):
         said["warning"] = f"{both} prompts are in both training and validation rows"
-        if not data.validation:
+        if len(whole) == len(parts):
             said["warning"] = "all rows have one prompt, so rows are held out"
-    if duplicates := sum(part.duplicates for part in loaded):
+    if duplicates := sum(one.duplicates for one in loaded):
         said["duplicates"] = f"{duplicates} rows stand twice ({data.on_duplicate})"
-    return list(splits), [row for part in loaded for row in part.skipped], said
+    return parts, [row for one in loaded for row in one.skipped], said
 
 
 def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Renderer) -> Input:
@@ -59,18 +79,20 @@ def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Rendere
     Raises:
         DataError: names the row; or nothing is left, or nothing that an objective can learn from.
     """
-    splits, skipped, said = load_splits(e.data, e.data.make_schema())
+    parts, skipped, said = load_parts(e)
     trees = []
-    for split, conversations in zip((TRAIN, VALIDATION), splits, strict=True):
+    for number, split in enumerate((TRAIN, VALIDATION)):
         examples: list[Example] = []
-        for conversation in conversations:
-            try:
-                for objective in objectives:
-                    examples += objective.examples(conversation, split)
-            except DataError as error:
-                if e.data.on_bad_row == "error":
-                    raise error.at(conversation.file, conversation.line) from None
-                skipped.append(Skipped(conversation.file, conversation.line, error.reason))
+        for part in parts:
+            learners = [o for o in objectives if o.name in part.objectives]
+            for conversation in part.splits[number]:
+                try:
+                    for objective in learners:
+                        examples += objective.examples(conversation, split)
+                except DataError as error:
+                    if e.data.on_bad_row == "error":
+                        raise error.at(conversation.file, conversation.line) from None
+                    skipped.append(Skipped(conversation.file, conversation.line, error.reason))
         trees.append(grow(examples))
     try:
         for objective in objectives:
@@ -82,7 +104,7 @@ def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Rendere
         raise error.but(message=f"{error.message}; {len(skipped)} rows were skipped, the first is {first}") from None
     if missing := missing_markers(renderer.tokenizer, renderer.template):
         said["markers"] = f"{', '.join(missing)}: plain text to this tokenizer"
-    if changed := sum(renderer.broken(conversation) for split in splits for conversation in split):
+    if changed := sum(renderer.broken(each) for part in parts for split in part.splits for each in split):
         said["control strings"] = f"{changed} texts spell one; a zero-width character breaks it"
     plan = BatchPlan(trees[0], e.batch.rows, e.batch.row_length, e.train.seed)
     return Input(plan, trees[1], pack(trees[1], e.batch.row_length), skipped, said)

@@ -115,7 +115,7 @@ def make_provenance(
         readout=e.head.readout,
         tokenizer=TokenizerSource(e.chat.tokenizer, renderer.tokenizer.hash),
         base_model=e.model.source,
-        data=file_hashes((*e.data.train, *e.data.validation)),
+        data=file_hashes(e.sources()),
         config=e.to_dict(),
         **facts,
     )

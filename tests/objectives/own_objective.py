@@ -3,18 +3,16 @@
 It is registered in `test_own_objective.py` and trained with the command's own function.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
+import pydantic.dataclasses
 
 from steerjax.data.trees import Example
-from steerjax.objectives import Evaluation, Objective
+from steerjax.objectives import Evaluation, Objective, ObjectiveConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    weight: float = 1.0
+@pydantic.dataclasses.dataclass(frozen=True)
+class Config(ObjectiveConfig):
     scale: float = 0.01
 
     def check(self, schema) -> None:
