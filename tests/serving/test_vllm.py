@@ -15,7 +15,7 @@ from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import load_conversations, split_by_prompt
-from steerjax.schema import HELPSTEER
+from steerjax.schema import HELPSTEER, parse_scalar
 from tests.hf.serving import as_messages
 from tests.reward_models import read_rows, write_rows
 from tests.serving.vllm_server import environment, python, serving
@@ -114,10 +114,10 @@ def scored(model: Path, conversations: list[Conversation], repository: Path) -> 
     return np.array([[rating[name] for name in HELPSTEER.names] for rating in ratings])
 
 
-def assert_same(found, scores: np.ndarray, what: str) -> None:
+def assert_same(found, scores: np.ndarray, what: str, tolerance: float = 1e-3) -> None:
     largest = np.abs(np.array(found) - scores).max()
     print(f"{what}: largest difference {largest:.2g} of {len(scores)} conversations")
-    assert largest < 1e-3
+    assert largest < tolerance
 
 
 def test_the_run_scores_as_its_export(run, halves, scores, repository):
@@ -178,6 +178,24 @@ def test_the_server_classifies(reward, ids, messages, scores, cache):
         assert "nothing to rate" in server.refusal("/classify", messages=messages[0][:1])
         spelled = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b"}]
         assert len(server.post("/classify", messages=spelled)["data"]) == 1  # text, as any other
+
+
+@pytest.fixture(scope="module")
+def one_score(run, repository) -> Path:
+    folder = run.parent / "one-score"
+    steerjax("export", "--checkpoint", run, "--output", folder, "--scalar", "goodness", repository=repository)
+    return folder
+
+
+def test_the_server_classifies_with_one_score(one_score, messages, scores, cache):
+    """The score itself: a server would put a lone label through a sigmoid, did the folder not say `regression`."""
+    weights = parse_scalar("goodness", HELPSTEER)[1]
+    expected = scores @ [weights.get(name, 0.0) for name in HELPSTEER.names]
+    assert expected.std() > 0.02
+    with serving(one_score, cache, "--runner", "pooling", "--enforce-eager") as server:
+        replies = [server.post("/classify", messages=conversation)["data"][0] for conversation in messages]
+    assert [reply["num_classes"] for reply in replies] == [1] * len(messages)
+    assert_same([reply["probs"] for reply in replies], expected[:, None], "/classify, one score", 1e-4)
 
 
 # --- A chat model.
