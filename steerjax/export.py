@@ -23,7 +23,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a run's folder (its newest checkpoint), checkpoints/STEP, a Hugging Face folder, or hub id")  # fmt: skip
     add("--output", required=True, metavar="DIR", type=Path, help="the new folder; must not exist yet")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="auto: a folder's own, float32 for a checkpoint")  # fmt: skip
+        help="auto: as it is stored")  # fmt: skip
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file; default 5GB")
     add("--scalar", metavar="NAME|NAME=W,...",
         help="of a reward model: one score, the weighted sum of its attributes; goodness, llama3_70b, ...")  # fmt: skip
@@ -55,12 +55,14 @@ def export(
     """
     from steerjax.bundle import describe, locate
     from steerjax.bundle.reader import is_checkpoint, open_reader
+    from steerjax.hf.adapter import is_adapter
     from steerjax.hf.export import convert_folder, export_model
     from steerjax.hf.lora import folded
     from steerjax.hf.scalar import ScalarReader, scalar_description
 
     folder, sizes = locate(checkpoint), {"dtype": dtype, "max_shard_size": max_shard_size}
-    if template is schema is default_ratings is scalar is None and not adapter and not is_checkpoint(folder):
+    plain = not (adapter or is_checkpoint(folder) or is_adapter(folder))
+    if plain and template is schema is default_ratings is scalar is None:
         convert_folder(folder, output, **sizes)
         return
     about = describe(checkpoint, template=template)

@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     higher = "write pairs of responses of which one is rated higher, by an attribute, a weighted sum, goodness, ..."
     add("--pairs", metavar="NAME|NAME=W,...", help=higher)
     add("--least", type=float, metavar="D", help="of pairs: the least difference (default: any)")
+    add("--each", type=int, metavar="N", help="of pairs: at most N with one response, drawn by chance (default: all)")
     add("--validation-output", type=Path, metavar="FILE", help="hold out a part of the prompts, into this file")
     add("--validation-fraction", type=float, metavar="PART", help="of the prompts, e.g. 0.05")
     add("--seed", type=int, default=0, help="of the hold-out (default: 0)")
@@ -67,7 +68,7 @@ def _prepare(o: argparse.Namespace) -> None:
     loaded = load_conversations(o.input, schema, read=read, **options)
     rows, skipped = loaded.conversations, loaded.skipped
     if o.pairs is not None:
-        rows = pairs_of(rows, parse_scalar(o.pairs, schema, "--pairs")[1], o.least or 0.0)
+        rows = pairs_of(rows, parse_scalar(o.pairs, schema, "--pairs")[1], o.least or 0.0, o.each or 0)
         if not rows:
             cure = "a smaller --least, or rows with several rated responses to a prompt"
             raise DataError("no two responses to a prompt differ so much", file=o.input[0], cure=cure)
@@ -95,6 +96,8 @@ def _prepare(o: argparse.Namespace) -> None:
 def _check(o: argparse.Namespace) -> None:
     if o.least is not None and (o.pairs is None or o.least < 0):
         raise ConfigError(f"--least {o.least:g}: of pairs, and not below 0; cure: --pairs NAME beside it")
+    if o.each is not None and (o.pairs is None or o.each < 1):
+        raise ConfigError(f"--each {o.each}: of pairs, and at least 1; cure: --pairs NAME beside it")
     if o.source != "oasst" and (o.lang is not None or o.keep_deleted):
         raise ConfigError(f"--lang and --keep-deleted belong to oasst; cure: remove them for {o.source}")
     if (o.validation_fraction is None) != (o.validation_output is None):

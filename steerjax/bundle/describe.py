@@ -11,7 +11,8 @@ from steerjax.bundle.reader import is_checkpoint
 from steerjax.chat.templates import TEMPLATES, get_template
 from steerjax.chat.tokenizer import Tokenizer, load_tokenizer
 from steerjax.errors import CheckpointError, ModelError
-from steerjax.hf.config_json import HuggingFaceConfig, read_config
+from steerjax.hf.adapter import AdapterReader, folder_config, is_adapter
+from steerjax.hf.config_json import HuggingFaceConfig
 from steerjax.hf.description import About, Description, read_about
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER
 from steerjax.hf.weights import resolve_source
@@ -81,7 +82,7 @@ def locate(path: str | Path) -> Path:
             return max(steps, key=lambda step: int(step.name))
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(f"the run '{folder}' has no whole checkpoint yet; cure: let it train to its first one")
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() or is_adapter(folder):
         return folder
     if any(folder.glob("*.safetensors")):
         raise ModelError(f"'{folder}' has no config.json\n  cure: give a whole Hugging Face folder")
@@ -101,7 +102,7 @@ def describe(path: str | Path, *, template: str | None = None) -> Description:
         model, tokenizer, schema = said.model, _run_tokenizer(folder, said.tokenizer), Schema(said.attributes)
         history = dataclasses.asdict(said) | ({"step": int(folder.name)} if folder.name.isdigit() else {})
     else:
-        config = read_config(folder)
+        config = folder_config(folder)
         said = _about(folder, config, template)
         model, tokenizer, schema = config.model, _folder_tokenizer(folder, said), said.schema
         history = said.provenance or {"base_model": str(path)}
@@ -166,11 +167,12 @@ def _folder_tokenizer(folder: Path, said: About) -> Tokenizer:
         tokenizer, where = load_tokenizer(original), f"{folder / 'steerjax.json'}: provenance.tokenizer"
         if tokenizer.hash == typed(TokenizerSource, said.provenance["tokenizer"], where, ModelError).sha256:
             return tokenizer
-    return load_tokenizer(folder)
+    alone = is_adapter(folder) and not any(folder.glob("tokenizer.*"))
+    return load_tokenizer(AdapterReader(folder).base if alone else folder)
 
 
 def output_names(about: Description) -> tuple[str, ...]:
     """What the outputs of a reward model's head are called, in order; () for a chat model."""
     if about.kind != "reward":
         return ()
-    return about.schema.names if about.schema else read_config(about.path).labels
+    return about.schema.names if about.schema else folder_config(about.path).labels

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from steerjax.errors import CheckpointError
+from steerjax.hf.adapter import AdapterReader, is_adapter
 from steerjax.hf.config_json import read_config
 from steerjax.hf.keys import Index
-from steerjax.hf.weights import FolderReader
+from steerjax.hf.weights import FolderReader, TensorReader
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -32,7 +33,7 @@ class CheckpointReader:
             raise CheckpointError(f"'{directory}' is broken ({error!r}); cure: another step of the run") from error
         self._stores = {"/".join(name): self._open(".".join(name)) for name in names}
         self.shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
-        self.dtypes = dict.fromkeys(self.shapes, "float32")
+        self.dtypes = {path: store.dtype.name for path, store in self._stores.items()}
 
     def read(self, path: str, index: Index, dtype="float32") -> np.ndarray:
         """The part of a parameter at `index`."""
@@ -57,6 +58,8 @@ class CheckpointReader:
             raise CheckpointError(f"{said}; cure: another step of the run") from error
 
 
-def open_reader(path: Path) -> CheckpointReader | FolderReader:
-    """The parameters of a checkpoint or of a Hugging Face folder, by our names."""
-    return CheckpointReader(path) if is_checkpoint(path) else FolderReader(path, read_config(path))
+def open_reader(path: Path) -> CheckpointReader | TensorReader:
+    """The parameters of a checkpoint, of a Hugging Face folder or of a PEFT adapter with its base, by our names."""
+    if is_checkpoint(path):
+        return CheckpointReader(path)
+    return AdapterReader(path) if is_adapter(path) else FolderReader(path, read_config(path))

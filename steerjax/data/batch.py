@@ -21,6 +21,7 @@ class Batch(NamedTuple):
     positions: np.ndarray  # int32 [B, T], of each token in its own text, from 0
     until: np.ndarray  # int32 [B, T], the first place in the row where a token is no longer seen
     targets: Mapping[str, Mapping[str, np.ndarray]]  # what each objective has put there (`Objective.arrays`)
+    noise: jax.Array | None = None  # keys [B], where the step has dropout
     states: np.ndarray | None = None  # float32 [B, T, D], outputs of the frozen layers where they are kept
 
 
@@ -45,7 +46,7 @@ class RowBuilder:
                 piece = self.states(tree, node)
                 states[place : place + len(piece)] = piece
         targets = {name: arrays(layout) for name, arrays in self.arrays.items()}
-        return Batch(layout.tokens, layout.positions, layout.until, targets, states)
+        return Batch(layout.tokens, layout.positions, layout.until, targets, states=states)
 
 
 @dataclass(frozen=True, eq=False)

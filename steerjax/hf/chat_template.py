@@ -40,6 +40,7 @@ def chat_template(
     default_system = form.pop("default_system")
     settings = {
         "reward": kind == "reward",
+        "one_score": kind == "reward" and len(schema) == 1,
         "form": form,
         "default_system": default_system if system_prompt is None else system_prompt,
         "broken": {string: broken(string) for string in sorted(template.control_strings | special_strings)},

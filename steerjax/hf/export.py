@@ -14,12 +14,12 @@ import numpy as np
 from safetensors import SafetensorError
 
 from steerjax.errors import ConfigError, ModelError
+from steerjax.hf.adapter import write_adapter
 from steerjax.hf.card import model_card
 from steerjax.hf.chat_template import chat_template
 from steerjax.hf.config_json import DTYPES, HuggingFaceConfig, read_config, write_config
 from steerjax.hf.description import Description
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, stacked_shapes, tensors
-from steerjax.hf.lora import write_adapter
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from steerjax.hf.weights import FolderReader, unfit
 

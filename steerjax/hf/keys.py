@@ -18,6 +18,8 @@ Index = tuple[slice, ...]  # without steps
 CAUSAL_LM = "LlamaForCausalLM"
 CLASSIFIER = "LlamaForSequenceClassification"
 BARE = "LlamaModel"
+HEAD = "reward_head"
+A, B = "lora_a", "lora_b"
 # What a layer has, theirs and ours: its norms, and its projections with their inputs and outputs.
 _NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"}
 _PROJECTIONS = {
@@ -108,7 +110,22 @@ def tensors(config: LlamaConfig, architecture: str, labels: int = 0, *, prefix: 
     if architecture == CAUSAL_LM and not config.tie_word_embeddings:
         found.append(Tensor("lm_head.weight", "lm_head", None, (D, V), turned=True))
     if architecture == CLASSIFIER:
-        found.append(Tensor("score.weight", "reward_head", None, (D, labels), turned=True))
+        found.append(Tensor("score.weight", HEAD, None, (D, labels), turned=True))
+    return found
+
+
+def adapter_tensors(config: LlamaConfig, architecture: str, labels: int = 0) -> list[Tensor]:
+    """Every tensor of PEFT's file of adapters on such a folder; a classifier's head is among them."""
+    found, rank = [], (config.lora.rank,)
+    for tensor in tensors(config, architecture, labels):
+        name, (place, _, leaf) = f"base_model.model.{tensor.name}", tensor.path.rpartition("/")
+        if tensor.path == HEAD:
+            found.append(tensor._replace(name=name))
+        elif leaf == "kernel" and config.lora.adapts(place.rpartition("/")[2]):
+            into, out = tensor.ours[: tensor.split], tensor.ours[tensor.split :]
+            for letter, path, ours, split in (("A", A, into + rank, len(into)), ("B", B, rank + out, 1)):
+                there = f"{name.removesuffix('.weight')}.lora_{letter}.weight"
+                found.append(Tensor(there, f"{place}/{path}", tensor.layer, ours, split, turned=True))
     return found
 
 

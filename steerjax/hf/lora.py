@@ -1,20 +1,15 @@
-"""Adapters folded into the weights that they adapt, slice by slice, for servers that know none; or alone, for PEFT."""
+"""Adapters folded into the weights that they adapt, slice by slice, for servers that know none."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
-from steerjax.hf.keys import CLASSIFIER, Index, tensors
-from steerjax.models.config import LlamaConfig, LoraConfig
-
-A, B = "lora_a", "lora_b"
+from steerjax.hf.keys import A, B, Index
+from steerjax.models.config import LoraConfig
 
 
 class FoldedReader:
@@ -47,41 +42,3 @@ def folded(about: Description, reader) -> tuple[Description, Any]:
         return about, reader
     plain = dataclasses.replace(about.model, lora=LoraConfig())
     return dataclasses.replace(about, model=plain), FoldedReader(reader, about.model.lora)
-
-
-def write_adapter(folder: Path, config: LlamaConfig, architecture: str, labels: int, reader, base: str) -> None:
-    """The adapters as PEFT reads them: adapter_config.json and adapter_model.safetensors, with the reward head whole.
-
-    Raises ConfigError: the model has none.
-    """
-    from safetensors.numpy import save_file
-
-    lora, wide = config.lora, np.dtype(np.float32)
-    if not lora.rank:
-        raise ConfigError("--adapter of a model that was trained without config.model.lora; cure: leave it out")
-    found, targets = {}, set()
-    for tensor in tensors(config, architecture, labels):
-        place, _, leaf = tensor.path.rpartition("/")
-        if leaf == "kernel" and f"{place}/{A}" in reader.shapes:
-            name, layer = tensor.name.removesuffix(".weight"), slice(tensor.layer, tensor.layer + 1)
-            a, b = (
-                reader.read(
-                    f"{place}/{part}", (layer, *(slice(0, n) for n in reader.shapes[f"{place}/{part}"][1:])), wide
-                )
-                for part in (A, B)
-            )
-            found[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(a.reshape(-1, lora.rank).T)
-            found[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(b.reshape(lora.rank, -1).T)
-            targets.add(name.rpartition(".")[2])
-        elif tensor.path == "reward_head":
-            head = reader.read(tensor.path, tensor.whole, wide)
-            found["base_model.model.score.weight"] = tensor.to_hf(np.asarray(head))
-    reward = architecture == CLASSIFIER
-    said = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS" if reward else "CAUSAL_LM", "base_model_name_or_path": base,
-        "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted(targets),
-        "modules_to_save": ["score"] if reward else None, "fan_in_fan_out": False, "inference_mode": True,
-    }  # fmt: skip
-    save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")

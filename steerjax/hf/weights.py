@@ -30,7 +30,7 @@ def resolve_source(source: str) -> Path:
         raise ModelError(f"no model folder '{source}'\n  cure: a Hugging Face folder, or a hub id owner/name")
     import huggingface_hub
 
-    patterns = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
+    patterns = ["*.json", "model*.safetensors", "adapter_model.safetensors", "tokenizer.model", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's errors share no base
@@ -65,15 +65,23 @@ def read_headers(folder: Path) -> dict[str, Header]:
         cure = "the whole folder; transformers' save_pretrained writes safetensors"
         raise ModelError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}{said}\n  cure: {cure}")
     for file in files:
-        with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                view = opened.get_slice(name)
-                if name in found:
-                    raise ModelError(f"{name} stands in '{file}' and '{found[name].file}'\n  cure: {_AGAIN}")
-                if (dtype := view.get_dtype()) not in DTYPES:
-                    cure = "a model that is not quantized, in float32, bfloat16 or float16"
-                    raise ModelError(f"'{file}': {name} has dtype {dtype}, which is not read\n  cure: {cure}")
-                found[name] = Header(file, tuple(view.get_shape()), DTYPES[dtype])
+        headers = file_headers(file)
+        for name in headers.keys() & found.keys():
+            raise ModelError(f"{name} stands in '{file}' and '{found[name].file}'\n  cure: {_AGAIN}")
+        found |= headers
+    return found
+
+
+def file_headers(file: Path) -> dict[str, Header]:
+    """The tensors of one file by name. Raises ModelError: it is not whole, or has a dtype that is not read."""
+    found = {}
+    with _opened(file) as opened:
+        for name in opened.keys():  # noqa: SIM118
+            view = opened.get_slice(name)
+            if (dtype := view.get_dtype()) not in DTYPES:
+                cure = "a model that is not quantized, in float32, bfloat16 or float16"
+                raise ModelError(f"'{file}': {name} has dtype {dtype}, which is not read\n  cure: {cure}")
+            found[name] = Header(file, tuple(view.get_shape()), DTYPES[dtype])
     return found
 
 
@@ -84,47 +92,68 @@ def read_tensor(file: Path, name: str, index: Index = ()) -> np.ndarray:
         return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
 
-class FolderReader:
-    """A folder's parameters under our names, as `bundle.reader.CheckpointReader` has a checkpoint's.
+def check_tensors(what: str, headers: Mapping[str, Header], known: Iterable[Tensor], cure: str) -> None:
+    """Raises ModelError: the tensors are not the known ones, or have other shapes; begins with `what`."""
+    have, want = {name: header.shape for name, header in headers.items()}, {t.name: t.shape for t in known}
+    if wrong := {name for name, _ in have.items() ^ want.items()}:
+        shown = [f"{n} is {have.get(n, 'absent')}, not {want.get(n, 'absent')}" for n in wrong]
+        raise ModelError(f"{what}: {_some(shown)}\n  cure: {cure}")
+
+
+class TensorReader:
+    """Parameters under our names, as `bundle.reader.CheckpointReader` has a checkpoint's.
 
     `shapes` and `dtypes` are by path ("llama/layers/attention/q/kernel"); where layers differ, the dtype is "float32".
-
-    Raises ModelError: as `read_headers`, or tensors and shapes are not those of the architecture.
+    `stacks` are the tensors of each.
     """
 
-    def __init__(self, folder: Path, config: HuggingFaceConfig):
-        self.directory, headers = folder, read_headers(folder)
-        prefix = "model." if any(name.startswith("model.") for name in headers) else ""
-        known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
-        have, want = {name: header.shape for name, header in headers.items()}, {t.name: t.shape for t in known}
-        tied = {"lm_head.weight", f"{prefix}embed_tokens.weight"}
-        if config.model.tie_word_embeddings and tied <= have.keys():
-            # A tied model may store its head a second time, but only the same numbers.
-            if len({read_tensor(headers[name].file, name).tobytes() for name in tied}) > 1:
-                said = f"'{folder}': lm_head.weight is not the embedding, and config.json says tie_word_embeddings"
-                raise ModelError(f"{said}\n  cure: set it to false if the head was trained, else remove the tensor")
-            del have["lm_head.weight"]
-        # Old files hold RoPE's frequencies, which follow from the config.
-        if wrong := {n for n, _ in have.items() ^ want.items() if not n.endswith("rotary_emb.inv_freq")}:
-            shown = [f"{n} is {have.get(n, 'absent')}, not {want.get(n, 'absent')}" for n in wrong]
-            said = f"'{folder}' is not the {config.architecture} of its config.json: {_some(shown)}"
-            raise ModelError(f"{said}\n  cure: the whole model with its own config.json; merge adapters first")
-        self._stacks: dict[str, list[tuple[Tensor, Header]]] = {}
-        for tensor in known:
-            self._stacks.setdefault(tensor.path, []).append((tensor, headers[tensor.name]))
-        self.shapes = stacked_shapes(known)
-        dtypes = {path: {header.dtype for _, header in stack} for path, stack in self._stacks.items()}
+    def __init__(self, directory: Path, stacks: dict[str, list[tuple[Tensor, Header]]]):
+        self.directory, self.stacks = directory, stacks
+        self.shapes = stacked_shapes([tensor for stack in stacks.values() for tensor, _ in stack])
+        dtypes = {path: {header.dtype for _, header in stack} for path, stack in stacks.items()}
         self.dtypes = {path: found.pop() if len(found) == 1 else "float32" for path, found in dtypes.items()}
+
+    @staticmethod
+    def stacked(known: Iterable[Tensor], headers: Mapping[str, Header]) -> dict[str, list[tuple[Tensor, Header]]]:
+        """Each parameter's tensors, layer by layer."""
+        stacks: dict[str, list[tuple[Tensor, Header]]] = {}
+        for tensor in known:
+            stacks.setdefault(tensor.path, []).append((tensor, headers[tensor.name]))
+        return stacks
 
     def read(self, path: str, index: Index, dtype) -> np.ndarray:
         """The part of a parameter at `index`, read layer by layer."""
-        stack = self._stacks[path]
+        stack = self.stacks[path]
         stacked = stack[0][0].layer is not None
         layers, part = (stack[index[0]], index[1:]) if stacked else (stack, index)
         out = np.empty((len(layers), *(one.stop - one.start for one in part)), dtype)
         for place, (tensor, header) in enumerate(layers):
             out[place] = tensor.to_ours(read_tensor(header.file, tensor.name, tensor.hf_index(part)), part)
         return out if stacked else out[0]
+
+
+class FolderReader(TensorReader):
+    """A folder's parameters.
+
+    Raises ModelError: as `read_headers`, or tensors and shapes are not those of the architecture.
+    """
+
+    def __init__(self, folder: Path, config: HuggingFaceConfig):
+        headers = read_headers(folder)
+        prefix = "model." if any(name.startswith("model.") for name in headers) else ""
+        known = tensors(config.model, config.architecture, len(config.labels), prefix=prefix)
+        tied = {"lm_head.weight", f"{prefix}embed_tokens.weight"}
+        if config.model.tie_word_embeddings and tied <= headers.keys():
+            # A tied model may store its head a second time, but only the same numbers.
+            if len({read_tensor(headers[name].file, name).tobytes() for name in tied}) > 1:
+                said = f"'{folder}': lm_head.weight is not the embedding, and config.json says tie_word_embeddings"
+                raise ModelError(f"{said}\n  cure: set it to false if the head was trained, else remove the tensor")
+            del headers["lm_head.weight"]
+        # Old files hold RoPE's frequencies, which follow from the config.
+        headers = {name: header for name, header in headers.items() if not name.endswith("rotary_emb.inv_freq")}
+        said = f"'{folder}' is not the {config.architecture} of its config.json"
+        check_tensors(said, headers, known, "the whole model with its own config.json")
+        super().__init__(folder, self.stacked(known, headers))
 
 
 def unfit(reader, path: str, expected: tuple[int, ...] | None) -> ModelError:

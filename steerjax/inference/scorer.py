@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from steerjax.bundle import Bundle
+from steerjax.bundle.describe import output_names
 from steerjax.command import open_model
 from steerjax.data.batch import Batch, Feeder, RowBuilder, evaluation_steps
 from steerjax.data.conversation import Conversation
@@ -19,7 +20,6 @@ from steerjax.data.loading import Skipped
 from steerjax.data.packing import Row, fill, parts_of
 from steerjax.data.trees import Example, Tree, grow
 from steerjax.errors import ConfigError, DataError, ModelError
-from steerjax.hf.config_json import read_config
 from steerjax.hf.description import Description
 from steerjax.parallel.rules import mesh_ways, partition_spec
 from steerjax.schema import STEERLM, Attribute, Schema, format_label
@@ -68,7 +68,7 @@ def model_schema(description: Description) -> Schema:
         raise ModelError(f"'{description.path}' is a {description.kind} model\n  cure: give a reward model")
     if description.schema is not None:
         return description.schema
-    labels = read_config(description.path).labels
+    labels = output_names(description)
     if len(labels) == 1 and labels[0] not in STEERLM.names:  # a score, whatever it is called
         return Schema((SCORE,))
     if unknown := [label for label in labels if label not in STEERLM.names]:

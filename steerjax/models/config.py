@@ -31,12 +31,20 @@ class RopeScaling:
 class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685): a projection W is W + alpha / rank * A B, and only A and B are trained.
 
-    `rank` 0 has none. `targets` are among q, k, v, o, gate, up and down, or `all-linear`. A reward head is trained too.
+    `rank` 0 has none. A reward head is trained too.
+
+    Attributes:
+        targets: among q, k, v, o, gate, up and down, or `all-linear`.
+        dropout: of what goes into the adapters, in training.
+        base_dtype: of the weights that are not trained, in memory and in checkpoints. Models that were published in
+            bfloat16 lose nothing by it.
     """
 
     rank: Count = 0
     alpha: PositiveFloat = 16.0
     targets: tuple[Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"], ...] = ("all-linear",)
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    base_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if self.rank and not self.targets:

@@ -5,6 +5,7 @@ L layers, V vocabulary, A attributes, R rank of adapters.
 """
 
 import functools
+import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,11 +45,25 @@ class Compute:
 
 
 class Context(NamedTuple):
-    """What all layers share: RoPE's tables, and which token sees which, as a plan (packed rows) or mask (a cache)."""
+    """What all layers share: RoPE's tables, and which token sees which, as a plan (packed rows) or mask (a cache).
+
+    `noise`, where there is dropout, are keys, one a row; in a layer they are the layer's own.
+    """
 
     rope: tuple[Float[Array, "B T 1 H"], Float[Array, "B T 1 H"]]
     plan: Plan | None
     mask: Bool[Array, "B T S+T"] | None
+    noise: Array | None = None  # keys [B]
+
+
+def _fold(keys: Array, number) -> Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def dropout(x: Float[Array, "B T ..."], keys: Array, rate: float) -> Float[Array, "B T ..."]:
+    """x with each entry 0 at that rate, the others scaled up. A row's noise follows from its key, whatever the mesh."""
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 class RMSNorm(nn.Module):
@@ -72,7 +87,7 @@ class Linear(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, noise: Array | None = None) -> Array:
         c, (inputs, outputs) = self.config, self.equation.split("->")
         sizes = {"D": c.hidden_size, "F": c.intermediate_size, "N": c.num_heads, "K": c.num_kv_heads, "H": c.head_dim}
         sizes["R"] = c.lora.rank
@@ -88,6 +103,8 @@ class Linear(nn.Module):
             into, out = ("".join(x for x in kernel_letters if (x in outputs) == there) for there in (False, True))
             a = param("lora_a", nn.initializers.normal(c.initializer_range), into + "R")
             b = param("lora_b", nn.initializers.zeros, "R" + out)
+            if noise is not None:
+                x = dropout(x, _fold(noise, zlib.crc32(self.name.encode())), c.lora.dropout)
             low = jnp.einsum(f"{letters},{into}R->BTR", x, a)
             y += jnp.einsum(f"BTR,R{out}->BT{out}", low, b) * (c.lora.alpha / c.lora.rank)
         return y + param("bias", nn.initializers.zeros, outputs.removeprefix("BT")) if self.name in c.biased else y
@@ -99,9 +116,11 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: States, context: Context, cache: Cache | None):
-        linear = functools.partial(Linear, config=self.config, dtype=self.compute.dtype)
-        q, k = linear("BTD,DNH->BTNH", name="q")(x), linear("BTD,DKH->BTKH", name="k")(x)
-        v = linear("BTD,DKH->BTKH", name="v")(x)
+        def linear(equation: str, name: str, x: Array) -> Array:
+            return Linear(equation, self.config, self.compute.dtype, name=name)(x, context.noise)
+
+        q, k = linear("BTD,DNH->BTNH", "q", x), linear("BTD,DKH->BTKH", "k", x)
+        v = linear("BTD,DKH->BTKH", "v", x)
         if self.config.qk_norm:
             q, k = (RMSNorm(self.config.rms_norm_eps, name=f"{n}_norm")(y) for n, y in (("q", q), ("k", k)))
         q, k = (apply_rope(y, *context.rope) for y in (q, k))
@@ -110,7 +129,7 @@ class Attention(nn.Module):
             y = self_attention(q, k, v, context.plan)
         else:
             y, cache = cached_attention(q, k, v, cache, context.mask, self.compute.chunk), Cache(k, v)
-        return linear("BTNH,NHD->BTD", name="o")(y), cache
+        return linear("BTNH,NHD->BTD", "o", y), cache
 
 
 class MLP(nn.Module):
@@ -118,10 +137,12 @@ class MLP(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: States) -> States:
-        linear = functools.partial(Linear, config=self.config, dtype=self.dtype)
-        y = jax.nn.silu(linear("BTD,DF->BTF", name="gate")(x)) * linear("BTD,DF->BTF", name="up")(x)
-        return linear("BTF,FD->BTD", name="down")(constrain(y, "batch", "length", "activation_mlp"))
+    def __call__(self, x: States, noise: Array | None) -> States:
+        def linear(equation: str, name: str, x: Array) -> Array:
+            return Linear(equation, self.config, self.dtype, name=name)(x, noise)
+
+        y = jax.nn.silu(linear("BTD,DF->BTF", "gate", x)) * linear("BTD,DF->BTF", "up", x)
+        return linear("BTF,FD->BTD", "down", constrain(y, "batch", "length", "activation_mlp"))
 
 
 class Block(nn.Module):
@@ -136,7 +157,7 @@ class Block(nn.Module):
         normed = norm(name="attention_norm")(x)
         y, cache = Attention(self.config, self.compute, name="attention")(normed, context, cache)
         x = x + y
-        x = x + MLP(self.config, self.compute.dtype, name="mlp")(norm(name="mlp_norm")(x))
+        x = x + MLP(self.config, self.compute.dtype, name="mlp")(norm(name="mlp_norm")(x), context.noise)
         return constrain(x, "batch", "length", "activation_embed"), cache
 
 
@@ -165,11 +186,11 @@ class Llama(nn.Module):
         params = jax.vmap(lambda key: block.init(key, *arguments)["params"])(jax.random.split(key, c.num_layers))
         return meta.add_axis(params, 0, {nn.PARTITION_NAME: "layers"})
 
-    def _context(self, positions: Ints, until=None, mask=None) -> Context:
+    def _context(self, positions: Ints, until=None, mask=None, noise=None) -> Context:
         c, run = self.config, self.compute
         window = Window(positions, positions + c.window) if c.window else None
         plan = None if until is None else make_plan(run.attention, until, run.chunk, run.dtype, window)
-        return Context(rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling), plan, mask)
+        return Context(rope_tables(positions, c.head_dim, c.rope_theta, c.rope_scaling), plan, mask, noise)
 
     def _embed(self, tokens: Ints) -> States:
         return look_up(self.embedding.astype(self.compute.dtype), tokens)
@@ -179,16 +200,24 @@ class Llama(nn.Module):
         block = Block(self.config, self.compute, parent=None)
 
         def layer(x, inputs):
-            params, cache = inputs
-            return block.apply({"params": params}, x, context, cache)
+            params, cache, number = inputs
+            noise = None if context.noise is None else _fold(context.noise, number)
+            return block.apply({"params": params}, x, context._replace(noise=noise), cache)
 
         if (policy := REMAT_POLICIES[self.compute.remat]) is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         stack = jax.tree.map(lambda p: p[first:last], self.layers)
-        return jax.lax.scan(layer, x, (stack, cache), unroll=max(1, min(self.compute.unroll, last - first)))
+        inputs = stack, cache, jnp.arange(first, last)
+        return jax.lax.scan(layer, x, inputs, unroll=max(1, min(self.compute.unroll, last - first)))
 
     def hidden(
-        self, tokens: Ints, positions: Ints, until: Ints, frozen: int = 0, states: States | None = None
+        self,
+        tokens: Ints,
+        positions: Ints,
+        until: Ints,
+        frozen: int = 0,
+        states: States | None = None,
+        noise: Array | None = None,
     ) -> States:
         """Hidden states of packed rows.
 
@@ -197,10 +226,11 @@ class Llama(nn.Module):
             until: the first place in the row where a token is no longer seen (attention/mask.py).
             frozen: so many of the first layers, with the embedding, get no gradient.
             states: what those layers gave (`frozen_states`), where that is known.
+            noise: keys of each row's dropout; without them there is none.
         """
-        context = self._context(positions, until)
+        context = self._context(positions, until, noise=noise)
         if states is None:
-            states, _ = self._run(self._embed(tokens), context, 0, frozen)
+            states, _ = self._run(self._embed(tokens), context._replace(noise=None), 0, frozen)
         x = jax.lax.stop_gradient(states.astype(self.compute.dtype)) if frozen else states
         x, _ = self._run(x, context, frozen, self.config.num_layers)
         return self.final_norm(x)

@@ -17,6 +17,7 @@ from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 from steerjax.training.optimizer import join, make_optimizer
 from steerjax.training.schedules import make_schedule
+from steerjax.training.source import with_base_dtype
 from steerjax.training.state import abstract_state, shardings_of
 from steerjax.training.step import forward, make_train_step, over_micro_batches
 
@@ -53,7 +54,7 @@ class Program:
         self.kind = objectives[0].kind
         self.module = build_module(self.kind, e.model.architecture(), compute, len(schema), e.head)
         self.optimizer = make_optimizer(e.optimizer)
-        self.whole = abstract_parameters(self.module, mesh)
+        self.whole = with_base_dtype(abstract_parameters(self.module, mesh), e.model.lora)
         self.abstract = abstract_state(self.whole, self.optimizer, e.optimizer, mesh)
         self._frozen, self._model = e.optimizer.frozen_layers, e.model
         self._cached, self._row_length = e.compute.cache_frozen, e.batch.row_length
@@ -61,7 +62,7 @@ class Program:
         states, replicated = shardings_of(self.abstract), NamedSharding(mesh, PartitionSpec())
         schedule = make_schedule(e.optimizer, steps)
         self.train_step = jax.jit(
-            make_train_step(self.module, objectives, self.optimizer, schedule, self._frozen),
+            make_train_step(self.module, objectives, self.optimizer, schedule, self._frozen, e.train.seed),
             in_shardings=(states, feed.shardings),
             out_shardings=(states, replicated),
             donate_argnums=0,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 
+import jax
 from flax import linen as nn
 
 from steerjax.bundle.build import random_parameters, stored_head, stored_parameters
@@ -12,7 +14,7 @@ from steerjax.bundle.describe import describe, output_names
 from steerjax.chat.tokenizer import Tokenizer
 from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
-from steerjax.models.config import HeadConfig, LlamaConfig, ModelConfig
+from steerjax.models.config import HeadConfig, LlamaConfig, LoraConfig, ModelConfig
 from steerjax.training.config import Experiment
 
 BASE = r"^(?!reward_)(?!.*/lora_)"  # all but heads and adapters
@@ -46,6 +48,18 @@ def with_frozen_base(e: Experiment) -> Experiment:
     if not e.model.lora.rank or BASE in e.optimizer.frozen:
         return e
     return dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, frozen=(*e.optimizer.frozen, BASE)))
+
+
+def with_base_dtype(abstract: dict, lora: LoraConfig) -> dict:
+    """Abstract parameters as they are kept: what adapters leave alone may be bfloat16."""
+    if not lora.rank:
+        return abstract
+
+    def leaf(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jax.ShapeDtypeStruct(x.shape, lora.base_dtype if re.search(BASE, name) else x.dtype, sharding=x.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
 
 
 def _with_architecture(config: ModelConfig, found: LlamaConfig) -> ModelConfig:

@@ -21,8 +21,8 @@ TINY = 1e-8  # a batch without a single target moves nothing
 def forward(module: nn.Module, params: dict, batch: Batch, frozen_layers: int) -> tuple[nn.Module, jax.Array]:
     """The module bound to its parameters, and the hidden states [B T D] of a batch of rows [B, T]."""
     model = module.bind({"params": params})
-    states = model.hidden(batch.tokens, batch.positions, batch.until, frozen=frozen_layers, states=batch.states)
-    return model, states
+    inputs = batch.tokens, batch.positions, batch.until
+    return model, model.hidden(*inputs, frozen=frozen_layers, states=batch.states, noise=batch.noise)
 
 
 def counts_of(objectives: Sequence[Objective], batch: Batch) -> dict[str, jax.Array]:
@@ -66,15 +66,19 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     frozen_layers: int = 0,
+    seed: int = 0,
 ):
     """(state, batch [M, B/M, ...]) -> (state, metrics).
 
-    A step whose gradients are not finite changes only the counters.
+    A step whose gradients are not finite changes only the counters. Dropout follows from seed, step, row and place.
     """
     loss = make_loss(module, objectives, frozen_layers)
 
     def train_step(state: TrainState, batch: Batch):
         counts = counts_of(objectives, batch)
+        if module.config.lora.dropout:
+            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            batch = batch._replace(noise=jax.random.split(key, batch.tokens.shape[:2]))
 
         def of_trained(trained, part):
             return loss(join(trained, state.frozen), part, counts)

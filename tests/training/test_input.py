@@ -39,6 +39,7 @@ def experiment(files, objectives=BOTH, **changes):
     config.bradley_terry.train = (str(files / "pairs.jsonl"),)
     config.model.update(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=2)
     config.batch.update(rows=8, row_length=128)
+    config.optimizer.warmup_steps = 0
     config.train.update(steps=3, plots=False)
     for key, value in changes.items():
         group, name = key.split("__")

@@ -5,17 +5,20 @@ import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from steerjax import export, merge
-from steerjax.bundle import open_bundle
+from steerjax.bundle import locate, open_bundle
+from steerjax.bundle.reader import open_reader
 from steerjax.config import default_config, resolve
 from steerjax.data.packing import pack
 from steerjax.data.trees import grow
-from steerjax.errors import ConfigError
+from steerjax.errors import ConfigError, ModelError
 from steerjax.models.config import LoraConfig
-from steerjax.models.llama import RewardModel
+from steerjax.models.llama import RewardModel, dropout
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.report.records import read_metrics
 from steerjax.training.train import train
@@ -155,13 +158,119 @@ def test_only_adapters_and_the_head_are_trained_and_the_merged_export_is_the_sam
 
 
 def test_resumed_equals_uninterrupted_on_another_mesh(source, tmp_path):
-    constant = {"optimizer__schedule": "constant"}
+    """With dropout too, which follows from seed, step, row and place."""
+    constant = {"optimizer__schedule": "constant", "model__lora__dropout": 0.2}
     train(experiment(source, **constant), tmp_path / "alone")
     train(experiment(source, **constant, train__steps=2), tmp_path / "parts")
     mesh = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2}
     train(experiment(source, **constant, **mesh), tmp_path / "parts")
     np.testing.assert_allclose(losses(tmp_path / "parts"), losses(tmp_path / "alone"), rtol=1e-5)
     np.testing.assert_allclose(rewards(tmp_path / "parts"), rewards(tmp_path / "alone"), rtol=0, atol=1e-4)
+
+
+def test_dropout_is_of_the_training_step_alone_and_the_same_in_micro_batches(source, tmp_path):
+    found = {}
+    for name, changes in {
+        "without": {}, "with": {"model__lora__dropout": 0.3}, "parts": {"batch__micro_batches": 4},
+        "seed": {"train__seed": 1},
+    }.items():  # fmt: skip
+        more = {"model__lora__dropout": 0.3, "mesh__data": 2, "mesh__context": 4} if changes else {}
+        train(experiment(source, **more | changes, train__steps=3), tmp_path / name)
+        found[name] = losses(tmp_path / name)
+    np.testing.assert_allclose(found["parts"], found["with"], rtol=1e-5)
+    assert found["with"][0] == pytest.approx(found["without"][0], rel=1e-5)  # new adapters add nothing
+    assert abs(found["with"][2] - found["without"][2]) > 1e-4
+    # What is trained is the function without dropout: an evaluation has none.
+    run = open_bundle(tmp_path / "with", dtype="float32").description
+    assert run.model.lora.dropout == 0.3
+    np.testing.assert_array_equal(rewards(tmp_path / "with"), rewards(tmp_path / "with"))
+
+
+@pytest.mark.short
+def test_dropout_keeps_the_mean_and_a_row_its_noise():
+    x, keys = jnp.ones((4, 50, 64)), jax.random.split(jax.random.key(0), 4)
+    dropped = dropout(x, keys, 0.25)
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
+    assert abs(float(dropped.mean()) - 1) < 0.02
+    np.testing.assert_array_equal(dropout(x[2:], keys[2:], 0.25), dropped[2:])
+
+
+def test_a_base_in_bfloat16_trains_alike_and_takes_half_the_bytes(source, tmp_path):
+    """Exactly alike, where the source's numbers are bfloat16's already."""
+    tensors = read_folder(source / "model")
+    write_folder(tmp_path / "model", FOLDER, {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()})
+    for dtype in ("float32", "bfloat16"):
+        changes = {"model__source": str(tmp_path / "model"), "model__lora__base_dtype": dtype}
+        for steps in (2, 4):  # resumed
+            train(experiment(source, **changes, optimizer__schedule="constant", train__steps=steps), tmp_path / dtype)
+        reader = open_reader(locate(tmp_path / dtype))
+        kept = {reader.dtypes[path] for path in ("llama/embedding", "llama/layers/mlp/up/kernel")}
+        assert kept == {dtype}
+        assert {reader.dtypes[path] for path in reader.shapes if "lora" in path or "head" in path} == {"float32"}
+    assert losses(tmp_path / "bfloat16") == losses(tmp_path / "float32")
+    np.testing.assert_array_equal(rewards(tmp_path / "bfloat16"), rewards(tmp_path / "float32"))
+
+
+def test_an_adapter_is_a_model_and_a_source(source, tmp_path):
+    """What `export --adapter` wrote, with its base: to score, to merge, and to train on."""
+    train(experiment(source, model__lora__targets=("q", "down")), tmp_path / "run")
+    adapter = tmp_path / "adapter"
+    export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(adapter), "--adapter"])
+    for mesh in (MeshConfig(), MeshConfig(data=1, fsdp=4, tensor=2)):
+        np.testing.assert_array_equal(rewards(adapter, mesh), rewards(tmp_path / "run", mesh))
+    export.main(["--checkpoint", str(adapter), "--output", str(tmp_path / "merged")])
+    np.testing.assert_allclose(rewards(tmp_path / "merged"), rewards(adapter), rtol=0, atol=1e-5)
+    train(experiment(source, model__source=str(adapter), model__lora__rank=0, train__steps=1), tmp_path / "more")
+    assert open_bundle(tmp_path / "more").description.model.lora.targets == ("down", "q")
+    assert losses(tmp_path / "more")[0] < losses(tmp_path / "run")[0]
+
+    config, weights = (adapter / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    whole, tensors = json.loads(config.read_text()), load_file(weights)
+    other = FOLDER | {"intermediate_size": 2 * FOLDER["intermediate_size"]}
+    write_folder(tmp_path / "other", other, random_tensors(other))
+    first = next(name for name in tensors if "q_proj.lora_A" in name)
+    merge, base = "merge_and_unload", "base"
+    for said, kept, fact, cure in (
+        ({"use_dora": True}, tensors, "use_dora", merge),
+        ({"rank_pattern": {"q_proj": 2}}, tensors, "rank_pattern", merge),
+        ({"peft_type": "PREFIX_TUNING"}, tensors, "peft_type", "LORA"),
+        ({"bias": "all"}, tensors, "bias", "none"),
+        ({"base_model_name_or_path": str(tmp_path / "nowhere")}, tensors, "nowhere", base),
+        ({"base_model_name_or_path": str(tmp_path / "other")}, tensors, "down_proj.lora_A", base),
+        ({"task_type": "CAUSAL_LM"}, tensors, "CAUSAL_LM", base),
+        ({}, {name: x for name, x in tensors.items() if name != first}, first, base),
+        ({}, {name: x for name, x in tensors.items() if "score" not in name}, "0 outputs", "modules_to_save"),
+        ({}, tensors | {"base_model.model.lm_head.lora_A.weight": tensors[first]}, "lm_head.lora_A", merge),
+        ({}, {name: x for name, x in tensors.items() if "lora" not in name}, "0 projections", base),
+    ):
+        config.write_text(json.dumps(whole | said))
+        save_file(kept, weights)
+        with refused(ModelError, fact, cure=cure):
+            open_bundle(adapter)
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with refused(ModelError, "adapter_model.safetensors"):
+        open_bundle(adapter)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_that_peft_wrote(source, tmp_path, rslora):
+    import torch
+    from peft import LoraConfig as Peft
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(source / "model", dtype=torch.float32)
+    options = {"task_type": "CAUSAL_LM", "target_modules": ["v_proj", "up_proj"], "use_rslora": rslora}
+    model = get_peft_model(base, Peft(r=4, lora_alpha=12, init_lora_weights=False, **options)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    bundle = open_bundle(tmp_path / "adapter", template="extra_id", dtype="float32")
+    tokens = np.arange(5, 325).reshape(8, 40) % 4096
+    inputs = tokens, np.arange(40)[None].repeat(8, 0), np.full((8, 40), 40)
+    with jax.set_mesh(bundle.mesh), torch.no_grad():
+        ours = np.asarray(jax.jit(bundle.module.apply)({"params": bundle.params}, *inputs))
+        np.testing.assert_allclose(model(torch.tensor(tokens)).logits.numpy(), ours, rtol=0, atol=1e-4)
 
 
 def test_a_run_with_adapters_is_a_source(source, tmp_path):
