@@ -66,8 +66,8 @@ def read_headers(folder: Path) -> dict[str, Header]:
         raise ModelError(f"'{folder}' has neither {_SINGLE} nor {_INDEX}{said}\n  cure: {cure}")
     for file in files:
         headers = file_headers(file)
-        for name in headers.keys() & found.keys():
-            raise ModelError(f"{name} stands in '{file}' and '{found[name].file}'\n  cure: {_AGAIN}")
+        if both := [name for name in headers if name in found]:
+            raise ModelError(f"{both[0]} stands in '{file}' and '{found[both[0]].file}'\n  cure: {_AGAIN}")
         found |= headers
     return found
 

@@ -231,6 +231,17 @@ def test_reward_template(name):
         render(text, [USER, ASSISTANT], attributes={"verbosity": 1})
 
 
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_model_with_one_score_renders_a_lone_prompt(name):
+    """RewardBench's runner asks for it, and throws it away."""
+    one = chat_template(TEMPLATES[name], Schema((Attribute("score", -9, 9),)), kind="reward")
+    prompt = [{"role": "user", "content": "Why?"}]
+    found = render(one, prompt, add_generation_prompt=True)
+    answered = render(one, [*prompt, {"role": "assistant", "content": "So."}])
+    assert "Why?" in found
+    assert answered.startswith(found)
+
+
 @pytest.mark.parametrize("kind", ["chat", "reward"])
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_control_strings_are_broken(name, kind):
