@@ -1,9 +1,12 @@
 """Measures a model.
 
 steerjax evaluate --suite attributes --model DIR --data FILE [--train-data FILE] --output DIR
-steerjax evaluate --suite steerability --input ANSWERS.jsonl [--reward-model DIR] --output DIR
+steerjax evaluate --suite NAME --help
+steerjax evaluate --compare DIR DIR ... --output DIR
 
-`--suite NAME --help` lists the options of a suite. The output holds metrics.json and the suite's plots and tables.
+The output holds results.json (every figure with its number of rows and 95% interval), report.md, plots and, where a
+suite has rows, rows.jsonl. A suite that was interrupted goes on, run again. --compare puts outputs of one suite side by
+side, with paired differences to the first.
 """
 
 import argparse
@@ -11,17 +14,22 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerjax.errors import ConfigError, reported_errors
-from steerjax.report.records import write_json
+from steerjax.command import resumable_command
+from steerjax.errors import ConfigError
 
-SUITES = ("attributes", "steerability")  # modules of `evaluation`
+SUITES = {  # module of `evaluation` -> what its report is called
+    "attributes": "Predicted ratings against people's",
+    "steerability": "What requested ratings do",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    with reported_errors():
+    with resumable_command():
         chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         chosen.add_argument("--suite")
-        name = chosen.parse_known_args(arguments)[0].suite
+        chosen.add_argument("--compare", nargs="+")
+        known = chosen.parse_known_args(arguments)[0]
+        name = known.suite
         if name not in (None, *SUITES):
             raise ConfigError(f"--suite {name}: there is no such suite; cure: one of {', '.join(SUITES)}")
         suite = importlib.import_module(f"steerjax.evaluation.{name}") if name else None
@@ -29,14 +37,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog="steerjax evaluate", description=suite.__doc__ if suite else __doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        parser.add_argument("--suite", required=True, metavar="NAME", help=f"one of: {', '.join(SUITES)}")
         parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="files there are replaced")
-        if suite:
-            suite.add_options(parser)
+        if known.compare:
+            from steerjax.evaluation.compare import compare
+
+            parser.add_argument("--compare", required=True, nargs="+", type=Path, metavar="DIR")
+            options = parser.parse_args(arguments)
+            compare(options.compare, options.output)
+            return
+        parser.add_argument("--suite", required=True, metavar="NAME", help=f"one of: {', '.join(SUITES)}")
+        if suite is None:
+            parser.add_argument("--compare", nargs="+", metavar="DIR", help="outputs of one suite, in place of --suite")
+            parser.parse_args(arguments)
+        from steerjax.evaluation.suite import write_result
+        from steerjax.report.plots import require_matplotlib
+
+        suite.add_options(parser)
         options = parser.parse_args(arguments)
-        metrics = suite.run(options)
-        given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        write_json(options.output / "metrics.json", {"suite": name, "options": given, **metrics})
+        require_matplotlib()
+        result = suite.run(options)
+        write_result(options.output, name, SUITES[name], vars(options), result)
+        print(f"{result.text}\n\nreport with plots: {options.output / 'report.md'}")
 
 
 if __name__ == "__main__":
