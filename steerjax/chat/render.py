@@ -2,8 +2,9 @@
 
 Tokens are made segment by segment (through a header, a label line, the end of a response), so a prompt's tokens never
 depend on the response, and a generation starts from the tokens that training saw. The whole text in one go has the same
-tokens but where a tokenizer joins characters across a boundary: white space before a response of `extra_id` to the
-header's newline, the two spaces of an empty response of `llama2`, the last `>` of a marker that is ordinary text to it.
+tokens but where a tokenizer joins characters across a boundary: white space before a response that keeps it, as with
+`extra_id`, to the header's newline, the two spaces of an empty response of `llama2`, the last `>` of a marker that is
+ordinary text to it.
 
 A person's or a model's text never becomes a control token, whatever it spells: where the tokenizer can be told, its
 tokens are those of ordinary text (`HIDE`); where not, U+2060 breaks the control string.

@@ -26,9 +26,6 @@ def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]
             there are. ModelError: no such source, or it was trained with another template.
     """
     e, source = experiment, None
-    if e.model.source == "random" and e.chat.template == "source":
-        cure = "a config.model.source that has a chat template, or config.chat.template='chatml'"
-        raise ConfigError(f"config.chat.template is 'source', and random parameters have none; cure: {cure}")
     if e.model.source != "random":
         source = describe(e.model.source, template=e.chat.template)
         e = dataclasses.replace(e, model=_with_architecture(e.model, source.model))
