@@ -12,7 +12,10 @@ MODEL = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id"
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--template", help="of a Hugging Face folder that does not name it: extra_id, chatml, llama3 or llama2")
+    add(
+        "--template",
+        help="of a Hugging Face folder that does not name it: extra_id, chatml, llama3, llama2, source (its own)",
+    )
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
     add("--mesh", default="", metavar="AXIS=N,...", help="e.g. fsdp=2,tensor=4; default all devices on data")
 

@@ -53,6 +53,8 @@ def resolve(config: Mapping) -> Experiment:
             not any(objective.weight for objective in e.objective.values()),
         "config.model.keep_layers without a model to keep them of; cure: 0, or a config.model.source":
             e.model.keep_layers and e.model.source == "random",
+        "config.chat.template='source' without a model that has one; cure: 'chatml', or a config.model.source":
+            e.chat.template == "source" and e.model.source == "random",
         "config.compute.cache_frozen without frozen layers; cure: false, or config.optimizer.frozen_layers above 0":
             e.compute.cache_frozen and not e.optimizer.frozen_layers,
     }  # fmt: skip

@@ -28,7 +28,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--scalar", metavar="NAME|NAME=W,...",
         help="of a reward model: one score, the weighted sum of its attributes; goodness, llama3_70b, ...")  # fmt: skip
     add("--adapter", action="store_true", help="of a model with adapters: PEFT's adapter, in place of merged weights")
-    add("--template", help="give a plain Hugging Face folder this chat template: extra_id, chatml, llama3 or llama2")
+    add(
+        "--template",
+        help="for a plain Hugging Face folder: extra_id, chatml, llama3, llama2, or source (its own)",
+    )
     add("--schema", choices=tuple(SCHEMAS), help="attributes that a plain chat model's template takes")
     add("--default-ratings", metavar="NAME=N,...",
         help="what a chat model is asked for where a request names nothing; '' is no ratings")  # fmt: skip

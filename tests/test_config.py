@@ -29,6 +29,7 @@ BAD = {
     "data.validation_fraction": (1.5, "less than 1"),
     "data.attributes": ((("fun", 5, 1),), "range"),
     "chat.template": ("alpaca", "chatml"),
+    "chat": ({"template": "source"}, "model.source"),
     "optimizer.learning_rate": (0.0, "more than 0"),
     "optimizer.min_learning_rate": (1.0, "at most learning_rate"),
     "optimizer.beta2": (1.0, "less than 1"),

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pydantic.dataclasses
 
 from steerjax.bundle.reader import is_checkpoint
-from steerjax.chat.templates import TEMPLATES, get_template
+from steerjax.chat.source_template import source_template
+from steerjax.chat.templates import TEMPLATES, Template, get_template
 from steerjax.chat.tokenizer import Tokenizer, load_tokenizer
 from steerjax.errors import CheckpointError, ModelError
 from steerjax.hf.adapter import AdapterReader, folder_config, is_adapter
@@ -40,7 +41,7 @@ class Provenance:
     objectives: tuple[str, ...]  # what was trained
     attributes: Attributes  # the schema
     model: LlamaConfig  # this and the next, and default_ratings: as in `Description`
-    template: str
+    template: Template | str
     system_prompt: str | None
     readout: Literal["last", "mean"]
     tokenizer: TokenizerSource
@@ -93,8 +94,9 @@ def locate(path: str | Path) -> Path:
 def describe(path: str | Path, *, template: str | None = None) -> Description:
     """Everything about a model but its arrays.
 
-    `path` is a run's folder (its newest checkpoint), `checkpoints/STEP`, a Hugging Face folder or a hub id; `template`
-    is for a folder that does not say how it was trained. Raises SteerjaxError: what is missing and what cures it.
+    `path` is a run's folder (its newest checkpoint), `checkpoints/STEP`, a Hugging Face folder or a hub id. `template`
+    is for a folder that does not say how it was trained; "source" is what it says, else its tokenizer's own.
+    Raises SteerjaxError: what is missing and what cures it.
     """
     folder = locate(path)
     if is_checkpoint(folder):
@@ -106,8 +108,9 @@ def describe(path: str | Path, *, template: str | None = None) -> Description:
         said = _about(folder, config, template)
         model, tokenizer, schema = config.model, _folder_tokenizer(folder, said), said.schema
         history = said.provenance or {"base_model": str(path)}
-    if template not in (None, said.template):
-        known = f"'{folder}' was trained with the template {said.template}, not {template}"
+    name = said.template if isinstance(said.template, str) else said.template.name
+    if template not in (None, "source", name):
+        known = f"'{folder}' was trained with the template {name}, not {template}"
         raise ModelError(f"{known}\n  cure: leave --template out")
     if tokenizer.vocab_size > model.vocab_size:
         sizes = f"the tokenizer has {tokenizer.vocab_size} tokens and the embedding {model.vocab_size} rows"
@@ -117,7 +120,7 @@ def describe(path: str | Path, *, template: str | None = None) -> Description:
         kind=said.kind,
         model=model,
         tokenizer=tokenizer,
-        template=get_template(said.template),
+        template=source_template(folder, tokenizer) if said.template == "source" else get_template(said.template),
         schema=schema,
         system_prompt=said.system_prompt,
         readout=said.readout,
@@ -148,7 +151,7 @@ def _about(folder: Path, config: HuggingFaceConfig, template: str | None) -> Abo
         raise ModelError(f"'{folder}' is a {BARE}, which has no head\n  cure: a LlamaForCausalLM")
     said = read_about(folder) or (template and About(kind, template))
     if not said:
-        cure = f"--template, one of {', '.join(TEMPLATES)}"
+        cure = f"--template, one of {', '.join(TEMPLATES)}, or source, its tokenizer's own"
         raise ModelError(f"'{folder}' does not say which chat template it was trained with\n  cure: {cure}")
     first_logit = config.architecture == CAUSAL_LM and said.kind == "reward" and said.schema and len(said.schema) == 1
     if first_logit:  # Nemotron's reward models: the logit of token 0 where the response ends

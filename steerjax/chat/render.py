@@ -2,8 +2,9 @@
 
 Tokens are made segment by segment (through a header, a label line, the end of a response), so a prompt's tokens never
 depend on the response, and a generation starts from the tokens that training saw. The whole text in one go has the same
-tokens but where a tokenizer joins characters across a boundary: white space before a response of `extra_id` to the
-header's newline, the two spaces of an empty response of `llama2`, the last `>` of a marker that is ordinary text to it.
+tokens but where a tokenizer joins characters across a boundary: white space before a response that keeps it, as with
+`extra_id`, to the header's newline, the two spaces of an empty response of `llama2`, the last `>` of a marker that is
+ordinary text to it.
 
 A person's or a model's text never becomes a control token, whatever it spells: where the tokenizer can be told, its
 tokens are those of ordinary text (`HIDE`); where not, U+2060 breaks the control string.
@@ -39,7 +40,8 @@ class ChatConfig:
     tokenizer: str = (
         "auto"  # as `load_tokenizer`; "auto" is the model source's own, the embedded one for a random model
     )
-    template: Literal["extra_id", "chatml", "llama3", "llama2"] = "extra_id"
+    # "source": what the model source was trained with, or its own chat template (`source_template.py`)
+    template: Literal["extra_id", "chatml", "llama3", "llama2", "source"] = "extra_id"
     system_prompt: str = "default"  # for conversations without one; "default" is the template's own
 
 
@@ -159,11 +161,14 @@ class Renderer:
             raise DataError("no response to rate here", field=f"turns[{rated}]", cure="name an assistant turn")
         labels = [None] * len(turns) if labels is None else labels
         system = self._system_text(conversation)
-        system = "" if system is None else self._content(system, "system").join(template.system)
+        if system is not None and not template.system:
+            cure = "leave it out (with config.chat.system_prompt, too), or choose chatml, llama3 or extra_id"
+            raise DataError(f"the template {template.name} cannot write a system text", field="system", cure=cure)
+        system = "" if system is None else self._content(system, "system", "system").join(template.system)
         prompt, asks = template.begin + ("" if template.system_in_user else system), False
         for index, (turn, label) in enumerate(zip(turns, labels, strict=True)):
             prompt += self._header(turns, index)
-            content = self._content(turn.content, f"turns[{index}].content")
+            content = self._content(turn.content, turn.role, f"turns[{index}].content")
             if turn.role == "user":
                 prompt += (system if template.system_in_user and index == 0 else "") + content + template.user[1]
                 asks = True
@@ -171,6 +176,8 @@ class Renderer:
             line = self._label(label, f"turns[{index}].ratings")
             yield _Segment(TokenRole.PROMPT, prompt, asks=asks)
             yield _Segment(TokenRole.LABEL, line)
+            if template.last_gap and index == (len(turns) - 1 if rated is None else rated):
+                content = template.last_gap + content.lstrip("\n")
             response = content if line else template.unlabelled_gap + content
             yield _Segment(TokenRole.RESPONSE, response, template.reward_end if index == rated else template.end, index)
             if index == rated:
@@ -206,14 +213,14 @@ class Renderer:
         except DataError as error:
             raise error.but(field=f"{field}.{error.field}") from None
 
-    def _content(self, text: str, field: str) -> str:
+    def _content(self, text: str, role: str, field: str) -> str:
         """A person's or a model's text, as `_as_text` leaves it."""
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             message, cure = f"not a text: a lone surrogate at character {error.start}", "repair the file's encoding"
             raise DataError(message, field=field, cure=cure) from None
-        return self._as_text(text.strip() if self.template.strip else text)
+        return self._as_text(self.template.stripped(text, role))
 
     def _as_text(self, text: str) -> str:
         """`text` with `HIDE` or U+2060 inside whatever would become a control token or spell one."""
@@ -254,7 +261,10 @@ class Renderer:
         return ids, len(os.path.commonprefix([ids, self._encode(segment.text, before)]))  # noqa: RUF071 - tokens
 
 
-def make_renderer(config: ChatConfig, schema: Schema) -> Renderer:
-    """The renderer of an experiment whose tokenizer is known (not "auto"). Raises ModelError, as `load_tokenizer`."""
+def make_renderer(config: ChatConfig, schema: Schema, template: Template | None = None) -> Renderer:
+    """The renderer of an experiment whose tokenizer is known (not "auto"), with the `template` of its model source.
+
+    Raises ModelError, as `load_tokenizer`.
+    """
     system_prompt = None if config.system_prompt == "default" else config.system_prompt
-    return Renderer(load_tokenizer(config.tokenizer), TEMPLATES[config.template], schema, system_prompt)
+    return Renderer(load_tokenizer(config.tokenizer), template or TEMPLATES[config.template], schema, system_prompt)

@@ -1,10 +1,13 @@
 """The chat templates as data: the strings around system text, turns and labels. `render.py` puts them together."""
 
 import re
-from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
+
+import pydantic.dataclasses
 
 from steerjax.errors import ModelError
+from steerjax.typed import STRICT
 
 # Its sentence is part of every prompt of the reference's models (NeMo-Aligner, examples/nlp/data/steerlm/common.py).
 STEERLM_SYSTEM_PROMPT = (
@@ -13,12 +16,12 @@ STEERLM_SYSTEM_PROMPT = (
 )
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Template:
     """What stands around a conversation's texts. Pairs are (before, after)."""
 
     name: str
-    system: tuple[str, str]
+    system: tuple[str, str] | tuple[()]  # () cannot write a system text
     user: tuple[str, str]
     assistant: str  # the header of an assistant turn, where a generation starts
     label: tuple[str, str]  # right after the header
@@ -26,11 +29,12 @@ class Template:
     reward_end: str  # after a response whose reward is read at its last token
     begin: str = ""
     unlabelled_gap: str = ""  # between header and response where there is no label; belongs to the response
+    last_gap: str = ""  # before a response that is the last turn; takes its leading newlines away
     end_opens: str = ""  # the tail of `end` that is already the head of the next turn
     after_end: str = ""  # between `end` and the next turn
     default_system: str | None = None  # None leaves the system part out
     system_in_user: bool = False  # the system part stands inside the first user turn, before the text
-    strip: bool = True  # texts lose leading and trailing whitespace
+    strip: tuple[Literal["system", "user", "assistant"], ...] = ("system", "user", "assistant")  # see `stripped`
     alternates: bool = False  # turns go user, assistant, user, ...; other orders cannot be written
 
     @cached_property
@@ -38,6 +42,14 @@ class Template:
         """The markers that the template writes: what a person's text must not become."""
         parts = (self.begin, *self.system, *self.user, self.assistant, *self.label, self.end, self.reward_end)
         return frozenset(re.findall(r"<+[^<>]+>+|\[[^]]+\]", "".join(parts)))
+
+    def stripped(self, text: str, role: str) -> str:
+        """`text` without leading and trailing white space, where a text of this role loses it."""
+        return text.strip() if role in self.strip else text
+
+    def answer(self, text: str) -> str:
+        """A response as a row has it, of what a model has written before `end`."""
+        return self.stripped(text.removeprefix(self.last_gap), "assistant")
 
 
 # NeMo-Aligner, examples/nlp/data/steerlm/. Texts stand as they are, and there is no BOS.
@@ -51,7 +63,7 @@ EXTRA_ID = Template(
     end_opens="<extra_id_1>",
     reward_end="\n<extra_id_2>",
     default_system=STEERLM_SYSTEM_PROMPT,
-    strip=False,
+    strip=(),
 )
 
 CHATML = Template(
@@ -93,8 +105,15 @@ LLAMA2 = Template(
 TEMPLATES = {template.name: template for template in (EXTRA_ID, CHATML, LLAMA3, LLAMA2)}
 
 
-def get_template(name: str) -> Template:
-    """The template called `name`. Raises ModelError for any other name."""
+def named(template: Template) -> str | Template:
+    """What is stored of a template: the name of one of ours, else all of it. `get_template` reads both."""
+    return template.name if TEMPLATES.get(template.name) == template else template
+
+
+def get_template(name: str | Template) -> Template:
+    """The template called `name`, or `name` itself. Raises ModelError for any other name."""
+    if isinstance(name, Template):
+        return name
     if name not in TEMPLATES:
         raise ModelError(f"unknown chat template '{name}'\n  cure: use one of: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pydantic
 
 from steerjax import __version__
-from steerjax.chat.templates import Template
+from steerjax.chat.templates import Template, named
 from steerjax.chat.tokenizer import Tokenizer
 from steerjax.errors import DataError, ModelError
 from steerjax.models.config import LlamaConfig
@@ -36,7 +36,9 @@ class Description:
         """What `read_about` reads."""
         kept = ("kind", "system_prompt", "readout", "default_ratings", "provenance")
         attributes = self.schema.to_json() if self.schema else None
-        said = {"template": self.template.name, "attributes": attributes, "steerjax": __version__}
+        template = named(self.template)
+        template = template if isinstance(template, str) else dataclasses.asdict(template)
+        said = {"template": template, "attributes": attributes, "steerjax": __version__}
         return {name: getattr(self, name) for name in kept} | said
 
 
@@ -45,7 +47,7 @@ class About:
     """`steerjax.json`. The first two are enough, so that one can be written by hand for somebody else's folder."""
 
     kind: Literal["reward", "chat"]
-    template: str
+    template: Template | str  # "source": that of the folder's tokenizer
     attributes: Attributes | None = None
     system_prompt: str | None = None
     readout: Literal["last", "mean"] = "last"

@@ -17,7 +17,7 @@ def check_mergeable(models: Sequence[Description], readers: Sequence) -> None:
     for other, reader in zip(models[1:], readers[1:], strict=True):
         for what, ours, theirs in (
             ("kind", first.kind, other.kind), ("architecture", first.model, other.model),
-            ("template", first.template.name, other.template.name),
+            ("template", first.template, other.template),
             ("attributes", first.schema and first.schema.names, other.schema and other.schema.names),
             ("tokenizer", first.tokenizer.hash, other.tokenizer.hash), ("readout", first.readout, other.readout),
             ("parameters", readers[0].shapes, reader.shapes),

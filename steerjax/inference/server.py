@@ -110,9 +110,9 @@ class Server:
 
     def _response(self, text: str, finish: str) -> str:
         """What the server wrote, as `stopping.Stops` leaves it."""
-        if self._template is None or self._template.strip:
+        if self._template is None:
             return text.strip()
-        return text.removesuffix(end_space(self._template)) if finish == "stop" else text
+        return self._template.answer(text.removesuffix(end_space(self._template)) if finish == "stop" else text)
 
     @contextmanager
     def _reported(self) -> Iterator[None]:

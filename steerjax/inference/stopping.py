@@ -48,7 +48,7 @@ class Stops:
         places = [text.index(string) for string in self._strings if string in text]
         if places:
             text, stopped = text[: min(places)].removesuffix(end_space(self._template)), True
-        return text.strip() if self._template.strip else text, stopped
+        return self._template.answer(text), stopped
 
     def settled(self, text: str) -> str:
         """As much of an unfinished response as later tokens cannot change."""

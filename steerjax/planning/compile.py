@@ -76,8 +76,9 @@ def compile_step(e: Experiment, devices: Sequence[jax.Device]) -> Compiled:
     """
     mesh, schema = make_mesh(e.mesh, list(devices)), predicted_schema(e.objective, e.data.make_schema())
     check_batch(e.batch, mesh)
-    # Objectives see no row, so any tokenizer does; the embedded one is always there.
-    objectives = make_objectives(e, schema, make_renderer(replace(e.chat, tokenizer="embedded"), schema))
+    # Objectives see no row, so any tokenizer and template do; these are always there.
+    chat = replace(e.chat, tokenizer="embedded", template="extra_id")
+    objectives = make_objectives(e, schema, make_renderer(chat, schema))
     feed = make_feeder((), objectives, e.batch.row_length, mesh, e.batch.micro_batches)
     program = Program(e, schema, objectives, mesh, feed, e.train.steps)
     tokens = e.batch.rows * e.batch.row_length

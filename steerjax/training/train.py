@@ -55,7 +55,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
     schema = predicted_schema(experiment.objective, experiment.data.make_schema())
     e, source = with_source(experiment)
-    renderer = make_renderer(e.chat, schema)
+    renderer = make_renderer(e.chat, schema, source and source.template)
     e = with_vocabulary(e, renderer.tokenizer, source)
     mesh = make_mesh(e.mesh)
     check_batch(e.batch, mesh)

@@ -14,6 +14,7 @@ import filelock
 from steerjax import __version__
 from steerjax.bundle.describe import Provenance, TokenizerSource, output_names, read_provenance
 from steerjax.chat.render import Renderer
+from steerjax.chat.templates import named
 from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from steerjax.data.loading import file_hashes
 from steerjax.errors import CheckpointError, ModelError
@@ -110,7 +111,7 @@ def make_provenance(
         objectives=e.objectives,
         attributes=schema.attributes,
         model=e.model.architecture(),
-        template=e.chat.template,
+        template=named(renderer.template),
         system_prompt=renderer.system_prompt,
         readout=e.head.readout,
         tokenizer=TokenizerSource(e.chat.tokenizer, renderer.tokenizer.hash),
@@ -131,6 +132,8 @@ def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Proven
     changed = [source for source in now.data if before.data.get(source) != now.data[source]]
     if before.tokenizer.sha256 != now.tokenizer.sha256:
         changed.append(f"tokenizer {now.tokenizer.source}")
+    if before.template != now.template:
+        changed.append("the source's chat template")
     if changed and not accept:
         raise CheckpointError(
             f"{checkpoint} was trained on other content of {', '.join(changed)}\n"

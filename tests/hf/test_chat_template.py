@@ -9,6 +9,8 @@ import jinja2
 import jinja2.sandbox
 import pytest
 
+from steerjax.chat.render import Renderer
+from steerjax.chat.source_template import source_template
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
@@ -18,6 +20,7 @@ from steerjax.hf.tokenizer_files import special_strings
 from steerjax.schema import HELPSTEER, Attribute, Schema, format_label
 from tests.hf.serving import as_messages, conversations, export, llama3_like, renderer, talk, tokenizer_of
 from tests.refusals import refused
+from tests.source_templates import SOURCES
 
 RATINGS = {"verbosity": 2.5, "helpfulness": 3.5, "correctness": 0, "coherence": 1.4}
 DEFAULTS = {"helpfulness": 4, "verbosity": 2, "coherence": 4.0}
@@ -97,6 +100,37 @@ def test_text_of_random_conversations(name, embedded):
             tokens, _ = render_ours.reward_tokens(conversation, count - 1)
             text = render(reward_text, messages)
             assert embedded.decode(tokens) == (text if embedded.decode(embedded.encode(text)) == text else None)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_text_of_a_models_own_template(name, embedded, tmp_path):
+    """The one skeleton writes what the renderer writes with a derived template, to the token, labels included."""
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (tmp_path / "chat_template.jinja").write_text(SOURCES[name])
+    template = source_template(tmp_path, embedded)
+    ours = Renderer(embedded, template, HELPSTEER)
+    chat_text, reward_text = (chat_template(template, HELPSTEER, kind=kind) for kind in ("chat", "reward"))
+    for conversation in (
+        talk(*texts[:count], system=system)
+        for system in (None, "", " Be kind.\n")
+        for texts in (("Hi", "Yo", "So?", "\n\nWell.", "And?"), (" a\n", "", "\n", " <think>b</think> "))
+        for count in range(1, len(texts) + 1)
+    ):
+        messages = as_messages(conversation)
+        if conversation.system is not None and not template.system:
+            with refused(DataError, "system", cure="system_prompt"):
+                ours.render(conversation)
+            with pytest.raises(Refused, match="system"):
+                render(chat_text, messages)
+            continue
+        asks = conversation.turns[-1].role == "user"
+        for labels in (None, [RATINGS if turn.role == "assistant" else None for turn in conversation.turns]):
+            expected = ours.render(conversation, labels, generation_prompt=asks)
+            text = render(chat_text, as_messages(conversation, labels), add_generation_prompt=asks)
+            assert text == expected.text
+        if not asks:
+            tokens, _ = ours.reward_tokens(conversation, len(conversation.turns) - 1)
+            assert embedded.decode(tokens) == render(reward_text, messages)
 
 
 @pytest.mark.parametrize("bad", [[None], "no", {"verbosity": 1}, 3, [{"verbosity": 1}, None, None]])
