@@ -12,7 +12,7 @@ def get_config():
     config.data.validation = ("data/helpsteer2_validation.jsonl",)
 
     config.model.source = "Qwen/Qwen3-8B"
-    config.chat.template = "chatml"
+    config.chat.template = "source"  # its own
 
     config.mesh.data = 1
     config.mesh.fsdp = -1

@@ -38,7 +38,8 @@ def check_fits(tokens: int, row_length: int) -> None:
 
 
 def parts_of(number: int, tree: Tree, row_length: int, random: np.random.Generator | None) -> list[Part]:
-    """The tree in as few parts as fit a row each; its units in random order, or as they are.
+    """The tree in as few parts as fit a row each; its units in random order, or as they are, each where it adds the
+    fewest tokens.
 
     Raises DataError: a unit that no row can hold.
     """
@@ -46,15 +47,20 @@ def parts_of(number: int, tree: Tree, row_length: int, random: np.random.Generat
     units = [tree.units[i] for i in order]
     if tree.length <= row_length:
         return [_part(number, tree, itertools.chain(*units), range(len(tree.pieces)))]
+    first: dict[int, int] = {}  # what ends with a node comes right behind the largest unit that does
+    for place, unit in sorted(enumerate(units), key=lambda one: -len(one[1])):
+        for e in unit:
+            first.setdefault(tree.paths[e][-1], place)
+    units.sort(key=lambda unit: (min(first[tree.paths[e][-1]] for e in unit), -len(unit)))
     done: list[tuple[int, tuple[int, ...], set[int]]] = []  # (tokens, examples, nodes)
     filling = done.copy()
     for unit in units:
         nodes = {node for e in unit for node in tree.paths[e]}
-        for i, (used, examples, known) in enumerate(filling):
-            used += sum(len(tree.pieces[node]) for node in nodes - known)
-            if used <= row_length:
-                filling[i] = (used, examples + unit, known | nodes)
-                break
+        added = [sum(len(tree.pieces[node]) for node in nodes - known) for *_, known in filling]
+        fitting = [i for i, new in enumerate(added) if filling[i][0] + new <= row_length]
+        if fitting:
+            used, examples, known = filling[i := min(fitting, key=added.__getitem__)]
+            filling[i] = (used + added[i], examples + unit, known | nodes)
         else:
             length = sum(len(tree.pieces[node]) for node in nodes)
             check_fits(length, row_length)

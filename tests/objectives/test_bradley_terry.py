@@ -1,6 +1,7 @@
 """Golden values of the preference losses, pairs in trees, and a run on pairs."""
 
 import json
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from steerjax.config import default_config, resolve
 from steerjax.data.formats import conversation_from_row
-from steerjax.data.packing import pack, unshared_rows
+from steerjax.data.packing import pack, packing_statistics, unshared_rows
 from steerjax.data.trees import grow
 from steerjax.errors import ConfigError, DataError
 from steerjax.models.llama import Compute, RewardModel
@@ -254,3 +255,21 @@ def test_what_cannot_be_trained(rows, tmp_path):
     for score in ({"kindness": 1.0}, {"helpfulness": 0.0}):
         with refused(ConfigError, "config.bradley_terry.score"):
             experiment(rows, ("bradley_terry",), bradley_terry__score=score)
+
+
+@pytest.mark.short
+def test_a_response_with_a_rating_and_a_preference_is_written_once_in_a_tree_too_large_for_a_row():
+    bt = objective("regular")
+    pairs = some_pairs(bt, [1] * 60)
+    prompt, rated = np.arange(7, 27, dtype=np.int32), []
+    pairs = [replace(e, tokens=np.concatenate([prompt, e.tokens]), root=20, places=e.places + 20) for e in pairs]
+    for number, pair in enumerate(pairs):
+        rated.append(replace(pair, objective="regression", number=number, unit=None))
+    tokens = {}
+    for name, examples in {"pairs": pairs, "both": rated[::-1] + pairs}.items():
+        trees = grow(examples)
+        rows = pack(trees, 256, np.random.default_rng(0))
+        assert len(trees) == 1
+        assert len(rows) > 4
+        tokens[name] = packing_statistics(trees, rows, 256).tokens
+    assert tokens["both"] < 1.02 * tokens["pairs"]
