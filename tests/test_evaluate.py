@@ -64,14 +64,14 @@ def test_attributes_equal_annotate_and_the_runs_own_evaluation(run, tmp_path, ca
     output = tmp_path / "report"
     evaluate("--suite", "attributes", "--model", workdir, "--data", validation, "--train-data", train_file,
              "--output", output, *SHORT)  # fmt: skip
-    rows = read_rows(output / "predictions.jsonl")
+    rows = read_rows(output / "rows.jsonl")
     assert [row["id"] for row in rows] == list(own.detail.ids)
     assert "coherence" not in rows[0]["predicted_ratings"]  # nobody rated it
     places = [own.detail.schema.names.index(name) for name in rows[0]["predicted_ratings"]]
     found = np.array([list(row["predicted_ratings"].values()) for row in rows])
     np.testing.assert_allclose(found, own.detail.predicted[:, places], rtol=0, atol=1e-5)
 
-    metrics = json.loads((output / "metrics.json").read_text())
+    metrics = json.loads((output / "results.json").read_text())
     (record,) = [r for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == "validation" and r["step"] == 3]
     for name in rows[0]["predicted_ratings"]:
         for metric in ("mse", "mae", "pearson"):  # some responses are equal, and float noise ranks them
@@ -101,7 +101,7 @@ def test_attributes_without_training_data_and_with_rows_left_out(run, tmp_path):
     source = write_rows(tmp_path / "in.jsonl", rows)
     evaluate("--suite", "attributes", "--model", workdir, "--data", source, "--output", tmp_path / "out",
              *SHORT)  # fmt: skip
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "out/results.json").read_text())
     assert metrics["average_mse"]["mean rating"] is None
     assert metrics["skipped"] == len(rows[1]["turns"]) // 2
     assert {entry["line"] for entry in read_rows(tmp_path / "out/skipped.jsonl")} == {2}
@@ -130,17 +130,17 @@ def answers(tmp_path):
 def test_steerability(answers, tmp_path, capsys):
     folder = reward_folder(tmp_path / "reward", context=256)
     evaluate("--suite", "steerability", "--input", answers, "--output", tmp_path / "plain")
-    plain = json.loads((tmp_path / "plain/metrics.json").read_text())
+    plain = json.loads((tmp_path / "plain/results.json").read_text())
     assert [value["n"] for value in plain["attributes"]["verbosity"]["values"]] == [4, 4, 4]
     assert [value["predicted"] for value in plain["attributes"]["verbosity"]["values"]] == [None] * 3
     assert plain["attributes"]["verbosity"]["trends"]["characters"]["spearman"] > 0.5
     assert plain["distance"]["n"] == 0
     evaluate("--suite", "steerability", "--input", answers, "--output", tmp_path / "rated", "--reward-model", folder,
              "--template", "extra_id")  # fmt: skip
-    rated = json.loads((tmp_path / "rated/metrics.json").read_text())
+    rated = json.loads((tmp_path / "rated/results.json").read_text())
     assert rated["distance"]["n"] == 11
     assert sorted(path.name for path in (tmp_path / "rated").iterdir()) == [
-        "metrics.json", "steerability_helpfulness.png", "steerability_verbosity.png"
+        "results.json", "steerability_helpfulness.png", "steerability_verbosity.png"
     ]  # fmt: skip
 
     # Annotate first comes to the same; it leaves `generation` as it was.
@@ -149,7 +149,7 @@ def test_steerability(answers, tmp_path, capsys):
               str(tmp_path / "annotated.jsonl")])  # fmt: skip
     evaluate("--suite", "steerability", "--input", tmp_path / "annotated.jsonl", "--output", tmp_path / "third",
              "--schema", "helpsteer")  # fmt: skip
-    third = json.loads((tmp_path / "third/metrics.json").read_text())
+    third = json.loads((tmp_path / "third/results.json").read_text())
     for one, other in zip(*(m["attributes"]["verbosity"]["values"] for m in (third, rated)), strict=True):
         assert one["predicted"] == pytest.approx(other["predicted"], abs=1e-5)
     assert third["distance"] == rated["distance"]
@@ -178,7 +178,7 @@ def test_steerability_of_own_attributes(tmp_path, capsys):
     ]  # fmt: skip
     source = write_rows(tmp_path / "answers.jsonl", rows)
     evaluate("--suite", "steerability", "--input", source, "--output", tmp_path / "out")
-    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "out/results.json").read_text())
     assert metrics["ranges"] == {"warmth": [1, 9], "evidence": [10, 11]}
     assert (tmp_path / "out/steerability_warmth.png").exists()
     assert "told from the answers: warmth 1 to 9" in capsys.readouterr().out

@@ -1,14 +1,44 @@
 """A reward model's predictions against people's ratings, beside two trivial predictors fitted on --train-data.
 
-The output holds metrics.json, report.md, plots, predictions.jsonl and skipped.jsonl (the rows that were left out).
+By attribute and in the average: errors, correlations, agreement, calibration, how often the better rated of two
+responses to a prompt is predicted higher, and how much a prediction follows length where people's rating does not.
+Where rows carry several raters (lists in place of numbers, as HelpSteer2's disagreements), people's agreement among
+themselves stands beside the model's with them.
 """
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
 
 from steerjax.command import MODEL, add_scoring_options
-from steerjax.data.conversation import Turn
+from steerjax.data.conversation import Conversation
+from steerjax.data.loading import Skipped, file_hashes, load_conversations, prompt_key, write_skipped
+from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
+from steerjax.evaluation.suite import Result, figure_table, kept_rows
+from steerjax.report.figures import UNIT, Columns, figures
+from steerjax.report.page import format_table
+from steerjax.report.plots import plot_confusion, plot_correlations, plot_predictions
+from steerjax.report.results import (
+    LOG_LENGTH,
+    MEAN_RATING,
+    baseline,
+    calibration_slope,
+    correlation,
+    evaluate_predictions,
+    kappa_of_whole,
+    rank_correlation,
+    whole,
+)  # fmt: skip
+from steerjax.report.results import (
+    MODEL as PREDICTED,
+)
+from steerjax.schema import Schema
+
+WHO = (PREDICTED, MEAN_RATING, LOG_LENGTH)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -19,59 +49,243 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_scoring_options(parser)
 
 
-def run(options: argparse.Namespace) -> dict:
-    """Writes the report and prints its table.
-
-    Returns `responses` and `skipped`, numbers; `attributes` and `baselines`, see `EvaluationResult`; `average_mse`.
-    """
-    from steerjax.data.loading import load_conversations, write_skipped
+def run(options: argparse.Namespace) -> Result:
+    from steerjax.inference.annotation import model_digest
     from steerjax.inference.scorer import open_scorer, predict, reading_schema
-    from steerjax.report.page import format_table, write_report
-    from steerjax.report.plots import require_matplotlib
-    from steerjax.report.results import evaluate_predictions
 
-    require_matplotlib()
-    scorer = open_scorer(options.model, options)
-    names, schema, how = scorer.schema.names, reading_schema(scorer.schema), options.on_bad_row
+    o, scorer = options, open_scorer(options.model, options)
+    schema, how, skipped = scorer.schema, options.on_bad_row, []
 
-    def load(files: Sequence[str]):
-        """Conversations, the places of their turns with a rating of one of the attributes, and what was left out."""
-        if not files:
-            return [], [], []
-        loaded = load_conversations(files, schema, format=options.format, on_bad_row=how)
-        rated = [[i for i, t in enumerate(c.turns) if set(names) & set(t.ratings or ())] for c in loaded.conversations]
-        return loaded.conversations, rated, loaded.skipped
+    def load(files: Sequence[str]) -> list[tuple[Conversation, int]]:
+        """Every turn with a rating of one of the attributes."""
+        loaded = load_conversations(files, reading_schema(schema), format=o.format, on_bad_row=how)
+        skipped.extend(loaded.skipped)
+        known = set(schema.names)
+        return [(c, i) for c in loaded.conversations for i, t in enumerate(c.turns) if known & set(t.ratings or ())]
 
-    conversations, turns, skipped = load(options.data)
-    trained = [c.turns[turn] for c, rated in zip(*load(options.train_data)[:2], strict=True) for turn in rated]
-    rated, predicted, refused = predict(scorer, conversations, turns, skip=how == "skip")
-    skipped += refused
-    if not rated and refused:
-        what = f"all {len(refused)} rated responses were left out, the first of them: {refused[0].reason}"
-        raise DataError(what, file=refused[0].file, line=refused[0].line, cure="a larger --row-length, or other rows")
-    if not rated:
-        raise DataError("no rated response to evaluate", file=options.data[0], cure=f"rate {' or '.join(names)}")
-    tested, ids = [conversations[c].turns[turn] for c, turn in rated], [conversations[c].id for c, _ in rated]
-    result = evaluate_predictions(scorer.schema, predicted, *_arrays(tested, names), ids, *_arrays(trained, names))
-    summary = {
-        "model": scorer.description.path,
-        "data": ", ".join(options.data),
-        "baselines fitted on": ", ".join(options.train_data) or "nothing",
-        "responses": f"{len(rated)} rated, {len(skipped)} rows or turns left out",
+    tested, left_out = load(o.data), list(skipped)
+    trained = [c.turns[i] for c, i in load(o.train_data)] if o.train_data else []
+    if not tested:
+        raise DataError("no rated response to evaluate", file=o.data[0], cure=f"rate {' or '.join(schema.names)}")
+    raters = _raters(o.data, schema)
+    lengths = [len(c.turns[i].content) for c, i in tested]
+    fitted = _ratings(trained, schema), [len(turn.content) for turn in trained]
+    guesses = {who: baseline(degree, *fitted, lengths) for degree, who in enumerate(WHO[1:])}
+
+    def compute(part: range) -> list[dict]:
+        """The rows of these turns, each with a prediction, or why it has none."""
+        conversations, turns = zip(*(tested[i] for i in part), strict=True)
+        places, found, refused = predict(scorer, conversations, [[turn] for turn in turns], skip=how == "skip")
+        found, reasons = dict(zip((place for place, _ in places), found, strict=True)), iter(refused)
+        return [
+            _row(tested[i], found[place], {who: g[i] for who, g in guesses.items()}, raters, schema)
+            if place in found else {"id": tested[i][0].id, "turn": tested[i][1], "skipped": asdict(next(reasons))}
+            for place, i in enumerate(part)
+        ]  # fmt: skip
+
+    settings = {
+        "suite": "attributes", "model": model_digest(scorer.description.path), "attributes": schema.to_json(),
+        "data": file_hashes(o.data), "train_data": file_hashes(o.train_data), "row_length": scorer.row_length,
+        **{key: vars(o)[key] for key in ("format", "template", "dtype", "on_bad_row")},
+    }  # fmt: skip
+    rows = kept_rows(o.output, settings, len(tested), compute, chunk=128, unit="response")
+    kept = [row for row in rows if "skipped" not in row]
+    refused = [row for row in rows if "skipped" in row]
+    if not kept:
+        first = Skipped(**refused[0]["skipped"])
+        said = f"all {len(refused)} rated responses were left out, the first of them: {first.reason}"
+        raise DataError(said, file=first.file, line=first.line, cure="a larger --row-length, or other rows")
+    write_skipped(o.output / "skipped.jsonl", [*left_out, *(Skipped(**row["skipped"]) for row in refused)])
+    return _result(o, scorer, schema, rows, kept, fitted)
+
+
+def _result(o, scorer, schema: Schema, rows: list[dict], kept: list[dict], fitted: tuple) -> Result:
+    human, predicted = (_ratings_of(kept, key, schema) for key in ("ratings", "predicted_ratings"))
+    lengths, ids = [row["characters"] for row in kept], [row["id"] for row in kept]
+    result = evaluate_predictions(schema, predicted, human, lengths, ids, *fitted)
+    found = figures(measure, columns(rows))
+    plots = {
+        "predictions.png": "Predicted against human ratings",
+        "confusion.png": "Whole ratings, both ways",
     }
-    write_report(options.output, result, [], summary, "\n".join(f"{k}: {v}" for k, v in vars(options).items()))
-    write_skipped(options.output / "skipped.jsonl", skipped)
-    print(f"{format_table(result)}\n\n{scorer.counts}\n{len(skipped)} rows or turns left out (skipped.jsonl)")
-    print(f"report with plots: {options.output / 'report.md'}")
-    return {
-        "responses": len(rated), "skipped": len(skipped), "attributes": result.metrics,
+    plot_predictions(result, o.output / "predictions.png")
+    plot_confusion(result, o.output / "confusion.png")
+    if len(schema) > 1:
+        plots["correlations.png"] = "Which attributes go together in human and in predicted ratings"
+        plot_correlations(result, o.output / "correlations.png")
+    more = [name for name in found if name.split("/")[-1] in _MORE and found[name].count]
+    text = "\n\n".join([format_table(result), figure_table(found, more), _EXPLANATION])
+    summary = {
+        "model": scorer.description.path, "data": ", ".join(o.data),
+        "baselines fitted on": ", ".join(o.train_data) or "nothing",
+        "responses": f"{len(kept)} rated, {len(rows) - len(kept)} without a prediction (rows.jsonl), "
+        "rows that were left out: skipped.jsonl",
+        "computed": scorer.counts,
+    }  # fmt: skip
+    detail = {
+        "responses": len(kept), "skipped": len(rows) - len(kept), "attributes": result.metrics,
         "baselines": result.baselines, "average_mse": result.average_mse(),
+    }  # fmt: skip
+    return Result(found, text, plots, summary, detail)
+
+
+_MORE = ("slope", "bias", "pairs", "longer", "length", "people", "model with people")
+_EXPLANATION = (
+    "Calibration: slope, by how much human ratings rise where predictions rise by 1 (1 is calibrated); bias, by how much\n"
+    "predictions are above human ratings in the mean.\n"
+    "pairs: of two responses to a prompt, how often the better rated has the higher prediction; longer: of preferring\n"
+    "the longer one. length: correlation of the prediction with log length, both less what the human rating says.\n"
+    "people: quadratic-weighted kappa of two raters of a response; model with people: of the prediction and a rater."
+)
+
+
+def columns(rows: Sequence[Mapping]) -> Columns:
+    """Of each row with a prediction: what people gave, what each predictor says, how many pairs of a prompt are right.
+
+    Rows of one prompt are drawn together, unless all have one.
+    """
+    rows = [row for row in rows if "skipped" not in row]
+    names = list(dict.fromkeys(name for row in rows for name in row["predicted_ratings"]))
+    prompts = np.array([row["prompt"] for row in rows])
+    found = {UNIT: prompts if len(set(prompts.tolist())) > 1 else np.arange(len(rows))}
+    found["log length"] = np.log1p(np.array([row["characters"] for row in rows], np.float64))
+    for name in names:
+        found[f"{name}:human"] = human = _column(row["ratings"].get(name) for row in rows)
+        for who in WHO:
+            found[f"{name}:{who}"] = _column(
+                (row["predicted_ratings"] if who == PREDICTED else row["baselines"][who]).get(name) for row in rows
+            )
+            found[f"{name}:{who}:whole"] = _column(row["whole"][who].get(name) for row in rows)
+        found[f"{name}:human:whole"] = _column(row["whole"]["human"].get(name) for row in rows)
+        for who, values in ((PREDICTED, found[f"{name}:{PREDICTED}"]), ("longer", found["log length"])):
+            right, count = _pairs(human, values, prompts)
+            found[f"{name}:{who}:right"], found[f"{name}:pairs"] = right, count
+        raters = [row.get("raters", {}).get(name, ()) for row in rows]
+        if any(len(each) > 1 for each in raters):
+            found |= _raters_columns(name, raters, found[f"{name}:{PREDICTED}:whole"])
+    return found
+
+
+def measure(found: Columns) -> dict[str, tuple[float, int]]:
+    out: dict[str, tuple[float, int]] = {}
+    names = [key.removesuffix(":human") for key in found if key.endswith(":human")]
+    for name in names:
+        y, y_whole = found[f"{name}:human"], found[f"{name}:human:whole"]
+        for who in WHO:
+            x, x_whole = found[f"{name}:{who}"], found[f"{name}:{who}:whole"]
+            seen, end = ~np.isnan(x) & ~np.isnan(y), "" if who == PREDICTED else f" of {who}"
+            count = int(seen.sum())
+            values = {
+                "mse": np.mean((x[seen] - y[seen]) ** 2) if count else np.nan,
+                "mae": np.mean(np.abs(x[seen] - y[seen])) if count else np.nan,
+                "pearson": correlation(x[seen], y[seen]), "spearman": rank_correlation(x[seen], y[seen]),
+                "kappa": kappa_of_whole(x_whole[seen], y_whole[seen]),
+                "slope": calibration_slope(x[seen], y[seen]), "bias": np.mean(x[seen] - y[seen]) if count else np.nan,
+            }  # fmt: skip
+            out |= {f"{name}/{key}{end}": (np.nan if v is None else v, count) for key, v in values.items()}
+        pairs = found[f"{name}:pairs"].sum()
+        for key, who in (("pairs", PREDICTED), ("longer", "longer")):
+            out[f"{name}/{key}"] = found[f"{name}:{who}:right"].sum() / pairs if pairs else np.nan, int(pairs)
+        seen = ~np.isnan(y)
+        out[f"{name}/length"] = (
+            _partial(found[f"{name}:{PREDICTED}"][seen], found["log length"][seen], y[seen]),
+            sum(seen),
+        )
+        for key in ("people", "model with people"):
+            if f"{name}:{key}:n" in found:
+                out[f"{name}/{key}"] = _pooled_kappa(found, f"{name}:{key}")
+    for key in ("mse", "mae", "pearson", "spearman", "kappa", "slope", "bias", "pairs", "longer", "length"):
+        values = [out[f"{name}/{key}"] for name in names if out[f"{name}/{key}"][1]]
+        defined = [value for value, _ in values if not np.isnan(value)]
+        out[f"average/{key}"] = float(np.mean(defined)) if defined else np.nan, sum(count for _, count in values)
+    return out
+
+
+def _pairs(human: np.ndarray, values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row: the pairs that it is the better rated of (the other one answers the same prompt), and how many of
+    them `values` order so; a tie is half right."""
+    right, count = np.zeros((2, len(human)))
+    order = np.argsort(prompts, kind="stable")
+    for group in np.split(order, np.flatnonzero(prompts[order][1:] != prompts[order][:-1]) + 1):
+        better = human[group][:, None] > human[group][None]
+        sign = np.sign(values[group][:, None] - values[group][None])
+        count[group] = better.sum(1)
+        right[group] = np.where(better, (sign + 1) / 2, 0).sum(1)
+    return right, count
+
+
+def _partial(x: np.ndarray, length: np.ndarray, y: np.ndarray) -> float:
+    """Correlation of x and length, both less their means at each human rating; NaN where undefined."""
+    _, group = np.unique(y, return_inverse=True)
+    counts = np.maximum(np.bincount(group), 1) if len(group) else np.ones(1)
+    x, length = (z - (np.bincount(group, z) / counts)[group] for z in (x, length))
+    found = correlation(x, length)
+    return np.nan if found is None else found
+
+
+# A kappa over many pairs of numbers follows from their sums, one row each, so that rows can be drawn.
+_SUMS = ("n", "x", "y", "xx", "yy", "xy")
+
+
+def _raters_columns(name: str, raters: Sequence[Sequence[float]], model: np.ndarray) -> dict[str, np.ndarray]:
+    found = {f"{name}:{key}:{part}": np.zeros(len(raters)) for key in ("people", "model with people") for part in _SUMS}
+    for row, given in enumerate(raters):
+        people = np.array(list(itertools.permutations(given, 2)), np.float64).reshape(-1, 2)
+        others = np.array([(model[row], rating) for rating in given], np.float64).reshape(-1, 2)
+        for key, pairs in (("people", people), ("model with people", others)):
+            x, y = pairs[np.isfinite(pairs).all(1)].T
+            for part, value in zip(_SUMS, (len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y), strict=True):
+                found[f"{name}:{key}:{part}"][row] = value
+    return found
+
+
+def _pooled_kappa(found: Columns, key: str) -> tuple[float, int]:
+    n, x, y, xx, yy, xy = (found[f"{key}:{part}"].sum() for part in _SUMS)
+    if not n:
+        return np.nan, 0
+    shuffled = (xx + yy) / n - 2 * x * y / n**2
+    return float(1 - (xx + yy - 2 * xy) / n / shuffled) if shuffled > 0 else np.nan, int(n)
+
+
+def _row(place, predicted: np.ndarray, guesses: Mapping, raters: Mapping, schema: Schema) -> dict:
+    conversation, turn = place
+    said = conversation.turns[turn]
+    ratings = {name: float(said.ratings[name]) for name in schema.names if name in said.ratings}
+    sides = {"human": ratings, PREDICTED: dict(zip(schema.names, map(float, predicted), strict=True))}
+    for who, values in guesses.items():
+        sides[who] = {n: float(v) for n, v in zip(schema.names, values, strict=True) if np.isfinite(v)}
+    if wrong := [name for name, value in sides[PREDICTED].items() if not np.isfinite(value)]:
+        raise DataError(
+            "the model predicts no finite number", field=wrong[0], cure="check the model, or another --dtype"
+        )
+    return {
+        "id": conversation.id, "turn": turn, "prompt": prompt_key(conversation), "characters": len(said.content),
+        "ratings": ratings, "predicted_ratings": sides[PREDICTED], "baselines": {who: sides[who] for who in guesses},
+        "whole": {who: {n: float(whole(v, schema[n])) for n, v in each.items()} for who, each in sides.items()},
+        **({"raters": own} if (own := raters.get((conversation.file, conversation.line))) else {}),
     }  # fmt: skip
 
 
-def _arrays(turns: Sequence[Turn], names: Sequence[str]) -> tuple:
-    """Human ratings [E, A], NaN where there is none, and the characters of each response."""
-    import numpy as np
+def _raters(sources: Sequence[str], schema: Schema) -> dict[tuple[str, int], dict[str, list[float]]]:
+    """Of each row with lists of ratings, by file and line; these rows were read, and so checked, before."""
+    found = {}
+    for source in sources:
+        for line, row in iter_rows(source):
+            if isinstance(row, dict):
+                lists = {name: row[name] for name in schema.names if isinstance(row.get(name), list)}
+                found |= {(source, line): lists} if lists else {}
+    return found
 
-    values = np.array([[turn.ratings.get(name, np.nan) for name in names] for turn in turns]).reshape(-1, len(names))
-    return values, [len(turn.content) for turn in turns]
+
+def _ratings(turns: Sequence, schema: Schema) -> np.ndarray:
+    return _ratings_of([{"ratings": turn.ratings} for turn in turns], "ratings", schema)
+
+
+def _ratings_of(rows: Sequence[Mapping], key: str, schema: Schema) -> np.ndarray:
+    """[E, A], NaN where there is none."""
+    values = [[row[key].get(name, np.nan) for name in schema.names] for row in rows]
+    return np.array(values, np.float64).reshape(-1, len(schema))
+
+
+def _column(values) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], np.float64)

@@ -83,7 +83,13 @@ def write_result(folder: Path, name: str, title: str, options: Mapping[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     found = {figure: value.to_json() for figure, value in result.figures.items()}
-    said = {"suite": name, "steerjax": __version__, "options": given, "summary": dict(result.summary), "figures": found}
+    said = {
+        "suite": name,
+        "steerjax": __version__,
+        "options": given,
+        "summary": {k: str(v) for k, v in result.summary.items()},
+        "figures": found,
+    }
     write_json(folder / RESULTS, said | dict(result.detail))
     parts = [
         f"# {title}",

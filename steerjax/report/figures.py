@@ -18,7 +18,7 @@ DRAWS = 1000
 PERMUTATIONS = 1999
 
 Columns = Mapping[str, np.ndarray]
-# Figure -> (value, NaN where it is undefined; how many rows it is of). Called for every draw, so it is to be vectorised.
+# Figure -> (value, NaN where it is undefined; how many rows it is of). It is called for every draw: no loop over rows.
 Measure = Callable[[Columns], Mapping[str, tuple[float, int]]]
 
 
@@ -58,7 +58,10 @@ def figures(measure: Measure, columns: Columns, seed: int = 0) -> dict[str, Figu
     random, draws = np.random.default_rng(seed), []
     for _ in range(DRAWS if len(units) > 1 else 0):
         draws.append(measure(_take(columns, _drawn(units, random))))
-    return {name: Figure(_finite(value), count, _interval(draws, name, value)) for name, (value, count) in found.items()}
+    return {
+        name: Figure(_finite(value), int(count), _interval(draws, name, value))
+        for name, (value, count) in found.items()
+    }
 
 
 def differences(measure: Measure, one: Columns, other: Columns, seed: int = 0) -> dict[str, Difference]:
@@ -74,7 +77,9 @@ def differences(measure: Measure, one: Columns, other: Columns, seed: int = 0) -
         units = dict(zip(np.unique(columns[UNIT]).tolist(), _units(columns[UNIT]), strict=True))
         sides.append([units[unit] for unit in shared])
     if any(len(a) != len(b) for a, b in zip(*sides, strict=True)):
-        raise DataError("a unit has other numbers of rows in the two evaluations", cure="evaluate both on the same data")
+        raise DataError(
+            "a unit has other numbers of rows in the two evaluations", cure="evaluate both on the same data"
+        )
     a, b = (_take(columns, np.concatenate(units)) for columns, units in zip((one, other), sides, strict=True))
     sizes = [len(unit) for unit in sides[0]]
     units = np.split(np.arange(len(a[UNIT])), np.cumsum(sizes)[:-1])

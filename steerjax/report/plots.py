@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from steerjax.errors import SteerjaxError
-from steerjax.report.results import EvaluationResult, attribute_correlations
+from steerjax.report.results import EvaluationResult, attribute_correlations, whole
 from steerjax.schema import Attribute
 
 BLUE, ORANGE, INK, GREY, FAINT = "#0072B2", "#D55E00", "#222222", "#6E6E6E", "#E3E3E3"
@@ -101,6 +101,34 @@ def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
 
 
+def plot_confusion(result: EvaluationResult, path: str | Path) -> None:
+    """How often a human rating gets each whole prediction, shares of a human rating's row; a panel an attribute."""
+    attributes = result.schema.attributes
+    columns = min(len(attributes), 3)
+    rows = -(-len(attributes) // columns)
+    title = "Whole ratings: of each human rating, what is predicted"
+    with new_figure(path, max(3.15 * columns, 8.0), 3.2 * rows + 0.6, title) as figure:
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for a, (axes, attribute) in enumerate(zip(panels, attributes, strict=False)):
+            human, predicted = (whole(values[:, a], attribute) for values in (result.ratings, result.predicted))
+            seen = np.isfinite(human)
+            levels = np.unique(np.concatenate([human[seen], predicted[seen]]))
+            counts = np.array([[np.sum((human == h) & (predicted == p)) for p in levels] for h in levels])
+            shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+            axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+            if len(levels) <= 7:
+                for (i, j), count in np.ndenumerate(counts):
+                    colour = "white" if shares[i, j] > 0.6 else INK
+                    axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8.5)
+            ticks = range(0, len(levels), max(1, len(levels) // 7))
+            axes.set_xticks(ticks, [f"{levels[i]:g}" for i in ticks])
+            axes.set_yticks(ticks, [f"{levels[i]:g}" for i in ticks])
+            axes.set(title=attribute.name, xlabel="predicted", ylabel="human")
+            axes.grid(visible=False)
+        for axes in panels[len(attributes) :]:
+            axes.set_visible(False)
+
+
 def plot_correlations(result: EvaluationResult, path: str | Path) -> None:
     """How attributes go together in human and in predicted ratings."""
     names, side = result.schema.names, 1.9 + 0.52 * len(result.schema)
@@ -136,3 +164,30 @@ def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute,
     axes.set_xlim(low - 0.075 * span, attribute.high + 0.075 * span)
     if 3 <= len(attribute.labels) <= 10:
         axes.set_xticks(attribute.labels)
+
+
+def plot_compared(found: Mapping[str, Mapping], path: str | Path) -> None:
+    """Figures (`report.figures.Figure`) of several models, by model and figure: values with their intervals."""
+    names = [key for key in next(iter(found.values())) if all(each[key].value is not None for each in found.values())]
+    # Figures of one kind share an axis: what stands behind the last slash names it.
+    kinds = {kind: [key for key in names if key.split("/")[-1] == kind] for kind in (n.split("/")[-1] for n in names)}
+    columns, colours = min(len(kinds), 4), (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", INK)
+    rows = -(-len(kinds) // max(columns, 1))
+    tallest = max((len(keys) for keys in kinds.values()), default=1)
+    with new_figure(path, max(3.3 * columns, 6.0), max(rows, 1) * (0.9 + 0.19 * tallest * len(found)) + 0.5) as figure:
+        panels = figure.subplots(max(rows, 1), max(columns, 1), squeeze=False).ravel()
+        for axes, (kind, keys) in zip(panels, kinds.items(), strict=False):
+            for m, (name, each) in enumerate(found.items()):
+                places = np.arange(len(keys)) + (m - (len(found) - 1) / 2) * 0.7 / len(found)
+                values = [each[key].value for key in keys]
+                spans = [each[key].interval or (value, value) for key, value in zip(keys, values, strict=True)]
+                sides = np.abs(np.array(spans).T - values)
+                colour = colours[m % len(colours)]
+                axes.errorbar(values, places, xerr=sides, fmt="o", markersize=4, color=colour, label=name)
+            axes.set_yticks(range(len(keys)), [key.removesuffix(f"/{kind}") for key in keys], fontsize=8)
+            axes.invert_yaxis()
+            axes.set_title(kind)
+        for axes in panels[len(kinds) :]:
+            axes.set_visible(False)
+        if len(kinds):
+            figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(found), 4))

@@ -50,19 +50,36 @@ def quadratic_kappa(x: np.ndarray, y: np.ndarray, attribute: Attribute) -> float
     One less the mean squared error over what it would be if the pairs were shuffled; None where that is 0 or a value
     is not finite. Source: Cohen, Psychological Bulletin 70 (1968).
     """
+    return kappa_of_whole(whole(x, attribute), whole(y, attribute))
+
+
+def kappa_of_whole(x: np.ndarray, y: np.ndarray) -> float | None:
+    """`quadratic_kappa` of ratings that are whole."""
     if not len(y) or not np.isfinite([x, y]).all():
         return None
-    x, y = whole(x, attribute), whole(y, attribute)
     shuffled = x.var() + y.var() + (x.mean() - y.mean()) ** 2
     return float(1 - np.mean((x - y) ** 2) / shuffled) if shuffled else None
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's, average ranks for ties; None where `correlation` is.
+
+    The ranks of a column that is constant up to rounding would be ranks of the rounding.
+    """
+    return None if correlation(x, y) is None else correlation(rankdata(x), rankdata(y))
+
+
+def calibration_slope(predicted: np.ndarray, ratings: np.ndarray) -> float | None:
+    """By how much ratings rise, in the mean, where predictions rise by 1; None where `correlation` is."""
+    r = correlation(predicted, ratings)
+    return None if r is None else float(r * ratings.std() / predicted.std())
 
 
 _METRICS: dict[str, Callable[[np.ndarray, np.ndarray, Attribute], float | None]] = {
     "mse": lambda x, y, _: float(np.mean((x - y) ** 2)) if len(y) else None,
     "mae": lambda x, y, _: float(np.mean(np.abs(x - y))) if len(y) else None,
     "pearson": lambda x, y, _: correlation(x, y),
-    # The ranks of a column that is constant up to rounding would be ranks of the rounding.
-    "spearman": lambda x, y, _: None if correlation(x, y) is None else correlation(rankdata(x), rankdata(y)),
+    "spearman": lambda x, y, _: rank_correlation(x, y),
     "kappa": quadratic_kappa,
 }
 

@@ -1,0 +1,90 @@
+"""Outputs of one suite side by side: every figure, and by how much it differs from the first's on the same rows."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from steerjax.errors import ConfigError, DataError
+from steerjax.evaluation.suite import RESULTS, Result, read_rows, write_result
+from steerjax.report.figures import Difference, Figure, differences
+from steerjax.report.page import text_table
+from steerjax.report.plots import plot_compared
+
+
+def compare(folders: Sequence[Path], output: Path) -> None:
+    """Writes results.json, report.md and a plot, and prints the table.
+
+    Raises ConfigError: fewer than two, or of two suites. DataError: no output of a suite, or no row in common.
+    """
+    if len(folders) < 2 or len({folder.resolve() for folder in folders}) < len(folders):
+        raise ConfigError("--compare needs two outputs or more, none twice; cure: --compare A B")
+    said = [_read(folder) for folder in folders]
+    if len(suites := {each["suite"] for each in said}) > 1:
+        raise ConfigError(f"--compare of the suites {', '.join(sorted(suites))}; cure: outputs of one suite")
+    suite = importlib.import_module(f"steerjax.evaluation.{said[0]['suite']}")
+    names = _names(folders)
+    found = {
+        name: {key: Figure(**figure) for key, figure in each["figures"].items()}
+        for name, each in zip(names, said, strict=True)
+    }
+    parts = [suite.columns(read_rows(folder)) for folder in folders]
+    deltas = {name: differences(suite.measure, part, parts[0]) for name, part in zip(names[1:], parts[1:], strict=True)}
+    shared = [key for key in found[names[0]] if all(key in each for each in found.values())]
+    output.mkdir(parents=True, exist_ok=True)
+    plots = {"compared.png": "Every figure of each model, with 95% intervals"}
+    plot_compared({name: {key: found[name][key] for key in shared} for name in names}, output / "compared.png")
+    if hasattr(suite, "plot_compared"):
+        suite.plot_compared(names, folders, output / f"{said[0]['suite']}.png")
+        plots[f"{said[0]['suite']}.png"] = "What the suite draws of each model"
+    text = "\n".join([
+        *text_table(_table(shared, found, deltas), "<" + ">" * len(names) + "<>" * (len(names) - 1)), "",
+        f"Differences are to {names[0]}, on the rows that both have; brackets are 95% intervals of paired draws, p of",
+        "a paired permutation test (two-sided; many figures are tested, so some will be below 0.05 by chance).",
+    ])  # fmt: skip
+    detail = {
+        "compared": dict(zip(names, map(str, folders), strict=True)),
+        "differences": {name: {key: d.to_json() for key, d in each.items()} for name, each in deltas.items()},
+    }
+    figures = {f"{name}: {key}": found[name][key] for name in names for key in shared}
+    title = f"{said[0]['suite']}: {', '.join(names)}"
+    write_result(output, said[0]["suite"], title, detail["compared"], Result(figures, text, plots, {}, detail))
+    print(f"{text}\n\nreport with plots: {output / 'report.md'}")
+
+
+def _read(folder: Path) -> dict:
+    try:
+        said = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if "compared" in said:
+            raise KeyError("compared")
+        return said
+    except (OSError, ValueError, KeyError) as error:
+        cure = "a folder that evaluate --suite NAME has finished"
+        raise DataError(f"no output of a suite ({type(error).__name__})", file=str(folder), cure=cure) from None
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many parents as tell them apart."""
+    for depth in range(1, 1 + max(len(folder.resolve().parts) for folder in folders)):
+        names = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _table(shared: Sequence[str], found: dict[str, dict[str, Figure]], deltas: dict[str, dict[str, Difference]]):
+    header = ["figure", *found]
+    for name in deltas:
+        header += [f"{name} - {next(iter(found))}", "p"]
+    rows = [header]
+    for key in shared:
+        values = [figure[key].value for figure in found.values()]
+        row = [key, *("-" if value is None else f"{value:.3f}" for value in values)]
+        for each in deltas.values():
+            d = each.get(key, Difference(None, 0, None, None))
+            between = " [{:+.3f}, {:+.3f}]".format(*d.interval) if d.interval else ""
+            row += ["-" if d.value is None else f"{d.value:+.3f}{between}", "-" if d.p is None else f"{d.p:.4f}"]
+        rows.append(row)
+    return rows
