@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from steerjax.annotate import main as annotate
 from steerjax.config import default_config, resolve
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.evaluate import main
+from steerjax.evaluation import attributes
 from steerjax.evaluation.steerability import read_answers
 from steerjax.report.records import read_metrics
 from steerjax.schema import STEERLM
@@ -194,3 +196,71 @@ def test_help_of_a_suite(capsys):
             evaluate(*words)
         assert caught.value.code == 0
         assert wanted in capsys.readouterr().out
+
+
+def test_raters_pairs_length_and_calibration_by_hand():
+    """Of six made-up responses to two prompts; one attribute that people rated several times."""
+    human, predicted = [1, 2, 3, 0, 4, 4], [0.9, 2.4, 2.2, 1.0, 3.0, 3.5]
+    raters = [[1, 1, 1], [2, 3, 1], [3, 3], [0], [4, 4, 4], [4, 4]]
+    rows = [
+        {
+            "id": str(i), "prompt": "a" if i < 3 else "b", "characters": 10 * (i + 1), "ratings": {"clarity": h},
+            "predicted_ratings": {"clarity": p}, "baselines": {"mean rating": {"clarity": 2.3}, "log length": {}},
+            "whole": {"human": {"clarity": h}, "model": {"clarity": round(p)}, "mean rating": {"clarity": 2},
+                      "log length": {}},
+            "raters": {"clarity": r},
+        } for i, (h, p, r) in enumerate(zip(human, predicted, raters, strict=True))
+    ]  # fmt: skip
+    rows.append({"id": "6", "turn": 1, "skipped": {"file": "f", "line": 7, "reason": "too long"}})
+    found = attributes.measure(attributes.columns(rows))
+    assert found["clarity/pairs"] == (pytest.approx(4 / 5), 5)  # 2 before 3 is wrong; 4 and 4 are no pair
+    assert found["clarity/longer"] == (1.0, 5)
+    assert found["clarity/bias"][0] == pytest.approx(np.mean(np.subtract(predicted, human)))
+    assert found["clarity/slope"][0] == pytest.approx(np.polyfit(predicted, human, 1)[0])
+    pairs = np.array([pair for r in raters for pair in itertools.permutations(r, 2)])
+    assert found["clarity/people"] == (pytest.approx(cohen(*pairs.T)), len(pairs))
+    pairs = np.array([(round(p), rating) for p, r in zip(predicted, raters, strict=True) for rating in r])
+    assert found["clarity/model with people"] == (pytest.approx(cohen(*pairs.T)), len(pairs))
+    assert found["clarity/pearson of mean rating"] == (pytest.approx(np.nan, nan_ok=True), 6)
+    assert found["clarity/mse of log length"][1] == 0
+
+
+def cohen(x, y):
+    """Quadratic-weighted kappa from the table of counts, as scikit-learn has it."""
+    observed = np.histogram2d(x, y, bins=[np.arange(-0.5, 5), np.arange(-0.5, 5)])[0]
+    weights = np.subtract.outer(np.arange(5), np.arange(5)) ** 2
+    chance = np.outer(observed.sum(1), observed.sum(0)) / observed.sum()
+    return 1 - (weights * observed).sum() / (weights * chance).sum()
+
+
+def test_two_outputs_are_compared_on_their_shared_rows(run, tmp_path, capsys):
+    workdir, _, train_file, validation = run
+    folder = reward_folder(tmp_path / "other", context=256)
+    for name, model, more in (("a", workdir, ()), ("b", folder, ("--template", "extra_id"))):
+        evaluate("--suite", "attributes", "--model", model, "--data", validation, "--train-data", train_file,
+                 "--output", tmp_path / name, *SHORT, *more)  # fmt: skip
+    capsys.readouterr()
+    evaluate("--compare", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "both")
+    said = json.loads((tmp_path / "both/results.json").read_text())
+    one, other = (json.loads((tmp_path / name / "results.json").read_text())["figures"] for name in "ab")
+    found = said["differences"]["b"]["helpfulness/mse"]
+    assert found["value"] == pytest.approx(other["helpfulness/mse"]["value"] - one["helpfulness/mse"]["value"])
+    assert 0 < found["p"] <= 1
+    assert found["interval"][0] <= found["value"] <= found["interval"][1]
+    assert "helpfulness/mse" in capsys.readouterr().out
+    assert (tmp_path / "both/compared.png").read_bytes().startswith(b"\x89PNG")
+    for words in ((tmp_path / "a",), (tmp_path / "a", tmp_path / "a")):
+        says(refusal("--compare", *words, "--output", tmp_path / "x"), "--compare", cure="A B")
+    says(refusal("--compare", tmp_path / "a", tmp_path, "--output", tmp_path / "x"), str(tmp_path), cure="--suite")
+
+
+def test_an_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
+    workdir, _, _, validation = run
+    words = ("--suite", "attributes", "--model", workdir, "--data", validation, "--output", tmp_path / "out", *SHORT)
+    evaluate(*words)
+    rows = (tmp_path / "out/rows.jsonl").read_bytes()
+    (tmp_path / "out/rows.jsonl").rename(tmp_path / "out/rows.jsonl.partial")
+    (tmp_path / "out/rows.jsonl.partial").write_bytes(rows[: len(rows) // 2])  # killed while it wrote
+    evaluate(*words)
+    assert (tmp_path / "out/rows.jsonl").read_bytes() == rows
+    says(refusal(*words, "--dtype", "bfloat16"), "rows.jsonl", "dtype", cure="another output")

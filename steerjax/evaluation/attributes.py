@@ -130,13 +130,12 @@ def _result(o, scorer, schema: Schema, rows: list[dict], kept: list[dict], fitte
 
 
 _MORE = ("slope", "bias", "pairs", "longer", "length", "people", "model with people")
-_EXPLANATION = (
-    "Calibration: slope, by how much human ratings rise where predictions rise by 1 (1 is calibrated); bias, by how much\n"
-    "predictions are above human ratings in the mean.\n"
-    "pairs: of two responses to a prompt, how often the better rated has the higher prediction; longer: of preferring\n"
-    "the longer one. length: correlation of the prediction with log length, both less what the human rating says.\n"
-    "people: quadratic-weighted kappa of two raters of a response; model with people: of the prediction and a rater."
-)
+_EXPLANATION = """\
+slope: by how much human ratings rise where predictions rise by 1 (1 is calibrated); bias: by how much predictions are
+above human ratings in the mean; pairs: of two responses to a prompt, how often the better rated has the higher
+prediction; longer: of preferring the longer one; length: correlation of the prediction with log length, both less
+what the human rating says; people: quadratic-weighted kappa of two raters of a response; model with people: of the
+prediction and a rater."""
 
 
 def columns(rows: Sequence[Mapping]) -> Columns:
@@ -178,10 +177,15 @@ def measure(found: Columns) -> dict[str, tuple[float, int]]:
             values = {
                 "mse": np.mean((x[seen] - y[seen]) ** 2) if count else np.nan,
                 "mae": np.mean(np.abs(x[seen] - y[seen])) if count else np.nan,
-                "pearson": correlation(x[seen], y[seen]), "spearman": rank_correlation(x[seen], y[seen]),
+                "pearson": correlation(x[seen], y[seen]),
                 "kappa": kappa_of_whole(x_whole[seen], y_whole[seen]),
-                "slope": calibration_slope(x[seen], y[seen]), "bias": np.mean(x[seen] - y[seen]) if count else np.nan,
-            }  # fmt: skip
+            }
+            if who == PREDICTED:
+                values |= {
+                    "spearman": rank_correlation(x[seen], y[seen]),
+                    "slope": calibration_slope(x[seen], y[seen]),
+                    "bias": np.mean(x[seen] - y[seen]) if count else np.nan,
+                }
             out |= {f"{name}/{key}{end}": (np.nan if v is None else v, count) for key, v in values.items()}
         pairs = found[f"{name}:pairs"].sum()
         for key, who in (("pairs", PREDICTED), ("longer", "longer")):

@@ -15,7 +15,7 @@ from steerjax.errors import DataError
 
 UNIT = "unit"  # the column that names what is drawn together
 DRAWS = 1000
-PERMUTATIONS = 1999
+PERMUTATIONS = 999
 
 Columns = Mapping[str, np.ndarray]
 # Figure -> (value, NaN where it is undefined; how many rows it is of). It is called for every draw: no loop over rows.
@@ -81,6 +81,7 @@ def differences(measure: Measure, one: Columns, other: Columns, seed: int = 0) -
             "a unit has other numbers of rows in the two evaluations", cure="evaluate both on the same data"
         )
     a, b = (_take(columns, np.concatenate(units)) for columns, units in zip((one, other), sides, strict=True))
+    a, b = ({name: side[name] for name in a if name in b} for side in (a, b))
     sizes = [len(unit) for unit in sides[0]]
     units = np.split(np.arange(len(a[UNIT])), np.cumsum(sizes)[:-1])
     first, second = measure(a), measure(b)

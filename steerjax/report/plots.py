@@ -112,6 +112,9 @@ def plot_confusion(result: EvaluationResult, path: str | Path) -> None:
         for a, (axes, attribute) in enumerate(zip(panels, attributes, strict=False)):
             human, predicted = (whole(values[:, a], attribute) for values in (result.ratings, result.predicted))
             seen = np.isfinite(human)
+            if not seen.any():
+                axes.set_visible(False)
+                continue
             levels = np.unique(np.concatenate([human[seen], predicted[seen]]))
             counts = np.array([[np.sum((human == h) & (predicted == p)) for p in levels] for h in levels])
             shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
