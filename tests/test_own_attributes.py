@@ -165,7 +165,7 @@ def test_steering_and_its_measure(folder, chat, reward, capsys):
 def test_evaluating_a_reward_model(folder, reward):
     options = ("--model", reward, "--data", folder / "rows.jsonl", "--output", folder / "attributes")
     command(evaluate, "--suite", "attributes", *options)
-    text = (folder / "attributes" / "metrics.json").read_text()
+    text = (folder / "attributes" / "results.json").read_text()
     assert '"wit"' in text
     assert '"depth"' in text
     assert "helpfulness" not in text

@@ -34,15 +34,15 @@ def compare(folders: Sequence[Path], output: Path) -> None:
     deltas = {name: differences(suite.measure, part, parts[0]) for name, part in zip(names[1:], parts[1:], strict=True)}
     shared = [key for key in found[names[0]] if all(key in each for each in found.values())]
     output.mkdir(parents=True, exist_ok=True)
-    plots = {"compared.png": "Every figure of each model, with 95% intervals"}
+    plots = {"compared.png": "Every figure that differs, with 95% intervals"}
     plot_compared({name: {key: found[name][key] for key in shared} for name in names}, output / "compared.png")
     if hasattr(suite, "plot_compared"):
         suite.plot_compared(names, folders, output / f"{said[0]['suite']}.png")
         plots[f"{said[0]['suite']}.png"] = "What the suite draws of each model"
     text = "\n".join([
         *text_table(_table(shared, found, deltas), "<" + ">" * len(names) + "<>" * (len(names) - 1)), "",
-        f"Differences are to {names[0]}, on the rows that both have; brackets are 95% intervals of paired draws, p of",
-        "a paired permutation test (two-sided; many figures are tested, so some will be below 0.05 by chance).",
+        f"Differences are to {names[0]}, on the rows that both have, with 95% intervals and two-sided p of paired",
+        "draws. Of many figures some will be below 0.05 by chance.",
     ])  # fmt: skip
     detail = {
         "compared": dict(zip(names, map(str, folders), strict=True)),
@@ -81,6 +81,9 @@ def _table(shared: Sequence[str], found: dict[str, dict[str, Figure]], deltas: d
     rows = [header]
     for key in shared:
         values = [figure[key].value for figure in found.values()]
+        known = [value for value in values if value is not None]
+        if not known or (known == values and max(values) - min(values) <= 1e-9):  # of the data, not of the models
+            continue
         row = [key, *("-" if value is None else f"{value:.3f}" for value in values)]
         for each in deltas.values():
             d = each.get(key, Difference(None, 0, None, None))

@@ -171,7 +171,8 @@ def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute,
 
 def plot_compared(found: Mapping[str, Mapping], path: str | Path) -> None:
     """Figures (`report.figures.Figure`) of several models, by model and figure: values with their intervals."""
-    names = [key for key in next(iter(found.values())) if all(each[key].value is not None for each in found.values())]
+    values = {key: [each[key].value for each in found.values()] for key in next(iter(found.values()))}
+    names = [key for key, each in values.items() if None not in each and max(each) - min(each) > 1e-9]
     # Figures of one kind share an axis: what stands behind the last slash names it.
     kinds = {kind: [key for key in names if key.split("/")[-1] == kind] for kind in (n.split("/")[-1] for n in names)}
     columns, colours = min(len(kinds), 4), (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", INK)
