@@ -28,7 +28,7 @@ from steerjax.report.plots import BLUE, GREY, INK, new_figure
 from steerjax.schema import HELPSTEER, SCALAR_WEIGHTS, STEERLM, Schema, parse_scalar, scalarize
 
 LONGER = "longer wins/"  # prefix of the figures of the baseline whose score is the number of characters
-CHUNK = 32  # rows that are packed together, and lost when interrupted
+CHUNK = 16  # rows that are packed together, and lost when interrupted, for each of --rows
 _MANY = 3  # scores beside which a table has no room for intervals
 
 Row = dict[str, Any]
@@ -131,7 +131,7 @@ def scored_rows(
         **{key: vars(options)[key] for key in ("template", "dtype", "on_bad_row")},
     }  # fmt: skip
     compute = partial(_scored, items, scorer, scores, how["on_bad_row"] == "skip")
-    rows = kept_rows(options.output, settings, len(items), compute, CHUNK)
+    rows = kept_rows(options.output, settings, len(items), compute, CHUNK * scorer.rows)
     write_skipped(options.output / "skipped.jsonl", skipped)
     whole = scored(rows)
     summary = {
@@ -256,15 +256,16 @@ def _plot(path: Path, title: str, found: Mapping[str, Figure], labels: Mapping[s
                 error = [[max(0, value - interval[0])], [max(0, interval[1] - value)]] if interval else None
                 colour = GREY if prefix == LONGER else BLUE
                 axes.barh(place, value, height=0.72, color=colour, xerr=error, ecolor=INK, capsize=2)
-                axes.text(0.03, place, f"{value:.2f}", color="white" if value > 0.2 else INK, va="center", fontsize=8.5)
+                axes.text(1.04, place, f"{value:.2f}", color=INK, va="center", fontsize=8.5)
             if all(found[prefix + section].value is None for prefix in labels):
                 said = "undefined" if found[next(iter(labels)) + section].count else "no rows"
                 axes.text(0.5, 0.5, said, transform=axes.transAxes, color=GREY, ha="center", va="center")
-            if chance is not None:
+            elif chance is not None:
                 axes.axvline(chance, color=INK, linewidth=1, linestyle="--")
-            axes.set(xlim=(0, 1), xticks=(0, 0.5, 1), xticklabels=("0", "0.5", "1"))
+            axes.set(xlim=(0, 1.3), xticks=(0, 0.5, 1), xticklabels=("0", "0.5", "1"))
             axes.set_title(section, fontsize=10.5)
             axes.grid(visible=False, axis="y")
+            axes.tick_params(axis="y", length=0)
         panels[0].set_yticks(range(len(labels)), labels.values())
         panels[0].set_ylim(len(labels) - 0.4, -0.6)
         figure.supxlabel("share that is right, with 95% intervals; dashed: chance", fontsize=9.5)
