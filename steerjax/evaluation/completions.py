@@ -125,10 +125,10 @@ def scored_rows(
     scorer = open_scorer(options.model, options)
     scores = scalars(options.scalar, scorer.schema)
     settings = {
-        "suite": options.suite, "data": [*file_hashes(options.data).values()], "scores": scores,
+        "suite": options.suite, "data": [*file_hashes(options.data).values()],
         "model": model_digest(scorer.description.path), "attributes": scorer.schema.to_json(),
         "row_length": scorer.row_length, "rows": scorer.rows,
-        **{key: vars(options)[key] for key in ("template", "dtype", "on_bad_row")},
+        **{key: vars(options)[key] for key in ("scalar", "template", "dtype", "on_bad_row")},
     }  # fmt: skip
     compute = partial(_scored, items, scorer, scores, how["on_bad_row"] == "skip")
     rows = kept_rows(options.output, settings, len(items), compute, CHUNK * scorer.rows)
@@ -136,7 +136,7 @@ def scored_rows(
     whole = scored(rows)
     summary = {
         "model": str(scorer.description.path), "data": ", ".join(options.data),
-        "scores": "; ".join(f"{name} = {_sum(weights)}" for name, weights in scores.items()),
+        "scores": "; ".join(_described(name, weights) for name, weights in scores.items()),
         "rows": f"{len(whole)} scored, {len(rows) - len(whole)} with a completion too long, {len(skipped)} skipped",
     }  # fmt: skip
     if not whole:
@@ -171,8 +171,9 @@ def _scored(items: Sequence[Item], scorer, scores: Mapping[str, Mapping], skip: 
     return rows
 
 
-def _sum(weights: Mapping[str, float]) -> str:
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items())
+def _described(name: str, weights: Mapping[str, float]) -> str:
+    terms = " + ".join(f"{weight:g} {attribute}" for attribute, weight in weights.items()).replace("+ -", "- ")
+    return name if weights == {name: 1.0} else f"{name} = {terms}"
 
 
 def scored(rows: Sequence[Row]) -> list[Row]:
@@ -220,9 +221,9 @@ def result(
         notes.append(f"Not to be had without them: {', '.join(unknown)}.")
     if left_out := len(rows) - len(kept):
         notes.append(f"Left out for a completion that is too long (rows.jsonl has the reasons): {left_out} rows.")
-    for prefix, label in labels.items():
-        if (equal := found[f"{prefix}equal scores"]).value:
-            notes.append(f"{label}: {equal.value:.1%} of comparisons are between equal scores; {ties}.")
+    shares = {label: found[f"{prefix}equal scores"].value for prefix, label in labels.items()}
+    if equal := [f"{label} {share:.1%}" for label, share in shares.items() if share]:
+        notes.append(f"Comparisons between equal scores, {ties}: {', '.join(equal)}.")
     _plot(options.output / "sections.png", title, found, labels, sections)
     text = "\n".join([_table(found, labels, sections), "", *notes]).rstrip()
     words = "Share that is right by section, with 95% intervals; dashed: chance"

@@ -35,7 +35,7 @@ def run(options: argparse.Namespace) -> Result:
     return completions.result(
         options, rows, summary, columns(rows), measure, title="JudgeBench",
         sections=dict.fromkeys((*CATEGORIES, "Overall"), 0.5),
-        ties="they are decided as B>A, as in the official code",
+        ties="which are decided as B>A, as in the official code",
     )  # fmt: skip
 
 

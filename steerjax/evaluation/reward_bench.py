@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> Result:
     chance = dict.fromkeys((*SECTIONS, "mean", "accuracy"), 0.5)
     return completions.result(
         options, rows, summary, columns(rows), measure, title="RewardBench", sections=chance, whole=_WHOLE,
-        ties="equal scores are wrong, as in the official code",
+        ties="which count as wrong, as in the official code",
     )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> Result:
     chance = dict.fromkeys(SUBSETS, 0.25) | {"Ties": None, "mean": None}
     return completions.result(
         options, rows, summary, columns(rows), measure, title="RewardBench 2", sections=chance, whole=_WHOLE,
-        ties="the point is shared, as in the official code",
+        ties="where the point is shared, as in the official code",
     )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ def run(options: argparse.Namespace) -> Result:
     rows, summary = completions.scored_rows(options, read)
     made = completions.result(
         options, rows, summary, columns(rows), measure, title="RM-Bench", whole=_WHOLE,
-        sections=dict.fromkeys((*DOMAINS, *LEVELS, "Overall"), 0.5), ties="they are wrong, as in the official code",
+        sections=dict.fromkeys((*DOMAINS, *LEVELS, "Overall"), 0.5),
+        ties="which count as wrong, as in the official code",
     )  # fmt: skip
     found = matrices(rows)
     _plot(found, list(completions.scored(rows)[0]["scores"]), options.output / "matrix.png")

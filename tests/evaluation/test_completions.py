@@ -244,6 +244,12 @@ def test_a_file_of_one_domain_tells_it_by_its_name():
         rm_bench.read(row, "rows.jsonl")
 
 
+@pytest.fixture
+def few_draws(monkeypatch):
+    """Intervals have tests of their own."""
+    monkeypatch.setattr("steerjax.report.figures.DRAWS", 20)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Of five attributes, and the same with `goodness` alone."""
@@ -265,6 +271,7 @@ def refusal(*words) -> str:
 
 
 @pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.usefixtures("few_draws")
 def test_the_command_resumes_and_says_what_is_not_there(suite, models, tmp_path, capsys, monkeypatch):
     key = {"judge_bench": "response_A", "reward_bench": "chosen"}.get(suite)
     rows = [ROWS[suite] | ({key: " ".join(WORDS[: place % 4 + 1])} if key else {}) for place in range(5)]
@@ -291,9 +298,10 @@ def test_the_command_resumes_and_says_what_is_not_there(suite, models, tmp_path,
         file.truncate(sum(len(line) for line in file.readlines()[:2]) + 9)
     evaluate(suite, models[0], data, output)
     assert read_rows(output) == kept
-    says(refusal(suite, models[0], data, output, "--scalar", "verbosity"), "scores")
+    says(refusal(suite, models[0], data, output, "--scalar", "verbosity"), "scalar", "verbosity")
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_one_score_needs_no_prefix_and_a_prompt_is_computed_once(models, tmp_path, monkeypatch):
     from steerjax.inference.scorer import Scorer
 
@@ -317,6 +325,7 @@ def test_one_score_needs_no_prefix_and_a_prompt_is_computed_once(models, tmp_pat
     assert (len(trees[0].trees), len(trees[0].examples)) == (1, 4)
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_bad_input_is_refused_with_its_place(models, tmp_path):
     data, output = tmp_path / "rows.jsonl", tmp_path / "out"
     good = ROWS["reward_bench"]
@@ -342,6 +351,7 @@ def test_bad_input_is_refused_with_its_place(models, tmp_path):
     says(refusal("reward_bench", broken, data, tmp_path / "g"), f"{data}:1", "nan")
 
 
+@pytest.mark.usefixtures("few_draws")
 def test_a_row_with_a_completion_too_long_counts_nowhere_and_is_said(models, tmp_path, capsys):
     long = ROWS["reward_bench"] | {"chosen": "river " * 400}
     data = write_rows(tmp_path / "rows.jsonl", [ROWS["reward_bench"], long, ROWS["reward_bench"]])
