@@ -246,7 +246,10 @@ def _table(found: Mapping[str, Figure], labels: Mapping[str, str], sections: Map
 
 
 def _plot(path: Path, title: str, found: Mapping[str, Figure], labels: Mapping[str, str], sections: Mapping) -> None:
-    """A panel a section, a bar a score."""
+    """A panel a section, a bar a score; no panel for what is undefined though there are rows."""
+    known = {name for name in sections if any(found[prefix + name].value is not None for prefix in labels)}
+    first = next(iter(labels))
+    sections = {name: c for name, c in sections.items() if name in known or not found[first + name].count}
     with new_figure(path, 1.75 * len(sections) + 1.6, 0.36 * len(labels) + 1.5, title) as figure:
         panels = figure.subplots(1, len(sections), sharey=True, squeeze=False)[0]
         for axes, (section, chance) in zip(panels, sections.items(), strict=True):
@@ -258,9 +261,8 @@ def _plot(path: Path, title: str, found: Mapping[str, Figure], labels: Mapping[s
                 colour = GREY if prefix == LONGER else BLUE
                 axes.barh(place, value, height=0.72, color=colour, xerr=error, ecolor=INK, capsize=2)
                 axes.text(1.04, place, f"{value:.2f}", color=INK, va="center", fontsize=8.5)
-            if all(found[prefix + section].value is None for prefix in labels):
-                said = "undefined" if found[next(iter(labels)) + section].count else "no rows"
-                axes.text(0.5, 0.5, said, transform=axes.transAxes, color=GREY, ha="center", va="center")
+            if section not in known:
+                axes.text(0.5, 0.5, "no rows", transform=axes.transAxes, color=GREY, ha="center", va="center")
             elif chance is not None:
                 axes.axvline(chance, color=INK, linewidth=1, linestyle="--")
             axes.set(xlim=(0, 1.3), xticks=(0, 0.5, 1), xticklabels=("0", "0.5", "1"))

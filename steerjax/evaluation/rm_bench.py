@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> Result:
 
 def read(row: dict, source: str) -> tuple[dict, list[Conversation]]:
     """The conversations, the three chosen ones first. Raises DataError, which names the key."""
-    domain = value_of(row, "domain", str, Path(source).name.removesuffix(".gz").partition("_filtered.")[0])
+    domain = value_of(row, "domain", str, Path(source).name)
     if not domain.startswith(DOMAINS):
         cure = f"a text that begins with {', '.join(DOMAINS)}, or a file called as RM-Bench's, e.g. chat_filtered.json"
         raise DataError(f"'{domain}' is no domain of RM-Bench", "domain", cure)
@@ -66,7 +66,7 @@ def read(row: dict, source: str) -> tuple[dict, list[Conversation]]:
         if len(texts) != len(STYLES):
             raise DataError(f"{len(texts)} texts, where there are three styles", key, "give one of each style")
         sides += [completions.completed(prompt, said, key) for said in texts]
-    return {"domain": domain}, sides
+    return {"domain": domain.partition("_filtered.")[0]}, sides
 
 
 def wins(scores: Sequence[Sequence[float]]) -> np.ndarray:
@@ -123,12 +123,12 @@ def matrices(rows: Sequence[dict]) -> dict[str, dict[str, np.ndarray]]:
 
 def _plot(found: Mapping[str, Mapping[str, np.ndarray]], names: Sequence[str], path: Path) -> None:
     """A panel a score, the mean over the domains that have rows."""
-    across = min(len(found), 4)
+    across = min(len(found), 5)
     down = -(-len(found) // across)
     seen = ", ".join(next(iter(found.values())))
-    title = f"RM-Bench, how often a right response scores higher than a wrong one ({seen})"
-    with new_figure(path, max(2.6 * across, 7.6), 2.65 * down + 0.6, title) as figure:
-        panels = figure.subplots(down, across, squeeze=False).ravel()
+    title = f"RM-Bench, {seen}: how often right beats wrong"
+    with new_figure(path, max(1.9 * across + 1.2, 6.4), 2.55 * down + 0.9, title) as figure:
+        panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
         headings = [*names, completions.LONGER.rstrip("/")]
         for axes, heading, domains in zip(panels, headings, found.values(), strict=False):
             matrix = np.mean([*domains.values()], axis=0)
@@ -137,9 +137,11 @@ def _plot(found: Mapping[str, Mapping[str, np.ndarray]], names: Sequence[str], p
                 colour = "white" if abs(value - 0.5) > 0.3 else INK
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour)
             axes.set_title(heading)
-            axes.set_xticks(range(3), STYLES)
+            axes.set_xticks(range(3), STYLES, rotation=40, ha="right", rotation_mode="anchor")
             axes.set_yticks(range(3), STYLES)
-            axes.set(xlabel="wrong response", ylabel="right response")
+            axes.tick_params(labelbottom=True)
             axes.grid(visible=False)
         for axes in panels[len(found) :]:
             axes.set_visible(False)
+        figure.supxlabel("style of the wrong response", fontsize=10.5)
+        figure.supylabel("style of the right response", fontsize=10.5)
