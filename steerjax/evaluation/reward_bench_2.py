@@ -72,7 +72,7 @@ def columns(rows: Sequence[dict]) -> Columns:
     score (by prefix) `right`, the point, and of a tied prompt with a reference `preferred`, `hard`, `margin`."""
     rows = completions.scored(rows)
     found = {
-        UNIT: np.array([f"{row['subset']} {row['id'].split(':')[-1]}" for row in rows]),
+        UNIT: np.array([f"{row['subset']} {row['id'].removeprefix('ref:').removeprefix('tied:')}" for row in rows]),
         "subset": np.array([SUBSETS.index(row["subset"]) for row in rows], np.int64),
         "reference": np.array([row["subset"] == "Ties" and row["id"].startswith("ref:") for row in rows], bool),
     }
