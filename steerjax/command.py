@@ -20,15 +20,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--mesh", default="", metavar="AXIS=N,...", help="e.g. fsdp=2,tensor=4; default all devices on data")
 
 
-def add_row_options(parser: argparse.ArgumentParser) -> None:
+def add_row_options(parser: argparse.ArgumentParser, formats: bool = True) -> None:
+    """`formats`: rows may be in any of docs/formats.md."""
     add = parser.add_argument
-    add("--format", default="auto", metavar="NAME", help="of the rows (docs/formats.md); default: told from their keys")
+    if formats:
+        how = "of the rows (docs/formats.md); default: told from their keys"
+        add("--format", default="auto", metavar="NAME", help=how)
     add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in a .skipped.jsonl")
 
 
-def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+def add_scoring_options(parser: argparse.ArgumentParser, formats: bool = True) -> None:
     """The options of commands that score conversations with a reward model; for `scorer.open_scorer`."""
-    add_row_options(parser)
+    add_row_options(parser, formats)
     add_model_options(parser)
     add, longer = parser.add_argument, "longer conversations are listed; default: the model's context, up to 4096"
     add("--row-length", type=int, default=0, metavar="TOKENS", help=longer)

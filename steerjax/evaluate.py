@@ -20,6 +20,10 @@ from steerjax.errors import ConfigError
 SUITES = {  # module of `evaluation` -> what its report is called
     "attributes": "Predicted ratings against people's",
     "steerability": "What requested ratings do",
+    "reward_bench": "RewardBench",
+    "reward_bench_2": "RewardBench 2",
+    "rm_bench": "RM-Bench",
+    "judge_bench": "JudgeBench",
 }
 
 
