@@ -61,6 +61,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a preset that has them; default: the model's, or told from the answers",
     )
     add_scoring_options(parser)
+    add("--reward-template", help="of a reward model that does not name it; default: --template where that is alone")
 
 
 def run(options: argparse.Namespace) -> Result:
@@ -79,7 +80,8 @@ def run(options: argparse.Namespace) -> Result:
     if o.reward_model:
         from steerjax.inference.scorer import open_scorer
 
-        scorer = open_scorer(o.reward_model, o)
+        template = o.reward_template or (None if o.model or o.server else o.template)
+        scorer = open_scorer(o.reward_model, argparse.Namespace(**(vars(o) | {"template": template})))
     own = SCHEMAS[o.schema] if o.schema else about.schema if about and about.schema else None
     known = own or (scorer.schema if scorer else Schema(()))
     schema = requested_schema(answers, known)
@@ -91,7 +93,7 @@ def run(options: argparse.Namespace) -> Result:
     settings = {
         "suite": "steerability", "answers": file_hashes([source])[source], "reward_model": o.reward_model,
         "ranges": [[a.name, a.low, a.high] for a in space.attributes], "neutral": neutral, "grade": which,
-        "row_length": o.row_length, "dtype": o.dtype, "template": o.template,
+        "row_length": o.row_length, "dtype": o.dtype, "template": o.template, "reward_template": o.reward_template,
     }  # fmt: skip
 
     def compute(part: range) -> list[dict]:

@@ -123,11 +123,11 @@ def grid_of(texts: Sequence[str], base: Setting, schema: Schema, defaults: Mappi
         texts = [f"{name}={','.join(str(rating) for rating in dict.fromkeys(few))}" for name, few in ends.items()]
     settings = [base, *({**base, **setting} for text in texts for setting in swept("", text.split(), schema))]
 
-    def line(setting: Setting) -> tuple:
+    first: dict[tuple, Setting] = {}
+    for setting in settings:
         label = {name: round_rating(rating, schema[name]) for name, rating in label_of(setting, defaults).items()}
-        return tuple(sorted(label.items()))
-
-    return list({line(setting): setting for setting in reversed(settings)}.values())[::-1]
+        first.setdefault(tuple(sorted(label.items())), setting)
+    return list(first.values())
 
 
 def generate_answers(o: argparse.Namespace, about: Description | None) -> tuple[str, list[str]]:
@@ -138,6 +138,8 @@ def generate_answers(o: argparse.Namespace, about: Description | None) -> tuple[
     from steerjax.data.loading import file_hashes
     from steerjax.inference.session import Session
 
+    if about is not None and about.kind != "chat":
+        raise ModelError(f"'{o.model}' is a {about.kind} model\n  cure: a chat model; --reward-model rates its answers")
     if about is not None and about.schema is None and not o.schema and not o.server:
         raise ModelError(f"'{o.model}' does not say which attributes it takes\n  cure: --schema")
     if about is None and not (o.schema or o.grid):
