@@ -34,6 +34,11 @@ class Found:
         """The attributes with predictions."""
         return [name.removeprefix("predicted/") for name in self.columns if name.startswith("predicted/")]
 
+    @property
+    def swept(self) -> list[str]:
+        """The attributes that were asked for with two ratings or more."""
+        return [name for name in self.schema.names if len(self.levels(name)) > 1]
+
     def levels(self, name: str) -> list[float]:
         """The ratings that were asked for, of the answers that count for the attribute."""
         asked = self.columns[f"asked/{name}"]
@@ -123,7 +128,7 @@ def _trends(found: Found) -> str:
 
 def _leakage(found: Found) -> str:
     """Rows: requested; columns: predicted; on the diagonal what the attribute's own request moves."""
-    asked = [name for name in found.schema.names if len(found.levels(name)) > 1]
+    asked = found.swept
     if not asked or not found.rated:
         return ""
     rows = [["requested", *found.rated]]
@@ -169,11 +174,10 @@ def draw(found: Found, folder: Path) -> dict[str, str]:
     """The plots in the folder -> what is seen there; those that have something to show."""
     drawn = {"curves.png": "What came out against what was asked for, with 95% intervals"}
     _draw_curves(found, folder / "curves.png")
-    asked = [name for name in found.schema.names if len(found.levels(name)) > 1]
-    if found.rated and any(moved(found, name, other).value is not None for name in asked for other in found.rated):
-        _draw_leakage(found, asked, folder / "leakage.png")
+    if any(moved(found, name, other).value is not None for name in found.swept for other in found.rated):
+        _draw_leakage(found, folder / "leakage.png")
         drawn["leakage.png"] = "What a point of each requested rating moves"
-    both = [name for name in found.schema.names if name in found.rated and found.curve(name, "predicted")]
+    both = [name for name in found.swept or found.schema.names if found.curve(name, "predicted")]
     if both:
         _draw_obtained(found, both, folder / "obtained.png")
         drawn["obtained.png"] = "Predicted against requested ratings, answer by answer"
@@ -181,12 +185,12 @@ def draw(found: Found, folder: Path) -> dict[str, str]:
 
 
 def _draw_curves(found: Found, path: Path) -> None:
-    names = found.schema.names
+    names = found.swept or list(found.schema.names)
     keys = [key for key in ("predicted", *TEXT) if any(found.curve(name, key) for name in names)]
     with new_figure(path, max(3.0 * len(names), 4.6), 2.5 * len(keys) + 0.5) as figure:
         panels = figure.subplots(len(keys), len(names), squeeze=False, sharey="row")
         for row, key in zip(panels, keys, strict=True):
-            for axes, attribute in zip(row, found.schema.attributes, strict=True):
+            for axes, attribute in zip(row, map(found.schema.__getitem__, names), strict=True):
                 if points := found.curve(attribute.name, key):
                     x, y = [level for level, _ in points], [figure.value for _, figure in points]
                     ends = np.array([figure.interval or (figure.value,) * 2 for _, figure in points])
@@ -212,7 +216,8 @@ def _draw_curves(found: Found, path: Path) -> None:
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=3)
 
 
-def _draw_leakage(found: Found, asked: list[str], path: Path) -> None:
+def _draw_leakage(found: Found, path: Path) -> None:
+    asked = found.swept
     cells = [[moved(found, name, other) for other in found.rated] for name in asked]
     matrix = np.array([[np.nan if cell.value is None else cell.value for cell in row] for row in cells])
     limit = max(np.nanmax(np.abs(matrix)), 1e-9)
