@@ -220,7 +220,7 @@ def _draw_leakage(found: Found, path: Path) -> None:
     asked = found.swept
     cells = [[moved(found, name, other) for other in found.rated] for name in asked]
     matrix = np.array([[np.nan if cell.value is None else cell.value for cell in row] for row in cells])
-    limit = max(np.nanmax(np.abs(matrix)), 1e-9)
+    limit = max(np.nanmax(np.abs(matrix)), 1.0)  # 1 is as asked for, so that a faint colour is a small effect
     width, height = 2.3 + 1.15 * len(found.rated), 1.7 + 0.62 * len(asked)
     with new_figure(path, max(width, 5.4), height, "Predicted rating per point of the request") as figure:
         axes = figure.subplots()
