@@ -115,7 +115,7 @@ def _who(role: str) -> str:
 
 
 def _markdown(shown: Sequence[tuple[Answer, Pairs]], note: str) -> str:
-    """Texts from outside stand in fences longer than any that they hold, so that they cannot end them."""
+    """A table of two columns a pair. Questions stand in fences longer than any that they hold; answers are escaped."""
     parts = ["# The same question, steered", note]
     for number, (first, pairs) in enumerate(shown, start=1):
         parts.append(f"## Question {number}")
@@ -123,9 +123,16 @@ def _markdown(shown: Sequence[tuple[Answer, Pairs]], note: str) -> str:
         turns = first.conversation.turns[:-1]
         parts += [_fenced(turn.content if len(turns) == 1 else f"({turn.role}) {turn.content}") for turn in turns]
         for name, *both in pairs:
-            for answer in both:
-                parts += [f"### {name} {answer.requested[name]:g}", _facts(answer), _fenced(answer.text or "(empty)")]
+            cells = [[f"{name} {answer.requested[name]:g}" for answer in both], ["---"] * len(both)]
+            cells += [[_cell(_facts(answer)) for answer in both], [_cell(answer.text) or "(empty)" for answer in both]]
+            parts.append("\n".join(f"| {' | '.join(row)} |" for row in cells))
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str) -> str:
+    """Text as a table's cell: nothing in it is Markdown, HTML or a link, and its lines stay apart."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>|&#~$@:]|(?<=www)\.)", r"\\\1", text.strip())
+    return "<br>".join(escaped.splitlines())
 
 
 def _fenced(text: str) -> str:

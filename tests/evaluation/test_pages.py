@@ -84,11 +84,14 @@ def test_text_from_outside_stays_text(tmp_path):
         assert said in reader.text
     assert not re.search(r"url\(|@import|https?:", page.read_text())
     text = markdown.read_text()
-    assert text.count("`````text\n" + HOSTILE + "\n`````") == 2
+    assert text.count("`````text\n" + HOSTILE + "\n`````") == 1  # the question; the answer is a cell
+    (row,) = [line for line in text.splitlines() if line.startswith("| \\<script")]
+    assert re.search(r"(?<!\\)[<`#&]", row.replace("<br>", "")) is None
+    assert row.count("<br>") == 2
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
     outside = re.sub(r"(`{3,})text\n.*?\n\1", "", text, flags=re.S)
-    assert "no heading" not in outside
-    assert "<script>" not in outside
-    assert "### verbosity 0" in outside
+    assert "<script>" not in outside.replace("\\<script", "")
+    assert "| verbosity 0 | verbosity 4 |" in outside
 
 
 def test_a_long_page_says_that_it_is_cut(tmp_path):
