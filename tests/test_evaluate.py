@@ -13,12 +13,11 @@ from steerjax.config import default_config, resolve
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.evaluate import main
 from steerjax.evaluation import attributes
-from steerjax.evaluation.steerability import read_answers
 from steerjax.report.records import read_metrics
 from steerjax.schema import STEERLM
 from steerjax.training.train import train
 from tests.refusals import says
-from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
+from tests.reward_models import read_rows, some_conversations, write_rows
 
 SHORT = ("--row-length", "256")
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -115,79 +114,12 @@ def test_attributes_without_training_data_and_with_rows_left_out(run, tmp_path):
     says(message, str(unrated), cure="helpfulness")
 
 
-@pytest.fixture
-def answers(tmp_path):
-    """What generate writes: longer answers for a higher verbosity, one of them empty."""
-    rows = [
-        {"system": None, "id": f"{prompt}/{value}", "turns": [
-            {"role": "user", "content": f"Question {prompt}?"},
-            {"role": "assistant", "content": "word " * (2 * value + prompt)}],
-         "generation": {"attributes": {"helpfulness": 4.0, "verbosity": float(value)}, "sample": 0}}
-        for prompt in range(4) for value in range(3)
-    ]  # fmt: skip
-    rows[0]["turns"][1]["content"] = ""
-    return write_rows(tmp_path / "answers.jsonl", rows)
-
-
-def test_steerability(answers, tmp_path, capsys):
-    folder = reward_folder(tmp_path / "reward", context=256)
-    evaluate("--suite", "steerability", "--input", answers, "--output", tmp_path / "plain")
-    plain = json.loads((tmp_path / "plain/results.json").read_text())
-    assert [value["n"] for value in plain["attributes"]["verbosity"]["values"]] == [4, 4, 4]
-    assert [value["predicted"] for value in plain["attributes"]["verbosity"]["values"]] == [None] * 3
-    assert plain["attributes"]["verbosity"]["trends"]["characters"]["spearman"] > 0.5
-    assert plain["distance"]["n"] == 0
-    evaluate("--suite", "steerability", "--input", answers, "--output", tmp_path / "rated", "--reward-model", folder,
-             "--template", "extra_id")  # fmt: skip
-    rated = json.loads((tmp_path / "rated/results.json").read_text())
-    assert rated["distance"]["n"] == 11
-    assert sorted(path.name for path in (tmp_path / "rated").iterdir()) == [
-        "results.json", "steerability_helpfulness.png", "steerability_verbosity.png"
-    ]  # fmt: skip
-
-    # Annotate first comes to the same; it leaves `generation` as it was.
-    filled = write_rows(tmp_path / "filled.jsonl", read_rows(answers)[1:])
-    annotate(["--model", str(folder), "--template", "extra_id", "--input", str(filled), "--output",
-              str(tmp_path / "annotated.jsonl")])  # fmt: skip
-    evaluate("--suite", "steerability", "--input", tmp_path / "annotated.jsonl", "--output", tmp_path / "third",
-             "--schema", "helpsteer")  # fmt: skip
-    third = json.loads((tmp_path / "third/results.json").read_text())
-    for one, other in zip(*(m["attributes"]["verbosity"]["values"] for m in (third, rated)), strict=True):
-        assert one["predicted"] == pytest.approx(other["predicted"], abs=1e-5)
-    assert third["distance"] == rated["distance"]
-    assert "Spearman of the request with characters +" in capsys.readouterr().out
-
-
-def test_refusals(answers, tmp_path):
-    message = refusal("--suite", "mt_bench", "--output", tmp_path / "x")
-    says(message, "mt_bench", cure="steerability")
+def test_refusals(tmp_path):
+    message = refusal("--suite", "vibes", "--output", tmp_path / "x")
+    says(message, "vibes", cure="steerability")
     assert "--model" in refusal("--suite", "attributes", "--output", tmp_path / "x")
     assert "--suite" in refusal("--output", tmp_path / "x")
-    plain = write_rows(tmp_path / "plain.jsonl", some_conversations(1))
-    message = refusal("--suite", "steerability", "--input", plain, "--output", tmp_path / "x")
-    says(message, f"{plain}:1", "row.generation")
-    prompts = [answer.prompt for answer in read_answers(str(answers))]
-    assert len(set(prompts)) == 4
     assert not (tmp_path / "x").exists()
-
-
-def test_steerability_of_own_attributes(tmp_path, capsys):
-    rows = [
-        {"system": None, "turns": [{"role": "user", "content": f"Question {prompt}?"},
-                                   {"role": "assistant", "content": "word " * (value + prompt)}],
-         "generation": {"attributes": {"warmth": value, "evidence": 10}}}
-        for prompt in range(3) for value in (1, 5, 9)
-    ]  # fmt: skip
-    source = write_rows(tmp_path / "answers.jsonl", rows)
-    evaluate("--suite", "steerability", "--input", source, "--output", tmp_path / "out")
-    metrics = json.loads((tmp_path / "out/results.json").read_text())
-    assert metrics["ranges"] == {"warmth": [1, 9], "evidence": [10, 11]}
-    assert (tmp_path / "out/steerability_warmth.png").exists()
-    assert "told from the answers: warmth 1 to 9" in capsys.readouterr().out
-    rows[4]["generation"]["attributes"] = {"quality": 7}
-    source = write_rows(tmp_path / "answers.jsonl", rows)
-    message = refusal("--suite", "steerability", "--input", source, "--output", tmp_path / "x", "--schema", "oasst")
-    says(message, f"{source}:5", "quality", "7", "0..4")
 
 
 def test_help_of_a_suite(capsys):

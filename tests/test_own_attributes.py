@@ -147,10 +147,11 @@ def test_steering_and_its_measure(folder, chat, reward, capsys):
     assert asked == 2 * [{"wit": wit, "depth": depth} for wit in range(1, 6) for depth in (1, 10)]
     command(annotate, "--model", reward, "--input", answers, "--output", rated, "--on-bad-row", "skip")
     command(evaluate, "--suite", "steerability", "--input", rated, "--model", chat, "--output", measured)
-    found = json.loads((measured / "metrics.json").read_text())
+    found = json.loads((measured / "results.json").read_text())
     assert found["ranges"] == RANGES
-    assert [value["requested"] for value in found["attributes"]["wit"]["values"]] == [1, 2, 3, 4, 5]
-    assert {path.name for path in measured.glob("*.png")} == {"steerability_wit.png", "steerability_depth.png"}
+    assert found["attributes"]["wit"]["levels"] == [1, 2, 3, 4, 5]
+    assert set(found["goal_space"]) == set(RANGES)
+    assert {path.name for path in measured.glob("*.png")} == {"curves.png", "leakage.png", "obtained.png"}
     capsys.readouterr()
     for arguments, facts in (
         (("--attributes", "wit=6"), ("wit", "6", "1..5")),

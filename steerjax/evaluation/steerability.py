@@ -1,249 +1,191 @@
-"""Does a chat model do what the requested ratings say? Length and predicted ratings against the request.
+"""Does a chat model do what the requested ratings say?
 
-The answers are what `generate` wrote, the predicted ratings what `annotate` added, or --reward-model's. The distance
-of an answer is the number of attributes whose rounded predicted rating is not the requested one (NeMo-Aligner, branch
-yi/alpha_steerlm). The output holds metrics.json and a plot an attribute.
+steerjax evaluate --suite steerability --model CHAT --reward-model RM [--prompts FILE] --output DIR
+steerjax evaluate --suite steerability --input FILE [--reward-model RM] --output DIR
+
+The first form answers held-out prompts over a grid of requests, and --reward-model rates the answers; the second takes
+what `generate` wrote, and the ratings that `annotate` added unless --reward-model is given. The figures: response
+curves of predicted ratings and of the text (characters, words, Flesch-Kincaid grade), slopes, leakage into the other
+attributes, the share of requests that are met, and STEERBENCH's measures (arXiv 2505.23816).
+
+Steering is measured from the neutral request: the model's default ratings with --attributes over them or, of a file,
+the most common request. STEERBENCH's source is the prediction for the same prompt's answer to that request; its target
+is the requested rating, for the attributes whose requested rating is another than the neutral one.
 """
 
 import argparse
-import functools
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
-import pydantic.dataclasses
-from pydantic import ConfigDict
-from scipy.stats import rankdata, zscore
-
-from steerjax.command import add_scoring_options
-from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.readers import iter_rows
-from steerjax.errors import DataError
-from steerjax.report.page import text_table
-from steerjax.report.plots import new_figure, require_matplotlib, scatter_with_means
-from steerjax.report.results import correlation
+from steerjax.command import MODEL, add_scoring_options
+from steerjax.errors import ConfigError, DataError
+from steerjax.evaluation.pages import request_words, write_pages
+from steerjax.evaluation.steering_answers import (
+    Answer,
+    generate_answers,
+    neutral_request,
+    read_answers,
+    requested_schema,
+)
+from steerjax.evaluation.steering_measures import columns, measure, trends
+from steerjax.evaluation.steering_report import Found, draw, report_text
+from steerjax.evaluation.suite import Result, kept_rows
+from steerjax.evaluation.text_measures import flesch_kincaid, text_measures
+from steerjax.report.figures import figures
 from steerjax.schema import SCHEMAS, Attribute, Schema, round_rating
-from steerjax.typed import typed
 
-PERMUTATIONS = 4999
+__all__ = ["add_options", "columns", "measure", "run"]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input", required=True, metavar="FILE", help="what generate, or annotate after it, wrote")
-    add("--reward-model", metavar="DIR", help="rates the answers, in place of ratings that they have")
-    add("--model", metavar="DIR", help="the chat model, for the ranges of its attributes")
-    add("--schema", choices=SCHEMAS, help="a preset that has them; default: told from the answers")
+    add("--input", metavar="FILE", help="what generate, or annotate after it, wrote, in place of --prompts")
+    add("--model", metavar="DIR", help=f"the chat model: {MODEL}; with --input for its attributes alone")
+    add("--server", metavar="URL", help="answers in place of --model, e.g. http://localhost:8000")
+    add("--server-model", metavar="NAME", help="default: the one model that it serves")
+    add("--reward-model", metavar="DIR", help="rates the answers")
+    add("--prompts", default="embedded:helpsteer2", metavar="FILE", help="held-out ones; default embedded:helpsteer2")
+    add("--limit", type=int, default=40, metavar="N", help="prompts to answer; default 40")
+    grid = "ratings to ask for, the others neutral; repeatable; 'A=0,4 B=0,4' for all four; default each at 3 ratings"
+    add("--grid", action="append", default=[], metavar="NAME=N,...", help=grid)
+    add("--attributes", default="", metavar="NAME=N,...", help="the neutral request, over the model's default ratings")
+    add("--system", metavar="TEXT", help="system text of prompts that have none")
+    add("--max-new-tokens", type=int, default=256, metavar="N", help="an answer is cut there; default 256")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
+    add("--seed", type=int, default=0)
+    add("--batch-size", type=int, default=8, metavar="N", help="answers at a time, or requests to a server; default 8")
+    add(
+        "--schema",
+        choices=SCHEMAS,
+        help="a preset that has them; default: the model's, or told from the answers",
+    )
     add_scoring_options(parser)
+    add("--reward-template", help="of a reward model that does not name it; default: --template where that is alone")
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The last turn of a conversation, the ratings that were asked for and a reward model's, by attribute."""
+def run(options: argparse.Namespace) -> Result:
+    """Writes answers, plots and pages. Raises SteerjaxError: options that do not fit, rows that are no answers."""
+    from steerjax.data.loading import file_hashes
 
-    conversation: Conversation
-    requested: Mapping[str, float]
-    predicted: Mapping[str, float]
-
-    @property
-    def prompt(self) -> Hashable:
-        return self.conversation.system, self.conversation.turns[:-1]
-
-    @property
-    def text(self) -> str:
-        return self.conversation.turns[-1].content
-
-
-def run(options: argparse.Namespace) -> dict:
-    """Plots each requested attribute, prints the table, returns what `steerability` does, and the `ranges`."""
-    require_matplotlib()
-    answers, known = list(read_answers(options.input)), Schema(())
-    if options.reward_model:
-        from steerjax.inference.scorer import open_scorer
-
-        scorer = open_scorer(options.reward_model, options)
-        answers, known = _rated(answers, scorer, options.on_bad_row == "skip"), scorer.schema
-    if options.schema:
-        known = SCHEMAS[options.schema]
-    elif options.model:
+    o = options
+    _check(o)
+    about = None
+    if o.model:
         from steerjax.bundle import describe
 
-        known = describe(options.model, template=options.template).schema or known
+        about = describe(o.model, template=o.template)
+    source, made = (o.input, []) if o.input else generate_answers(o, about)
+    answers, scorer = list(read_answers(source)), None
+    if o.reward_model:
+        from steerjax.inference.scorer import open_scorer
+
+        template = o.reward_template or (None if o.model or o.server else o.template)
+        scorer = open_scorer(o.reward_model, argparse.Namespace(**(vars(o) | {"template": template})))
+    own = SCHEMAS[o.schema] if o.schema else about.schema if about and about.schema else None
+    known = own or (scorer.schema if scorer else Schema(()))
     schema = requested_schema(answers, known)
     if not len(schema):
-        raise DataError("no answer to a request", file=options.input, cure="give what generate wrote")
-    result = steerability(answers, schema)
-    options.output.mkdir(parents=True, exist_ok=True)
-    for attribute in schema.attributes:
-        plot_steerability(answers, attribute, options.output / f"steerability_{attribute.name}.png")
-    print(format_steerability(result))
+        raise DataError("no answer to a request", file=source, cure="give what generate wrote")
+    space = goal_space(schema, known, scorer.schema if scorer else Schema(()))
+    neutral = dict(_neutral(o, answers, schema))
+    grade, which = flesch_kincaid()
+    settings = {
+        "suite": "steerability", "answers": file_hashes([source])[source], "reward_model": o.reward_model,
+        "ranges": [[a.name, a.low, a.high] for a in space.attributes], "neutral": neutral, "grade": which,
+        "row_length": o.row_length, "dtype": o.dtype, "template": o.template, "reward_template": o.reward_template,
+    }  # fmt: skip
+
+    def compute(part: range) -> list[dict]:
+        some = answers[part.start : part.stop]
+        some = _rated(some, scorer, o.on_bad_row == "skip") if scorer else some
+        return [measured(answer, space, neutral, grade) for answer in some]
+
+    rows = kept_rows(o.output, settings, len(answers), compute, unit="answer")
+    answers = [replace(answer, predicted=row["predicted"]) for answer, row in zip(answers, rows, strict=True)]
+    table = columns(rows)
+    found = Found(schema, space, neutral, table, figures(measure, table), trends(rows, table))
+    rated = sum(bool(answer.predicted) for answer in answers)
+    summary = {
+        **({"chat model": o.server or o.model} if o.server or o.model else {}),
+        "answers": f"{len(answers)} of {source}",
+        "predicted ratings": f"{rated} answers, by {o.reward_model or 'what wrote the answers'}" if rated else "none",
+        "neutral request": request_words(neutral), "Flesch-Kincaid grade": which,
+        **({"generated": "; ".join(made)} if made else {}),
+    }  # fmt: skip
     if told := [f"{a.name} {a.low:g} to {a.high:g}" for a in schema.attributes if a not in known.attributes]:
-        print(f"ranges told from the answers: {', '.join(told)}; --model or --schema knows them")
-    print(f"\nmetrics and plots are in {options.output}")
-    return {**result, "ranges": {a.name: [a.low, a.high] for a in schema.attributes}}
-
-
-# Of a row's keys only those that are read are checked.
-_loose = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
-
-
-@_loose
-class _Generation:
-    attributes: dict[str, float]
-
-
-@_loose
-class _Row:
-    turns: tuple[Turn, ...]
-    generation: _Generation
-    system: str | None = None
-
-
-def read_answers(source: str) -> Iterator[Answer]:
-    """What `generate` wrote. Raises DataError: a row that is no answer; names file and line."""
-    for line, row in iter_rows(source):
-        if isinstance(row, DataError):
-            raise row
-        cure = "give a file that generate wrote, or annotate after it"
-        refuse = functools.partial(DataError, file=source, line=line, cure=cure)
-        read = typed(_Row, row, "row", refuse)
-        if not read.turns or read.turns[-1].role != "assistant":
-            raise refuse("the last turn is no answer", field="turns")
-        turns = tuple(Turn(turn.role, turn.content) for turn in read.turns)
-        conversation = Conversation(turns, read.system, file=source, line=line)
-        yield Answer(conversation, read.generation.attributes, read.turns[-1].predicted_ratings or {})
-
-
-def requested_schema(answers: Sequence[Answer], known: Schema) -> Schema:
-    """The attributes that were asked for: those of `known`, then others, whose ranges span the requests.
-
-    Raises DataError: a request outside a known range; names file and line.
-    """
-    asked: dict[str, list[float]] = {}
-    for answer in answers:
-        for name, value in answer.requested.items():
-            asked.setdefault(name, []).append(value)
-            if name in known.names and not (a := known[name]).low <= value <= a.high:
-                wrong = f"{value:g} was asked for, outside {a.low:g}..{a.high:g}"
-                cure = "name the model that answered with --model, or its preset with --schema"
-                raise DataError(wrong, name, cure, file=answer.conversation.file, line=answer.conversation.line)
-    told = (
-        {"name": name, "low": min(values), "high": max(*values, min(values) + 1)}
-        for name, values in asked.items() if name not in known.names
+        summary["ranges told from the answers"] = f"{', '.join(told)}; --model or --schema knows them"
+    return Result(
+        found.figures, report_text(found), draw(found, o.output), summary, found.detail(),
+        write_pages(answers, schema, neutral, o.output),
     )  # fmt: skip
-    others = typed(tuple[Attribute, ...], tuple(told), "generation.attributes", DataError)
-    return Schema(tuple(a for a in known.attributes if a.name in asked) + others)
+
+
+def goal_space(requested: Schema, *known: Schema) -> Schema:
+    """The attributes whose range is known, each once, those that were asked for first."""
+    attributes: dict[str, Attribute] = {}
+    for schema in (requested, *known):
+        for attribute in schema.attributes:
+            attributes.setdefault(attribute.name, attribute)
+    return Schema(tuple(attributes.values()))
+
+
+def measured(answer: Answer, space: Schema, neutral: Mapping[str, float], grade) -> dict[str, Any]:
+    """A row of rows.jsonl. `output`: the predicted ratings as 0 to 1 of their ranges; `goal`: likewise the requested
+    ratings that are not the neutral ones, None where an attribute was to stay; `exact`: is the rounded prediction the
+    request; `neutral`: this answers the neutral request."""
+    asked, predicted = answer.requested, answer.predicted
+    known = [a for a in space.attributes if a.name in predicted]
+
+    def part(value: float, a: Attribute) -> float:
+        return min(1.0, max(0.0, (value - a.low) / (a.high - a.low)))
+
+    changed = {name for name, rating in asked.items() if rating != neutral.get(name)}
+    return {
+        "id": answer.conversation.id, "prompt": answer.prompt, "requested": dict(asked), "predicted": dict(predicted),
+        "exact": {a.name: round_rating(predicted[a.name], a) == round_rating(asked[a.name], a)
+                  for a in known if a.name in asked},
+        "neutral": dict(asked) == dict(neutral),
+        "goal": {a.name: part(asked[a.name], a) if a.name in changed else None for a in known},
+        "output": {a.name: part(predicted[a.name], a) for a in known},
+        **text_measures(answer.text, grade), "cut": answer.cut,
+    }  # fmt: skip
+
+
+def _check(o: argparse.Namespace) -> None:
+    """Raises ConfigError: options that do not go together."""
+    for holds, message in (
+        (o.input or o.model or o.server, "neither answers nor a model; cure: --input, --model or --server"),
+        (not (o.input and (o.grid or o.server)), "--input has its answers; cure: leave --grid and --server out"),
+        (o.limit >= 1 and o.batch_size >= 1, "--limit or --batch-size below 1; cure: at least 1"),
+    ):
+        if not holds:
+            raise ConfigError(message)
+
+
+def _neutral(o: argparse.Namespace, answers: Sequence[Answer], schema: Schema) -> Mapping[str, float]:
+    """The request that steering is measured from. Raises ConfigError, as `parse_attributes`."""
+    if not o.input:
+        return answers[0].requested  # the grid begins with it
+    from steerjax.inference.steering import label_of, parse_attributes
+
+    given = parse_attributes(o.attributes, schema) if o.attributes else {}
+    return label_of(given, neutral_request(answers, schema))
 
 
 def _rated(answers: Sequence[Answer], scorer, skip: bool) -> list[Answer]:
     """The answers with the reward model's ratings in place of any that they had."""
-    from steerjax.inference.scorer import predict
+    from steerjax.inference.scorer import predict, predicted_keys
 
     turns = [[len(answer.conversation.turns) - 1] if answer.text else [] for answer in answers]
     places, predicted, skipped = predict(scorer, [answer.conversation for answer in answers], turns, skip=skip)
     for entry in skipped:
         print(f"no prediction for {entry.file}:{entry.line}: {entry.reason}")
-    ratings = [dict(zip(scorer.schema.names, row, strict=True)) for row in predicted.tolist()]
-    rated = dict(zip((place for place, _ in places), ratings, strict=True))
+    rated = {}
+    for (place, _), row in zip(places, predicted, strict=True):
+        try:
+            rated[place] = predicted_keys(row, scorer.schema)["predicted_ratings"]
+        except DataError as error:
+            where = answers[place].conversation
+            raise error.at(where.file, where.line) from None
     return [replace(answer, predicted=rated.get(place, {})) for place, answer in enumerate(answers)]
-
-
-def steerability(answers: Sequence[Answer], schema: Schema, seed: int = 0) -> dict:
-    """What requests did; `seed` is that of the permutations.
-
-    Returns:
-        `answers`, their number; `attributes`, by name: `values`, for each requested rating n and the means of
-        `characters`, `words`, `predicted` rating and `exact` (the share whose rounded prediction is the request), None
-        without predictions; `trends`, see `trend`, of the first three, where two ratings or more were requested.
-        `distance`: mean over the n answers with predictions, and the attributes that it counts.
-    """
-    attributes, prompts = {}, [answer.prompt for answer in answers]
-    exact = np.full((len(answers), len(schema)), np.nan)
-    for attribute, column in zip(schema.attributes, exact.T, strict=True):
-        measured = _measured(answers, attribute)
-        requested, column[:] = measured.pop("requested"), measured["exact"]
-        levels = np.unique(requested[~np.isnan(requested)]).tolist()
-        values = [
-            {"requested": level, "n": int(np.sum(requested == level))}
-            | {key: _mean(numbers[requested == level]) for key, numbers in measured.items()}
-            for level in levels
-        ]
-        keys = ("characters", "words", "predicted") if len(levels) > 1 else ()
-        trends = {key: trend(requested, measured[key], prompts, seed) for key in keys}
-        if levels:
-            attributes[attribute.name] = {"values": values, "trends": trends}
-    rated = ~np.isnan(exact)
-    differing = (exact == 0).sum(1)[rated.any(1)]
-    counted = [name for name, some in zip(schema.names, rated.any(0), strict=True) if some]
-    distance = {"mean": _mean(differing), "n": len(differing), "attributes": counted}
-    return {"answers": len(answers), "attributes": attributes, "distance": distance}
-
-
-def trend(requested: np.ndarray, measured: np.ndarray, prompts: Sequence[Hashable], seed: int) -> dict:
-    """Spearman correlation of request and measurement [n], and a two-sided permutation p-value; answers with NaN out.
-
-    Requests are permuted among the answers to one prompt; where no prompt was asked with two ratings, among all.
-    Returns `n`, `spearman` and `p`, None where either side is constant.
-    """
-    seen = ~np.isnan(measured)
-    x, y, random = requested[seen], measured[seen], np.random.default_rng(seed)
-    if correlation(x, y) is None:
-        return {"n": len(x), "spearman": None, "p": None}
-    numbers = {prompt: number for number, prompt in enumerate(prompts)}
-    strata = np.array([numbers[prompt] for prompt in prompts])[seen]
-    if len(np.unique([strata, x], axis=1).T) == len(np.unique(strata)):
-        strata[:] = 0
-    order = np.argsort(strata)
-    x, y = (zscore(rankdata(values)[order]) for values in (x, y))
-    strata, spearman = strata[order], np.mean(x * y)
-    by_chance = [np.mean(x[np.lexsort((random.random(len(x)), strata))] * y) for _ in range(PERMUTATIONS)]
-    extreme = int(np.sum(np.abs(by_chance) >= abs(spearman) - 1e-12))
-    return {"n": len(x), "spearman": float(spearman), "p": (1 + extreme) / (1 + PERMUTATIONS)}
-
-
-def format_steerability(result: Mapping) -> str:
-    """The result of `steerability` as plain text."""
-    forms = {"requested": "g", "n": "d", "characters": ".1f", "words": ".1f", "predicted": ".2f", "exact": ".0%"}
-    rows, sentences = [["attribute", *forms]], []
-    for name, entry in result["attributes"].items():
-        for value in entry["values"]:
-            rows.append([name, *("-" if value[key] is None else format(value[key], f) for key, f in forms.items())])
-        found = {key: t for key, t in entry["trends"].items() if t["spearman"] is not None}
-        if found:
-            words = "; ".join(f"{key} {t['spearman']:+.2f} (p {t['p']:.4f})" for key, t in found.items())
-            sentences.append(f"{name}, Spearman of the request with {words}")
-    distance = result["distance"]
-    if distance["n"]:
-        many = f"{distance['mean']:.2f} of {len(distance['attributes'])} attributes"
-        sentences.append(f"distance: {many} differ from the request on average ({distance['n']} answers)")
-    return "\n".join([*text_table(rows, "<>>>>>>"), "", *sentences]).rstrip()
-
-
-def plot_steerability(answers: Sequence[Answer], attribute: Attribute, path: Path) -> None:
-    """Characters, and where there are predictions the predicted rating, against the requested rating."""
-    name, measured = attribute.name, _measured(answers, attribute)
-    titles = {"characters": "length of the answer (characters)", "predicted": f"predicted {name}"}
-    keys = [key for key in titles if not np.isnan(measured[key]).all()]
-    with new_figure(path, 4.6 * len(keys), 4.0) as figure:
-        for axes, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
-            seen = ~np.isnan(measured[key])
-            scatter_with_means(axes, measured["requested"][seen], measured[key][seen], attribute, "answer")
-            axes.set(title=titles[key], xlabel=f"requested {name}")
-            axes.legend()
-
-
-def _measured(answers: Sequence[Answer], attribute: Attribute) -> dict[str, np.ndarray]:
-    """[n] of each measurement; NaN where the attribute was not requested or has no prediction."""
-    table = np.full((len(answers), 5), np.nan)
-    for row, answer in zip(table, answers, strict=True):
-        if (requested := answer.requested.get(attribute.name)) is not None:
-            row[:3] = requested, len(answer.text), len(answer.text.split())
-            if (predicted := answer.predicted.get(attribute.name)) is not None:
-                row[3:] = predicted, round_rating(predicted, attribute) == round_rating(requested, attribute)
-    return dict(zip(("requested", "characters", "words", "predicted", "exact"), table.T, strict=True))
-
-
-def _mean(values: np.ndarray) -> float | None:
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else None
