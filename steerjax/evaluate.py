@@ -20,6 +20,7 @@ from steerjax.errors import ConfigError
 SUITES = {  # module of `evaluation` -> what its report is called
     "attributes": "Predicted ratings against people's",
     "steerability": "What requested ratings do",
+    "truthfulqa": "TruthfulQA, multiple choice",
 }
 
 
