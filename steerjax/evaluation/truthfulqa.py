@@ -311,7 +311,7 @@ def plot_scores(values: Columns, found: Mapping[str, Figure], chance: Sequence[f
             value, _, interval = found[name]
             error = None if interval is None else [[value - interval[0]], [interval[1] - value]]
             right.bar(place, value, width=0.55, color=BLUE, yerr=error, capsize=4, ecolor=INK)
-            right.hlines(chance[place], place - 0.34, place + 0.34, color=GREY, linestyle="--",
+            right.hlines(chance[place], place - 0.34, place + 0.34, color=INK, linestyle="--",
                          label=None if place else "chance")  # fmt: skip
         for place, value in enumerate(PUBLISHED.values(), start=2):
             right.bar(place, value, width=0.55, color=GREY, alpha=0.5)
