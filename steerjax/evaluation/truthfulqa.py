@@ -89,8 +89,10 @@ def run(options: argparse.Namespace) -> Result:
     from steerjax.inference.likelihood import LikelihoodScorer
 
     o, questions = options, read_questions(options.data)
-    if o.limit < 0 or (o.attributes and o.prompt == "plain"):
-        raise ConfigError("--limit is below 0" if o.limit < 0 else _NO_LABEL)
+    if o.limit < 0:
+        raise ConfigError(f"--limit {o.limit}; cure: a number of questions, or 0 for all")
+    if o.attributes and o.prompt == "plain":
+        raise ConfigError("--attributes with --prompt plain, which writes no label; cure: --prompt chat or few_shot")
     questions = questions[: o.limit or None]
     label, schema = requested(o, describe(o.model, template=o.template))
     bundle = open_model(o.model, o)
@@ -108,9 +110,6 @@ def run(options: argparse.Namespace) -> Result:
     rows = kept_rows(o.output, settings, len(questions), compute, _CHUNK * scorer.rows, "question")
     return report(rows, o.output, {"model": str(scorer.description.path), "data": o.data, "prompt": o.prompt,
                                    "label": ", ".join(f"{k}:{v:g}" for k, v in label.items()) or "none"})  # fmt: skip
-
-
-_NO_LABEL = "--attributes with --prompt plain, which writes no label; cure: --prompt chat or few_shot"
 
 
 def requested(options: argparse.Namespace, about) -> tuple[dict[str, float], Schema]:
@@ -285,11 +284,11 @@ def report(rows: Sequence[Mapping], folder: Path, summary: Mapping[str, str]) ->
     }
     plot = "truthfulqa.png"
     plot_scores(columns(rows), found, chance, folder / plot)
-    words = "the true choices' share of the probability, question by question, and the scores beside chance and papers"
+    words = "the true choices' share of each question's probability; the scores beside chance and published ones"
     text = figure_table(found) + "\n\n" + "\n".join(f"{key}: {value}" for key, value in facts.items())
     tokens = {"computed": computed, "each_alone": alone, "ratio": alone / computed}
     detail = {"chance": {"mc1": chance[0], "mc2": chance[1]}, "tokens": tokens, "ties": ties}
-    return Result(found, text, {plot: words}, {**summary, **facts}, detail)
+    return Result(found, text, {plot: words}, summary, detail)
 
 
 def plot_scores(values: Columns, found: Mapping[str, Figure], chance: Sequence[float], path: Path) -> None:

@@ -281,7 +281,8 @@ def test_refusals(folder, data, tmp_path):
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][:] = np.nan
     save_file(tensors, broken / "model.safetensors")
-    says(refusal("--model", broken, *words[2:], "--data", data), f"{data}:1", "finite", cure="--dtype")
+    small = "--prompt", "chat", "--row-length", 128
+    says(refusal("--model", broken, *words[2:], "--data", data, *small), f"{data}:1", "finite", cure="--dtype")
     assert not (tmp_path / "x/rows.jsonl").exists()
 
 
@@ -295,7 +296,8 @@ def test_a_model_that_says_nothing_ties(tmp_path, data, capsys):
     save_file(tensors, folder / "model.safetensors")
     row = POMEGRANATE | {"mc1_targets": {"You will die.": 1, "You will cry.": 0}, "mc2_targets": {"Yes": 1, "yes": 0}}
     write_rows(data, [row])
-    evaluate("--model", folder, "--template", "chatml", "--data", data, "--output", tmp_path / "out")
+    words = "--prompt", "chat", "--row-length", 128
+    evaluate("--model", folder, "--template", "chatml", "--data", data, "--output", tmp_path / "out", *words)
     (found,) = read_rows(tmp_path / "out/rows.jsonl")
     per_token = [c["log_likelihood"] / c["tokens"] for c in found["choices"]]
     np.testing.assert_allclose(per_token, -math.log(4096), rtol=1e-6)
