@@ -33,8 +33,19 @@ def add_scoring_options(parser: argparse.ArgumentParser, formats: bool = True) -
     """The options of commands that score conversations with a reward model; for `scorer.open_scorer`."""
     add_row_options(parser, formats)
     add_model_options(parser)
-    add, longer = parser.add_argument, "longer conversations are listed; default: the model's context, up to 4096"
-    add("--row-length", type=int, default=0, metavar="TOKENS", help=longer)
+    add_packing_options(parser, "longer conversations are listed")
+
+
+def add_packing_options(parser: argparse.ArgumentParser, longer: str) -> None:
+    """Of packed rows; `longer` says what becomes of a text that no row holds."""
+    add = parser.add_argument
+    add(
+        "--row-length",
+        type=int,
+        default=0,
+        metavar="TOKENS",
+        help=f"{longer}; default: the model's context, up to 4096",
+    )
     add("--rows", type=int, default=0, metavar="N", help="packed rows a step; default 1 on a CPU, 8 a device elsewhere")
 
 

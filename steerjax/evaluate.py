@@ -24,6 +24,7 @@ SUITES = {  # module of `evaluation` -> what its report is called
     "reward_bench_2": "RewardBench 2",
     "rm_bench": "RM-Bench",
     "judge_bench": "JudgeBench",
+    "truthfulqa": "TruthfulQA, multiple choice",
 }
 
 

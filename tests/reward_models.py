@@ -20,6 +20,15 @@ def reward_folder(folder: Path, context: int = 2048, seed: int = 0, **changes) -
     return write_folder(folder, config, tensors)
 
 
+def chat_folder(folder: Path, context: int = 1024, seed: int = 0, **changes) -> Path:
+    """A Hugging Face folder of a causal language model whose tokens are not equally likely."""
+    config = TINY | {"max_position_embeddings": context, "num_hidden_layers": 2} | changes
+    tensors = random_tensors(config, seed)
+    for name, tensor in tensors.items():
+        tensors[name] = np.ones_like(tensor) if "norm" in name else 0.3 * tensor
+    return write_folder(folder, config, tensors)
+
+
 def some_conversations(count: int, seed: int = 0, longest: int = 60) -> list[Conversation]:
     """Of one to three exchanges of up to `longest` words a turn; every third row answers the prompt before it."""
     random = np.random.default_rng(seed)

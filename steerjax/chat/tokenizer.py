@@ -55,6 +55,7 @@ class Tokenizer:
     told: frozenset[str]
     restarts: frozenset[str]  # special tokens after which text is encoded as a fresh text
     head: tuple[int, ...]  # tokens of the "\n" that is put before a continuation; () where it needs none
+    opening: tuple[int, ...] = ()  # what the files say stands before every text of no template: BOS, or nothing
     files: tuple[Path, ...]  # what a copy needs; the first is the one that was loaded
     hash: str  # hexadecimal sha256 of what defines the ids
     bos_id: int | None = None
@@ -155,6 +156,8 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
                 known[key] = known["backend"].token_to_id(string)
                 if known[key] is None:
                     raise ModelError(f"'{file}': the {key[:3]}_token '{string}' is no token\n  cure: correct it")
+    if path.suffix == ".model" and any(side.add_bos_token for side in sides.values()):
+        known["opening"] = (known["bos_id"],)
     return Tokenizer(**_facts(known["backend"]) | known, files=(path, *files))
 
 
@@ -168,6 +171,7 @@ def _facts(backend: Any) -> dict[str, Any]:
     texts = ("\n", "a", "\na", min(strings, default="") + "a")
     newline, letter, both, after = (backend.encode(text, add_special_tokens=False).ids for text in texts)
     head = () if both[len(newline) :] == letter else tuple(newline)
+    opened = backend.encode("a").ids
     backend.encode_special_tokens = not greedy
     return {
         "vocab_size": max(backend.get_vocab().values()) + 1,
@@ -175,6 +179,7 @@ def _facts(backend: Any) -> dict[str, Any]:
         "told": frozenset() if greedy else strings,
         "restarts": strings if head and after[1:] == letter else frozenset(),
         "head": head,
+        "opening": tuple(opened[: opened.index(letter[0])] if letter[0] in opened else ()),
     }
 
 
@@ -195,3 +200,4 @@ class _SideFile:
     pad_token: _Token | None = None
     added_tokens_decoder: dict[int, _Token] = field(default_factory=dict)
     legacy: bool | None = None
+    add_bos_token: bool | None = None

@@ -5,27 +5,23 @@ What is computed follows from the chunk of conversations alone: on one machine i
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from steerjax.bundle import Bundle
 from steerjax.bundle.describe import output_names
 from steerjax.command import open_model
-from steerjax.data.batch import Batch, Feeder, RowBuilder, evaluation_steps
+from steerjax.data.batch import Batch
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped
-from steerjax.data.packing import Row, fill, parts_of
+from steerjax.data.packing import Row
 from steerjax.data.trees import Example, Tree, grow
-from steerjax.errors import ConfigError, DataError, ModelError
+from steerjax.errors import DataError, ModelError
 from steerjax.hf.description import Description
-from steerjax.parallel.rules import mesh_ways, partition_spec
+from steerjax.inference.packed import PackedModel
 from steerjax.schema import STEERLM, Attribute, Schema, format_label
 
-_SHORTEST_ROW = 1024  # tokens; shorter conversations share a row of this length
-_LONGEST_ROW = 4096  # tokens, unless the user says otherwise
 _CHUNK = 1024  # conversations that `predict` packs together
 _NOTHING = np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)  # is learnt
 
@@ -38,21 +34,6 @@ class Chunk:
     trees: tuple[Tree, ...]
     rows: Mapping[int, Sequence[Row]]  # by row length
     refused: Mapping[tuple[int, int], Skipped]  # turns without a prediction
-
-
-@dataclass
-class Counts:
-    """What was computed so far: turns with a prediction, tokens, their places (padding too), compiled shapes."""
-
-    turns: int = 0
-    tokens: int = 0
-    places: int = 0
-    shapes: set[tuple[int, int]] = field(default_factory=set)  # (rows, row length)
-
-    def __str__(self) -> str:
-        filled = self.tokens / max(1, self.places)
-        shapes = ", ".join(f"{rows} x {length}" for rows, length in sorted(self.shapes)) or "nothing"
-        return f"{self.turns} turns, {self.tokens:,} tokens, rows {filled:.1%} filled, compiled for {shapes}"
 
 
 # Of a model with one output; the range is for labels and plots only.
@@ -82,25 +63,6 @@ def reading_schema(schema: Schema) -> Schema:
     return Schema(schema.attributes + tuple(a for a in STEERLM.attributes if a.name not in schema.names))
 
 
-def row_lengths(longest: int) -> tuple[int, ...]:
-    """Lengths of packed rows, ascending: powers of two from 1024 tokens, and the longest."""
-    doubled = (_SHORTEST_ROW << n for n in range(longest.bit_length()))
-    return (*(length for length in doubled if length < longest), longest)
-
-
-def bucketed_rows(trees: Sequence[Tree], lengths: Sequence[int]) -> dict[int, list[Row]]:
-    """Each part of the trees in a row of the shortest of these ascending lengths, or in what a longer has left."""
-    parts = [part for number, tree in enumerate(trees) for part in parts_of(number, tree, lengths[-1], None)]
-    rows: dict[int, list[Row]] = {}
-    for shorter, length in reversed(list(zip((0, *lengths), lengths, strict=False))):
-        packed = fill(parts, length)
-        needed = [row for row in packed if row[0].length > shorter]  # the longest part stands first
-        parts = [part for row in packed if row[0].length <= shorter for part in row]
-        if needed:
-            rows[length] = needed
-    return rows
-
-
 class Scorer:
     """Scores chunks of conversations with a reward model; `schema` has the attributes that had a rating in training.
 
@@ -114,21 +76,14 @@ class Scorer:
         self.description = about = bundle.description
         whole, rated = model_schema(about), about.provenance.get("rated_attributes")
         self.schema = whole if rated is None else Schema(tuple(a for a in whole.attributes if a.name in rated))
-        self.row_length = row_length or min(about.model.max_position_embeddings, _LONGEST_ROW)
-        self._longest = min(self.row_length, about.model.max_position_embeddings)
-        ways = mesh_ways(bundle.mesh, ("data", "fsdp"))
-        self.rows = rows or ways * (1 if jax.default_backend() == "cpu" else 8)
-        if self.rows < 1 or self.rows % ways or self.row_length < 1:
-            problem = f"{self.rows} rows of {self.row_length} tokens a step"
-            raise ConfigError(f"{problem}; cure: at least 1 token, and a multiple of {ways} rows (mesh data x fsdp)")
-        self.counts = Counts()
-        self._bundle, self._renderer = bundle, bundle.renderer(self.schema)
+        self._renderer = bundle.renderer(self.schema)
         self._outputs = [whole.names.index(name) for name in self.schema.names]
 
         def score(params, batch: Batch):
-            return bundle.module.apply({"params": params}, *(x[0] for x in batch[:3]))
+            return bundle.module.apply({"params": params}, *batch[:3])
 
-        self._score = jax.jit(score, out_shardings=NamedSharding(bundle.mesh, PartitionSpec()))
+        self._packed = PackedModel(bundle, score, row_length=row_length, rows=rows)
+        self.row_length, self.rows, self.counts = self._packed.row_length, self._packed.rows, self._packed.counts
 
     def prepare(
         self, conversations: Sequence[Conversation], turns: Sequence[Sequence[int]], *, skip: bool = False
@@ -137,43 +92,31 @@ class Scorer:
 
         Raises DataError: a turn that cannot be rendered, unless `skip` refuses it. One that is too long is refused.
         """
-        places, examples, refused = [], [], {}
+        places, examples, refused, longest = [], [], {}, self._packed.longest
         for place, turn in ((place, turn) for place, wanted in enumerate(turns) for turn in wanted):
             conversation = conversations[place]
             try:
                 tokens, root = self._renderer.reward_tokens(conversation, turn)
-                whose = "a row has" if self._longest == self.row_length else "the model has positions for"
-                reason = f"turns[{turn}]: {len(tokens)} tokens up to its end, and {whose} {self._longest}"
+                whose = "a row has" if longest == self.row_length else "the model has positions for"
+                reason = f"turns[{turn}]: {len(tokens)} tokens up to its end, and {whose} {longest}"
             except DataError as error:
                 if not skip:
                     raise
                 tokens, reason = None, error.reason
-            if tokens is None or len(tokens) > self._longest:
+            if tokens is None or len(tokens) > longest:
                 refused[place, turn] = Skipped(conversation.file, conversation.line, reason)
             else:
                 examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))
                 places.append((place, turn))
         trees = grow(examples)
-        return Chunk(tuple(places), trees, bucketed_rows(trees, row_lengths(self.row_length)), refused)
+        return Chunk(tuple(places), trees, self._packed.pack(trees), refused)
 
     def score(self, chunk: Chunk) -> np.ndarray:
         """Predicted ratings, float32 [E, A], attributes in the order of `schema`."""
         predicted = np.zeros((len(chunk.examples), len(self.schema)), np.float32)
-        mesh, running = self._bundle.mesh, []
-        with jax.set_mesh(mesh):
-            for length, rows in chunk.rows.items():
-                build = RowBuilder(chunk.trees, length, {})
-                feed = Feeder(build, lambda axes: NamedSharding(mesh, partition_spec(axes)))
-                for step in evaluation_steps(rows, self.rows):
-                    running.append((build, step, self._score(self._bundle.params, feed(step))))  # not waited for
-                    self.counts.places += length * self.rows
-                self.counts.tokens += sum(part.length for row in rows for part in row)
-                self.counts.shapes.add((self.rows, length))
-        for build, step, outputs in running:
-            for row, output in zip(step, np.asarray(outputs), strict=True):
-                for example, place in build.layout(row).ends:
-                    predicted[example.number] = output[place, self._outputs]
-        self.counts.turns += len(chunk.examples)
+        for layout, output in self._packed.run(chunk.trees, chunk.rows):
+            for example, place in layout.ends:
+                predicted[example.number] = output[place, self._outputs]
         return predicted
 
 

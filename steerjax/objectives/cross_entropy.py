@@ -8,10 +8,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
 
-from steerjax.parallel.rules import constrain
+from steerjax.models.logits import cut, target_losses
 
 
 def chunked_cross_entropy(
@@ -30,15 +29,8 @@ def chunked_cross_entropy(
     `targets` are the tokens after each token, any id where the weight is 0; weights are constants. A chunk is at most
     `chunk` tokens of each row.
     """
-    chunks = -(-states.shape[1] // chunk)
-
-    def cut(x: Array) -> Array:
-        """[B, T, ...] -> [chunks, B, C, ...]. Tokens of a chunk lie `chunks` apart: each `context` device has some."""
-        B, T, *rest = x.shape
-        x = jnp.pad(x, ((0, 0), (0, -T % chunks), *((0, 0) for _ in rest)))
-        return jnp.moveaxis(x.reshape(B, -1, chunks, *rest), 2, 0)
-
-    parts = cut(states), cut(targets), cut(jax.lax.stop_gradient(weights).astype(jnp.float32))
+    weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
+    parts = tuple(cut(x, chunk) for x in (states, targets, weights))
     pure_head, parameters = jax.closure_convert(head, parts[0][0])
     return _sums(pure_head, parameters, *parts)
 
@@ -47,10 +39,7 @@ _ZEROS = 0.0, (0.0, 0.0)
 
 
 def _chunk_sums(head, parameters, states, targets, weights):
-    logits = constrain(head(states, *parameters).astype(jnp.float32), "batch", "length", "vocab")
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-    of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    right = of_target == logits.max(-1)  # cheaper than argmax; optax has computed both
+    losses, right = target_losses(head, states, targets, parameters)
     return (weights * losses).sum(), (weights.sum(), (weights * right).sum())
 
 

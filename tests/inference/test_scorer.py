@@ -11,7 +11,8 @@ from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.trees import Example, grow
 from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.export import export
-from steerjax.inference.scorer import Scorer, assistant_turns, bucketed_rows, predicted_keys, row_lengths
+from steerjax.inference.packed import bucketed_rows, row_lengths
+from steerjax.inference.scorer import Scorer, assistant_turns, predicted_keys
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.schema import HELPSTEER
 from tests.hf.test_export import imported
@@ -26,7 +27,7 @@ LONG = Conversation((Turn("user", "Go on. " * 90), Turn("assistant", "Yes. " * 5
 @pytest.fixture(autouse=True)
 def short_rows(monkeypatch):
     """Rows of 256 tokens and more, rather than 1024, and so less to compute."""
-    monkeypatch.setattr("steerjax.inference.scorer._SHORTEST_ROW", 256)
+    monkeypatch.setattr("steerjax.inference.packed._SHORTEST_ROW", 256)
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,9 @@ def test_scores_do_not_depend_on_batch_order_bucket_or_packing(folder, opened):
     conversations = [*some_conversations(24, longest=30), LONG]
     scorer = Scorer(opened)
     together = scores(scorer, conversations)
-    assert scorer.counts.turns == len(together) == sum(len(assistant_turns(c)) for c in conversations)
+    assert scorer.counts.examples == len(together) == sum(len(assistant_turns(c)) for c in conversations)
     assert scorer.counts.shapes == {(8, 256), (8, 512)}
-    assert scorer._score._cache_size() == 2
+    assert scorer._packed._function._cache_size() == 2
     assert np.ptp(list(together.values())) > 0.1
     alone: dict = {}
     for conversation in conversations:
