@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,7 @@ from steerjax.data.loading import file_hashes
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError, ModelError
 from steerjax.evaluation.mt_bench_judge import NEED_REFERENCE, conversation_of
-from steerjax.inference.job import beside, resumable
+from steerjax.inference.job import Output, beside, resumable
 from steerjax.inference.server import Server
 from steerjax.inference.steering import Answer, Sampling, label_of, parse_attributes
 from steerjax.schema import SCHEMAS
@@ -204,12 +205,22 @@ def answered(questions: Sequence[Question], o: argparse.Namespace) -> Answers:
                 before = [[answers[q.id, t]["answer"] for t in range(1, turn)] for q in group]
                 asked = [model.conversation(q, a) for q, a in zip(group, before, strict=True)]
                 requests = [backend.prepare(conversation, [model.setting], 1) for conversation in asked]
-                for question, (answer,) in zip(group[done:], backend.run(requests, done), strict=True):
-                    row = _answer_row(question, turn, answer, backend.model, temperature, model.label)
-                    output.add(output.done, [row])
-                    answers[question.id, turn] = row
-                    bar.update(output.done - bar.n)
+                with _said_what_is_kept(output, bar.total):
+                    for question, (answer,) in zip(group[done:], backend.run(requests, done), strict=True):
+                        row = _answer_row(question, turn, answer, backend.model, temperature, model.label)
+                        output.add(output.done, [row])
+                        answers[question.id, turn] = row
+                        bar.update(output.done - bar.n)
     return answers
+
+
+@contextmanager
+def _said_what_is_kept(output: Output, total: int) -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        kept = f"{output.done} of {total} answers are kept, and the same command goes on from there"
+        raise ModelError(f"{kept}: {error}") from None
 
 
 def _answer_row(q: Question, turn: int, answer: Answer, model: str, temperature: float, label: Mapping) -> dict:
