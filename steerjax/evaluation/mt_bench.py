@@ -111,7 +111,7 @@ def run(options: argparse.Namespace) -> Result | None:
     _check_failed(failed, judgments, path, o.on_refusal)
     weights = parse_scalar(o.scalar, schema) if o.scalar else None
     rows = result_rows(questions, answers, judgments, name, reward, weights)
-    (o.output / ROWS).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    (o.output / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return report(rows, judgments, answers, reward, o)
 
 
@@ -192,8 +192,8 @@ def result_rows(
     scalar: tuple[str, Mapping[str, float]] | None = None,
 ) -> list[dict]:  # fmt: skip
     """A row a question: FastChat's layout of an answer file, and the scores of both turns by name, None if missing."""
-    rows = []
-    for q, turns in zip(questions, zip(*np.array_split(np.array(judgments, object), 2), strict=True), strict=True):
+    rows, half = [], len(questions)
+    for q, *turns in zip(questions, judgments[:half], judgments[half:], strict=True):
         said = [answers[q.id, turn] for turn in (1, 2)]
         scores = [_scores(judgment, scalar) for judgment in turns]
         names = dict.fromkeys(itertools.chain(*scores)) if reward else (SCORE,)
@@ -383,7 +383,7 @@ def _radar(axes, name: str, found: Mapping[str, Mapping[str, Mapping]]) -> None:
     axes.tick_params(axis="y", labelsize=8, labelcolor=GREY)
     axes.spines["polar"].set_color(GREY)
     if name != SCORE:
-        axes.set_title(name, loc="center")
+        axes.set_title(name, loc="center", pad=36)
 
 
 def plot_compared(folders: Sequence[Path], results: Sequence[Mapping], path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from steerjax.evaluate import main
+from steerjax.evaluation import mt_bench
 from steerjax.evaluation.mt_bench import CATEGORIES, columns, measure, plot_compared
 from steerjax.evaluation.mt_bench_answers import read_questions
 from steerjax.evaluation.mt_bench_judge import parse_rating, prompted_call, prompts
@@ -267,8 +268,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_judge_that_fails(fake, files, tmp_path, case):
+def test_a_judge_that_fails(fake, files, tmp_path, case, monkeypatch):
     """Clear, nothing lost: the same command, with the judge in order, asks what is missing and no more."""
+    monkeypatch.setattr(mt_bench, "plot_radar", lambda *_: None)  # takes a second, and is looked at elsewhere
     judge, options, fact, least, most = FAILURES[case]
     fake.judge = judge
     words = [*files, "--server", fake.url, "--judge", fake.url, "--judge-model", "j", "--output", tmp_path / "o"]
