@@ -27,6 +27,7 @@ from steerjax.evaluation.mt_bench_judge import (
     MISSING,
     RANGE,
     SCORE,
+    TOKENS,
     Call,
     Judgment,
     LanguageJudge,
@@ -71,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--judge-model", metavar="NAME", help="default: the one model that the server has")
     add("--judge-workers", type=int, default=8, metavar="N", help="calls at a time; default 8")
     add("--judge-timeout", type=float, default=600, metavar="SECONDS", help="of one try of eight; default 600")
-    add("--judge-max-tokens", type=int, default=2048, metavar="N", help="of a judgment; default 2048, FastChat's")
+    add("--judge-max-tokens", type=int, default=TOKENS, metavar="N", help="of a judgment; default 2048, FastChat's")
     add("--on-refusal", choices=("error", "missing"), default="error",
         help="a prompt that the judge's server does not take, as too long: an error, or a missing rating")  # fmt: skip
     add("--scalar", metavar="NAME", help="also a reward model's weighted sum: goodness, NAME=W,...")
@@ -104,7 +105,7 @@ def run(options: argparse.Namespace) -> Result | None:
     answers = answered(questions, o)
     if not known:
         print(judge_plan(questions, answers, path, name, reward, o), flush=True)
-    calls, model = _calls(questions, answers, reward), next(iter(answers.values()))["model"]
+    calls, model = _calls(questions, answers, reward, o), next(iter(answers.values()))["model"]
     if reward and None in kept_judgments(path, calls, name, None, model)[0]:
         judge = RewardJudge(o.judge, o)
     judgments, failed = kept_judgments(path, calls, name, judge, model)
@@ -143,14 +144,17 @@ def check_options(o: argparse.Namespace):
 # ---- judgments
 
 
-def _calls(questions: Sequence[Question], answers: Answers, reward: bool, assumed: int = 0) -> list[Call]:
-    """All first turns, then all second ones, as FastChat; an answer that is not there yet is of `assumed` tokens."""
+def _calls(
+    questions: Sequence[Question], answers: Answers, reward: bool, o: argparse.Namespace
+) -> list[Call]:  # fmt: skip
+    """All first turns, then all second ones, as FastChat; an answer that is not there yet is taken for a long one."""
+    assumed = {"answer": "x" * o.max_new_tokens * _CHARACTERS}
     calls = []
     for turn in (1, 2):
         for q in questions:
-            said = [answers.get((q.id, t), {}).get("answer", "x" * assumed * _CHARACTERS) for t in range(1, turn + 1)]
+            said = [answers.get((q.id, t), assumed)["answer"] for t in range(1, turn + 1)]
             asked = (q.id, q.turns, said)
-            calls.append(scored_call(*asked) if reward else prompted_call(*asked, q.references))
+            calls.append(scored_call(*asked) if reward else prompted_call(*asked, q.references, o.judge_max_tokens))
     return calls
 
 
@@ -158,7 +162,7 @@ def judge_plan(
     questions: Sequence[Question], answers: Answers, path: Path, name: str | None, reward: bool, o: argparse.Namespace
 ) -> str:
     """What is to be judged still, and about how many tokens that takes."""
-    calls = _calls(questions, answers, reward, o.max_new_tokens)
+    calls = _calls(questions, answers, reward, o)
     kept = kept_judgments(path, calls, name, None, "")[0] if path.exists() else [None] * len(calls)
     todo = [call for call, judgment in zip(calls, kept, strict=True) if judgment is None]
     tokens = sum(len(call.system) + len(call.user) for call in todo) // _CHARACTERS
@@ -316,7 +320,7 @@ def _notes(
     notes = [f"{count} {words}." for words, count in counts.items() if count]
     if not reward:
         notes.append("Scores compare only with those of the same judge on the same questions; published ones are "
-                     f"GPT-4's on 80, these are of {questions}.")  # fmt: skip
+                     f"GPT-4's on 80 questions, and here are {questions}.")  # fmt: skip
     return notes
 
 

@@ -35,6 +35,7 @@ NEED_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")  # categories
 SCORE = "MT-Bench"  # what a language model gives; a reward model's scores have their attributes' names
 MISSING = -1  # the rating of a judgment that names none
 RANGE = 1, 10  # asked for; not enforced
+TOKENS = 2048  # of a judgment, in FastChat
 
 _RATINGS = re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")
 _PROMPTS = Path(__file__).with_name("mt_bench_prompts.jsonl")
@@ -77,9 +78,10 @@ class Call:
     system: str
     user: str
     conversation: Conversation
+    max_tokens: int = TOKENS  # of a language model's judgment
 
     def key(self, judge: str | None) -> tuple:
-        return self.question_id, self.turn, self.user, (judge, self.prompt)
+        return self.question_id, self.turn, self.user, self.max_tokens, (judge, self.prompt)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
@@ -93,15 +95,17 @@ class Judgment:
     judgment: str = ""
     score: int | float = MISSING
     finish: str = ""  # "length": cut
+    max_tokens: int = TOKENS
     scores: dict[str, float] | None = None  # a reward model's
 
     def key(self) -> tuple:
-        return self.question_id, self.turn, self.user_prompt, self.judge
+        return self.question_id, self.turn, self.user_prompt, self.max_tokens, self.judge
 
 
 def prompted_call(
-    question_id: int | str, questions: Sequence[str], answers: Sequence[str], references: Sequence[str] | None
-) -> Call:
+    question_id: int | str, questions: Sequence[str], answers: Sequence[str], references: Sequence[str] | None,
+    max_tokens: int = TOKENS,
+) -> Call:  # fmt: skip
     """The call that judges the last of one or two answers; `references` are the right ones, where they are needed."""
     name = f"single{'-math' if references else ''}-v1{'-multi-turn' if len(answers) == 2 else ''}"
     fields = {"question": questions[0], "answer": answers[0]}
@@ -110,7 +114,7 @@ def prompted_call(
         fields |= {f"ref_answer_{n}": references[n - 1]} if references else {}
     system, template = prompts()[name]["system_prompt"], prompts()[name]["prompt_template"]
     turns = conversation_of(questions, answers)
-    return Call(question_id, len(answers), name, system, template.format(**fields), turns)
+    return Call(question_id, len(answers), name, system, template.format(**fields), turns, max_tokens)
 
 
 def scored_call(question_id: int | str, questions: Sequence[str], answers: Sequence[str]) -> Call:
@@ -132,33 +136,37 @@ class LanguageJudge:
     def __init__(self, url: str, model: str | None, *, workers: int, timeout: float, max_tokens: int):
         sampling = Sampling(max_new_tokens=max_tokens)
         self._server = Server(url, model, Schema(()), sampling, workers=workers, timeout=timeout)
-        self.name, self._workers = self._server.model, workers
+        self.name, self._workers, self._max_tokens = self._server.model, workers, max_tokens
+        self._lock = threading.Lock()
 
     def judged(self, calls: Sequence[Call]) -> Iterator[tuple[Call, dict | ModelError]]:
         """Judgments as they come, or why there is none. Ends early where the server seems to be gone."""
-        stop, failures, pool = threading.Event(), 0, ThreadPoolExecutor(self._workers)
-        running = {pool.submit(self._judged, call, stop): call for call in calls}
+        self._failures, self._gone, pool = 0, False, ThreadPoolExecutor(self._workers)
+        running = {pool.submit(self._judged, call): call for call in calls}
         try:
-            for future in as_completed(running):
-                if (found := future.result()) is None:
-                    continue
-                failures = 0 if isinstance(found, dict | RefusedRequest) else failures + 1
-                if failures == _GIVE_UP:
-                    stop.set()  # what is on its way is still waited for, and kept
-                yield running[future], found
+            for future in as_completed(running):  # also what is on its way when the server goes
+                if (found := future.result()) is not None:
+                    yield running[future], found
         finally:
-            stop.set()
+            self._gone = True
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _judged(self, call: Call, stop: threading.Event) -> dict | ModelError | None:
-        if stop.is_set():
+    def _judged(self, call: Call) -> dict | ModelError | None:
+        """None: the server seems to be gone, and is not asked."""
+        if self._gone:
             return None
         try:
             asked = Conversation((Turn("user", call.user),), call.system)
             (answer,) = self._server.answers(self._server.prepare(asked, [{}], 1))
         except ModelError as error:
+            with self._lock:
+                self._failures += not isinstance(error, RefusedRequest)
+                self._gone |= self._failures >= _GIVE_UP
             return error
-        return {"judgment": answer.text, "score": parse_rating(answer.text), "finish": answer.finish}
+        with self._lock:
+            self._failures = 0
+        said = {"judgment": answer.text, "score": parse_rating(answer.text), "finish": answer.finish}
+        return said | {"max_tokens": self._max_tokens}
 
 
 class RewardJudge:
@@ -199,7 +207,7 @@ def kept_judgments(
             cure = f"remove the line from {path.name}, and it is judged again"
             read = typed(Judgment, row, "row", functools.partial(DataError, cure=cure, file=str(path), line=line))
             kept[read.key()] = read  # the last of equal ones
-            kept[*read.key()[:3], (None, read.judge[1])] = read
+            kept[*read.key()[:-1], (None, read.judge[1])] = read
         todo = [call for call in calls if call.key(name) not in kept]
         if todo and judge:
             bar = tqdm(total=len(calls), initial=len(calls) - len(todo), unit="judgment", mininterval=pause)
