@@ -19,6 +19,7 @@ from steerjax.errors import ConfigError
 
 SUITES = {  # module of `evaluation` -> what its report is called
     "attributes": "Predicted ratings against people's",
+    "mt_bench": "MT-Bench: two-turn questions, graded by a judge",
     "steerability": "What requested ratings do",
     "reward_bench": "RewardBench",
     "reward_bench_2": "RewardBench 2",
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parser.parse_args(arguments)
         require_matplotlib()
         result = suite.run(options)
+        if result is None:  # it was only to say what it would do
+            return
         write_result(options.output, name, SUITES[name], vars(options), result)
         print(f"{result.text}\n\nreport with plots: {options.output / 'report.md'}")
 

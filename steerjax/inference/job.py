@@ -100,17 +100,7 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
     if finished and not beside(path, "settings.json").exists():  # it may be the input
         wrong = f"a file that we did not write is there, or {beside(path, 'settings.json')} is gone"
         raise DataError(wrong, file=str(path), cure="name another output")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = (path if finished else partial).open("ab+")
-    except OSError as error:
-        raise DataError(f"cannot write: {error}", file=str(path), cure="name a place that is writable") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            cure = "wait for it, or name another output"
-            raise DataError("another process is writing it", file=str(path), cure=cure) from None
+    with _locked(path if finished else partial, path) as file:
         file.seek(0)
         output = Output(path, finished, file, sum(1 for _ in (file if finished else _whole_lines(file))), set())
         if output.done or finished:
@@ -124,6 +114,36 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
         yield output
         if not finished:
             partial.rename(path)
+
+
+@contextmanager
+def appended(path: Path) -> Iterator[tuple[list[tuple[int, dict]], Callable[[Mapping[str, Any]], None]]]:
+    """For one process: (line, row) of what a file has, in any order, and what adds a row: on disk when it returns.
+
+    Raises DataError: another process is writing it, it is not writable, or a line that is no JSON object.
+    """
+    with _locked(path, path) as file:
+        rows = list(iter_rows(str(path))) if list(_whole_lines(file)) else []
+        if broken := [row for _, row in rows if isinstance(row, DataError)]:
+            raise broken[0]
+        yield rows, lambda row: _write(file, [_line(row)])
+
+
+@contextmanager
+def _locked(file: Path, output: Path) -> Iterator[IO[bytes]]:
+    """Opens a file to be read and added to; errors name the output."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = file.open("ab+")
+    except OSError as error:
+        raise DataError(f"cannot write: {error}", file=str(output), cure="name a place that is writable") from None
+    with opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            cure = "wait for it, or name another output"
+            raise DataError("another process is writing it", file=str(output), cure=cure) from None
+        yield opened
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -17,6 +17,10 @@ from steerjax.inference.steering import Answer, Sampling, Setting, end_space, ha
 from steerjax.schema import Schema, round_rating
 
 
+class RefusedRequest(ModelError):
+    """The server is up and does not take this request."""
+
+
 class Server:
     """Answers over HTTP; methods as those of `engine.Engine`. A request is a list of bodies, one for each setting.
 
@@ -24,14 +28,15 @@ class Server:
         url: `http://host:8000` or `.../v1`. The key in OPENAI_API_KEY is sent, if there is one.
         model: the served name; None takes the only model that it serves.
         template: of the served model; None, not known: the white space around an answer is then removed.
-        workers: requests at a time. attempts: tries of one request, with growing pauses.
+        workers: requests at a time. attempts: tries of one request, with growing pauses. timeout: seconds of a try.
 
-    Raises ModelError: no server there, or it serves several models; later, a refused request or an odd answer.
+    Raises ModelError: no server there, or it serves several models; later, an odd answer or, as RefusedRequest, what
+    the server does not take.
     """
 
     def __init__(
         self, url: str, model: str | None, schema: Schema, sampling: Sampling, *, template: Template | None = None,
-        workers: int = 16, attempts: int = 8,
+        workers: int = 16, attempts: int = 8, timeout: float = 600,
     ):  # fmt: skip
         import openai
 
@@ -43,7 +48,8 @@ class Server:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"'{url}' is no address of a server; cure: http://HOST:PORT")
         with self._reported():
-            options = {"max_retries": attempts - 1, "_strict_response_validation": True}
+            waits = openai.Timeout(timeout, connect=min(timeout, 5.0))
+            options = {"max_retries": attempts - 1, "timeout": waits, "_strict_response_validation": True}
             client = openai.OpenAI(base_url=self.url, api_key=key, **options)
             self._create = client.chat.completions.create
             names = [model] if model else [served.id for served in client.models.list()]
@@ -74,7 +80,7 @@ class Server:
     def run(self, requests: Sequence[list[dict]], done: int = 0) -> Iterator[list[Answer]]:
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                yield from pool.map(self._answers, requests[done:])
+                yield from pool.map(self.answers, requests[done:])
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -95,7 +101,8 @@ class Server:
         yield text[len(shown) :]
         yield Answer(text, finish, tokens)
 
-    def _answers(self, request: list[dict]) -> list[Answer]:
+    def answers(self, request: list[dict]) -> list[Answer]:
+        """To one request; may be called from several threads."""
         answers = []
         for body in request:
             with self._reported():
@@ -121,10 +128,10 @@ class Server:
             yield
         except Exception as error:
             about = f"{error} {error.__cause__ or ''}".strip()[:1000]
-            cure = "check that an OpenAI-compatible server is up there, and its log"
-            if getattr(error, "status_code", 0) == 400:  # it is up, and says what it does not take
-                cure = "ask for what the server says that it takes"
-            raise ModelError(f"{self.url}: {about}\n  cure: {cure}") from None
+            kind, cure = ModelError, "check that an OpenAI-compatible server is up there, and its log"
+            if getattr(error, "status_code", 0) in (400, 413, 422):  # it is up, and says what it does not take
+                kind, cure = RefusedRequest, "ask for what the server says that it takes"
+            raise kind(f"{self.url}: {about}\n  cure: {cure}") from None
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
