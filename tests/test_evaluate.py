@@ -17,7 +17,7 @@ from steerjax.report.records import read_metrics
 from steerjax.schema import STEERLM
 from steerjax.training.train import train
 from tests.refusals import says
-from tests.reward_models import reward_folder, read_rows, some_conversations, write_rows
+from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
 
 SHORT = ("--row-length", "256")
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
