@@ -9,9 +9,12 @@ from steerjax.report.results import (
     attribute_correlations,
     attribute_metrics,
     baseline,
+    calibration_slope,
     evaluate_predictions,
+    kappa_of_whole,
     mean_metric,
     quadratic_kappa,
+    rank_correlation,
 )
 from steerjax.schema import Attribute, Schema
 
@@ -174,3 +177,14 @@ def test_intervals_are_those_of_metrics_on_drawn_rows():
     assert low < result.average_mse()["model"] - result.average_mse()["mean rating"] < high
     one = evaluate_predictions(_schema("a"), [[1.0]], [[2.0]], [7], ["x"], np.empty((0, 1)), [])
     assert one.interval("pearson") is None
+
+
+@pytest.mark.short
+def test_kappa_and_calibration_equal_scikit_learns_and_scipys():
+    """`cohen_kappa_score(x, y, weights="quadratic")` of scikit-learn 1.9.1 on these numbers."""
+    random = np.random.default_rng(7)
+    x = random.integers(0, 5, 60)
+    y = np.clip(x + random.integers(-2, 3, 60), 0, 4)
+    assert kappa_of_whole(x, y) == pytest.approx(0.6147332768839966, abs=1e-12)
+    assert calibration_slope(x.astype(float), y.astype(float)) == pytest.approx(stats.linregress(x, y).slope, abs=1e-12)
+    assert rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
