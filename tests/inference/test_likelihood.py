@@ -59,7 +59,7 @@ def texts(seed=0) -> list[tuple[np.ndarray, int]]:
 
 def plain_logits(bundle):
     """Tokens -> their logits [T, V], without packing, chunks or mesh."""
-    params, length = jax.tree.map(np.asarray, bundle.params), 80
+    params, length = jax.tree.map(jnp.asarray, jax.device_get(bundle.params)), 80
     apply = jax.jit(lambda row: bundle.module.apply({"params": params}, row[None], jnp.arange(length)[None], until)[0])
     until = jnp.full((1, length), length)
     return lambda tokens: np.asarray(apply(np.pad(tokens, (0, length - len(tokens)))), np.float64)[: len(tokens)]
