@@ -33,11 +33,13 @@ def compare(folders: Sequence[Path], output: Path) -> None:
     parts = [suite.columns(read_rows(folder)) for folder in folders]
     deltas = {name: differences(suite.measure, part, parts[0]) for name, part in zip(names[1:], parts[1:], strict=True)}
     shared = [key for key in found[names[0]] if all(key in each for each in found.values())]
+    if not shared:
+        raise ConfigError(f"--compare of {', '.join(names)}: no figure is in all; cure: the same scores or attributes")
     output.mkdir(parents=True, exist_ok=True)
     plots = {"compared.png": "Every figure that differs, with 95% intervals"}
     plot_compared({name: {key: found[name][key] for key in shared} for name in names}, output / "compared.png")
     if hasattr(suite, "plot_compared"):
-        suite.plot_compared(names, folders, output / f"{said[0]['suite']}.png")
+        suite.plot_compared(folders, said, output / f"{said[0]['suite']}.png")
         plots[f"{said[0]['suite']}.png"] = "What the suite draws of each model"
     text = "\n".join([
         *text_table(_table(shared, found, deltas), "<" + ">" * len(names) + "<>" * (len(names) - 1)), "",
