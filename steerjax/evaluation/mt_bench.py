@@ -90,7 +90,7 @@ def run(options: argparse.Namespace) -> Result | None:
     """
     o, schema = options, check_options(options)
     questions, reward = read_questions(o.questions, o.references, schema is None), schema is not None
-    name, judge = o.judge if reward else o.judge_model, None
+    name, judge = _reward_judge(o.judge) if reward else o.judge_model, None
     if not (reward or o.dry_run):
         judge = LanguageJudge(
             o.judge, o.judge_model, workers=o.judge_workers, timeout=o.judge_timeout, max_tokens=o.judge_max_tokens
@@ -114,6 +114,14 @@ def run(options: argparse.Namespace) -> Result | None:
     rows = result_rows(questions, answers, judgments, name, reward, weights)
     (o.output / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
     return report(rows, judgments, answers, reward, o)
+
+
+def _reward_judge(folder: str) -> str:
+    """What the judgments of a reward model are kept under: one that is trained anew in its place is another."""
+    from steerjax.bundle import locate
+    from steerjax.inference.annotation import model_digest
+
+    return f"{folder} {model_digest(locate(folder))[:8]}"
 
 
 def check_options(o: argparse.Namespace):
