@@ -1,3 +1,31 @@
-"""steerjax: SteerLM in JAX. Reward models that predict human ratings, and chat models steered by them."""
+"""SteerLM in JAX: reward models that predict human ratings, and chat models that are steered by them.
 
+    import steerjax
+
+    rm = steerjax.load("runs/rm")  # a run, a checkpoint, a Hugging Face folder or a hub id
+    rm.rate("What is RoPE?", ["A rotation of queries and keys by their positions.", "No idea."])
+    # [{"helpfulness": 3.1, "correctness": 3.2, ...}, {"helpfulness": 0.9, ...}]
+
+    chat = steerjax.load("runs/sft")
+    chat.generate("Why is the sky blue?", {"verbosity": 1})
+    for piece in chat.stream("Why is the sky blue?", {"verbosity": 4, "complexity": 4}):
+        print(piece, end="")
+
+    from steerjax.config import default_config
+
+    config = default_config()  # what a recipe of configs/ changes
+    config.data.train = ("ratings.jsonl",)
+    steerjax.fit(config, workdir="runs/mine")  # run again with the same workdir, it resumes
+
+    served = steerjax.connect("http://localhost:8000")  # a server with an exported model
+    served.generate("Why is the sky blue?", {"verbosity": 1})
+
+Every error that a user can cure is a `SteerjaxError`, whose message says what is wrong, where, and the cure. The
+commands are the same things in a terminal: `steerjax --help`.
+"""
+
+from steerjax.api import Model, ServedModel, connect, fit, load
+from steerjax.errors import SteerjaxError
+
+__all__ = ["Model", "ServedModel", "SteerjaxError", "connect", "fit", "load"]
 __version__ = "0.2.0.dev0"

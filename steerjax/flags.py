@@ -22,6 +22,9 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
     `usage` is what --help shows. A SteerjaxError is printed without a traceback; the exit status is then 2.
     """
     config = config_flags.DEFINE_config_file("config", None, "A recipe: a Python file with get_config().")
+    if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
+        _print_help(usage)
+        return
     sys.modules["__main__"].__doc__ = usage  # where absl looks for it
 
     def run(_) -> None:
@@ -38,16 +41,61 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
     app.run(run, flags_parser=_parse_flags)
 
 
+def _print_help(usage: str) -> None:
+    """Flags, recipes and every key of the config."""
+    from steerjax.reference import reference_text
+
+    foreign = ("absl", "ml_collections", "etils", "orbax")
+    modules = flags.FLAGS.flags_by_module_dict().items()
+    own = [flag for name, found in modules if not name.startswith(foreign) for flag in found if flag.help]
+    print(usage.strip(), "", *(f"  --{flag.name}: {flag.help}" for flag in own), sep="\n")
+    print(f"\nRecipes that come with steerjax: {', '.join(recipes())}.\n\n{reference_text()}")
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name: of an installed package or of a checkout."""
+    package = Path(__file__).parent
+    folders = [folder for folder in (package / "recipes", package.parent / "configs") if folder.is_dir()]
+    return {file.stem: file for folder in folders for file in sorted(folder.glob("*.py"))}
+
+
+def find_recipe(name: str) -> str:
+    """The path of a recipe: a file, or by its name (`rm`, `configs/rm.py`) one that comes with the package.
+
+    Raises ConfigError: neither.
+    """
+    path = Path(name)
+    if path.is_file():
+        return name
+    known = recipes()
+    if path.stem in known and str(path.parent) in (".", "configs") and path.suffix in ("", ".py"):
+        return str(known[path.stem])
+    raise ConfigError(f"--config {name}: no such recipe; cure: a file with get_config(), or one of {', '.join(known)}")
+
+
 def _parse_flags(arguments: list[str]) -> list[str]:
-    """absl's parser; a key that the config lacks is an error like any other (ml_collections raises AttributeError)."""
+    """absl's parser, with recipes by name; a key that the config lacks is an error like any other, where ml_collections
+    raises AttributeError."""
     with reported_errors():
         try:
-            return app.parse_flags_with_usage(arguments)
+            return app.parse_flags_with_usage(_with_recipe(arguments))
         except (AttributeError, KeyError, TypeError) as error:
             said = " ".join(str(error.args[0] if error.args else error).split())
             raise ConfigError(f"flags of the config: {said}\n  cure: the keys are in steerjax/config.py") from None
         except OSError as error:
             raise ConfigError(f"--config: {error}") from None
+
+
+def _with_recipe(arguments: list[str]) -> list[str]:
+    """`--config NAME` and `--config=NAME` with the recipe's path."""
+    found = list(arguments)
+    for place, argument in enumerate(arguments):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config") and equals:
+            found[place] = f"{flag}={find_recipe(value)}"
+        elif flag in ("--config", "-config") and place + 1 < len(arguments):
+            found[place + 1] = find_recipe(arguments[place + 1])
+    return found
 
 
 def _recipe(config: flags.FlagHolder) -> dict:

@@ -38,7 +38,7 @@ class DataConfig:
     train: Annotated[Sources, Field(min_length=1)] = ("embedded:helpsteer",)
     validation: Sources = ()  # without any, a part of the training prompts is held out
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of the prompts; of the rows, if all have one
-    format: Format = "auto"
+    format: Format = "auto"  # of the rows (docs/formats.md); auto is told from their keys
     schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"  # a preset
     attributes: tuple[tuple[str | float | int, ...], ...] = ()  # (name, low, high[, meaning]); take the preset's place
     on_bad_row: Literal["error", "skip"] = "error"  # skip counts them and lists them in skipped.jsonl

@@ -21,10 +21,10 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class RopeScaling:
     """Llama 3.1's `rope_type: llama3`. `factor` 1 is plain RoPE; 8 is Llama 3.1, 32 is Llama 3.2 1B and 3B."""
 
-    factor: PositiveFloat = 1.0
-    low_freq_factor: PositiveFloat = 1.0
-    high_freq_factor: PositiveFloat = 4.0
-    original_max_position_embeddings: Positive = 8192
+    factor: PositiveFloat = 1.0  # 1 is plain RoPE; 8 is Llama 3.1, 32 is Llama 3.2
+    low_freq_factor: PositiveFloat = 1.0  # wave lengths above original / this are stretched by `factor`
+    high_freq_factor: PositiveFloat = 4.0  # those below original / this are left as they are
+    original_max_position_embeddings: Positive = 8192  # positions before the stretch
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -40,8 +40,8 @@ class LoraConfig:
             bfloat16 lose nothing by it.
     """
 
-    rank: Count = 0
-    alpha: PositiveFloat = 16.0
+    rank: Count = 0  # 0 has none
+    alpha: PositiveFloat = 16.0  # over rank: the factor of the adapters
     targets: tuple[Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"], ...] = ("all-linear",)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     base_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -64,23 +64,23 @@ class LlamaConfig:
     when a run begins).
     """
 
-    vocab_size: Count = 0
-    hidden_size: Positive = 256
-    intermediate_size: Positive = 768
-    num_layers: Positive = 4
-    num_heads: Positive = 4
-    num_kv_heads: Count = 2
-    head_dim: Count = 0
-    max_position_embeddings: Positive = 4096
-    rope_theta: PositiveFloat = 10_000.0
+    vocab_size: Count = 0  # rows of the embedding; 0 takes the tokenizer's
+    hidden_size: Positive = 256  # D, width of a hidden state
+    intermediate_size: Positive = 768  # F, width of the feed-forward layer
+    num_layers: Positive = 4  # L
+    num_heads: Positive = 4  # N, query heads
+    num_kv_heads: Count = 2  # K, key-value heads; 0 is as many as query heads
+    head_dim: Count = 0  # H, of a head; 0 is hidden_size / num_heads
+    max_position_embeddings: Positive = 4096  # tokens that the model can tell apart
+    rope_theta: PositiveFloat = 10_000.0  # base of RoPE's wave lengths
     rope_scaling: RopeScaling = RopeScaling()
-    rms_norm_eps: PositiveFloat = 1e-5
-    tie_word_embeddings: bool = True
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    initializer_range: PositiveFloat = 0.02
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
-    window: Count = 0
+    rms_norm_eps: PositiveFloat = 1e-5  # added to the mean square in RMSNorm
+    tie_word_embeddings: bool = True  # the language-model head is the embedding
+    attention_bias: bool = False  # biases of q, k, v and o
+    mlp_bias: bool = False  # biases of gate, up and down
+    initializer_range: PositiveFloat = 0.02  # standard deviation of random weights
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"  # whose differences from Llama it has (families/)
+    window: Count = 0  # tokens that one sees before it, Mistral only; 0 is all
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
@@ -140,8 +140,8 @@ class HeadConfig:
     No stock server loads a bias.
     """
 
-    readout: Literal["last", "mean"] = "last"
-    use_bias: bool = False
+    readout: Literal["last", "mean"] = "last"  # a response's last token, or the mean of all
+    use_bias: bool = False  # no server loads one
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

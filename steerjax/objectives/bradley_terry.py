@@ -30,8 +30,8 @@ class BradleyTerryConfig(ObjectiveConfig):
     its own, called `preference`.
     """
 
-    loss: Literal["regular", "margin", "scaled"] = "regular"
-    score: Mapping[str, float] = field(default_factory=dict)
+    loss: Literal["regular", "margin", "scaled"] = "regular"  # how a row's strength counts
+    score: Mapping[str, float] = field(default_factory=dict)  # weights of attributes; none is an output of its own
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that the model does not predict, or none but 0."""

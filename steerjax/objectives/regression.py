@@ -32,8 +32,8 @@ class RegressionConfig(ObjectiveConfig):
     predictions vary as ratings do, which is best for quadratic kappa and worse for MSE.
     """
 
-    average: Literal["ratings", "examples"] = "ratings"
-    stretch: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    average: Literal["ratings", "examples"] = "ratings"  # what the mean is over
+    stretch: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # of ratings about their mean
     attribute_weights: Mapping[str, Weight] = field(default_factory=dict)  # by name; what is not named weighs 1
 
     def check(self, schema: Schema) -> None:

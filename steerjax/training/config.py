@@ -40,15 +40,15 @@ class OptimizerConfig:
             propagated back through them.
     """
 
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    min_learning_rate: NotNegative = 0.0
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3  # the highest
+    min_learning_rate: NotNegative = 0.0  # where `cosine` ends
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: Count = 10
+    warmup_steps: Count = 10  # from 0 to the highest
     constant_steps: Count = 0
     weight_decay: NotNegative = 0.1
-    beta1: Beta = 0.9
-    beta2: Beta = 0.98
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    beta1: Beta = 0.9  # decay of Adam's mean of gradients
+    beta2: Beta = 0.98  # of its mean of squares
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8  # added to the root of the mean of squares
     clip_norm: NotNegative = 1.0
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     max_bad_steps: Annotated[int, Field(ge=1)] = 5
@@ -74,7 +74,7 @@ class TrainConfig:
     """
 
     epochs: NotNegative = 1.0
-    steps: Count = 0
+    steps: Count = 0  # 0 follows from epochs
     seed: Count = 0
     log_every: Count = 1
     evaluate_every: Count = 0

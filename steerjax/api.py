@@ -1,0 +1,266 @@
+"""The Python interface: `load`, `connect`, `fit`. Nothing here imports jax before it is called."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from steerjax.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from steerjax.bundle import Bundle
+    from steerjax.hf.description import Description
+    from steerjax.inference.steering import Sampling
+    from steerjax.schema import Schema
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+Prompt = str | Sequence[Message]
+Ratings = dict[str, float]
+
+
+def load(path: str | Path, *, template: str | None = None, mesh: str = "", dtype: str = "auto") -> Model:
+    """Opens a run, a checkpoint, a Hugging Face folder or a hub id.
+
+    Args:
+        template: for a folder that does not say which chat template it was trained with: extra_id, chatml, llama3,
+            llama2, or source for the model's own.
+        mesh: how the parameters lie on the devices, as `fsdp=2,tensor=4`; all devices on the data axis where empty.
+        dtype: of the computation: float32, bfloat16, or auto (float32 on a CPU, bfloat16 elsewhere).
+
+    Raises SteerjaxError: nothing to open there; says what cures it.
+    """
+    from steerjax.bundle import open_bundle
+    from steerjax.parallel.mesh import parse_mesh
+
+    return Model(open_bundle(path, parse_mesh(mesh), template=template, dtype=dtype))
+
+
+def connect(url: str, *, model: str | None = None, like: str | Path | None = None) -> ServedModel:
+    """A chat model that an OpenAI-compatible server (vLLM, SGLang) has: `http://localhost:8000`.
+
+    Args:
+        model: the served name; where the server has one model, that.
+        like: the exported folder that it serves, for the names and ranges of its attributes; without it they are those
+            of the papers (helpfulness, ..., 0 to 4), and the server says which it takes.
+
+    Raises SteerjaxError: no server there, or no such folder.
+    """
+    from steerjax.bundle import describe
+
+    return ServedModel(url, model, describe(like) if like else None)
+
+
+def fit(config: Mapping | Any, workdir: str | Path) -> dict[str, Mapping[str, float | None]]:
+    """Trains a model, as `steerjax train`; run again with the same workdir, it resumes.
+
+    Args:
+        config: what a recipe's `get_config()` returns: `steerjax.config.default_config()` with changes.
+        workdir: the run's folder; `load` opens it.
+
+    Returns:
+        Of each objective the metrics on the validation split at the end, by name; None where one is undefined.
+
+    Raises SteerjaxError: bad config or data, a workdir of another experiment, gradients that stay non-finite.
+    """
+    from steerjax.config import resolve
+    from steerjax.flags import local_folder
+    from steerjax.training.train import train
+
+    experiment = resolve(config.to_dict() if hasattr(config, "to_dict") else config)
+    return {name: found.values for name, found in train(experiment, local_folder(str(workdir))).items()}
+
+
+class _Chat:
+    """What writes answers: a model of our own or a server's."""
+
+    schema: Schema
+
+    def _backend(self, sampling: Sampling, batch_size: int):
+        raise NotImplementedError
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        attributes: Mapping[str, float | None] | None = None,
+        *,
+        samples: int = 1,
+        temperature: float | None = None,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        max_new_tokens: int = 512,
+        batch_size: int = 8,
+    ) -> Any:
+        """Answers to one prompt, or to each of a list.
+
+        Args:
+            prompt: a text, or messages (`{"role": ..., "content": ...}`) that end with the user's; or a list of these.
+            attributes: the ratings that are asked for, over the model's defaults; None leaves an attribute out.
+            samples: answers to each prompt.
+            temperature: 0 takes the likeliest token; without one it is 0, or 1 where something asks to sample.
+            seed: the same seed and prompt give the same text, whatever the batch.
+            batch_size: answers that are decoded together.
+
+        Returns:
+            A text; with several `samples` a list of texts; of a list of prompts a list of either.
+
+        Raises SteerjaxError: an unknown attribute, a rating outside its range, a prompt that leaves no room.
+        """
+        if samples < 1 or batch_size < 1 or (samples > 1 and temperature == 0):
+            cure = "at least 1 of each, and a temperature above 0 for several samples"
+            raise ConfigError(f"samples {samples}, batch_size {batch_size}, temperature {temperature}; cure: {cure}")
+        sampling = _sampling(temperature, top_k, top_p, seed, max_new_tokens, samples)
+        backend, setting = self._backend(sampling, batch_size), self._setting(attributes)
+        one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping))
+        requests = [backend.prepare(conversation_of(p), [setting], samples) for p in ([prompt] if one else prompt)]
+        found = [[answer.text for answer in answers] for answers in backend.run(requests)] if requests else []
+        found = [answers[0] for answers in found] if samples == 1 else found
+        return found[0] if one else found
+
+    def stream(
+        self, prompt: Prompt, attributes: Mapping[str, float | None] | None = None, *, temperature: float | None = None,
+        top_k: int = 0, top_p: float = 1.0, seed: int = 0, max_new_tokens: int = 512,
+    ) -> Iterator[str]:  # fmt: skip
+        """The pieces of one answer as they are written; together they are what `generate` returns."""
+        sampling = _sampling(temperature, top_k, top_p, seed, max_new_tokens, 1)
+        backend = self._backend(sampling, 1)
+        for piece in backend.stream(backend.prepare(conversation_of(prompt), [self._setting(attributes)], 1)):
+            if isinstance(piece, str) and piece:
+                yield piece
+
+    def _setting(self, attributes: Mapping[str, float | None] | None) -> dict[str, int | None]:
+        from steerjax.schema import check_rating, round_rating
+
+        found = {}
+        for name, value in (attributes or {}).items():
+            attribute = self.schema[name]
+            found[name] = None if value is None else round_rating(check_rating(value, attribute), attribute)
+        return found
+
+
+class Model(_Chat):
+    """An opened model. `load` makes one.
+
+    Attributes:
+        kind: "reward", which has `rate`, or "chat", which has `generate` and `stream`.
+        schema: its attributes in order, each with name, low, high and meaning.
+        description: all else that is known of it.
+    """
+
+    def __init__(self, bundle: Bundle):
+        self._bundle, self._engines = bundle, {}
+        self.description: Description = bundle.description
+        self.kind = self.description.kind
+
+    def __repr__(self) -> str:
+        return f"<steerjax {self.kind} model '{self.description.path}': {', '.join(self.schema.names)}>"
+
+    @functools.cached_property
+    def schema(self) -> Schema:
+        from steerjax.schema import STEERLM
+
+        return self._scorer.schema if self.kind == "reward" else self.description.schema or STEERLM
+
+    @functools.cached_property
+    def _scorer(self):
+        from steerjax.inference.scorer import Scorer
+
+        return Scorer(self._bundle)
+
+    def rate(self, prompt: Prompt, responses: str | Sequence[str]) -> Ratings | list[Ratings]:
+        """Predicted ratings of responses to a prompt; what they share is computed once.
+
+        Args:
+            prompt: a text, or messages before the response (`{"role": ..., "content": ...}`).
+
+        Returns:
+            Of one response its ratings by attribute; of a list, a list.
+
+        Raises SteerjaxError: a chat model, or a response that is too long with its prompt.
+        """
+        from steerjax.inference.scorer import predict, predicted_keys
+
+        one = isinstance(responses, str)
+        asked = conversation_of(prompt)
+        each = [answered(asked, text) for text in ([responses] if one else responses)]
+        _, predicted, refused = predict(self._scorer, each, [[len(c.turns) - 1] for c in each], skip=False)
+        if refused:
+            raise DataError(refused[0].reason, "responses", "a shorter prompt or response")
+        found = [predicted_keys(values, self._scorer.schema)["predicted_ratings"] for values in predicted]
+        return found[0] if one else found
+
+    def _backend(self, sampling: Sampling, batch_size: int):
+        from steerjax.inference.engine import Engine
+
+        key = dataclasses.replace(sampling, seed=0)  # the seed compiles nothing
+        if key not in self._engines:
+            self._engines[key] = Engine(self._bundle, self.schema, sampling)
+        engine = copy.copy(self._engines[key])
+        engine.sampling, engine.batch_size = sampling, batch_size
+        return engine
+
+
+class ServedModel(_Chat):
+    """A chat model that a server has. `connect` makes one."""
+
+    kind = "chat"
+
+    def __init__(self, url: str, model: str | None, about: Description | None):
+        from steerjax.schema import STEERLM
+
+        self.url, self._model, self.description = url, model, about
+        self.schema = about.schema if about and about.schema else STEERLM
+        self._model = self._backend(_sampling(None, 0, 1.0, 0, 1, 1), 1).model
+
+    def __repr__(self) -> str:
+        return f"<steerjax chat model '{self._model}' at {self.url}: {', '.join(self.schema.names)}>"
+
+    def _backend(self, sampling: Sampling, batch_size: int):
+        from steerjax.inference.server import Server
+
+        template = self.description.template if self.description else None
+        return Server(self.url, self._model, self.schema, sampling, template=template, workers=batch_size)
+
+
+def conversation_of(prompt: Prompt):
+    """The conversation that a text or messages begin. Raises DataError, which names the message."""
+    from steerjax.data.conversation import Conversation, Turn
+    from steerjax.data.formats import check_turns
+
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    turns = []
+    for place, message in enumerate(prompt):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise DataError(f"no message: {message!r:.80}", f"[{place}]", 'use {"role": ..., "content": ...}')
+        if not isinstance(message["content"], str):
+            raise DataError("no text", f"[{place}].content", "give a text")
+        turns.append(Turn(message["role"], message["content"]))
+    check_turns(turns, "prompt")
+    system = turns.pop(0).content if turns and turns[0].role == "system" else None
+    if not turns or turns[-1].role != "user":
+        raise DataError("no user turn at the end", "prompt", "end it with what the user says")
+    return Conversation(tuple(turns), system)
+
+
+def answered(conversation, text: str):
+    """The conversation with a response."""
+    from steerjax.data.conversation import Turn
+
+    return dataclasses.replace(conversation, turns=(*conversation.turns, Turn("assistant", text)))
+
+
+def _sampling(
+    temperature: float | None, top_k: int, top_p: float, seed: int, max_new_tokens: int, samples: int
+) -> Sampling:
+    from steerjax.inference.steering import Sampling
+    from steerjax.typed import typed
+
+    if temperature is None:
+        temperature = 1.0 if samples > 1 or top_k or top_p < 1 else 0.0
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    return typed(Sampling, asked, "sampling", ConfigError)

@@ -1,0 +1,53 @@
+"""`train --help` names every key; recipes are found by name, wherever they lie."""
+
+import subprocess
+import sys
+
+import pytest
+
+from steerjax.config import default_config
+from steerjax.errors import ConfigError
+from steerjax.flags import find_recipe, recipes
+from steerjax.reference import groups, reference_text
+from tests.refusals import refused
+
+pytestmark = pytest.mark.short
+
+
+def leaves(config, prefix=""):
+    for key, value in config.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def test_every_key_is_there_with_its_default_and_a_meaning():
+    expected = dict(leaves(default_config().to_dict()))
+    del expected["objectives"]
+    found = {key.name: key for _, _, keys in groups() for key in keys}
+    assert {name: key.default for name, key in found.items()} == expected
+    assert [name for name, key in found.items() if not key.meaning or not key.kind] == []
+    text = reference_text()
+    assert all(f"--config.{name}=" in text for name in expected)
+
+
+def test_help_of_train():
+    done = subprocess.run([sys.executable, "-m", "steerjax", "train", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for word in ("--workdir", "--config.optimizer.learning_rate=0.001  (number)", "rm_smollm2", "config.sft:"):
+        assert word in done.stdout
+
+
+def test_recipes_by_name(tmp_path, monkeypatch, repository):
+    expected = {file.stem for file in (repository / "configs").glob("*.py")}
+    assert set(recipes()) == expected
+    monkeypatch.chdir(tmp_path)
+    for name in ("rm", "rm.py", "configs/rm.py"):
+        assert find_recipe(name).endswith("configs/rm.py")
+    own = tmp_path / "rm"
+    own.write_text("")
+    assert find_recipe("rm") == "rm"  # a file goes before
+    for name in ("nothing", "elsewhere/rm.py", "configs/nothing.py"):
+        with refused(ConfigError, name, cure="rm_smollm2"):
+            find_recipe(name)
