@@ -37,4 +37,5 @@ def get_config():
     config.optimizer.warmup_steps = 10
     config.train.epochs = 1.0
     config.train.evaluate_every = 20
+    config.train.checkpoint_every = 50
     return config

@@ -33,4 +33,5 @@ def get_config():
     config.optimizer.warmup_steps = 3
     config.optimizer.weight_decay = 0.01
     config.train.epochs = 3.0
+    config.train.checkpoint_every = 20
     return config

@@ -46,4 +46,5 @@ def get_config():
     config.optimizer.weight_decay = 0.0
     config.train.epochs = 2.0
     config.train.evaluate_every = 50
+    config.train.checkpoint_every = 50
     return config

@@ -29,4 +29,5 @@ def get_config():
     config.optimizer.weight_decay = 0.01
     config.train.epochs = 4.0
     config.train.evaluate_every = 12
+    config.train.checkpoint_every = 20
     return config

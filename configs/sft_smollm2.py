@@ -30,4 +30,5 @@ def get_config():
     config.optimizer.warmup_steps = 10
     config.train.epochs = 1.0
     config.train.evaluate_every = 100
+    config.train.checkpoint_every = 100
     return config

@@ -117,6 +117,13 @@ def test_every_recipe_resolves(repository):
         resolve(namespace["get_config"]().to_dict())
 
 
+def test_every_recipe_saves_while_it_runs(repository):
+    for path in (repository / "configs").glob("*.py"):
+        namespace: dict = {}
+        exec(path.read_text(), namespace)
+        assert namespace["get_config"]().train.checkpoint_every > 0, path.name
+
+
 @pytest.mark.parametrize("recipe", ["default", "rm", "sft"])
 def test_packaged_data_is_taken_as_it_is(repository, recipe):
     """Every row becomes an example, duplicates too, and none is too long."""

@@ -24,8 +24,12 @@ class FrozenStates:
     def __call__(self, tree: int, node: int) -> np.ndarray:
         return self._nodes[tree, node]
 
-    def fill(self, states: Callable, params: dict, feed: Feeder, rows: Sequence[Row], size: int) -> None:
-        """Computes them with `frozen_states` over rows that hold all of the trees, `size` rows a step."""
+    def fill(
+        self, states: Callable, params: dict, feed: Feeder, rows: Sequence[Row], size: int,
+        done: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """Computes them with `frozen_states` over rows that hold all of the trees, `size` rows a step; `done` is called
+        after each."""
         build = dataclasses.replace(feed.build, states=None)
         feed = dataclasses.replace(feed, build=build)
         for step in evaluation_steps(rows, size):
@@ -33,6 +37,7 @@ class FrozenStates:
             for row, output in zip(step, outputs, strict=True):
                 for tree, node, place in build.layout(row).nodes:
                     self._nodes[tree, node] = output[place : place + len(build.trees[tree].pieces[node])].copy()
+            done()
 
 
 def frozen_states(module: nn.Module, frozen_layers: int, mesh: Mesh) -> Callable:

@@ -59,20 +59,25 @@ class MetricsWriter:
 
 
 class Progress:
-    """A bar on a terminal, a line now and then elsewhere; silent but on process 0."""
+    """A bar on a terminal; elsewhere a line now and then, with the time that is left; silent but on process 0."""
 
-    def __init__(self, first: int, steps: int, *, active: bool):
-        self._active, self._every = active, max(1, steps // 20)
-        self._bar = tqdm(total=steps, initial=first, unit="step", dynamic_ncols=True, disable=None if active else True)
+    def __init__(self, first: int, steps: int, *, active: bool, what: str = "step"):
+        self._active, self._what, self._first, self._begun = active, what, first, time.monotonic()
+        self._every = max(1, steps // 20)
+        off = None if active else True
+        self._bar = tqdm(total=steps, initial=first, desc=what, unit="step", dynamic_ncols=True, disable=off)
 
-    def step(self, step: int, loss: float, examples_per_second: float) -> None:
+    def step(self, step: int, words: str = "") -> None:
         """Says that a step is done."""
-        words = f"loss {loss:.4f}, {examples_per_second:.1f} examples/s"
         if not self._bar.disable:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(words)
         elif step % self._every == 0 or step == self._bar.total:
-            self.say(f"step {step}/{self._bar.total}: {words}")
+            said = [f"{self._what} {step}/{self._bar.total}", *([words] if words else [])]
+            if self._first < step < self._bar.total:
+                each = (time.monotonic() - self._begun) / (step - self._first)
+                said.append(f"{duration(each * (self._bar.total - step))} left")
+            self.say(f"{said[0]}: {', '.join(said[1:])}" if said[1:] else said[0])
 
     def say(self, words: str) -> None:
         """Prints a line without breaking the bar."""
@@ -82,3 +87,16 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """In words of two digits or so: 8 s, 12 min, 3.4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def say_phase(words: str, *, active: bool) -> None:
+    """What a run does before its first step, as it begins."""
+    if active:
+        print(f"{words} ...", flush=True)

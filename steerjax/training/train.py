@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import signal
 import threading
 import time
@@ -31,7 +32,7 @@ from steerjax.report.records import read_metrics
 from steerjax.training.cache import FrozenStates, frozen_states
 from steerjax.training.config import Experiment
 from steerjax.training.input import Input, check_batch, make_feeder, make_input
-from steerjax.training.metrics import MetricsWriter, Progress
+from steerjax.training.metrics import MetricsWriter, Progress, say_phase
 from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import initial_parameters, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
@@ -60,6 +61,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     mesh = make_mesh(e.mesh)
     check_batch(e.batch, mesh)
     objectives = make_objectives(e, schema, renderer)
+    say_phase("reading and packing the data", active=main)
     data = make_input(e, objectives, renderer)
     caches = [FrozenStates(e.model.hidden_size) if e.compute.cache_frozen else None for _ in range(2)]
     feed, feed_validation = (
@@ -98,6 +100,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         if step > steps:
             cure = f"config.train.steps (or epochs) of at least {step}, or another --workdir"
             raise CheckpointError(f"{workdir} has done step {step}, and {steps} are asked for; cure: {cure}")
+        say_phase("opening the parameters" if source or newest else "making parameters", active=main)
         if newest is None:
             whole, new_head = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
         else:
@@ -107,9 +110,12 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
             keep_tokenizer(renderer.tokenizer, workdir)
         if e.compute.cache_frozen:
             states = frozen_states(program.module, e.optimizer.frozen_layers, mesh)
-            rows = data.plan.epoch(0), data.validation_rows
-            for cache, one, of in zip(caches, (feed, feed_validation), rows, strict=True):
-                cache.fill(states, whole, dataclasses.replace(one, micro_batches=1), of, e.batch.evaluated)
+            rows, size = (data.plan.epoch(0), data.validation_rows), e.batch.evaluated
+            passes, counter = sum(-(-len(each) // size) for each in rows), itertools.count(1)
+            with contextlib.closing(Progress(0, passes, active=main, what="frozen layers")) as progress:
+                for cache, one, of in zip(caches, (feed, feed_validation), rows, strict=True):
+                    once = dataclasses.replace(one, micro_batches=1)
+                    cache.fill(states, whole, once, of, size, lambda: progress.step(next(counter)))
         if new_head:
             whole = program.with_new_heads(whole, feed(data.plan.step_rows(0)))
         state = make_state(whole, program.abstract, program.optimizer, e.optimizer, rest)
@@ -121,6 +127,8 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
                 print(f"resumed at step {step} of {steps} from {workdir / 'checkpoints'}", flush=True)
 
         # ---- Loop
+        if step < steps:
+            say_phase("compiling the step, then the first of them", active=main)
         with (
             contextlib.closing(MetricsWriter(workdir, step, active=main)) as writer,
             contextlib.closing(Progress(step, steps, active=main)) as progress,
@@ -222,7 +230,7 @@ def loop(
         record = step_record(run, rows, metrics, seconds)
         if done % max(1, e.train.log_every) == 0 or done == run.steps:
             writer.write(done, "train", record)
-        progress.step(done, record["loss"], record["examples_per_second"])
+        progress.step(done, f"loss {record['loss']:.4f}, {record['examples_per_second']:.1f} examples/s")
         if metrics["bad_in_row"] >= e.optimizer.max_bad_steps:
             raise TrainingError(
                 f"step {done}: gradients were not finite {metrics['bad_in_row']} steps in a row; "

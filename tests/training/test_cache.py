@@ -46,7 +46,11 @@ def test_cached_equals_whole(whole, tmp_path, frozen_layers):
     assert params[0]["llama"]["layers"]["mlp"]["up"]["kernel"].shape[0] == 3  # one stack, whatever is frozen
 
 
-def test_a_cached_run_goes_on_and_may_drop_the_cache(whole, tmp_path):
+def test_a_cached_run_goes_on_and_may_drop_the_cache(whole, tmp_path, capsys):
     train(experiment(cached=True, steps=2), tmp_path)
+    said = capsys.readouterr().out
+    phases = ["reading and packing", "making parameters", "frozen layers 1/", "compiling", "step 1/2"]
+    places = [said.index(phase) for phase in phases]
+    assert places == sorted(places)
     train(experiment(cached=False), tmp_path)
     np.testing.assert_allclose(losses(tmp_path, 3), losses(whole[0], 3), rtol=1e-5)
