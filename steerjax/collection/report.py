@@ -94,7 +94,8 @@ def row_of(name: str, key: Key, ratings: Ratings) -> dict:
     given = {attribute: pairs for attribute, pairs in given.items() if pairs}
     return {
         "id": name,
-        "messages": task.turns(),
+        "system": task.conversation["system"],
+        "messages": [{"role": turn["role"], "content": turn["content"]} for turn in task.conversation["turns"]],
         **{attribute: [_plain(rating) for _, rating in pairs] for attribute, pairs in given.items()},
         "raters": {attribute: [rater for rater, _ in pairs] for attribute, pairs in given.items()},
         "source": " = ".join(source_names(task)),
@@ -158,8 +159,9 @@ def sentences(
         less, before = means[off]
         if round(less - before, 2) > 0:
             said.append(f"Rater {off} differs most: without these ratings alpha is {less:.2f}, not {before:.2f}.")
+    ranges = {attribute.name: attribute.high - attribute.low for attribute in schema.attributes}
     harsh = [
-        (abs(figure.value), name) for name, figure in values.items()
+        (abs(figure.value) / ranges[name.partition("/")[0]], name) for name, figure in values.items()
         if name.endswith(" less others") and figure.interval and (figure.interval[0] > 0 or figure.interval[1] < 0)
     ]  # fmt: skip
     if harsh:

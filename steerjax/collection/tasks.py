@@ -23,6 +23,7 @@ from steerjax.typed import STRICT, read_json
 
 CONFIG, TASKS, KEY = "labelling_config.xml", "tasks.json", "key.json"
 RADIO = 11  # whole ratings that a row of radio buttons shows; more are typed as a number
+LETTERS = "qwetasdfgzxcvbyiopjklnm"  # keys that Label Studio has no other use for
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Rated:
     sources: list[dict[str, Any]]
 
     def turns(self) -> list[dict[str, str]]:
-        """System text and turns, as Label Studio shows them and as the format `messages` has them."""
+        """System text and turns, as Label Studio shows them."""
         system = self.conversation["system"]
         first = [{"role": "system", "content": system}] if system else []
         return first + [{"role": turn["role"], "content": turn["content"]} for turn in self.conversation["turns"]]
@@ -75,8 +76,9 @@ def read_answers(
             cure = "rows with one answer each, as `steerjax generate` writes; or --model to have one written"
             raise DataError("no answer to rate at the end", field="turns", cure=cure)
         turns = tuple(Turn(turn.role, turn.content) for turn in conversation.turns)
-        found = {"id": conversation.id or f"{source}:{line}", "generation": row.get("generation")}
-        made = found["generation"] if isinstance(found["generation"], dict) else {}
+        found = {"id": conversation.id or f"{source}:{line}"}
+        made = row["generation"] if isinstance(row.get("generation"), dict) else {}
+        found |= {"generation": made} if made else {}
         given = row.get("source") if isinstance(row.get("source"), str) else None
         about = {"source": name or given or str(made.get("model") or source), **carried(found)}
         return InputRow(replace(conversation, turns=turns, id=found["id"], file=source, line=line), about)
@@ -139,6 +141,7 @@ def labelling_config(schema: Schema) -> str:
     _add(view, "Paragraphs", name=dialogue, value="$dialogue", layout="dialogue", nameKey="role", textKey="content")
     xml.SubElement(view, "Header", value="Answer to rate", size="4")
     _add(view, "Text", name=response, value="$response")
+    keys = _hotkeys(schema)
     for attribute in schema.attributes:
         low, high = f"{attribute.low:g}", f"{attribute.high:g}"
         words = f"{attribute.name}, {low} to {high}" + (f": {attribute.meaning}" if attribute.meaning else "")
@@ -149,13 +152,29 @@ def labelling_config(schema: Schema) -> str:
         }  # fmt: skip
         if shows_radio(attribute):
             choices = _add(view, "Choices", **shared, choice="single-radio", showInline="true")
-            for label in attribute.labels:
-                xml.SubElement(choices, "Choice", value=str(label))
+            for label in map(str, attribute.labels):
+                xml.SubElement(choices, "Choice", {"value": label} | keys.get((attribute.name, label), {}))
         else:
             whole = attribute.low == attribute.labels[0] and attribute.high == attribute.labels[-1]
             _add(view, "Number", **shared, min=low, max=high, step="1" if whole else "any")
     xml.indent(view)
     return xml.tostring(view, encoding="unicode") + "\n"
+
+
+def _hotkeys(schema: Schema) -> dict[tuple[str, str], dict[str, str]]:
+    """By attribute and rating: digits for the first attribute whose ratings are digits, then letters while they last.
+
+    Label Studio's own would choose 0 where one presses 1.
+    """
+    digits, letters, found = set("0123456789"), LETTERS, {}
+    for attribute in filter(shows_radio, schema.attributes):
+        labels = [str(label) for label in attribute.labels]
+        if digits.issuperset(labels):
+            keys, digits = labels, set()
+        else:
+            keys, letters = letters[: len(labels)], letters[len(labels) :]
+        found |= {(attribute.name, label): {"hotkey": key} for label, key in zip(labels, keys, strict=False)}
+    return found
 
 
 def shows_radio(attribute: Attribute) -> bool:
