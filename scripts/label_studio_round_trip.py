@@ -157,6 +157,7 @@ def rate(url: str, project: Path) -> tuple[dict, list]:
     config = (project / "labelling_config.xml").read_text(encoding="utf-8")
     number = admin.call("POST", "/api/projects/", {"title": "round trip", "label_config": config})["id"]
     admin.call("POST", f"/api/projects/{number}/import", json.loads((project / "tasks.json").read_text()))
+    admin.call("PATCH", f"/api/projects/{number}/", {"maximum_annotations": len(raters)})
     tasks = admin.call("GET", f"/api/tasks/?project={number}&page_size=100")["tasks"]
     key = json.loads((project / "key.json").read_text())
     assert len(tasks) == len(key["tasks"])
@@ -177,6 +178,8 @@ def rate(url: str, project: Path) -> tuple[dict, list]:
                 rater.call("POST", path, {"result": results(draw(schema, 1 - truth, n), radio)})
                 time.sleep(0.05)
             rater.call("POST", path, {"result": results(ratings, radio), "lead_time": 12.5})
+            if n == 0:  # the others are still asked for it
+                assert raters[1].call("GET", f"/api/projects/{number}/next/")["id"]
             given.setdefault(task["data"]["task"], {})[str(rater.number)] = ratings
     return given, admin.call("GET", f"/api/projects/{number}/export?exportType=JSON&download_all_tasks=true")
 
