@@ -10,6 +10,7 @@ COMMANDS = {
     "prepare": "raw data to the conversation format",
     "annotate": "adds predicted ratings to conversations",
     "generate": "answers steered by ratings",
+    "collect": "answers to a Label Studio project, its export to rated rows",
     "evaluate": "measures a model",
     "export": "writes a Hugging Face folder",
     "merge": "averages or extrapolates models",
