@@ -10,6 +10,7 @@ COMMANDS = {
     "prepare": "raw data to the conversation format",
     "annotate": "adds predicted ratings to conversations",
     "generate": "answers steered by ratings",
+    "play": "a page to steer on, in the browser",
     "evaluate": "measures a model",
     "export": "writes a Hugging Face folder",
     "merge": "averages or extrapolates models",

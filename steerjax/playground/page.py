@@ -1,0 +1,270 @@
+"""The page, in Gradio: what is shown where, and what happens when something is pressed.
+
+Nothing but this process is spoken to: no analytics, no share link, no fonts or scripts from elsewhere. Texts of models
+and schemas are shown as text.
+"""
+
+import html
+import itertools
+import os
+import re
+import time
+from collections.abc import Iterator
+
+from steerjax.errors import SteerjaxError
+from steerjax.inference.steering import Answer, Sampling, Setting
+from steerjax.playground.calls import curl_call, python_call
+from steerjax.playground.player import Player
+from steerjax.playground.ratings import STYLE, ratings_plot
+from steerjax.schema import Attribute
+
+SIDES = "AB"
+_LONGEST = 4096  # new tokens that the page offers
+_STYLE = (
+    STYLE
+    + """
+.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.asked-for { align-items: center; gap: .6em; flex-wrap: nowrap !important; }
+.asked-for > .tick { flex: 0 0 2.2em !important; min-width: 2.2em !important; }
+.asked-for > .tick label span { position: absolute; opacity: 0; pointer-events: none; }
+.note { color: var(--body-text-color-subdued); font-size: .85em; min-height: 1.3em; }
+.problem { color: var(--error-text-color, #b91c1c); font-weight: 600; overflow-wrap: anywhere; }
+"""
+)
+# The page as it comes from Gradio names Google's fonts and a script of a CDN; neither is needed, neither is asked for.
+_ELSEWHERE = re.compile(rb'<(?:link|meta)[^>]*"https?://[^>]*>|<script[^>]*src="https?://[^>]*>\s*</script>')
+_POLICY = (
+    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws: wss:;"
+    " frame-ancestors 'self'; form-action 'self'"
+)
+
+
+def require_gradio() -> None:
+    """For the start, before a model is opened."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise SteerjaxError(f"the playground needs gradio ({error})\n  cure: pip install 'steerjax[play]'") from error
+
+
+def serve(player: Player, sampling: Sampling, host: str, port: int | None, *, block: bool = True) -> str:
+    """Serves the page until it is interrupted (not `block`: in a thread); its address. `port` None takes a free one.
+
+    Raises SteerjaxError: the port is taken.
+    """
+    require_gradio()
+    import gradio
+    from starlette.middleware import Middleware
+
+    try:
+        _, address, _ = build(player, sampling).launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
+            footer_links=[], css=_STYLE, theme=_theme(gradio), show_error=True, max_file_size=1,
+            app_kwargs={"middleware": [Middleware(OnlyHere)]}, ssr_mode=False, enable_monitoring=False,
+        )  # fmt: skip
+    except OSError as error:
+        raise SteerjaxError(f"--host {host} --port {port}: {error}\n  cure: another --port") from error
+    print(f"the playground is at {address} (Ctrl-C ends it)", flush=True)
+    while block:
+        time.sleep(3600)
+    return address
+
+
+def build(player: Player, sampling: Sampling):
+    """The `gradio.Blocks`. What is asked for goes through one queue, so that nobody's answers mix."""
+    import gradio as gr
+
+    start = player.default_setting()
+    with gr.Blocks(title="steerjax playground", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(_heading(player))
+        prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, elem_id="prompt", autofocus=True)
+        with gr.Accordion("System text and sampling", open=False, elem_id="more"):
+            system = gr.Textbox(label="System text", lines=2, elem_id="system", placeholder="the template's own")
+            with gr.Row():
+                longest = max(_LONGEST, sampling.max_new_tokens)
+                heat = gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: most likely token)")
+                new = gr.Slider(1, longest, sampling.max_new_tokens, step=1, label="Longest answer, in tokens")
+                seed = gr.Number(sampling.seed, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
+        with gr.Row():
+            ask = gr.Button("Ask A and B", variant="primary", elem_id="ask")
+            stop = gr.Button("Stop", elem_id="stop")
+        problem = gr.HTML(elem_id="problem")
+        sides = [None, None]
+        with gr.Row(equal_height=False):
+            for place, side in enumerate(SIDES):
+                with gr.Column(min_width=360):
+                    sides[place] = _Side(gr, side, player, start)
+        common = [prompt, system, heat, new, seed]
+        widgets = [*common, *(widget for side in sides for widget in side.asked)]
+        shown = [problem, *(widget for side in sides for widget in side.shown)]
+        width = 2 * len(player.schema)
+
+        def sampled(heat, new, seed) -> Sampling:
+            return Sampling(float(heat), sampling.top_k, sampling.top_p, int(seed or 0), int(new))
+
+        def asked(prompt, system, heat, new, seed, *values) -> Iterator[list]:
+            settings = [setting_of(player.schema.attributes, values[at : at + width]) for at in (0, width)]
+            yield from answers(player, prompt, system, settings, sampled(heat, new, seed))
+
+        def calls(prompt, system, heat, new, seed, *values) -> tuple[str, str]:
+            setting = setting_of(player.schema.attributes, values)
+            made = (player.target, prompt, system, setting, sampled(heat, new, seed))
+            return curl_call(*made), python_call(*made)
+
+        queued = {"concurrency_limit": player.at_once, "concurrency_id": "models", "api_visibility": "private"}
+        begun = [gr.on([ask.click], asked, widgets, shown, show_progress="hidden", **queued)]
+        stop.click(None, cancels=begun, queue=False, api_visibility="private")
+        for side in sides:
+            inputs = [*common, *side.asked]
+            quick = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+            events = [page.load, *(widget.change for widget in inputs)]
+            gr.on(events, calls, inputs, side.calls, queue=False, **quick)
+    return page.queue(max_size=64)
+
+
+class _Side:
+    """The widgets of one setting: `asked`, tick and slider of each attribute; `shown`, what an answer fills."""
+
+    def __init__(self, gr, side: str, player: Player, start: Setting):
+        gr.Markdown(f"### Setting {side}")
+        self.asked = []
+        for attribute in player.schema.attributes:
+            value, labels, name = start[attribute.name], attribute.labels, attribute.name
+            with gr.Row(elem_classes="asked-for"):
+                tick = gr.Checkbox(
+                    value is not None, label=f"{name} in the label of {side}", container=False, min_width=20,
+                    elem_id=f"tick-{side}-{name}", elem_classes="tick", scale=0,
+                )  # fmt: skip
+                at = value if value is not None else labels[len(labels) // 2]
+                slider = gr.Slider(
+                    labels[0], labels[-1], at, step=1, label=name, info=_meaning(attribute), buttons=[],
+                    interactive=value is not None, elem_id=f"slider-{side}-{name}",
+                )  # fmt: skip
+            tick.change(
+                lambda on: gr.update(interactive=on), tick, slider, queue=False, show_progress="hidden",
+                api_visibility="private",
+            )  # fmt: skip
+            self.asked += [tick, slider]
+        answer = gr.Textbox(
+            label=f"Answer {side}", lines=6, max_lines=24, interactive=False, buttons=["copy"], elem_id=f"answer-{side}"
+        )
+        note = gr.HTML(elem_id=f"note-{side}")
+        plot = gr.HTML(elem_id=f"plot-{side}", visible=player.judged is not None)
+        self.shown = [answer, note, plot]
+        with gr.Accordion("The same call elsewhere", open=False, elem_id=f"calls-{side}"):
+            code = {"interactive": False, "wrap_lines": True, "buttons": ["copy"]}
+            self.calls = [
+                gr.Code(language="shell", label="curl, to a server of the export", elem_id=f"curl-{side}", **code),
+                gr.Code(language="python", label="Python", elem_id=f"python-{side}", **code),
+            ]
+
+
+def setting_of(attributes: tuple[Attribute, ...], values: tuple) -> dict[str, int | None]:
+    """Of (tick, slider) of each attribute; None leaves one out of the label line."""
+    return {
+        attribute.name: int(rating) if tick else None
+        for attribute, tick, rating in zip(attributes, values[::2], values[1::2], strict=True)
+    }
+
+
+def answers(
+    player: Player, prompt: str, system: str, settings: list[Setting], sampling: Sampling
+) -> Iterator[list[str]]:
+    """What the page shows as both answers come: [problem, answer, note, plot of A, the same of B], all texts whole."""
+    shown = [["", "", ""] for _ in settings]
+
+    def now(problem: str = "") -> list[str]:
+        return [
+            f'<div class="problem" role="alert">{html.escape(problem)}</div>' if problem else "",
+            *itertools.chain(*shown),
+        ]
+
+    yield now()
+    for side, setting, parts in zip(SIDES, settings, shown, strict=True):
+        try:
+            begun, parts[1] = time.monotonic(), _note("answering")
+            yield now()
+            for piece in player.stream(prompt, system, setting, sampling):
+                if isinstance(piece, Answer):
+                    parts[0], parts[1] = piece.text, _note(_said(piece, time.monotonic() - begun))
+                elif piece:
+                    parts[0] += piece
+                yield now()
+            if player.judged is not None:
+                predicted = player.rate(prompt, system, parts[0])
+                parts[2] = ratings_plot(player.schema, setting, predicted, player.judged)
+                yield now()
+        except SteerjaxError as error:
+            parts[1] = _note("") if parts[1] == _note("answering") else parts[1]
+            yield now(f"{side}: {sentence(error)}")
+            return
+
+
+def sentence(error: SteerjaxError) -> str:
+    """An error and its cure on one line."""
+    return " ".join(str(error).replace("\n  cure:", "; cure:").split())
+
+
+def _said(answer: Answer, seconds: float) -> str:
+    length = f"{answer.tokens} tokens" if answer.tokens is not None else f"{len(answer.text.split())} words"
+    return f"{length}, {seconds:.1f} s" + (", cut at the longest answer" if answer.finish == "length" else "")
+
+
+def _note(text: str) -> str:
+    return f'<div class="note">{html.escape(text)}</div>'
+
+
+def _meaning(attribute: Attribute) -> str:
+    """The range, and what raters were asked; Gradio takes it for Markdown, so that signs of it are escaped."""
+    meaning = re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:/])", r"\\\1", html.escape(attribute.meaning))
+    labels = attribute.labels
+    return f"{labels[0]} to {labels[-1]}" + (f": {meaning}" if meaning else "")
+
+
+def _heading(player: Player) -> str:
+    about = html.escape(player.target.model) + (f" at {html.escape(player.target.url)}" if player.target.url else "")
+    rated = f", rated by {html.escape(str(player.reward_model))}" if player.judged else ""
+    return f'<h1>steerjax playground</h1><div class="note">{about}{rated}</div>'
+
+
+def _theme(gr):
+    """Gradio's own loads a font of Google's."""
+    return gr.themes.Default(
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
+    )
+
+
+class OnlyHere:
+    """ASGI middleware: a page that names no other host, and a policy by which the browser asks none."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, body = None, b""
+
+        async def sent(message):
+            nonlocal start, body
+            if message["type"] == "http.response.start":
+                headers = [*message["headers"], (b"content-security-policy", _POLICY.encode()),
+                           (b"referrer-policy", b"no-referrer")]  # fmt: skip
+                if not any(k == b"content-type" and v.startswith(b"text/html") for k, v in message["headers"]):
+                    await send(message | {"headers": headers})
+                    return
+                start = message | {"headers": [(k, v) for k, v in headers if k != b"content-length"]}
+            elif start is None:
+                await send(message)
+            else:
+                body += message.get("body", b"")
+                if not message.get("more_body"):
+                    body = _ELSEWHERE.sub(b"", body)
+                    start["headers"].append((b"content-length", str(len(body)).encode()))
+                    await send(start)
+                    await send({"type": "http.response.body", "body": body})
+
+        await self.app(scope, receive, sent)
