@@ -41,11 +41,9 @@ class Player:
             raise ModelError(f"'{model}' is a {about.kind} model, which writes no text\n  cure: give a chat model")
         own = about.schema if about else None
         if own is None and schema is None:
-            who = (
-                f"'{model}' does not say which attributes it takes" if about else "a server does not say its attributes"
-            )
+            who = f"'{model}' does not" if about else "a server does not"
             cure = "--schema" if about else "--model, the folder that it serves, or --schema"
-            raise ModelError(f"{who}\n  cure: {cure}, e.g. --schema helpsteer")
+            raise ModelError(f"{who} say which attributes it takes\n  cure: {cure}, e.g. --schema helpsteer")
         self.schema: Schema = own or SCHEMAS[schema]
         self.defaults: Mapping[str, float] | None = about.default_ratings if about else None
         self.judged: Schema | None = None
@@ -118,7 +116,7 @@ class Player:
 
 
 def streamed(pool: ThreadPoolExecutor, pieces: Callable[[], Iterator], closed: threading.Event) -> Iterator:
-    """The items of `pieces()`, which runs in a thread of the pool; it ends early where the caller does, or once `closed`.
+    """The items of `pieces()`, which runs in a thread of the pool; ends early where the caller does, or `closed`.
 
     What it raises is raised here.
     """

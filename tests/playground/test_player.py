@@ -109,4 +109,4 @@ def test_one_who_leaves_does_not_hold_the_model():
         assert next(stream) == "x"
         stream.close()
         assert ended.wait(10)
-        assert list(streamed(pool, lambda: iter("ab"), closed)) == ["a", "b"]
+        assert list(streamed(pool, lambda: (piece for piece in "ab"), closed)) == ["a", "b"]
