@@ -24,18 +24,22 @@ _STYLE = (
     STYLE
     + """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
-.asked-for { align-items: center; gap: .6em; flex-wrap: nowrap !important; }
-.asked-for > .tick { flex: 0 0 2.2em !important; min-width: 2.2em !important; }
+.gradio-container h3 { font-size: 1.1em; font-weight: 600; margin: .4em 0 0; }
+.asked-for { align-items: center; gap: .4em !important; flex-wrap: nowrap !important; }
+.asked-for > .tick { flex: 0 0 2em !important; min-width: 2em !important; border: none !important; }
 .asked-for > .tick label span { position: absolute; opacity: 0; pointer-events: none; }
-.note { color: var(--body-text-color-subdued); font-size: .85em; min-height: 1.3em; }
+.asked-for > .slider { gap: 0 !important; }
+.asked-for .html-container, .side > .block:has(.note, h3) .html-container { padding: 0 !important; }
+.asked-for .html-container { padding-right: 5.5em !important; overflow-wrap: anywhere; }
+.asked-for .slider .head { margin-top: -1.9em; justify-content: flex-end; }
+.side { gap: .7em !important; }
+.faint, .note { color: var(--body-text-color-subdued); font-size: .9em; overflow-wrap: anywhere; }
 .problem { color: var(--error-text-color, #b91c1c); font-weight: 600; overflow-wrap: anywhere; }
 """
 )
-# The page as it comes from Gradio names Google's fonts and a script of a CDN; neither is needed, neither is asked for.
-_ELSEWHERE = re.compile(rb'<(?:link|meta)[^>]*"https?://[^>]*>|<script[^>]*src="https?://[^>]*>\s*</script>')
-_POLICY = (
-    "default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob: ws: wss:;"
-    " frame-ancestors 'self'; form-action 'self'"
+_HEADERS = (
+    (b"content-security-policy", b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; form-action 'self'"),
+    (b"referrer-policy", b"no-referrer"),
 )
 
 
@@ -65,7 +69,8 @@ def serve(player: Player, sampling: Sampling, host: str, port: int | None, *, bl
             app_kwargs={"middleware": [Middleware(OnlyHere)]}, ssr_mode=False, enable_monitoring=False,
         )  # fmt: skip
     except OSError as error:
-        raise SteerjaxError(f"--host {host} --port {port}: {error}\n  cure: another --port") from error
+        wrong = f"the page cannot be served at {host}" + (f", port {port}: is the port taken?" if port else "")
+        raise SteerjaxError(f"{wrong}\n  cure: another --port, or --host 127.0.0.1") from error
     print(f"the playground is at {address} (Ctrl-C ends it)", flush=True)
     while block:
         time.sleep(3600)
@@ -94,7 +99,7 @@ def build(player: Player, sampling: Sampling):
         sides = [None, None]
         with gr.Row(equal_height=False):
             for place, side in enumerate(SIDES):
-                with gr.Column(min_width=360):
+                with gr.Column(min_width=360, elem_classes="side"):
                     sides[place] = _Side(gr, side, player, start)
         common = [prompt, system, heat, new, seed]
         widgets = [*common, *(widget for side in sides for widget in side.asked)]
@@ -128,20 +133,22 @@ class _Side:
     """The widgets of one setting: `asked`, tick and slider of each attribute; `shown`, what an answer fills."""
 
     def __init__(self, gr, side: str, player: Player, start: Setting):
-        gr.Markdown(f"### Setting {side}")
+        gr.HTML(f'<h3>Setting {side}</h3><div class="note">What is not ticked is left out of the label line.</div>')
         self.asked = []
         for attribute in player.schema.attributes:
             value, labels, name = start[attribute.name], attribute.labels, attribute.name
-            with gr.Row(elem_classes="asked-for"):
+            at = value if value is not None else labels[len(labels) // 2]
+            with gr.Row(elem_classes="asked-for", elem_id=f"asked-{side}-{name}"):
                 tick = gr.Checkbox(
                     value is not None, label=f"{name} in the label of {side}", container=False, min_width=20,
                     elem_id=f"tick-{side}-{name}", elem_classes="tick", scale=0,
                 )  # fmt: skip
-                at = value if value is not None else labels[len(labels) // 2]
-                slider = gr.Slider(
-                    labels[0], labels[-1], at, step=1, label=name, info=_meaning(attribute), buttons=[],
-                    interactive=value is not None, elem_id=f"slider-{side}-{name}",
-                )  # fmt: skip
+                with gr.Column(min_width=200, elem_classes="slider"):
+                    gr.HTML(_meaning(attribute))  # a slider's own label and info would take it for Markdown
+                    slider = gr.Slider(
+                        labels[0], labels[-1], at, step=1, label=name, show_label=False, container=False, buttons=[],
+                        interactive=value is not None, elem_id=f"slider-{side}-{name}",
+                    )  # fmt: skip
             tick.change(
                 lambda on: gr.update(interactive=on), tick, slider, queue=False, show_progress="hidden",
                 api_visibility="private",
@@ -154,7 +161,13 @@ class _Side:
         plot = gr.HTML(elem_id=f"plot-{side}", visible=player.judged is not None)
         self.shown = [answer, note, plot]
         with gr.Accordion("The same call elsewhere", open=False, elem_id=f"calls-{side}"):
-            code = {"interactive": False, "wrap_lines": True, "buttons": ["copy"]}
+            code = {
+                "interactive": False,
+                "wrap_lines": True,
+                "show_line_numbers": False,
+                "lines": 3,
+                "buttons": ["copy"],
+            }
             self.calls = [
                 gr.Code(language="shell", label="curl, to a server of the export", elem_id=f"curl-{side}", **code),
                 gr.Code(language="python", label="Python", elem_id=f"python-{side}", **code),
@@ -217,10 +230,10 @@ def _note(text: str) -> str:
 
 
 def _meaning(attribute: Attribute) -> str:
-    """The range, and what raters were asked; Gradio takes it for Markdown, so that signs of it are escaped."""
-    meaning = re.sub(r"([\\`*_{}\[\]()#+\-.!|~$:/])", r"\\\1", html.escape(attribute.meaning))
-    labels = attribute.labels
-    return f"{labels[0]} to {labels[-1]}" + (f": {meaning}" if meaning else "")
+    """The name, the range, and what raters were asked."""
+    meaning = f": {html.escape(attribute.meaning)}" if attribute.meaning else ""
+    between = f"{attribute.labels[0]} to {attribute.labels[-1]}"
+    return f'<strong>{html.escape(attribute.name)}</strong> <span class="faint">{between}{meaning}</span>'
 
 
 def _heading(player: Player) -> str:
@@ -233,38 +246,19 @@ def _theme(gr):
     """Gradio's own loads a font of Google's."""
     return gr.themes.Default(
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="blue"
-    )
+    ).set(body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300")
 
 
 class OnlyHere:
-    """ASGI middleware: a page that names no other host, and a policy by which the browser asks none."""
+    """ASGI middleware: a policy by which the browser asks no other host, whatever the page names."""
 
     def __init__(self, app):
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        start, body = None, b""
-
         async def sent(message):
-            nonlocal start, body
             if message["type"] == "http.response.start":
-                headers = [*message["headers"], (b"content-security-policy", _POLICY.encode()),
-                           (b"referrer-policy", b"no-referrer")]  # fmt: skip
-                if not any(k == b"content-type" and v.startswith(b"text/html") for k, v in message["headers"]):
-                    await send(message | {"headers": headers})
-                    return
-                start = message | {"headers": [(k, v) for k, v in headers if k != b"content-length"]}
-            elif start is None:
-                await send(message)
-            else:
-                body += message.get("body", b"")
-                if not message.get("more_body"):
-                    body = _ELSEWHERE.sub(b"", body)
-                    start["headers"].append((b"content-length", str(len(body)).encode()))
-                    await send(start)
-                    await send({"type": "http.response.body", "body": body})
+                message = message | {"headers": [*message["headers"], *_HEADERS]}
+            await send(message)
 
         await self.app(scope, receive, sent)
