@@ -29,9 +29,9 @@ _STYLE = (
 .asked-for > .tick { flex: 0 0 2em !important; min-width: 2em !important; border: none !important; }
 .asked-for > .tick label span { position: absolute; opacity: 0; pointer-events: none; }
 .asked-for > .slider { gap: 0 !important; }
-.asked-for .html-container, .side > .block:has(.note, h3) .html-container { padding: 0 !important; }
+.asked-for .html-container, .side > .block .html-container { padding: 0 !important; }
 .asked-for .html-container { padding-right: 5.5em !important; overflow-wrap: anywhere; }
-.asked-for .slider .head { margin-top: -1.9em; justify-content: flex-end; }
+.asked-for .slider .head { margin-top: -1.9em; justify-content: flex-end; position: relative; z-index: 1; }
 .side { gap: .7em !important; }
 .faint, .note { color: var(--body-text-color-subdued); font-size: .9em; overflow-wrap: anywhere; }
 .problem { color: var(--error-text-color, #b91c1c); font-weight: 600; overflow-wrap: anywhere; }

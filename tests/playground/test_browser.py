@@ -225,26 +225,24 @@ def test_two_people_at_once(browser, own):
 def test_a_server_answers_goes_down_and_says_markup(browser, tmp_path):
     server = FakeServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    with playing(tmp_path / "log", "--server", server.url, "--schema", "helpsteer") as address:
-        with visiting(browser, address) as page:
-            for side, rating in (("A", 0), ("B", 4)):
-                slide(page, side, "verbosity", rating)
-            ask(page, "Why?")
-            for side, rating in (("A", 0), ("B", 4)):  # the made-up server says what it was asked for
-                assert json.loads(answer(page, side))["verbosity"] == rating
-            server.text = text = (
-                "<script>alert(1)</script><img src=http://example.com/x onerror=alert(2)> **b** \n\n&amp;"
-            )
-            ask(page, "Why not?")
-            page.locator("#note-B", has_text="9 tokens").wait_for(timeout=WAIT)
-            page.wait_for_function("document.querySelector('#answer-B textarea').value.includes('script')")
-            assert answer(page, "B") == text
-            server.shutdown()
-            server.server_close()
-            ask(page, "Still there?")
-            said = problem(page)
-            assert server.url in said
-            assert "\n" not in said
+    options = ("--server", server.url, "--schema", "helpsteer")
+    with playing(tmp_path / "log", *options) as address, visiting(browser, address) as page:
+        for side, rating in (("A", 0), ("B", 4)):
+            slide(page, side, "verbosity", rating)
+        ask(page, "Why?")
+        for side, rating in (("A", 0), ("B", 4)):  # the made-up server says what it was asked for
+            assert json.loads(answer(page, side))["verbosity"] == rating
+        server.text = text = "<script>alert(1)</script><img src=http://example.com/x onerror=alert(2)> **b** \n\n&amp;"
+        ask(page, "Why not?")
+        page.locator("#note-B", has_text="9 tokens").wait_for(timeout=WAIT)
+        page.wait_for_function("document.querySelector('#answer-B textarea').value.includes('script')")
+        assert answer(page, "B") == text
+        server.shutdown()
+        server.server_close()
+        ask(page, "Still there?")
+        said = problem(page)
+        assert server.url in said
+        assert "\n" not in said
 
 
 @pytest.mark.smollm2
