@@ -7,7 +7,6 @@ and schemas are shown as text.
 import html
 import itertools
 import os
-import re
 import time
 from collections.abc import Iterator
 
@@ -33,6 +32,7 @@ _STYLE = (
 .asked-for .html-container { padding-right: 5.5em !important; overflow-wrap: anywhere; }
 .asked-for .slider .head { margin-top: -1.9em; justify-content: flex-end; position: relative; z-index: 1; }
 .side { gap: .7em !important; }
+.asked-for .slider > .block { overflow: visible !important; }
 .faint, .note { color: var(--body-text-color-subdued); font-size: .9em; overflow-wrap: anywhere; }
 .problem { color: var(--error-text-color, #b91c1c); font-weight: 600; overflow-wrap: anywhere; }
 """

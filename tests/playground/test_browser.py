@@ -188,7 +188,7 @@ def test_two_settings_side_by_side(browser, own, folders, capsys):
         picture(page, "own_calls")
     for text, setting in zip(got, ("wit=5,depth=6", "wit=1,depth=none"), strict=True):
         main(["--model", str(folders["chat"]), "--prompt", "Why <b>so</b> & how?", "--attributes", setting,
-              "--max-new-tokens", "8", "--mesh", "data=1"])  # fmt: skip
+              "--max-new-tokens", "8"])  # fmt: skip
         assert capsys.readouterr().out.split() == text.split()
 
 
