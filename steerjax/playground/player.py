@@ -4,6 +4,7 @@ import contextlib
 import functools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,7 @@ from steerjax.playground.calls import Target
 from steerjax.schema import SCHEMAS, Schema, round_rating
 
 _WAITING = 2  # pieces that may lie ready
+_PATIENCE = 5.0  # seconds that a piece may lie there: Gradio does not close the generator of one who pressed Stop
 _SERVED = 8  # answers at once from a server, which batches them
 
 
@@ -124,12 +126,14 @@ def streamed(pool: ThreadPoolExecutor, pieces: Callable[[], Iterator], closed: t
     left = threading.Event()
 
     def put(item: tuple) -> bool:
-        while not (left.is_set() or closed.is_set()):
+        last = time.monotonic() + _PATIENCE
+        while not (left.is_set() or closed.is_set() or time.monotonic() > last):
             try:
                 ready.put(item, timeout=0.1)
                 return True
             except queue.Full:
                 pass
+        left.set()
         return False
 
     def work() -> None:
@@ -147,7 +151,12 @@ def streamed(pool: ThreadPoolExecutor, pieces: Callable[[], Iterator], closed: t
     pool.submit(work)
     try:
         while True:
-            kind, value = ready.get()
+            try:
+                kind, value = ready.get(timeout=1)
+            except queue.Empty:
+                if left.is_set():
+                    return
+                continue
             if kind == "error":
                 raise value
             if kind == "end":

@@ -94,7 +94,7 @@ def test_one_at_a_time_and_nothing_mixes():
     assert set(most) == {1}
 
 
-def test_one_who_leaves_does_not_hold_the_model():
+def test_one_who_leaves_does_not_hold_the_model(monkeypatch):
     closed, ended = threading.Event(), threading.Event()
 
     def endless():
@@ -109,4 +109,10 @@ def test_one_who_leaves_does_not_hold_the_model():
         assert next(stream) == "x"
         stream.close()
         assert ended.wait(10)
+        ended.clear()
+        monkeypatch.setattr("steerjax.playground.player._PATIENCE", 0.3)
+        abandoned = streamed(pool, endless, closed)  # and never closed
+        assert next(abandoned) == "x"
+        assert ended.wait(10)
+        assert len(list(abandoned)) < 5  # it ends, too
         assert list(streamed(pool, lambda: (piece for piece in "ab"), closed)) == ["a", "b"]
