@@ -11,6 +11,7 @@ COMMANDS = {
     "annotate": "adds predicted ratings to conversations",
     "generate": "answers steered by ratings",
     "collect": "answers to a Label Studio project, its export to rated rows",
+    "play": "a page to steer on, in the browser",
     "evaluate": "measures a model",
     "export": "writes a Hugging Face folder",
     "merge": "averages or extrapolates models",

@@ -1,7 +1,9 @@
 """`train --help` names every key; recipes are found by name, wherever they lie."""
 
+import runpy
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -51,3 +53,18 @@ def test_recipes_by_name(tmp_path, monkeypatch, repository):
     for name in ("nothing", "elsewhere/rm.py", "configs/nothing.py"):
         with refused(ConfigError, name, cure="rm_smollm2"):
             find_recipe(name)
+
+
+def test_an_installed_package_has_all_of_its_files(repository, monkeypatch):
+    """Recipes, samples, templates and prompts, which an editable install would find anyway."""
+    said = {}
+    monkeypatch.setattr("setuptools.setup", lambda **options: said.update(options))
+    monkeypatch.chdir(repository)
+    runpy.run_path("setup.py")
+    patterns = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["*"]
+    assert said["package_dir"] == {"steerjax.recipes": "configs"}
+    assert {"steerjax", "steerjax.recipes", "steerjax.data.samples"} <= set(said["packages"])
+    for file in (repository / "steerjax").rglob("*"):
+        if file.is_file() and file.suffix not in (".pyc", ".py"):
+            assert ".".join(file.relative_to(repository).parent.parts) in said["packages"], file
+            assert any(file.match(pattern) for pattern in patterns), file

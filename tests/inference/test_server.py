@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         choices = [
             {"index": i, "message": {"role": "assistant", "content": f"{text} {i}"}, "finish_reason": "length"}
-            for i in range(body["n"])
+            for i in range(body.get("n", 1))
         ]
         self.reply(200, ABOUT | {"choices": choices[::-1], "usage": USAGE | {"completion_tokens": 7}})
 

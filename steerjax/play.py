@@ -1,0 +1,61 @@
+"""A page to steer a chat model on: a slider for each attribute, two settings side by side.
+
+steerjax play --model CHAT [--reward-model RM]
+steerjax play --server URL --model FOLDER_THAT_IT_SERVES
+
+Attributes, ranges and meanings are the model's. With --reward-model each answer is rated, and what is predicted stands
+beside what was asked for. The page is for this machine alone, unless --host says otherwise, and speaks to nobody else.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Sequence
+
+from steerjax.command import MODEL, add_model_options
+from steerjax.errors import ConfigError, reported_errors
+from steerjax.schema import SCHEMAS
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="steerjax play", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", help=MODEL)
+    add("--reward-model", metavar="DIR", help="rates the answers")
+    add("--server", metavar="URL", help="e.g. http://localhost:8000; --model then only says what its model knows")
+    add("--server-model", metavar="NAME", help="default: the one model that it serves")
+    add("--schema", choices=SCHEMAS, help="of a model that does not name it")
+    add("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network; there is no password")
+    add("--port", type=int, metavar="N", help="default: the first that is free from 7860 on")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default; this and the next can")
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="be changed on the page")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add_model_options(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    o = parse_arguments(arguments)
+    with reported_errors(), contextlib.suppress(KeyboardInterrupt):
+        if not (o.model or o.server):
+            raise ConfigError("neither --model nor --server; cure: one of them")
+        if o.port is not None and not 0 < o.port < 2**16:
+            raise ConfigError(f"--port {o.port}: no port; cure: 1 to 65535")
+        from steerjax.playground.page import require_gradio, serve
+
+        require_gradio()
+        from steerjax.inference.steering import Sampling
+        from steerjax.playground.player import Player
+        from steerjax.typed import typed
+
+        asked = {name: getattr(o, name) for name in ("temperature", "seed", "max_new_tokens")}
+        sampling = typed(Sampling, asked, "options", ConfigError)
+        options = ("server", "server_model", "reward_model", "schema", "template", "mesh", "dtype")
+        player = Player(o.model, **{name: getattr(o, name) for name in options})
+        with contextlib.closing(player):
+            serve(player, sampling, o.host, o.port)
+
+
+if __name__ == "__main__":
+    main()

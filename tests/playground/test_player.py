@@ -1,0 +1,119 @@
+"""Who answers and rates, without a page."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
+import pytest
+
+from steerjax.errors import DataError, ModelError
+from steerjax.inference.steering import Answer, Sampling
+from steerjax.playground.player import Player, streamed
+from tests.playground.models import OWN, play_folders
+from tests.refusals import refused
+
+SHORT = Sampling(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return play_folders(tmp_path_factory.mktemp("play"))
+
+
+@pytest.fixture(scope="module")
+def player(folders):
+    with closing(Player(str(folders["chat"]), reward_model=str(folders["reward"]))) as player:
+        yield player
+
+
+def test_answers_are_those_of_generate(player, folders, capsys):
+    """Streamed from another thread a piece: the text that the command prints."""
+    from steerjax.generate import main
+
+    *pieces, whole = player.stream("Why?", "", {"wit": 1, "depth": None}, SHORT)
+    assert isinstance(whole, Answer)
+    assert "".join(pieces) == whole.text
+    main(["--model", str(folders["chat"]), "--prompt", "Why?", "--attributes", "wit=1,depth=none",
+          "--max-new-tokens", "6"])  # fmt: skip
+    assert capsys.readouterr().out.rstrip("\n") == whole.text.rstrip("\n")
+
+
+def test_ratings_have_the_reward_models_attributes(player):
+    rated = player.rate("Why?", "Be kind.", "Because.")
+    assert list(rated) == list(OWN.names)
+    assert rated == player.rate("Why?", "Be kind.", "Because.")
+
+
+def test_start_is_the_defaults_or_the_middle(player, monkeypatch):
+    assert player.default_setting() == {"wit": 3, "depth": 6}
+    monkeypatch.setattr(player, "defaults", {"depth": 9.0})
+    assert player.default_setting() == {"wit": None, "depth": 9}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "facts", "cure"),
+    [(" \n", ("prompt", "empty"), "question"), ("why " * 2000, ("tokens", "1024"), "shorten")],
+)
+def test_what_cannot_be_answered(player, prompt, facts, cure):
+    with refused(DataError, *facts, cure=cure):
+        list(player.stream(prompt, "", {}, SHORT))
+    assert list(player.stream("Why?", "", {}, SHORT))  # the next one can
+
+
+def test_what_cannot_be_rated(player):
+    with refused(DataError, "empty", cure="again"):
+        player.rate("Why?", "", " ")
+    with refused(DataError, "tokens", "reward model", cure="shorter"):
+        player.rate("Why?", "", "so " * 4000)
+
+
+def test_what_cannot_be_opened(folders):
+    with refused(ModelError, "reward model", cure="chat model"):
+        Player(str(folders["reward"]))
+    with refused(ModelError, "chat model", cure="reward model"):
+        Player(str(folders["chat"]), reward_model=str(folders["chat"]))
+    with refused(ModelError, "attributes", cure="--schema"):
+        Player(None, server="http://127.0.0.1:9")
+
+
+def test_one_at_a_time_and_nothing_mixes():
+    """Four at once: each gets its own pieces in order, and the thread works for one at a time."""
+    working, most = [], []
+
+    def pieces(name):
+        working.append(name)
+        for n in range(5):
+            most.append(len(working))
+            yield f"{name}{n}"
+        working.remove(name)
+
+    closed = threading.Event()
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(4) as people:
+        got = list(people.map(lambda name: [*streamed(pool, lambda: pieces(name), closed)], "abcd"))
+    assert got == [[f"{name}{n}" for n in range(5)] for name in "abcd"]
+    assert set(most) == {1}
+
+
+def test_one_who_leaves_does_not_hold_the_model(monkeypatch):
+    closed, ended = threading.Event(), threading.Event()
+
+    def endless():
+        try:
+            while True:
+                yield "x"
+        finally:
+            ended.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        stream = streamed(pool, endless, closed)
+        assert next(stream) == "x"
+        stream.close()
+        assert ended.wait(10)
+        ended.clear()
+        monkeypatch.setattr("steerjax.playground.player._PATIENCE", 0.3)
+        abandoned = streamed(pool, endless, closed)  # and never closed
+        assert next(abandoned) == "x"
+        assert ended.wait(10)
+        with refused(DataError, "ends here", cure="ask again"):  # where its reader comes back
+            list(abandoned)
+        assert list(streamed(pool, lambda: (piece for piece in "ab"), closed)) == ["a", "b"]
