@@ -1,1 +1,1 @@
-"""Evaluation suites, a module each: `run(options)` prints, writes into `options.output`, returns metrics."""
+"""Evaluation suites, a module each (`suite.py` says what one is), and outputs side by side (`compare.py`)."""

@@ -1,4 +1,4 @@
-"""The JSON files of a run and of an evaluation: metrics.jsonl read, metrics.json written."""
+"""The JSON files of a run and of an evaluation: metrics.jsonl read, results.json written."""
 
 import json
 from pathlib import Path
