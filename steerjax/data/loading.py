@@ -1,6 +1,7 @@
 """Sources -> conversations, with what was skipped; splits by prompt."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steerjax.data.conversation import Conversation
-from steerjax.data.readers import hub_dataset, read_conversations, source_path
+from steerjax.data.readers import hub_dataset, iter_rows, read_conversations, source_path
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import Schema
 
@@ -78,6 +79,24 @@ def usable_rows(
             what = f"usable row: {len(bad)} skipped, the first at line {bad[0].line}: {bad[0].reason}" if bad else "row"
             cure = "repair the rows, or name another format or file"
             raise DataError(f"no {what}", file=source, cure=cure)
+
+
+# Numbers that are no ratings and are read, or only name a row.
+_READ = frozenset({"id", "strength", "margin", "preference_strength", "overall_preference", "mask", "line", "index"})
+
+
+def unread_numbers(sources: Iterable[str], schema: Schema, rows: int = 100) -> list[str]:
+    """Columns of numbers, or lists of them, in the first rows of each source that no attribute reads: ratings, perhaps,
+    that the schema does not name."""
+    found: dict[str, None] = {}
+    for source in sources:
+        for _, row in itertools.islice(iter_rows(source), rows):
+            for key, value in row.items() if isinstance(row, dict) else ():
+                values = value if isinstance(value, list) and value else [value]
+                numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
+                if numbers and key not in schema.names and key not in _READ:
+                    found[key] = None
+    return list(found)
 
 
 def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:

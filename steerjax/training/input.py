@@ -12,7 +12,7 @@ from steerjax.chat.tokenizer import missing_markers
 from steerjax.data.batch import BatchPlan, Feeder, RowBuilder
 from steerjax.data.config import BatchConfig
 from steerjax.data.conversation import Conversation
-from steerjax.data.loading import Skipped, load_conversations, shared_prompts, split_by_prompt
+from steerjax.data.loading import Skipped, load_conversations, shared_prompts, split_by_prompt, unread_numbers
 from steerjax.data.packing import Row, pack
 from steerjax.data.trees import Example, Tree, grow
 from steerjax.errors import ConfigError, DataError
@@ -70,6 +70,8 @@ def load_parts(e: Experiment) -> tuple[list[Part], list[Skipped], dict[str, str]
             said["warning"] = "all rows have one prompt, so rows are held out"
     if duplicates := sum(one.duplicates for one in loaded):
         said["duplicates"] = f"{duplicates} rows stand twice ({data.on_duplicate})"
+    if unread := unread_numbers(e.sources(), schema):
+        said["not read"] = f"{', '.join(unread)}: columns of numbers; config.data.attributes names what is rated"
     return parts, [row for one in loaded for row in one.skipped], said
 
 

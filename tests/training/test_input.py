@@ -93,3 +93,18 @@ def test_validation_without_training_data_is_refused(files):
     for key, value in (("validation", ("pairs.jsonl",)), ("format", "preference")):
         with refused(ConfigError, "config.regression", cure="train"):
             experiment(files, **{f"regression__{key}": value})
+
+
+@pytest.mark.short
+def test_columns_of_numbers_that_nobody_reads_are_named(files):
+    """They may be ratings under another name."""
+    rows = [
+        {"prompt": f"Q{i}?", "response": "r", "helpfulness": 1, "clarity": 3, "depth": [1, 2], "id": i, "margin": 2,
+         "kind": "x", "checked": True} for i in range(9)
+    ]  # fmt: skip
+    (files / "ratings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, _, said = load_parts(experiment(files, ("regression",)))
+    assert said["not read"].startswith("clarity, depth: ")
+    own = experiment(files, ("regression",), data__attributes=(("clarity", 0, 4), ("depth", 0, 4)))
+    assert load_parts(own)[2]["not read"].startswith("helpfulness: ")
+    assert "not read" not in load_parts(experiment(files, ("bradley_terry",)))[2]
