@@ -4,7 +4,7 @@
 
     rm = steerjax.load("runs/rm")  # a run, a checkpoint, a Hugging Face folder or a hub id
     rm.rate("What is RoPE?", ["A rotation of queries and keys by their positions.", "No idea."])
-    # [{"helpfulness": 3.1, "correctness": 3.2, ...}, {"helpfulness": 0.9, ...}]
+    # a list of two mappings: helpfulness, correctness, ... of each response
 
     chat = steerjax.load("runs/sft")
     chat.generate("Why is the sky blue?", {"verbosity": 1})
