@@ -58,7 +58,9 @@ def playing(log: Path, *arguments: object):
     command = [sys.executable, "-c", WATCHED, str(log), *map(str, arguments), "--port", str(port)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": "/tmp/steerjax-test-cache"}
     with open(f"{log}.out", "w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        # What a shell has started in the background ignores Ctrl-C, and so would what it starts.
+        heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=heeds)
         try:
             address = f"http://127.0.0.1:{port}"
             for _ in range(1200):
