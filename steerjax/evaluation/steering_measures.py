@@ -13,7 +13,7 @@ from scipy.stats import rankdata, zscore
 
 from steerjax.evaluation.steerbench import MEASURES, binned, continuous, measures
 from steerjax.report.figures import UNIT, Columns, mean_of
-from steerjax.report.results import correlation
+from steerjax.report.results import correlation, rank_correlation
 
 PERMUTATIONS = 4999
 TEXT = ("characters", "words", "grade")  # what is measured of a text; grade is Flesch and Kincaid's
@@ -155,7 +155,7 @@ def trends(rows: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str, dic
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, int]:
-    value = None if correlation(x, y) is None else correlation(rankdata(x), rankdata(y))
+    value = rank_correlation(x, y)
     return (np.nan if value is None else value), len(x)
 
 
