@@ -10,7 +10,6 @@ import functools
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from typing import Annotated
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field
-from tqdm import tqdm
 
 from steerjax.chat.templates import get_template
 from steerjax.command import open_model
@@ -28,7 +26,7 @@ from steerjax.data.loading import file_hashes
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError, ModelError
 from steerjax.evaluation.mt_bench_judge import NEED_REFERENCE, conversation_of
-from steerjax.inference.job import Output, beside, resumable
+from steerjax.inference.job import Output, beside, progress, resumable
 from steerjax.inference.server import Server
 from steerjax.inference.steering import Answer, Sampling, label_of, parse_attributes
 from steerjax.schema import SCHEMAS
@@ -182,13 +180,13 @@ def answered(questions: Sequence[Question], o: argparse.Namespace) -> Answers:
         (turn, temperature, [q for q in questions if temperatures[q.id] == temperature])
         for turn, temperature in itertools.product((1, 2), dict.fromkeys(temperatures.values()))
     ]
-    path, pause = o.output / ANSWERS, 0.1 if sys.stderr.isatty() else 10
+    path = o.output / ANSWERS
     with resumable(path, settings) as output:
         answers = read_answers(o.output)
         if output.finished:
             return answers
         model, backends, first = AnsweringModel(o), {}, 0
-        with tqdm(total=2 * len(questions), initial=output.done, unit="answer", mininterval=pause) as bar:
+        with progress(2 * len(questions), output.done, "answer") as bar:
             for turn, temperature, group in groups:
                 done = min(max(output.done - first, 0), len(group))
                 first += len(group)

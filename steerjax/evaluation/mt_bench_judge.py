@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import re
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -21,11 +20,10 @@ from pathlib import Path
 
 import pydantic.dataclasses
 from pydantic import ConfigDict
-from tqdm import tqdm
 
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import DataError, ModelError
-from steerjax.inference.job import appended
+from steerjax.inference.job import appended, progress
 from steerjax.inference.server import RefusedRequest, Server
 from steerjax.inference.steering import Sampling
 from steerjax.schema import Schema
@@ -200,7 +198,7 @@ def kept_judgments(
     What `path` does not hold yet, `judge` is asked; each judgment is kept as it comes. Without a judge none is asked,
     and without a name any judge's counts. Raises DataError: a broken row, or another process is writing.
     """
-    failed, pause = [], 0.1 if sys.stderr.isatty() else 10
+    failed = []
     with appended(path) as (rows, add):
         kept = {}
         for line, row in rows:
@@ -210,8 +208,7 @@ def kept_judgments(
             kept[*read.key()[:-1], (None, read.judge[1])] = read
         todo = [call for call in calls if call.key(name) not in kept]
         if todo and judge:
-            bar = tqdm(total=len(calls), initial=len(calls) - len(todo), unit="judgment", mininterval=pause)
-            with bar:
+            with progress(len(calls), len(calls) - len(todo), "judgment") as bar:
                 for call, found in judge.judged(todo):
                     if isinstance(found, ModelError):
                         failed.append((call, found))

@@ -7,16 +7,13 @@ what its figures follow from (`report.figures`), for its own report and for comp
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from steerjax import __version__
-from steerjax.inference.job import resumable
+from steerjax.inference.job import progress, resumable
 from steerjax.report.figures import Figure
 from steerjax.report.page import text_table
 from steerjax.report.records import write_json
@@ -53,9 +50,7 @@ def kept_rows(
 
     `settings` are all that they depend on. Raises DataError: the folder holds rows of other settings.
     """
-    path, pause = folder / ROWS, 0.1 if sys.stderr.isatty() else 10
-    with resumable(path, settings) as output, tqdm(total=count, unit=unit, mininterval=pause) as bar:
-        bar.update(output.done)
+    with resumable(folder / ROWS, settings) as output, progress(count, output.done, unit) as bar:
         for first in range(output.done // chunk * chunk, 0 if output.finished else count, chunk):
             part = range(first, min(first + chunk, count))
             output.add(first, compute(part))

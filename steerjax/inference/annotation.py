@@ -2,21 +2,18 @@
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from steerjax.bundle import describe
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes
 from steerjax.data.readers import source_format
 from steerjax.errors import DataError
-from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
+from steerjax.inference.job import InputRow, beside, carried, input_rows, progress, resumable
 from steerjax.inference.scorer import (
     Chunk,
     Scorer,
@@ -55,8 +52,7 @@ def annotate(options: argparse.Namespace, number: int, parts: int) -> None:
             output.skip(skipped if number == 1 else ())
             first = output.done // size * size
             left = islice(input_rows(o.input, read, [], on_bad_row=o.on_bad_row), begin + first, end)
-            pause = 0.1 if sys.stderr.isatty() else 10
-            with tqdm(total=end - begin, initial=first, unit="row", mininterval=pause) as bar:
+            with progress(end - begin, first, "row") as bar:
                 for rows, chunk in _ahead(_chunks(left, size, scorer, o.turns == "last", o.on_bad_row == "skip")):
                     annotated = _annotated(rows, chunk, scorer)
                     output.skip(chunk.refused.values())

@@ -3,11 +3,14 @@
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from tqdm import tqdm
 
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, usable_rows
@@ -55,6 +58,12 @@ def carried(row: Mapping[str, Any]) -> dict[str, Any]:
             cure = "remove the key, or write it as a text or a finite number"
             raise DataError(f"JSON cannot carry it: {error}", field=key, cure=cure) from None
     return out
+
+
+def progress(total: int, done: int, unit: str) -> tqdm:
+    """A bar with the time that is left; off a terminal it is written every ten seconds."""
+    pause = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(total=total, initial=done, unit=unit, mininterval=pause)
 
 
 def beside(output: Path, what: str) -> Path:
