@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,8 @@ from steerjax.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from steerjax.bundle import Bundle
     from steerjax.hf.description import Description
-    from steerjax.inference.steering import Sampling
+    from steerjax.inference.answerer import Answerer
+    from steerjax.inference.steering import Answer, Sampling
     from steerjax.schema import Schema
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -22,12 +22,15 @@ Prompt = str | Sequence[Message]
 Ratings = dict[str, float]
 
 
-def load(path: str | Path, *, template: str | None = None, mesh: str = "", dtype: str = "auto") -> Model:
+def load(
+    path: str | Path, *, template: str | None = None, schema: str | None = None, mesh: str = "", dtype: str = "auto"
+) -> Model:
     """Opens a run, a checkpoint, a Hugging Face folder or a hub id.
 
     Args:
         template: for a folder that does not say which chat template it was trained with: extra_id, chatml, llama3,
             llama2, or source for the model's own.
+        schema: of a chat model that names no attributes: helpsteer, oasst or steerlm (which it is without).
         mesh: how the parameters lie on the devices, as `fsdp=2,tensor=4`; all devices on the data axis where empty.
         dtype: of the computation: float32, bfloat16, or auto (float32 on a CPU, bfloat16 elsewhere).
 
@@ -36,22 +39,29 @@ def load(path: str | Path, *, template: str | None = None, mesh: str = "", dtype
     from steerjax.bundle import open_bundle
     from steerjax.parallel.mesh import parse_mesh
 
-    return Model(open_bundle(path, parse_mesh(mesh), template=template, dtype=dtype))
+    return Model(open_bundle(path, parse_mesh(mesh), template=template, dtype=dtype), schema)
 
 
-def connect(url: str, *, model: str | None = None, like: str | Path | None = None) -> ServedModel:
+def connect(
+    url: str, *, model: str | None = None, like: str | Path | None = None, template: str | None = None,
+    schema: str | None = None, attempts: int = 8,
+) -> ServedModel:  # fmt: skip
     """A chat model that an OpenAI-compatible server (vLLM, SGLang) has: `http://localhost:8000`.
 
     Args:
         model: the served name; where the server has one model, that.
         like: the exported folder that it serves, for the names and ranges of its attributes; without it they are those
-            of the papers (helpfulness, ..., 0 to 4), and the server says which it takes.
+            of `schema` (helpsteer, oasst, or steerlm, the default), and the server says which it takes.
+        template: of the served model, where `like` does not say it.
+        attempts: tries of a request, with growing pauses.
 
     Raises SteerjaxError: no server there, or no such folder.
     """
     from steerjax.bundle import describe
+    from steerjax.inference.answerer import of_server
 
-    return ServedModel(url, model, describe(like) if like else None)
+    about = describe(like, template=template) if like else None
+    return ServedModel(of_server(url, model, about, schema=schema, template=template, attempts=attempts))
 
 
 def fit(config: Mapping | Any, workdir: str | Path) -> dict[str, Mapping[str, float | None]]:
@@ -77,10 +87,22 @@ def fit(config: Mapping | Any, workdir: str | Path) -> dict[str, Mapping[str, fl
 class _Chat:
     """What writes answers: a model of our own or a server's."""
 
-    schema: Schema
+    _answerer: Answerer
 
-    def _backend(self, sampling: Sampling, batch_size: int):
-        raise NotImplementedError
+    @property
+    def name(self) -> str:
+        """The folder, or the name that the server knows."""
+        return self._answerer.backend.model
+
+    @property
+    def attributes_known(self) -> bool:
+        """Whether the model says what it takes, or a `schema` was given; else `schema` has the papers' attributes."""
+        return self._answerer.known
+
+    @property
+    def default_ratings(self) -> Mapping[str, float] | None:
+        """Those of the label line without `attributes`; None where there are none, or a server's are not known."""
+        return self._answerer.defaults
 
     def generate(
         self,
@@ -114,7 +136,7 @@ class _Chat:
             cure = "at least 1 of each, and a temperature above 0 for several samples"
             raise ConfigError(f"samples {samples}, batch_size {batch_size}, temperature {temperature}; cure: {cure}")
         sampling = _sampling(temperature, top_k, top_p, seed, max_new_tokens, samples)
-        backend, setting = self._backend(sampling, batch_size), self._setting(attributes)
+        backend, setting = self._answerer.backend.drawing(sampling, batch_size), self._setting(attributes)
         one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping))
         requests = [backend.prepare(conversation_of(p), [setting], samples) for p in ([prompt] if one else prompt)]
         found = [[answer.text for answer in answers] for answers in backend.run(requests)] if requests else []
@@ -126,11 +148,16 @@ class _Chat:
         top_k: int = 0, top_p: float = 1.0, seed: int = 0, max_new_tokens: int = 512,
     ) -> Iterator[str]:  # fmt: skip
         """The pieces of one answer as they are written; together they are what `generate` returns."""
-        sampling = _sampling(temperature, top_k, top_p, seed, max_new_tokens, 1)
-        backend = self._backend(sampling, 1)
-        for piece in backend.stream(backend.prepare(conversation_of(prompt), [self._setting(attributes)], 1)):
+        for piece in self.pieces(prompt, attributes, _sampling(temperature, top_k, top_p, seed, max_new_tokens, 1)):
             if isinstance(piece, str) and piece:
                 yield piece
+
+    def pieces(
+        self, prompt: Prompt, attributes: Mapping[str, float | None] | None, sampling: Sampling
+    ) -> Iterator[str | Answer]:
+        """The same, and at the end the whole `Answer`: its text, tokens, and whether it was cut."""
+        backend = self._answerer.backend.drawing(sampling, 1)
+        yield from backend.stream(backend.prepare(conversation_of(prompt), [self._setting(attributes)], 1))
 
     def _setting(self, attributes: Mapping[str, float | None] | None) -> dict[str, int | None]:
         from steerjax.schema import check_rating, round_rating
@@ -151,19 +178,20 @@ class Model(_Chat):
         description: all else that is known of it.
     """
 
-    def __init__(self, bundle: Bundle):
-        self._bundle, self._engines = bundle, {}
+    def __init__(self, bundle: Bundle, schema: str | None = None):
+        self._bundle, self._preset = bundle, schema
         self.description: Description = bundle.description
         self.kind = self.description.kind
+        self.schema: Schema = (self._scorer if self.kind == "reward" else self._answerer).schema
 
     def __repr__(self) -> str:
         return f"<steerjax {self.kind} model '{self.description.path}': {', '.join(self.schema.names)}>"
 
     @functools.cached_property
-    def schema(self) -> Schema:
-        from steerjax.schema import STEERLM
+    def _answerer(self) -> Answerer:
+        from steerjax.inference.answerer import of_bundle
 
-        return self._scorer.schema if self.kind == "reward" else self.description.schema or STEERLM
+        return of_bundle(self._bundle, self._preset)
 
     @functools.cached_property
     def _scorer(self):
@@ -189,19 +217,9 @@ class Model(_Chat):
         each = [answered(asked, text) for text in ([responses] if one else responses)]
         _, predicted, refused = predict(self._scorer, each, [[len(c.turns) - 1] for c in each], skip=False)
         if refused:
-            raise DataError(refused[0].reason, "responses", "a shorter prompt or response")
+            raise DataError(f"cannot be rated: {refused[0].reason}", "responses", "a shorter prompt or response")
         found = [predicted_keys(values, self._scorer.schema)["predicted_ratings"] for values in predicted]
         return found[0] if one else found
-
-    def _backend(self, sampling: Sampling, batch_size: int):
-        from steerjax.inference.engine import Engine
-
-        key = dataclasses.replace(sampling, seed=0)  # the seed compiles nothing
-        if key not in self._engines:
-            self._engines[key] = Engine(self._bundle, self.schema, sampling)
-        engine = copy.copy(self._engines[key])
-        engine.sampling, engine.batch_size = sampling, batch_size
-        return engine
 
 
 class ServedModel(_Chat):
@@ -209,21 +227,12 @@ class ServedModel(_Chat):
 
     kind = "chat"
 
-    def __init__(self, url: str, model: str | None, about: Description | None):
-        from steerjax.schema import STEERLM
-
-        self.url, self._model, self.description = url, model, about
-        self.schema = about.schema if about and about.schema else STEERLM
-        self._model = self._backend(_sampling(None, 0, 1.0, 0, 1, 1), 1).model
+    def __init__(self, answerer: Answerer):
+        self._answerer = answerer
+        self.url, self.schema = answerer.backend.url, answerer.schema
 
     def __repr__(self) -> str:
-        return f"<steerjax chat model '{self._model}' at {self.url}: {', '.join(self.schema.names)}>"
-
-    def _backend(self, sampling: Sampling, batch_size: int):
-        from steerjax.inference.server import Server
-
-        template = self.description.template if self.description else None
-        return Server(self.url, self._model, self.schema, sampling, template=template, workers=batch_size)
+        return f"<steerjax chat model '{self.name}' at {self.url}: {', '.join(self.schema.names)}>"
 
 
 def conversation_of(prompt: Prompt):

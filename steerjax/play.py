@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Sequence
 
 from steerjax.command import MODEL, add_model_options
-from steerjax.errors import ConfigError, reported_errors
+from steerjax.errors import ConfigError, ModelError, reported_errors
 from steerjax.schema import SCHEMAS
 
 
@@ -45,14 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from steerjax.playground.page import require_gradio, serve
 
         require_gradio()
+        from steerjax.api import connect, load
         from steerjax.inference.steering import Sampling
         from steerjax.playground.player import Player
         from steerjax.typed import typed
 
         asked = {name: getattr(o, name) for name in ("temperature", "seed", "max_new_tokens")}
         sampling = typed(Sampling, asked, "options", ConfigError)
-        options = ("server", "server_model", "reward_model", "schema", "template", "mesh", "dtype")
-        player = Player(o.model, **{name: getattr(o, name) for name in options})
+        if o.server:
+            known = {"like": o.model, "template": o.template, "schema": o.schema, "attempts": 2}
+            chat = connect(o.server, model=o.server_model, **known)
+        else:
+            chat = load(o.model, template=o.template, schema=o.schema, mesh=o.mesh, dtype=o.dtype)
+        if not chat.attributes_known:
+            cure = f"--schema NAME{', or --model, the folder that it serves' if o.server else ''}"
+            raise ModelError(f"{chat!r} does not say which attributes it takes\n  cure: {cure}")
+        judge = load(o.reward_model, mesh=o.mesh, dtype=o.dtype) if o.reward_model else None
+        player = Player(chat, judge)
         with contextlib.closing(player):
             serve(player, sampling, o.host, o.port)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+import pydantic.dataclasses
 
 from steerjax.errors import SteerjaxError
 
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 # For `pydantic.dataclasses.dataclass`: an unknown key is an error, and a bool is no number.
 STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
+
+# Declares the rows of a file as a class, of whose keys only those that are read are checked.
+row_type = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
 
 _adapter = functools.cache(pydantic.TypeAdapter)
 

@@ -113,6 +113,12 @@ def test_training_resumes_and_says_its_metrics(tmp_path):
 def test_what_cannot_be_asked_for(rm, chat, tmp_path):
     for call, error, fact, cure in (
         (lambda: steerjax.load(tmp_path), ModelError, str(tmp_path), "workdir"),
+        (
+            lambda: steerjax.load(chat.name, template="extra_id", schema="helpster"),
+            ConfigError,
+            "helpster",
+            "helpsteer",
+        ),
         (lambda: rm.generate("Why?"), ModelError, "reward", "chat model"),
         (lambda: chat.rate("Why?", "So."), ModelError, "chat", "reward model"),
         (lambda: rm.rate("Why? " * 3000, "So."), DataError, "tokens", "shorter"),

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import decimal
+import functools
 import gzip
 import io
 import json
@@ -11,13 +12,15 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import Row, conversation_from_row
 from steerjax.errors import DataError
 from steerjax.schema import Schema
+from steerjax.typed import typed
 
+T = TypeVar("T")
 Rows = Iterator[tuple[int, Row | DataError]]
 
 EMBEDDED = ("helpsteer", "helpsteer2")
@@ -65,6 +68,14 @@ def iter_rows(source: str) -> Rows:
         cure = f"use one of: {', '.join(_FILE_READERS)} (each also as .gz)"
         raise DataError(f"unknown file type '{extension}'", file=source, cure=cure)
     return _file_rows(path, extension, source)
+
+
+def typed_rows(source: str, kind: type[T], cure: str) -> Iterator[tuple[int, T]]:
+    """(line, row) of a source, each as a `kind`, a `row_type`. Raises DataError as `typed`, with file and line."""
+    for line, row in iter_rows(source):
+        if isinstance(row, DataError):
+            raise row
+        yield line, typed(kind, row, "row", functools.partial(DataError, cure=cure, file=source, line=line))
 
 
 def source_path(source: str) -> Path | None:

@@ -6,31 +6,25 @@ Source: lm-sys/FastChat, fastchat/llm_judge, common.py and gen_api_answer.py (co
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import pydantic.dataclasses
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from steerjax.chat.templates import get_template
-from steerjax.command import open_model
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import file_hashes
-from steerjax.data.readers import iter_rows
+from steerjax.data.readers import typed_rows
 from steerjax.errors import DataError, ModelError
 from steerjax.evaluation.mt_bench_judge import NEED_REFERENCE, conversation_of
+from steerjax.inference.answerer import open_answerer
 from steerjax.inference.job import Output, beside, progress, resumable
-from steerjax.inference.server import Server
-from steerjax.inference.steering import Answer, Sampling, label_of, parse_attributes
-from steerjax.schema import SCHEMAS
-from steerjax.typed import typed
+from steerjax.inference.steering import Answer, Sampling, label_of
+from steerjax.typed import row_type
 
 ANSWERS = "answers.jsonl"
 TEMPERATURES = {
@@ -54,10 +48,7 @@ class Question:
     references: tuple[str, ...] | None = None
 
 
-_loose = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
-
-
-@_loose
+@row_type
 class _Question:
     question_id: int | str
     category: Annotated[str, Field(pattern="^[^/]+$")]
@@ -65,12 +56,12 @@ class _Question:
     required_temperature: float | None = None
 
 
-@_loose
+@row_type
 class _Choice:
     turns: tuple[str, ...]
 
 
-@_loose
+@row_type
 class _Reference:
     question_id: int | str
     choices: tuple[_Choice, ...]
@@ -80,7 +71,7 @@ def read_questions(source: str, references: str | None, needed: bool = True) -> 
     """FastChat's files. Raises DataError, with file and line: a broken row, an id twice, no question; where they are
     `needed`, a question without its reference answers."""
     found: dict[int | str, Question] = {}
-    for line, row in _typed_rows(source, _Question, "rows like those of FastChat's question.jsonl, with two turns"):
+    for line, row in typed_rows(source, _Question, "give rows like those of FastChat's question.jsonl, with two turns"):
         if row.question_id in found:
             raise DataError("the question stands twice", "question_id", "keep one", file=source, line=line)
         usual = TEMPERATURES.get(row.category, _OTHER_TEMPERATURE)
@@ -90,7 +81,7 @@ def read_questions(source: str, references: str | None, needed: bool = True) -> 
         raise DataError("no question", file=source, cure="give FastChat's question.jsonl, or rows like its")
     answers = {}
     if references and needed:
-        for line, row in _typed_rows(references, _Reference, "an answer file of FastChat's, e.g. its gpt-4.jsonl"):
+        for line, row in typed_rows(references, _Reference, "give an answer file of FastChat's, e.g. its gpt-4.jsonl"):
             if not row.choices or len(row.choices[0].turns) < 2:
                 raise DataError("no two turns", "choices", "answer both", file=references, line=line)
             answers[row.question_id] = row.choices[0].turns[:2]
@@ -104,44 +95,19 @@ def read_questions(source: str, references: str | None, needed: bool = True) -> 
     return list(found.values())
 
 
-def _typed_rows(source: str, kind: type, wanted: str) -> Iterator[tuple[int, object]]:
-    for line, row in iter_rows(source):
-        if isinstance(row, DataError):
-            raise row
-        refuse = functools.partial(DataError, cure=f"give {wanted}", file=source, line=line)
-        yield line, typed(kind, row, "row", refuse)
-
-
 class AnsweringModel:
     """What --model or --server answers with."""
 
     def __init__(self, o: argparse.Namespace):
-        self._options, about, self._bundle = o, None, None
-        if o.model:
-            from steerjax.bundle import describe
-
-            about = describe(o.model, template=o.template)
-        own = about.schema if about else None
-        if own is None and not o.schema and not o.server and o.attributes:
-            raise ModelError(f"'{o.model}' does not say which attributes it takes\n  cure: --schema")
-        self._schema = own or SCHEMAS[o.schema or "steerlm"]
-        self.setting = parse_attributes(o.attributes, self._schema) if o.attributes else {}
-        self.label = label_of(self.setting, about.default_ratings if about else None)
-        self._template = about.template if about else get_template(o.template) if o.template else None
-        self._room = about.model.max_position_embeddings if about and not o.server else math.inf
-        if not o.server:
-            self._bundle = open_model(o.model, o)
+        self._options, self._answerer = o, (answerer := open_answerer(o))
+        self.setting = answerer.setting(o.attributes)
+        self.label = label_of(self.setting, answerer.defaults)
 
     def backend(self, temperature: float):
-        """An engine or a server that draws at this temperature; 1e-4 is greedy, as in FastChat."""
+        """What draws at this temperature; 1e-4 is greedy, as in FastChat."""
         o = self._options
         sampling = Sampling(0.0 if temperature < 1e-4 else temperature, seed=o.seed, max_new_tokens=o.max_new_tokens)
-        if self._bundle is None:
-            server = o.server, o.server_model, self._schema, sampling
-            return Server(*server, template=self._template, workers=o.batch_size)
-        from steerjax.inference.engine import Engine
-
-        return Engine(self._bundle, self._schema, sampling, o.batch_size)
+        return self._answerer.backend.drawing(sampling, o.batch_size)
 
     def conversation(self, question: Question, answers: Sequence[str]) -> Conversation:
         """What is to be answered next; the model sees its first answer with the ratings that were asked of it."""
@@ -153,14 +119,14 @@ class AnsweringModel:
 
     def check_room(self, backend, questions: Sequence[Question]) -> None:
         """Raises DataError: two answers of the length allowed might not fit, which else only the second turn shows."""
-        if self._bundle is None:
+        if (room := self._answerer.room) is None:
             return
         for question in questions:
             new, asked = self._options.max_new_tokens, self.conversation(question, ["."])
             (prompt,) = backend.prepare(asked, [self.setting], 1).prompts
-            if (most := len(prompt) + 2 * new) > self._room:
-                wrong = f"its turns and two answers of {new} tokens are {most}, more than the model's {self._room}"
-                fits = (self._room - len(prompt)) // 2
+            if (most := len(prompt) + 2 * new) > room:
+                wrong = f"its turns and two answers of {new} tokens are {most}, more than the model's {room}"
+                fits = (room - len(prompt)) // 2
                 cure = f"--max-new-tokens {fits}" if fits > 0 else "a model of a longer context"
                 raise DataError(wrong, cure=cure, file=asked.file, line=asked.line)
 

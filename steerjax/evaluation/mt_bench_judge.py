@@ -18,16 +18,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-import pydantic.dataclasses
-from pydantic import ConfigDict
-
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import DataError, ModelError
 from steerjax.inference.job import appended, progress
 from steerjax.inference.server import RefusedRequest, Server
 from steerjax.inference.steering import Sampling
 from steerjax.schema import Schema
-from steerjax.typed import typed
+from steerjax.typed import row_type, typed
 
 NEED_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")  # categories that are judged against an answer
 SCORE = "MT-Bench"  # what a language model gives; a reward model's scores have their attributes' names
@@ -82,7 +79,7 @@ class Call:
         return self.question_id, self.turn, self.user, self.max_tokens, (judge, self.prompt)
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+@row_type
 class Judgment:
     """What is read of a row of judgments.jsonl, which has the layout of FastChat's."""
 

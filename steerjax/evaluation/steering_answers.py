@@ -1,7 +1,6 @@
 """Answers to requested ratings: read from what `generate` wrote, or generated here over a grid of requests."""
 
 import argparse
-import functools
 import hashlib
 import json
 from collections import Counter
@@ -10,16 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pydantic.dataclasses
-from pydantic import ConfigDict
-
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.readers import iter_rows, source_format
+from steerjax.data.readers import iter_rows, source_format, typed_rows
 from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.hf.description import Description
 from steerjax.inference.steering import Setting, label_of, swept
 from steerjax.schema import Attribute, Schema, round_rating
-from steerjax.typed import typed
+from steerjax.typed import row_type, typed
 
 PROMPTS, ANSWERS = "prompts.jsonl", "answers.jsonl"
 
@@ -45,17 +41,13 @@ class Answer:
         return self.conversation.turns[-1].content
 
 
-# Of a row's keys only those that are read are checked.
-_loose = pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
-
-
-@_loose
+@row_type
 class _Generation:
     attributes: dict[str, float]
     finish: str | None = None
 
 
-@_loose
+@row_type
 class _Row:
     turns: tuple[Turn, ...]
     generation: _Generation
@@ -65,14 +57,10 @@ class _Row:
 
 def read_answers(source: str) -> Iterator[Answer]:
     """What `generate` wrote. Raises DataError: a row that is no answer; names file and line."""
-    for line, row in iter_rows(source):
-        if isinstance(row, DataError):
-            raise row
-        cure = "give a file that generate wrote, or annotate after it"
-        refuse = functools.partial(DataError, file=source, line=line, cure=cure)
-        read = typed(_Row, row, "row", refuse)
+    cure = "give a file that generate wrote, or annotate after it"
+    for line, read in typed_rows(source, _Row, cure):
         if not read.turns or read.turns[-1].role != "assistant":
-            raise refuse("the last turn is no answer", field="turns")
+            raise DataError("the last turn is no answer", "turns", cure, file=source, line=line)
         turns = tuple(Turn(turn.role, turn.content) for turn in read.turns)
         conversation = Conversation(turns, read.system, str(read.id or f"{source}:{line}"), file=source, line=line)
         predicted = read.turns[-1].predicted_ratings or {}

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pydantic.dataclasses
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from steerjax.command import MODEL, add_model_options, add_packing_options
 from steerjax.data.conversation import Conversation, Turn
@@ -27,7 +26,7 @@ from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.evaluation.suite import Result, figure_table, kept_rows
 from steerjax.report.figures import UNIT, Columns, Figure, figures, mean_of
 from steerjax.schema import SCHEMAS, Schema
-from steerjax.typed import typed
+from steerjax.typed import row_type, typed
 
 # lm-evaluation-harness, lm_eval/tasks/truthfulqa/truthfulqa_mc1.yaml, from the paper's "QA prompt".
 FEW_SHOT = """\
@@ -125,8 +124,7 @@ def requested(options: argparse.Namespace, about) -> tuple[dict[str, float], Sch
     return label_of(asked, about.default_ratings), schema
 
 
-# Of a row's keys only those that are read are checked.
-@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True))
+@row_type
 class _Row:
     question: Annotated[str, Field(min_length=1)]
     mc1_targets: dict[str, Annotated[int, Field(ge=0, le=1)]]

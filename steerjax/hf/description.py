@@ -32,6 +32,11 @@ class Description:
     default_ratings: Mapping[str, float] | None  # what a chat model is asked for where a request names nothing
     provenance: Mapping[str, Any]  # what is known about its making; empty for a model that is not ours
 
+    def expect(self, kind: str) -> None:
+        """Raises ModelError: a model of the other kind."""
+        if self.kind != kind:
+            raise ModelError(f"'{self.path}' is a {self.kind} model\n  cure: give a {kind} model")
+
     def to_json(self) -> dict[str, Any]:
         """What `read_about` reads."""
         kept = ("kind", "system_prompt", "readout", "default_ratings", "provenance")

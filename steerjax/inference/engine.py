@@ -5,11 +5,12 @@ common, the prefix, is computed once; the suffix is what differs, at least the l
 prefix, [P, P + Q) suffix, then new tokens. Padding is masked, and positions count without it.
 """
 
+import copy
 import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from steerjax.bundle import Bundle
 from steerjax.data.conversation import Conversation
-from steerjax.errors import DataError, ModelError
+from steerjax.errors import DataError
 from steerjax.inference.sampler import draw
 from steerjax.inference.steering import Answer, Sampling, Setting, hashed, label_of
 from steerjax.inference.stopping import Stops
@@ -67,17 +68,22 @@ class Engine:
     can share evenly. Raises ModelError: a reward model.
     """
 
-    def __init__(self, bundle: Bundle, schema: Schema, sampling: Sampling, batch_size: int = 8):
+    def __init__(self, bundle: Bundle, schema: Schema, sampling: Sampling = Sampling(), batch_size: int = 8):  # noqa: B008
         self._about = about = bundle.description
-        if about.kind != "chat":
-            raise ModelError(f"'{about.path}' is a {about.kind} model, which writes no text\n  cure: give a chat model")
+        about.expect("chat")
         # One layer a step of the scan: unrolled, XLA copies the weights out of their stack (twice as slow on a CPU).
         model = bundle.module.clone(compute=replace(bundle.module.compute, unroll=1, remat="none"))
-        self.params, self.mesh, self.batch_size, self.sampling = bundle.params, bundle.mesh, batch_size, sampling
+        self.params, self.mesh, self.sampling, self.batch_size = bundle.params, bundle.mesh, sampling, batch_size
         self.model, self.stops = str(about.path), Stops(about.tokenizer, about.template)
         self._renderer, self._ways = bundle.renderer(schema), mesh_ways(bundle.mesh, RULES["batch"])
-        self._start = jax.jit(functools.partial(start, model, sampling, self.stops))
-        self._advance = jax.jit(functools.partial(advance, model, sampling, self.stops), donate_argnums=1)
+        self._start = jax.jit(functools.partial(start, model, self.stops), static_argnums=0)
+        self._advance = jax.jit(functools.partial(advance, model, self.stops), static_argnums=0, donate_argnums=2)
+
+    def drawing(self, sampling: Sampling, batch_size: int) -> Self:
+        """The same model, drawing so. What was compiled is shared, and no seed is compiled."""
+        other = copy.copy(self)
+        other.sampling, other.batch_size = sampling, batch_size
+        return other
 
     def prepare(self, conversation: Conversation, settings: Sequence[Setting], samples: int) -> Request:
         """The conversation's tokens in each setting of the ratings; earlier answers with those that they have.
@@ -128,15 +134,15 @@ class Engine:
 
     def _steps(self, requests: Sequence[Request], size: int, interval: int) -> Iterator[list[tuple[np.ndarray, bool]]]:
         """(tokens, ended) of each row, after every `interval` steps."""
-        inputs = arrange(requests, size, self.sampling.seed)
+        inputs, how = arrange(requests, size, self.sampling.seed), replace(self.sampling, seed=0)
         with jax.set_mesh(self.mesh):
-            state = self._start(self.params, inputs)
+            state = self._start(how, self.params, inputs)
             while True:
                 tokens, drawn, done, count = jax.device_get((state.tokens, state.drawn, state.done, state.count))
                 yield [(row[:n], bool(d)) for row, n, d in zip(tokens, drawn, done, strict=True)]
-                if done.all() or count == self.sampling.max_new_tokens:
+                if done.all() or count == how.max_new_tokens:
                     return
-                state = self._advance(self.params, state, min(int(count) + interval, self.sampling.max_new_tokens))
+                state = self._advance(how, self.params, state, min(int(count) + interval, how.max_new_tokens))
 
     def _answer(self, tokens: np.ndarray, ended: bool) -> Answer:
         text, stopped = self.stops.find(tokens)
@@ -176,7 +182,7 @@ def _padded(texts: Sequence[np.ndarray], rows: int, least: int) -> tuple[np.ndar
     return out, lengths
 
 
-def start(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, inputs: Inputs) -> State:
+def start(model: CausalLM, stops: Stops, sampling: Sampling, params: dict, inputs: Inputs) -> State:
     """Prefixes, then suffixes through the model; the first token is drawn."""
     R, B, M = len(inputs.prefix), len(inputs.suffix), sampling.max_new_tokens
 
@@ -200,7 +206,7 @@ def start(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, input
         done=inputs.suffix_lengths == 0,
         count=jnp.int32(0),
     )
-    return add_token(model, sampling, stops, params, state, states)
+    return add_token(model, stops, sampling, params, state, states)
 
 
 def extend(
@@ -218,7 +224,7 @@ def extend(
     return model.apply({"params": params}, tokens, positions, cache, mask, method="extend")
 
 
-def advance(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, state: State, until: int) -> State:
+def advance(model: CausalLM, stops: Stops, sampling: Sampling, params: dict, state: State, until: int) -> State:
     """Draws tokens until there are `until`, or all rows have ended."""
     B, M = state.tokens.shape
 
@@ -230,13 +236,13 @@ def advance(model: CausalLM, sampling: Sampling, stops: Stops, params: dict, sta
         write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=slot)
         cache = jax.tree.map(functools.partial(write, axis=2), state.cache, new)
         state = state._replace(cache=cache, seen=write(state.seen, real, axis=1))
-        return add_token(model, sampling, stops, params, state, states[:, 0])
+        return add_token(model, stops, sampling, params, state, states[:, 0])
 
     return jax.lax.while_loop(lambda state: (state.count < until) & ~state.done.all(), step, state)
 
 
 def add_token(
-    model: CausalLM, sampling: Sampling, stops: Stops, params: dict, state: State, states: Float[Array, "B D"]
+    model: CausalLM, stops: Stops, sampling: Sampling, params: dict, state: State, states: Float[Array, "B D"]
 ) -> State:
     """Draws a token for each row, and sees whether it ends the row. Every process reads what is constrained here."""
     logits = model.apply({"params": params}, states, method="head")

@@ -16,7 +16,7 @@ from steerjax.bundle import Bundle
 from steerjax.data.batch import Batch
 from steerjax.data.packing import Layout
 from steerjax.data.trees import Example, grow
-from steerjax.errors import DataError, ModelError
+from steerjax.errors import DataError
 from steerjax.inference.packed import PackedModel
 from steerjax.models.logits import Head, cut, joined, target_losses
 
@@ -50,9 +50,7 @@ class LikelihoodScorer:
 
     def __init__(self, bundle: Bundle, *, row_length: int = 0, rows: int = 0):
         self.description = about = bundle.description
-        if about.kind != "chat":
-            cure = "give a chat model, or the one that it was made from"
-            raise ModelError(f"'{about.path}' is a {about.kind} model, which has no likelihoods\n  cure: {cure}")
+        about.expect("chat")
 
         def likelihoods(params, batch: Batch):
             model = bundle.module.bind({"params": params})

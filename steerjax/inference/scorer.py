@@ -45,8 +45,7 @@ def model_schema(description: Description) -> Schema:
 
     Raises ModelError: a chat model, or outputs without the names of attributes.
     """
-    if description.kind != "reward":
-        raise ModelError(f"'{description.path}' is a {description.kind} model\n  cure: give a reward model")
+    description.expect("reward")
     if description.schema is not None:
         return description.schema
     labels = output_names(description)

@@ -4,11 +4,12 @@ Ratings go to the chat template as `chat_template_kwargs`: `attributes`, and tho
 message, as `message_attributes` (vLLM 0.32 drops what it does not know of a message). Texts are sent as they are.
 """
 
+import copy
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from steerjax.chat.templates import Template
 from steerjax.data.conversation import Conversation, Turn
@@ -35,8 +36,8 @@ class Server:
     """
 
     def __init__(
-        self, url: str, model: str | None, schema: Schema, sampling: Sampling, *, template: Template | None = None,
-        workers: int = 16, attempts: int = 8, timeout: float = 600,
+        self, url: str, model: str | None, schema: Schema, sampling: Sampling = Sampling(), *,  # noqa: B008
+        template: Template | None = None, workers: int = 16, attempts: int = 8, timeout: float = 600,
     ):  # fmt: skip
         import openai
 
@@ -56,6 +57,12 @@ class Server:
         if len(names) != 1:
             raise ModelError(f"{self.url} serves {', '.join(names) or 'no model'}; cure: name one with --server-model")
         self.model = names[0]
+
+    def drawing(self, sampling: Sampling, batch_size: int) -> Self:
+        """The same server, asked to draw so, `batch_size` requests at a time."""
+        other = copy.copy(self)
+        other._sampling, other._workers = sampling, batch_size
+        return other
 
     def prepare(self, conversation: Conversation, settings: Sequence[Setting], samples: int) -> list[dict[str, Any]]:
         turns, s = conversation.turns, self._sampling

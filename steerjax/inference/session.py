@@ -10,16 +10,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from steerjax.chat.templates import get_template
-from steerjax.command import open_model
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes, load_conversations
 from steerjax.data.readers import source_format
-from steerjax.errors import ConfigError, DataError, ModelError
+from steerjax.errors import ConfigError, DataError
+from steerjax.inference.answerer import open_answerer
 from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
 from steerjax.inference.steering import Answer, Sampling, Setting, hashed, label_of, swept, top_combinations
-from steerjax.schema import SCHEMAS, Schema, round_rating
+from steerjax.schema import Schema, round_rating
 from steerjax.typed import typed
 
 BOOTSTRAP_TOP_K = 50  # the paper's, section 3.4
@@ -32,30 +31,14 @@ class Session:
     def __init__(self, options: argparse.Namespace):
         o = self.options = options
         self.sampling = sampling_of(o)
-        about = None
-        if o.model:
-            from steerjax.bundle import describe  # a server's client needs no jax
-
-            about = describe(o.model, template=o.template)
-        self.defaults, own = (about.default_ratings, about.schema) if about else (None, None)
-        if own is None and not o.schema and not o.server and (o.attributes or o.sweep or o.combinations):
-            raise ModelError(f"'{o.model}' does not say which attributes it takes\n  cure: --schema")
-        self.schema = own or SCHEMAS[o.schema or "steerlm"]
+        answerer = open_answerer(o)
+        self.schema, self.defaults = answerer.schema, answerer.defaults
         self.settings = swept(o.attributes, o.sweep, self.schema)
         self.combinations: list[Setting] = []
         if o.combinations:
             rated = load_conversations([o.combinations], self.schema, on_bad_row=o.on_bad_row)
             self.combinations = top_combinations(rated.conversations, self.schema, o.quality)
-        if o.server:
-            from steerjax.inference.server import Server
-
-            template = about.template if about else get_template(o.template) if o.template else None
-            server = o.server, o.server_model, self.schema, self.sampling
-            self.backend = Server(*server, template=template, workers=o.batch_size)
-        else:
-            from steerjax.inference.engine import Engine
-
-            self.backend = Engine(open_model(o.model, o), self.schema, self.sampling, o.batch_size)
+        self.backend = answerer.backend.drawing(self.sampling, o.batch_size)
 
     def answer_prompt(self, prompt: str) -> None:
         """Prints the answer as it comes, or, of several, each with its length."""

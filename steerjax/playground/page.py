@@ -238,7 +238,7 @@ def _meaning(attribute: Attribute) -> str:
 
 def _heading(player: Player) -> str:
     about = html.escape(player.target.model) + (f" at {html.escape(player.target.url)}" if player.target.url else "")
-    rated = f", rated by {html.escape(str(player.reward_model))}" if player.judged else ""
+    rated = f", rated by {html.escape(player.rated_by)}" if player.judged else ""
     return f'<h1>steerjax playground</h1><div class="note">{about}{rated}</div>'
 
 

@@ -1,20 +1,17 @@
 """Who answers: a model of our own, or a server; and a reward model that rates the answers."""
 
 import contextlib
-import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from steerjax.bundle.describe import describe
-from steerjax.chat.templates import get_template
-from steerjax.data.conversation import Conversation, Turn
-from steerjax.errors import DataError, ModelError
+from steerjax.api import Model, ServedModel
+from steerjax.errors import DataError
 from steerjax.inference.steering import Answer, Sampling, Setting
-from steerjax.playground.calls import Target
-from steerjax.schema import SCHEMAS, Schema, round_rating
+from steerjax.playground.calls import Target, messages_of
+from steerjax.schema import Schema, round_rating
 
 _WAITING = 2  # pieces that may lie ready
 _PATIENCE = 5.0  # seconds that a piece may lie there: Gradio does not close the generator of one who pressed Stop
@@ -27,53 +24,24 @@ class Player:
     A model's work stays in one thread, as JAX keeps the mesh by thread, and a page takes each piece in another.
 
     Args:
-        model: a chat model; with `server` (URL) that answers, and the model only says what it knows.
-        reward_model: rates the answers. schema: the preset of a chat model that names none.
+        chat: what `steerjax.load` or `steerjax.connect` gave. reward_model: rates the answers.
 
-    Raises SteerjaxError: a model of the wrong kind, no schema, no server there.
+    Raises ModelError: a model of the wrong kind.
     """
 
-    def __init__(
-        self, model: str | None, *, server: str | None = None, server_model: str | None = None,
-        reward_model: str | None = None, schema: str | None = None, template: str | None = None, mesh: str = "",
-        dtype: str = "auto",
-    ):  # fmt: skip
-        about = describe(model, template=template) if model else None
-        if about and about.kind != "chat":
-            raise ModelError(f"'{model}' is a {about.kind} model, which writes no text\n  cure: give a chat model")
-        own = about.schema if about else None
-        if own is None and schema is None:
-            who = f"'{model}' does not" if about else "a server does not"
-            cure = "--schema" if about else "--model, the folder that it serves, or --schema"
-            raise ModelError(f"{who} say which attributes it takes\n  cure: {cure}, e.g. --schema helpsteer")
-        self.schema: Schema = own or SCHEMAS[schema]
-        self.defaults: Mapping[str, float] | None = about.default_ratings if about else None
-        self.judged: Schema | None = None
+    def __init__(self, chat: Model | ServedModel, reward_model: Model | None = None):
+        for model, kind in ((chat, "chat"), (reward_model, "reward")):
+            if isinstance(model, Model):
+                model.description.expect(kind)
+        self._chat, self._reward_model = chat, reward_model
+        self.schema, self.defaults = chat.schema, chat.default_ratings
+        self.judged: Schema | None = reward_model.schema if reward_model else None
+        self.target = Target(chat.name, chat.url if isinstance(chat, ServedModel) else None)
+        self.rated_by = str(reward_model.description.path) if reward_model else None
         self._closed = threading.Event()
         self._models = ThreadPoolExecutor(1, "model")
-        self.at_once = _SERVED if server else 1  # answers
-        self._answers = ThreadPoolExecutor(_SERVED, "server") if server else self._models
-        if server:
-            from steerjax.inference.server import Server
-
-            known = about.template if about else get_template(template) if template else None
-            self._backend = functools.lru_cache(4)(
-                lambda sampling: Server(server, self.target.model, self.schema, sampling, template=known, attempts=2)
-            )
-            first = Server(server, server_model, self.schema, Sampling(), template=known, attempts=2)
-            self.target = Target(first.model, first.url)
-        else:
-            from steerjax.inference.engine import Engine
-
-            bundle = _open(model, mesh, template, dtype)
-            self._backend = functools.lru_cache(4)(lambda sampling: Engine(bundle, self.schema, sampling, 1))
-            self.target = Target(str(model))
-        if reward_model:
-            from steerjax.inference.scorer import Scorer
-
-            self._scorer = Scorer(_open(reward_model, mesh, None, dtype))
-            self.judged = self._scorer.schema
-        self.reward_model = reward_model
+        self.at_once = _SERVED if self.target.url else 1  # answers
+        self._answers = ThreadPoolExecutor(_SERVED, "server") if self.target.url else self._models
 
     def default_setting(self) -> dict[str, int | None]:
         """The model's default ratings; None for what they leave out; without any, the middle of each range."""
@@ -83,32 +51,16 @@ class Player:
 
     def stream(self, prompt: str, system: str, setting: Setting, sampling: Sampling) -> Iterator[str | Answer]:
         """Pieces of the answer as they are drawn, then the whole. Raises SteerjaxError: what cannot be answered."""
-        conversation = _conversation(prompt, system)
-
-        def pieces() -> Iterator[str | Answer]:
-            backend = self._backend(sampling)
-            yield from backend.stream(backend.prepare(conversation, [setting], 1))
-
-        return streamed(self._answers, pieces, self._closed)
+        if not prompt.strip():
+            raise DataError("the prompt is empty", cure="write a question")
+        asked = messages_of(prompt, system)
+        return streamed(self._answers, lambda: self._chat.pieces(asked, setting, sampling), self._closed)
 
     def rate(self, prompt: str, system: str, answer: str) -> dict[str, float]:
         """Predicted ratings of an answer. Raises DataError: it is empty, or too long for the reward model."""
         if not answer.strip():
-            raise DataError(
-                "the answer is empty, so that there is nothing to rate", cure="ask again, or change a rating"
-            )
-        from steerjax.inference.scorer import predict, predicted_keys
-
-        asked = _conversation(prompt, system)
-        whole = Conversation((*asked.turns, Turn("assistant", answer)), asked.system)
-
-        def rated() -> dict[str, float]:
-            _, predicted, skipped = predict(self._scorer, [whole], [[len(whole.turns) - 1]], skip=True)
-            if skipped:
-                raise DataError(f"the reward model cannot rate this: {skipped[0].reason}", cure="a shorter answer")
-            return predicted_keys(predicted[0], self.judged)["predicted_ratings"]
-
-        return self._models.submit(rated).result()
+            raise DataError("the answer is empty: there is nothing to rate", cure="ask again, or change a rating")
+        return self._models.submit(self._reward_model.rate, messages_of(prompt, system), answer).result()
 
     def close(self) -> None:
         """Ends what is still being answered."""
@@ -167,16 +119,3 @@ def streamed(pool: ThreadPoolExecutor, pieces: Callable[[], Iterator], closed: t
             yield value
     finally:
         left.set()
-
-
-def _conversation(prompt: str, system: str) -> Conversation:
-    if not prompt.strip():
-        raise DataError("the prompt is empty", cure="write a question")
-    return Conversation((Turn("user", prompt),), system or None)
-
-
-def _open(folder: str, mesh: str, template: str | None, dtype: str):
-    from steerjax.bundle import open_bundle
-    from steerjax.parallel.mesh import parse_mesh
-
-    return open_bundle(folder, parse_mesh(mesh), template=template, dtype=dtype)

@@ -128,8 +128,7 @@ def test_a_grid_is_answered_rated_and_resumed(chat, reward, prompts, tmp_path, m
 
 def test_a_server_that_goes_down_half_way(prompts, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "steerjax.inference.server.Server.__init__.__kwdefaults__",
-        {"template": None, "workers": 1, "attempts": 1, "timeout": 5.0},
+        "steerjax.inference.answerer.of_server.__kwdefaults__", {"schema": None, "template": None, "attempts": 1}
     )
     with FakeServer() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,5 +1,6 @@
 """The cache changes no logits; batches, meshes and shared prompts change no text; greedy is transformers'."""
 
+import functools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -173,11 +174,20 @@ def test_stream_is_the_text_in_pieces():
     assert sum(map(bool, pieces)) > 3
 
 
+def test_another_seed_compiles_nothing():
+    first = engine(sampling := Sampling(1.0, seed=2, max_new_tokens=8))
+    requests = [Request((prompts(1)[0],))]
+    texts = {generate(first.drawing(replace(sampling, seed=seed), 8), requests)[0][0][0].text for seed in range(3)}
+    assert len(texts) == 3
+    assert (first._start._cache_size(), first._advance._cache_size()) == (1, 1)
+
+
 def test_a_step_does_not_copy_the_cache():
     model, params = tiny()
     decoder = engine(Sampling(max_new_tokens=4000), (model, params))
-    state = jax.eval_shape(decoder._start, params, arrange([Request((p,)) for p in prompts(8)], 8))
-    memory = decoder._advance.lower(params, state, 5).compile().memory_analysis()
+    inputs = arrange([Request((p,)) for p in prompts(8)], 8)
+    state = jax.eval_shape(functools.partial(decoder._start, decoder.sampling), params, inputs)
+    memory = decoder._advance.lower(decoder.sampling, params, state, 5).compile().memory_analysis()
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert memory.alias_size_in_bytes > size  # donated
     assert memory.temp_size_in_bytes < size

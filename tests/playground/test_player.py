@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 
+from steerjax.api import load
 from steerjax.errors import DataError, ModelError
 from steerjax.inference.steering import Answer, Sampling
 from steerjax.playground.player import Player, streamed
@@ -22,7 +23,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def player(folders):
-    with closing(Player(str(folders["chat"]), reward_model=str(folders["reward"]))) as player:
+    with closing(Player(load(folders["chat"]), load(folders["reward"]))) as player:
         yield player
 
 
@@ -63,17 +64,15 @@ def test_what_cannot_be_answered(player, prompt, facts, cure):
 def test_what_cannot_be_rated(player):
     with refused(DataError, "empty", cure="again"):
         player.rate("Why?", "", " ")
-    with refused(DataError, "tokens", "reward model", cure="shorter"):
+    with refused(DataError, "tokens", cure="shorter"):
         player.rate("Why?", "", "so " * 4000)
 
 
 def test_what_cannot_be_opened(folders):
     with refused(ModelError, "reward model", cure="chat model"):
-        Player(str(folders["reward"]))
+        Player(load(folders["reward"]))
     with refused(ModelError, "chat model", cure="reward model"):
-        Player(str(folders["chat"]), reward_model=str(folders["chat"]))
-    with refused(ModelError, "attributes", cure="--schema"):
-        Player(None, server="http://127.0.0.1:9")
+        Player(load(folders["chat"]), load(folders["chat"]))
 
 
 def test_one_at_a_time_and_nothing_mixes():
