@@ -7,6 +7,7 @@ and schemas are shown as text.
 import html
 import itertools
 import os
+import threading
 import time
 from collections.abc import Iterator
 
@@ -109,9 +110,21 @@ def build(player: Player, sampling: Sampling):
         def sampled(heat, new, seed) -> Sampling:
             return Sampling(float(heat), sampling.top_k, sampling.top_p, int(seed or 0), int(new))
 
-        def asked(prompt, system, heat, new, seed, *values) -> Iterator[list]:
+        stopped: dict[str, threading.Event] = {}  # by visitor
+
+        def begin(request: gr.Request) -> None:
+            stopped[request.session_hash] = threading.Event()
+
+        def end(request: gr.Request) -> None:
+            stopped.setdefault(request.session_hash, threading.Event()).set()
+
+        def leave(request: gr.Request) -> None:
+            stopped.pop(request.session_hash, threading.Event()).set()
+
+        def asked(request: gr.Request, prompt, system, heat, new, seed, *values) -> Iterator[list]:
             settings = [setting_of(player.schema.attributes, values[at : at + width]) for at in (0, width)]
-            yield from answers(player, prompt, system, settings, sampled(heat, new, seed))
+            stop = stopped.setdefault(request.session_hash, threading.Event())
+            yield from answers(player, prompt, system, settings, sampled(heat, new, seed), stop)
 
         def calls(prompt, system, heat, new, seed, *values) -> tuple[str, str]:
             setting = setting_of(player.schema.attributes, values)
@@ -119,8 +132,10 @@ def build(player: Player, sampling: Sampling):
             return curl_call(*made), python_call(*made)
 
         queued = {"concurrency_limit": player.at_once, "concurrency_id": "models", "api_visibility": "private"}
-        begun = [gr.on([ask.click], asked, widgets, shown, show_progress="hidden", **queued)]
-        stop.click(None, cancels=begun, queue=False, api_visibility="private")
+        now = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        ask.click(begin, **now).then(asked, widgets, shown, show_progress="hidden", **queued)
+        stop.click(end, **now)  # Gradio's own way to cancel leaves "Error" in the answer
+        page.unload(leave)
         for side in sides:
             inputs = [*common, *side.asked]
             quick = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
@@ -183,9 +198,12 @@ def setting_of(attributes: tuple[Attribute, ...], values: tuple) -> dict[str, in
 
 
 def answers(
-    player: Player, prompt: str, system: str, settings: list[Setting], sampling: Sampling
+    player: Player, prompt: str, system: str, settings: list[Setting], sampling: Sampling, stop: threading.Event
 ) -> Iterator[list[str]]:
-    """What the page shows as both answers come: [problem, answer, note, plot of A, the same of B], all texts whole."""
+    """What the page shows as both answers come: [problem, answer, note, plot of A, the same of B], all texts whole.
+
+    What stands there when `stop` is set stays.
+    """
     shown = [["", "", ""] for _ in settings]
 
     def now(problem: str = "") -> list[str]:
@@ -199,12 +217,16 @@ def answers(
         try:
             begun, parts[1] = time.monotonic(), _note("answering")
             yield now()
-            for piece in player.stream(prompt, system, setting, sampling):
+            for piece in player.stream(prompt, system, setting, sampling, stop):
                 if isinstance(piece, Answer):
                     parts[0], parts[1] = piece.text, _note(_said(piece, time.monotonic() - begun))
                 elif piece:
                     parts[0] += piece
                 yield now()
+            if stop.is_set():
+                parts[1] = _note("stopped")
+                yield now()
+                return
             if player.judged is not None:
                 predicted = player.rate(prompt, system, parts[0])
                 parts[2] = ratings_plot(player.schema, setting, predicted, player.judged)

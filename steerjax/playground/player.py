@@ -3,7 +3,6 @@
 import contextlib
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,7 @@ from steerjax.playground.calls import Target, messages_of
 from steerjax.schema import Schema, round_rating
 
 _WAITING = 2  # pieces that may lie ready
-_PATIENCE = 5.0  # seconds that a piece may lie there: Gradio does not close the generator of one who pressed Stop
+_GLANCE = 0.2  # seconds between two looks whether the page has left
 _SERVED = 8  # answers at once from a server, which batches them
 
 
@@ -49,12 +48,17 @@ class Player:
         ratings = self.defaults or middle
         return {a.name: round_rating(ratings[a.name], a) if a.name in ratings else None for a in self.schema.attributes}
 
-    def stream(self, prompt: str, system: str, setting: Setting, sampling: Sampling) -> Iterator[str | Answer]:
-        """Pieces of the answer as they are drawn, then the whole. Raises SteerjaxError: what cannot be answered."""
+    def stream(
+        self, prompt: str, system: str, setting: Setting, sampling: Sampling, stop: threading.Event
+    ) -> Iterator[str | Answer]:
+        """Pieces of the answer as they are drawn, then the whole; ends early where `stop` is set.
+
+        Raises SteerjaxError: what cannot be answered.
+        """
         if not prompt.strip():
             raise DataError("the prompt is empty", cure="write a question")
         asked = messages_of(prompt, system)
-        return streamed(self._answers, lambda: self._chat.pieces(asked, setting, sampling), self._closed)
+        return streamed(self._answers, lambda: self._chat.pieces(asked, setting, sampling), stop, self._closed)
 
     def rate(self, prompt: str, system: str, answer: str) -> dict[str, float]:
         """Predicted ratings of an answer. Raises DataError: it is empty, or too long for the reward model."""
@@ -69,53 +73,48 @@ class Player:
             pool.shutdown(cancel_futures=True)
 
 
-def streamed(pool: ThreadPoolExecutor, pieces: Callable[[], Iterator], closed: threading.Event) -> Iterator:
-    """The items of `pieces()`, which runs in a thread of the pool; ends early where the caller does, or `closed`.
+def streamed(
+    pool: ThreadPoolExecutor, pieces: Callable[[], Iterator], stop: threading.Event, closed: threading.Event
+) -> Iterator:
+    """The items of `pieces()`, which runs in a thread of the pool. What it raises is raised here.
 
-    What it raises is raised here.
+    Both ends leave off where `stop` is set, also by the caller's end, or `closed`.
     """
     ready: queue.Queue = queue.Queue(_WAITING)
-    left = threading.Event()
 
-    def put(item: tuple) -> bool:
-        last = time.monotonic() + _PATIENCE
-        while not (left.is_set() or closed.is_set() or time.monotonic() > last):
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                pass
-        left.set()
-        return False
+    def ended() -> bool:
+        return stop.is_set() or closed.is_set()
+
+    def put(*item) -> None:
+        while not ended():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=_GLANCE)
 
     def work() -> None:
         try:
-            if left.is_set():
+            if ended():
                 return
             with contextlib.closing(pieces()) as made:  # in the thread that began it
                 for piece in made:
-                    if not put(("piece", piece)):
+                    put("piece", piece)
+                    if ended():
                         return
-            put(("end", None))
+            put("end", None)
         except BaseException as error:
-            put(("error", error))
+            put("error", error)
 
     pool.submit(work)
     try:
-        while True:
+        while not ended():
             try:
-                kind, value = ready.get(timeout=1)
+                kind, value = ready.get(timeout=_GLANCE)
             except queue.Empty:
-                if closed.is_set():
-                    return
-                if left.is_set():  # the page came back after the model had given it up
-                    said = f"the answer ends here, as the page took none of it for {_PATIENCE:.0f} seconds"
-                    raise DataError(said, cure="ask again") from None
                 continue
             if kind == "error":
                 raise value
             if kind == "end":
                 return
             yield value
-    finally:
-        left.set()
+    except GeneratorExit:
+        stop.set()
+        raise

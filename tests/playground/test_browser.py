@@ -130,6 +130,11 @@ def answer(page, side: str) -> str:
     return page.locator(f"#answer-{side} textarea").input_value()
 
 
+def answer_note(page, side: str) -> str:
+    answer(page, side)
+    return page.locator(f"#note-{side}").inner_text()
+
+
 def problem(page) -> str:
     page.locator("#problem .problem").wait_for(timeout=WAIT)
     return page.locator("#problem").inner_text().strip()
@@ -222,6 +227,28 @@ def test_two_people_at_once(browser, own):
         together = [[answer(page, side) for side in "AB"] for page in (one, other)]
     assert alone[0] != alone[1]
     assert together == alone
+
+
+def test_stop_keeps_what_is_there_and_the_next_question_works(browser, folders, tmp_path):
+    """The folder's model goes on to 900 tokens where nobody stops it."""
+    with playing(tmp_path / "log", "--model", folders["chat"], "--max-new-tokens", 900) as address:
+        with visiting(browser, address) as gone:  # a tab that is closed in the middle
+            ask(gone, "Why?")
+            gone.wait_for_function("document.querySelector('#answer-A textarea').value.length > 9", timeout=WAIT)
+        with visiting(browser, address) as page:
+            ask(page, "Why?")
+            page.wait_for_function("document.querySelector('#answer-A textarea').value.length > 9", timeout=WAIT)
+            page.locator("#stop").click()
+            page.locator("#note-A", has_text="stopped").wait_for(timeout=10_000)
+            picture(page, "stopped")
+            assert len(page.locator("#answer-A textarea").input_value()) > 9
+            assert "Error" not in page.locator("body").inner_text()
+            assert page.locator("#answer-B textarea").input_value() == ""
+            page.locator("#more button").first.click()
+            page.get_by_label("number input for Longest answer, in tokens").fill("5")
+            ask(page, "How?")
+            page.locator("#note-A", has_text="5 tokens").wait_for(timeout=WAIT)
+            assert "5 tokens" in answer_note(page, "B")
 
 
 def test_a_server_answers_goes_down_and_says_markup(browser, tmp_path):

@@ -31,7 +31,7 @@ def test_answers_are_those_of_generate(player, folders, capsys):
     """Streamed from another thread a piece: the text that the command prints."""
     from steerjax.generate import main
 
-    *pieces, whole = player.stream("Why?", "", {"wit": 1, "depth": None}, SHORT)
+    *pieces, whole = player.stream("Why?", "", {"wit": 1, "depth": None}, SHORT, threading.Event())
     assert isinstance(whole, Answer)
     assert "".join(pieces) == whole.text
     main(["--model", str(folders["chat"]), "--prompt", "Why?", "--attributes", "wit=1,depth=none",
@@ -57,8 +57,8 @@ def test_start_is_the_defaults_or_the_middle(player, monkeypatch):
 )
 def test_what_cannot_be_answered(player, prompt, facts, cure):
     with refused(DataError, *facts, cure=cure):
-        list(player.stream(prompt, "", {}, SHORT))
-    assert list(player.stream("Why?", "", {}, SHORT))  # the next one can
+        list(player.stream(prompt, "", {}, SHORT, threading.Event()))
+    assert list(player.stream("Why?", "", {}, SHORT, threading.Event()))  # the next one can
 
 
 def test_what_cannot_be_rated(player):
@@ -88,12 +88,12 @@ def test_one_at_a_time_and_nothing_mixes():
 
     closed = threading.Event()
     with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(4) as people:
-        got = list(people.map(lambda name: [*streamed(pool, lambda: pieces(name), closed)], "abcd"))
+        got = list(people.map(lambda name: [*streamed(pool, lambda: pieces(name), threading.Event(), closed)], "abcd"))
     assert got == [[f"{name}{n}" for n in range(5)] for name in "abcd"]
     assert set(most) == {1}
 
 
-def test_one_who_leaves_does_not_hold_the_model(monkeypatch):
+def test_one_who_leaves_or_stops_does_not_hold_the_model():
     closed, ended = threading.Event(), threading.Event()
 
     def endless():
@@ -104,15 +104,15 @@ def test_one_who_leaves_does_not_hold_the_model(monkeypatch):
             ended.set()
 
     with ThreadPoolExecutor(1) as pool:
-        stream = streamed(pool, endless, closed)
-        assert next(stream) == "x"
-        stream.close()
+        left = streamed(pool, endless, threading.Event(), closed)
+        assert next(left) == "x"
+        left.close()
         assert ended.wait(10)
         ended.clear()
-        monkeypatch.setattr("steerjax.playground.player._PATIENCE", 0.3)
-        abandoned = streamed(pool, endless, closed)  # and never closed
-        assert next(abandoned) == "x"
+        stop = threading.Event()
+        stopped = streamed(pool, endless, stop, closed)  # and neither read on nor closed
+        assert next(stopped) == "x"
+        stop.set()
         assert ended.wait(10)
-        with refused(DataError, "ends here", cure="ask again"):  # where its reader comes back
-            list(abandoned)
-        assert list(streamed(pool, lambda: (piece for piece in "ab"), closed)) == ["a", "b"]
+        assert list(stopped) == []
+        assert list(streamed(pool, lambda: (piece for piece in "ab"), threading.Event(), closed)) == ["a", "b"]
