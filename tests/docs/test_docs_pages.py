@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def anchors(page: Path) -> set[str]:
     """Of a page's headings, as GitHub makes them."""
     found, tokens = Counter(), parse(page)
     anchors = set()
-    for heading, line in zip(tokens, tokens[1:], strict=False):
+    for heading, line in pairwise(tokens):
         if heading.type == "heading_open":
             text = "".join(part.content for part in line.children if part.type in ("text", "code_inline"))
             slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
