@@ -36,7 +36,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_type_aliases = {name: name for name in ("Prompt", "Message", "Ratings", "Schema", "Description")}
 
-ENVIRONMENT = os.environ | {"COLUMNS": "100", "JAX_PLATFORMS": "cpu"}
+ENVIRONMENT = os.environ | {"COLUMNS": "96", "JAX_PLATFORMS": "cpu"}
 HERE = Path(__file__).parent
 PAGES = {"README.md": "index.md", "launch/README.md": "launching.md"}  # file of the repository -> page that includes it
 
