@@ -34,7 +34,6 @@ highlight_language = "text"  # of blocks that name none
 default_role = "code"  # docstrings write `names` as Markdown does
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_type_aliases = {name: name for name in ("Prompt", "Message", "Ratings", "Schema", "Description")}
 
 ENVIRONMENT = os.environ | {"COLUMNS": "96", "JAX_PLATFORMS": "cpu"}
 HERE = Path(__file__).parent
