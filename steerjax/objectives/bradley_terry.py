@@ -187,5 +187,5 @@ class BradleyTerry(Objective):
         from steerjax.report.preferences import preference_text, write_preference_report
 
         if folder is not None:
-            write_preference_report(folder, evaluation.detail, records, summary, config_text)
+            write_preference_report(folder, evaluation.detail, self.losses(records), summary, config_text)
         return preference_text(evaluation.detail)

@@ -218,5 +218,5 @@ class Regression(Objective):
         from steerjax.report.page import format_table, write_report
 
         if folder is not None:
-            write_report(folder, evaluation.detail, records, summary, config_text)
+            write_report(folder, evaluation.detail, self.losses(records), summary, config_text)
         return format_table(evaluation.detail)

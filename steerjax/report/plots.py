@@ -1,10 +1,10 @@
 """The report's plots, as PNG files, in the colours of Okabe and Ito, which colour-blind readers can tell apart.
 
-matplotlib is optional: each raises SteerjaxError where it is missing. pyplot, the caller's, is left alone.
+matplotlib is optional: each function raises SteerjaxError where it is missing. pyplot, the caller's, is left alone.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,18 +23,21 @@ _STYLE = {
 }  # fmt: skip
 
 
-def require_matplotlib() -> None:
-    """For the start of a long run that ends in plots."""
+def require_plots() -> None:
+    """For the start of a long run that ends in a report: what the extra `plots` installs is there."""
     try:
+        import markdown_it  # noqa: F401
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise SteerjaxError(f"plots need matplotlib ({error})\n  cure: pip install 'steerjax[plots]'") from error
+        raise SteerjaxError(
+            f"reports need matplotlib and markdown-it-py ({error})\n  cure: pip install 'steerjax[plots]'"
+        ) from error
 
 
 @contextmanager
 def new_figure(path: str | Path, width: float, height: float, title: str | None = None) -> Iterator:
     """A figure of these inches to draw on, then saved."""
-    require_matplotlib()
+    require_plots()
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -45,25 +48,23 @@ def new_figure(path: str | Path, width: float, height: float, title: str | None 
         figure.savefig(path, format="png")
 
 
-def plot_losses(records: Sequence[Mapping], path: str | Path) -> None:
-    """Loss of training and of the validation split against the step, from the objects of `metrics.jsonl`."""
-    train, validation = (
-        np.array([(r["step"], r["loss"]) for r in records if r["split"] == split and r["loss"] is not None])
-        for split in ("train", "validation")
-    )
-    with new_figure(path, 8.4, 4.6) as figure:
+def plot_losses(losses: Mapping[str, np.ndarray], path: str | Path, unit: str) -> None:
+    """An objective's loss against the step, from `records.own_losses`; `unit` is what it is measured in."""
+    train, validation = losses["train"], losses["validation"]
+    with new_figure(path, 8.4, 4.8) as figure:
         axes = figure.subplots()
-        axes.set(title="Loss against the step", xlabel="step", ylabel="loss")
+        axes.set(title="Loss against the step", xlabel="step", ylabel=f"loss ({unit})")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(train):
             window = np.ones(max(1, len(train) // 12) | 1)
             smooth = np.convolve(train[:, 1], window, "same") / np.convolve(np.ones(len(train)), window, "same")
             axes.plot(*train.T, color=BLUE, alpha=0.25, linewidth=0.9)
-            axes.plot(train[:, 0], smooth, color=BLUE, linewidth=2, label=f"training, mean of {len(window)}")
+            of = f", mean of {len(window)} steps" if len(window) > 1 else ""
+            axes.plot(train[:, 0], smooth, color=BLUE, linewidth=2, label=f"training{of}")
         if len(validation):
             axes.plot(*validation.T, color=INK, marker="o", label=f"validation, last {validation[-1, 1]:.3f}")
         if len(train) or len(validation):
-            axes.legend()
+            figure.legend(loc="outside lower center", ncols=2)
 
 
 def plot_calibration(predicted, observed, counts, path: str | Path) -> None:
@@ -86,16 +87,10 @@ def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
         for a, (axes, attribute) in enumerate(zip(panels, result.schema.attributes, strict=False)):
             human, predicted = result.ratings[:, a], result.predicted[:, a]
             seen = np.isfinite(human) & np.isfinite(predicted)
-            scatter_with_means(axes, human[seen], predicted[seen], attribute, "response")
-            limits = axes.get_xlim()
-            axes.plot(limits, limits, color=GREY, linewidth=1, linestyle="--", label="prediction = human")
-            axes.set(yticks=axes.get_xticks(), aspect="equal", xlabel="human rating", ylabel="predicted rating")
-            axes.set(xlim=limits, ylim=limits)  # after the ticks, which would widen them
-            if beyond := int(np.sum((predicted[seen] < limits[0]) | (predicted[seen] > limits[1]))):
-                axes.text(0.03, 0.94, f"{beyond} beyond the axes", transform=axes.transAxes, color=GREY)
+            scatter_with_means(axes, human[seen], predicted[seen], attribute, "response", "prediction = human")
+            axes.set(xlabel="human rating", ylabel="predicted rating")
             r = result.metrics[attribute.name]["pearson"]
-            heading = f"{attribute.name}  (r = {'undefined' if r is None else format(r, '.2f')})"
-            axes.set_title(heading, fontsize=min(11.5, 380 / len(heading)))
+            panel_title(axes, f"{attribute.name}  (r = {'undefined' if r is None else format(r, '.2f')})")
         for axes in panels[count:]:
             axes.set_visible(False)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -126,7 +121,8 @@ def plot_confusion(result: EvaluationResult, path: str | Path) -> None:
             ticks = range(0, len(levels), max(1, len(levels) // 7))
             axes.set_xticks(ticks, [f"{levels[i]:g}" for i in ticks])
             axes.set_yticks(ticks, [f"{levels[i]:g}" for i in ticks])
-            axes.set(title=attribute.name, xlabel="predicted", ylabel="human")
+            axes.set(xlabel="predicted rating", ylabel="human rating")
+            panel_title(axes, attribute.name)
             axes.grid(visible=False)
         for axes in panels[len(attributes) :]:
             axes.set_visible(False)
@@ -151,8 +147,16 @@ def plot_correlations(result: EvaluationResult, path: str | Path) -> None:
             axes.grid(visible=False)
 
 
-def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute, what: str) -> None:
-    """Points `[n]`, each a `what`, over ratings `x`, and their means, one a rating or of a twelfth of the range."""
+def panel_title(axes, words: str) -> None:
+    """Over a panel some 3 inches wide, small enough that it does not reach the next one."""
+    axes.set_title(words, fontsize=min(11.5, 300 / len(words)))
+
+
+def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute, what: str, equal: str) -> None:
+    """Points `[n]`, each a `what`, over ratings `x`, and their means, one a rating or of a twelfth of the range.
+
+    Both axes are the attribute's range, and the line of equality has the label `equal`.
+    """
     low, span = attribute.low, attribute.high - attribute.low
     # The golden ratio's multiples are spread evenly and are the same in every run.
     sideways = (np.arange(len(x)) * 0.6180339887 % 1.0 - 0.5) * 0.09 * span
@@ -164,9 +168,15 @@ def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute,
         yerr=[h.std(ddof=1) / math.sqrt(len(h)) if len(h) > 1 else 0.0 for _, h in groups],
         color=ORANGE, fmt="o-", markersize=5.5, capsize=3, zorder=4, label="mean ± standard error",
     )  # fmt: skip
-    axes.set_xlim(low - 0.075 * span, attribute.high + 0.075 * span)
+    limits = low - 0.075 * span, attribute.high + 0.075 * span
+    axes.plot(limits, limits, color=GREY, linewidth=1, linestyle="--", label=equal)
+    axes.set_xlim(limits)
     if 3 <= len(attribute.labels) <= 10:
         axes.set_xticks(attribute.labels)
+    axes.set(yticks=axes.get_xticks(), aspect="equal")
+    axes.set(xlim=limits, ylim=limits)  # after the ticks, which would widen them
+    if beyond := int(np.sum((y < limits[0]) | (y > limits[1]))):
+        axes.text(0.03, 0.94, f"{beyond} beyond the axes", transform=axes.transAxes, color=GREY)
 
 
 def plot_compared(found: Mapping[str, Mapping], path: str | Path) -> None:
