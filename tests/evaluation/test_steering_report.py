@@ -73,7 +73,7 @@ def test_plots_show_what_was_swept_over_the_schemas_ranges(swept, tmp_path, monk
     mean, equal = wit.lines
     assert mean.get_xdata().tolist() == [0, 2, 4]
     assert mean.get_ydata().tolist() == pytest.approx([swept.figures[f"wit={n}/predicted"].value for n in (0, 2, 4)])
-    assert equal.get_xdata() == equal.get_ydata()
+    assert list(equal.get_xdata()) == list(equal.get_ydata())
     assert wit.collections  # intervals
     assert all(axes.get_legend() is None for figure in drawn.values() for axes in figure.axes)
     panels = {axes.get_title(loc="left"): axes for axes in drawn["obtained.png"].axes if axes.get_visible()}
