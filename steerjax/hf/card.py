@@ -71,7 +71,7 @@ def _is_hub_id(source: str) -> bool:
 
 def hub_id(source: str) -> str | None:
     """OWNER/NAME of a source of data that is on the hub."""
-    return "/".join(re.split("[/:]", source)[1:3]) if source.startswith("hub:") else _EMBEDDED.get(source)
+    return "/".join(re.split("[/:@]", source)[1:3]) if source.startswith("hub:") else _EMBEDDED.get(source)
 
 
 def public(source: str) -> str:
