@@ -19,7 +19,7 @@ _STYLE = {
     "font.size": 9.5, "axes.titlesize": 11.5, "axes.titlelocation": "left", "axes.labelsize": 10.5,
     "figure.titlesize": 12.5, "figure.facecolor": "white", "axes.edgecolor": GREY, "axes.grid": True,
     "axes.axisbelow": True, "grid.color": FAINT, "axes.spines.top": False, "axes.spines.right": False,
-    "legend.frameon": False, "savefig.dpi": 130,
+    "legend.frameon": False, "savefig.dpi": 130, "figure.constrained_layout.h_pad": 0.08,
 }  # fmt: skip
 
 
@@ -72,9 +72,10 @@ def plot_calibration(predicted, observed, counts, path: str | Path) -> None:
     with new_figure(path, 5.4, 5.0) as figure:
         axes = figure.subplots()
         axes.set(title="Calibration", xlabel="predicted probability", ylabel="share that is preferred")
-        axes.plot([0, 1], [0, 1], color=GREY, linewidth=1)
-        axes.plot(predicted, observed, color=BLUE, linewidth=1.5)
+        axes.plot([0, 1], [0, 1], "--", color=GREY, linewidth=1, label="calibrated")
+        axes.plot(predicted, observed, "o-", color=BLUE, linewidth=1.5, label="a bin, larger with more pairs")
         axes.scatter(predicted, observed, s=20 + 200 * counts / counts.max(), color=BLUE)
+        figure.legend(loc="outside lower center", ncols=2)
 
 
 def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
@@ -90,7 +91,8 @@ def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
             scatter_with_means(axes, human[seen], predicted[seen], attribute, "response", "prediction = human")
             axes.set(xlabel="human rating", ylabel="predicted rating")
             r = result.metrics[attribute.name]["pearson"]
-            panel_title(axes, f"{attribute.name}  (r = {'undefined' if r is None else format(r, '.2f')})")
+            apart = "  " if len(attribute.name) < 24 else "\n"
+            panel_title(axes, f"{attribute.name}{apart}(r = {'undefined' if r is None else format(r, '.2f')})")
         for axes in panels[count:]:
             axes.set_visible(False)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -110,15 +112,16 @@ def plot_confusion(result: EvaluationResult, path: str | Path) -> None:
             if not seen.any():
                 axes.set_visible(False)
                 continue
-            levels = np.unique(np.concatenate([human[seen], predicted[seen]]))
+            levels = np.unique(np.concatenate([attribute.labels, human[seen], predicted[seen]]))
             counts = np.array([[np.sum((human == h) & (predicted == p)) for p in levels] for h in levels])
             shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
             axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-            if len(levels) <= 7:
+            if len(levels) <= 10:
                 for (i, j), count in np.ndenumerate(counts):
                     colour = "white" if shares[i, j] > 0.6 else INK
                     axes.text(j, i, str(count), ha="center", va="center", color=colour, fontsize=8.5)
-            ticks = range(0, len(levels), max(1, len(levels) // 7))
+            step = next(step for step in (1, 2, 5, 10, 20, 25, 50, len(levels)) if len(levels) <= 10 * step)
+            ticks = range(0, len(levels), step)
             axes.set_xticks(ticks, [f"{levels[i]:g}" for i in ticks])
             axes.set_yticks(ticks, [f"{levels[i]:g}" for i in ticks])
             axes.set(xlabel="predicted rating", ylabel="human rating")
@@ -149,7 +152,7 @@ def plot_correlations(result: EvaluationResult, path: str | Path) -> None:
 
 def panel_title(axes, words: str) -> None:
     """Over a panel some 3 inches wide, small enough that it does not reach the next one."""
-    axes.set_title(words, fontsize=min(11.5, 300 / len(words)))
+    axes.set_title(words, fontsize=min(11.5, 330 / max(map(len, words.splitlines()))))
 
 
 def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute, what: str, equal: str) -> None:
@@ -176,7 +179,8 @@ def scatter_with_means(axes, x: np.ndarray, y: np.ndarray, attribute: Attribute,
     axes.set(yticks=axes.get_xticks(), aspect="equal")
     axes.set(xlim=limits, ylim=limits)  # after the ticks, which would widen them
     if beyond := int(np.sum((y < limits[0]) | (y > limits[1]))):
-        axes.text(0.03, 0.94, f"{beyond} beyond the axes", transform=axes.transAxes, color=GREY)
+        back = {"facecolor": "white", "alpha": 0.85, "linewidth": 0, "pad": 1.5}
+        axes.text(0.03, 0.94, f"{beyond} beyond the axes", transform=axes.transAxes, color=GREY, bbox=back, zorder=5)
 
 
 def plot_compared(found: Mapping[str, Mapping], path: str | Path) -> None:
@@ -185,10 +189,17 @@ def plot_compared(found: Mapping[str, Mapping], path: str | Path) -> None:
     names = [key for key, each in values.items() if None not in each and max(each) - min(each) > 1e-9]
     # Figures of one kind share an axis: what stands behind the last slash names it.
     kinds = {kind: [key for key in names if key.split("/")[-1] == kind] for kind in (n.split("/")[-1] for n in names)}
-    columns, colours = min(len(kinds), 4), (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", INK)
+    longest = max((len(key.rpartition("/")[0]) for key in names), default=0)
+    panel = 2.1 + 0.075 * longest  # inches
+    columns, colours = (
+        min(len(kinds), max(1, int(14 / panel))),
+        (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", INK),
+    )
     rows = -(-len(kinds) // max(columns, 1))
     tallest = max((len(keys) for keys in kinds.values()), default=1)
-    with new_figure(path, max(3.3 * columns, 6.0), max(rows, 1) * (0.9 + 0.19 * tallest * len(found)) + 0.5) as figure:
+    with new_figure(
+        path, max(panel * columns, 6.0), max(rows, 1) * (0.9 + 0.19 * tallest * len(found)) + 0.5
+    ) as figure:
         panels = figure.subplots(max(rows, 1), max(columns, 1), squeeze=False).ravel()
         for axes, (kind, keys) in zip(panels, kinds.items(), strict=False):
             for m, (name, each) in enumerate(found.items()):
@@ -199,7 +210,7 @@ def plot_compared(found: Mapping[str, Mapping], path: str | Path) -> None:
                 colour = colours[m % len(colours)]
                 axes.errorbar(values, places, xerr=sides, fmt="o", markersize=4, color=colour, label=name)
             axes.set_yticks(range(len(keys)), [key.removesuffix(f"/{kind}") for key in keys], fontsize=8)
-            axes.invert_yaxis()
+            axes.set_ylim(len(keys) - 0.5, -0.5)
             axes.set_title(kind)
         for axes in panels[len(kinds) :]:
             axes.set_visible(False)
