@@ -126,9 +126,9 @@ def ratings(o: argparse.Namespace) -> None:
     from steerjax.collection.report import ROWS, report
     from steerjax.collection.tasks import read_key
     from steerjax.evaluation.suite import write_result
-    from steerjax.report.plots import require_matplotlib
+    from steerjax.report.plots import require_plots
 
-    require_matplotlib()
+    require_plots()
     key = read_key(o.key)
     names = key.schema.names
     by = o.by or ("helpfulness" if "helpfulness" in names else names[0])
@@ -143,7 +143,7 @@ def ratings(o: argparse.Namespace) -> None:
     given = {name: value for name, value in vars(o).items() if name not in ("what", "rest")}
     write_result(o.output, "collect", "Ratings that were collected, and how far raters agree", given, result)
     print(result.text, *(f"{name}: {value}" for name, value in result.summary.items()), sep="\n")
-    print(f"rows: {o.output / ROWS}\nreport with a plot: {o.output / 'report.md'}")
+    print(f"rows: {o.output / ROWS}\nreport with a plot: {o.output / 'report.html'}")
 
 
 if __name__ == "__main__":

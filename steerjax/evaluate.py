@@ -56,16 +56,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.add_argument("--compare", nargs="+", metavar="DIR", help="outputs of one suite, in place of --suite")
             parser.parse_args(arguments)
         from steerjax.evaluation.suite import write_result
-        from steerjax.report.plots import require_matplotlib
+        from steerjax.report.plots import require_plots
 
         suite.add_options(parser)
         options = parser.parse_args(arguments)
-        require_matplotlib()
+        require_plots()
         result = suite.run(options)
         if result is None:  # it was only to say what it would do
             return
         write_result(options.output, name, SUITES[name], vars(options), result)
-        print(f"{result.text}\n\nreport with plots: {options.output / 'report.md'}")
+        print(f"{result.text}\n\nreport with plots: {options.output / 'report.html'}")
 
 
 if __name__ == "__main__":

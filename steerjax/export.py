@@ -35,6 +35,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--schema", choices=tuple(SCHEMAS), help="attributes that a plain chat model's template takes")
     add("--default-ratings", metavar="NAME=N,...",
         help="what a chat model is asked for where a request names nothing; '' is no ratings")  # fmt: skip
+    add("--evaluation", action="append", default=[], metavar="DIR", type=Path,
+        help="an output of evaluate of this model, for the card's model-index; repeatable")  # fmt: skip
     return parser.parse_args(arguments)
 
 
@@ -49,15 +51,18 @@ def export(
     template: str | None = None,
     schema: str | None = None,
     default_ratings: str | None = None,
+    evaluation: Sequence[Path] = (),
 ) -> None:
     """Exports a checkpoint, or writes a Hugging Face folder anew.
 
+    The card's `model-index` has the run's last validation and what the folders of `evaluation` say.
     `scalar` makes one score of a reward model's attributes.
     `template`, `schema` and `default_ratings` are for a plain chat model, which gets our chat template by them.
     Raises SteerjaxError: see `steerjax.hf.export`, or options that do not fit the model.
     """
     from steerjax.bundle import describe, locate
     from steerjax.bundle.reader import is_checkpoint, open_reader
+    from steerjax.evaluation.model_index import suite_results, validation_results
     from steerjax.hf.adapter import is_adapter
     from steerjax.hf.export import convert_folder, export_model
     from steerjax.hf.lora import folded
@@ -66,6 +71,10 @@ def export(
     folder, sizes = locate(checkpoint), {"dtype": dtype, "max_shard_size": max_shard_size}
     plain = not (adapter or is_checkpoint(folder) or is_adapter(folder))
     if plain and template is schema is default_ratings is scalar is None:
+        if evaluation:
+            raise ConfigError(
+                "--evaluation of a folder whose card is kept as it is; cure: --template, which writes one"
+            )
         convert_folder(folder, output, **sizes)
         return
     about = describe(checkpoint, template=template)
@@ -85,7 +94,9 @@ def export(
         except DataError as error:
             raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
         about = dataclasses.replace(about, default_ratings=ratings)
-    evaluation, reader = _metrics(folder) if is_checkpoint(folder) else None, open_reader(folder)
+    results = validation_results(folder, about.provenance) if is_checkpoint(folder) and scalar is None else []
+    results += [result for output in evaluation for result in suite_results(output, folder)]
+    metrics, reader = _metrics(folder) if is_checkpoint(folder) else None, open_reader(folder)
     if not adapter:
         about, reader = folded(about, reader)
     if adapter and (scalar is not None or _kept_layers(about)):
@@ -97,8 +108,8 @@ def export(
             raise ConfigError("--scalar is for a reward model that says what it rates; cure: leave it out")
         name, weights = parse_scalar(scalar, about.schema)
         reader = ScalarReader(reader, about.schema, weights)
-        about, evaluation = scalar_description(about, name, weights), None
-    export_model(about, reader, output, evaluation=evaluation, adapter=adapter, **sizes)
+        about, metrics = scalar_description(about, name, weights), None
+    export_model(about, reader, output, evaluation=metrics, results=results, adapter=adapter, **sizes)
 
 
 def _kept_layers(about) -> int:

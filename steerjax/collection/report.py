@@ -227,9 +227,11 @@ def plot_agreement(schema: Schema, values: Mapping[str, Figure], raters: Sequenc
     shown = [rater for rater in raters if any(values[f"{name}/{rater} less others"].count for name in names)]
     cut = shown[:SHOWN]
     sides = 2 if cut else 0
-    height = 1.9 + max(0.34 * len(cut), 0.3 * len(names))
-    with new_figure(path, 4.6 + sides * (1.9 + 0.42 * len(names)), height) as figure:
-        axes, *panels = np.atleast_1d(figure.subplots(1, 1 + sides, width_ratios=[1.5, *([1] * sides)]))
+    longest, rater = max(map(len, names)), max(map(len, cut), default=0)
+    height = 1.3 + 0.055 * longest + max(0.34 * len(cut), 0.3 * len(names))
+    first, more = 3.2 + 0.08 * longest, max(3.1, 0.9 + 0.08 * rater + 0.48 * len(names))  # inches
+    with new_figure(path, first + sides * more, height) as figure:
+        axes, *panels = np.atleast_1d(figure.subplots(1, 1 + sides, width_ratios=[first, *([more] * sides)]))
         axes.set_title("Krippendorff's alpha")
         for place, name in enumerate(names):
             value, _, interval = values[f"{name}/alpha"]

@@ -34,7 +34,7 @@ Format = Literal[
 class DataConfig:
     """What is read, and what happens to rows that cannot be used."""
 
-    # Files (docs/formats.md), `hub:OWNER/NAME[:SPLIT]` or `embedded:helpsteer`; a tuple, or one text with commas.
+    # Files (docs/formats.md), hub:OWNER/NAME[@CONFIG][:SPLIT] or embedded:helpsteer; a tuple, or one text with commas.
     train: Annotated[Sources, Field(min_length=1)] = ("embedded:helpsteer",)
     validation: Sources = ()  # without any, a part of the training prompts is held out
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of the prompts; of the rows, if all have one

@@ -52,7 +52,11 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
     if not turns:
         raise DataError("no turn beside a system text", key, "write at least one turn, or remove the row")
     if rated and key == "prompt" and not row.keys() & set(schema.names):
-        cure = "name the rated columns in data.attributes, or the preset that has them in data.schema"
+        columns = ", ".join(unread_numbers(row, schema))
+        cure = (
+            f"name the rated columns{columns and f' ({columns}?)'} in data.attributes, or the preset that has them in "
+        )
+        cure += "data.schema"
         raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", schema.names[0], cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
@@ -62,11 +66,18 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
 
 
 def _detect_format(row: Row) -> str:
+    if "completion" in row and "response" not in row:
+        texts = isinstance(row["completion"], str)
+        cure = "rename 'completion' to 'response'" if texts else "write both as one list, 'messages'"
+        raise DataError("TRL's prompt and completion are not read", "completion", f"{cure} (docs/formats.md)")
     keys = row.keys() | ({"prompt"} if "response" in row else set())
     names = [name for name, (key, _) in FORMATS.items() if key in keys and name not in ("helpsteer2", "sharegpt")]
     if len(names) != 1:
-        what = f"the row could be any of: {', '.join(names)}" if names else f"unknown format with keys {list(row)}"
-        raise DataError(what, cure=f"set format to one of: {', '.join(FORMATS)} (docs/formats.md)")
+        if names:
+            cure = f"set format to one of: {', '.join(names)} (docs/formats.md)"
+            raise DataError(f"the row could be any of: {', '.join(names)}", cure=cure)
+        cure = "name keys as a format has them: prompt and response, messages, turns; of pairs chosen and rejected"
+        raise DataError(f"unknown format with keys {list(row)}", cure=f"{cure} (docs/formats.md)")
     if names == ["reference"] and "mask" not in row:
         labelled = any("label" in turn for turn in value_of(row, "conversations", list) if isinstance(turn, dict))
         return "reference" if labelled else "sharegpt"
@@ -286,6 +297,39 @@ def _check_pair(chosen: Sequence[Turn], rejected: Sequence[Turn], strength: floa
         raise DataError(f"a strength of {strength:g}", "strength", "0 or more; swap the responses where it is below")
     if [(t.role, t.content) for t in chosen] == [(t.role, t.content) for t in rejected]:
         raise DataError("both responses are the same text", "rejected", "remove the row; nothing can be learnt of it")
+
+
+def is_pair(row: Row) -> bool:
+    """Whether its keys tell a layout of pairs."""
+    return any(row.keys() >= set(keys) for keys, _ in PAIRS.values())
+
+
+# Numbers that are no ratings: read as something else, or names and places.
+_NO_RATINGS = frozenset(
+    {"id", "strength", "margin", "preference_strength", "overall_preference", "mask", "line", "index", "weight"}
+)
+
+
+def unread_numbers(row: Row, schema: Schema) -> Iterator[str]:
+    """Keys of a row, and of its messages, with numbers that no attribute reads: ratings, perhaps. A list or an object
+    of numbers counts as a number.
+
+    Beside `turns`, and beside two responses, no column is read, not even one of an attribute's name.
+    """
+    columns = () if "turns" in row or is_pair(row) else (*schema.names, "ratings")
+    yield from (key for key in _numbers(row) if key not in columns)
+    for key in ("messages", "conversations"):
+        for entry in row[key] if isinstance(row.get(key), list) else ():
+            if isinstance(entry, dict):
+                known = (*_OWN_KEYS, "label")
+                yield from (f"{key}[].{name}" for name in _numbers(entry) if name not in known)
+
+
+def _numbers(row: Row) -> Iterator[str]:
+    for key, value in row.items():
+        values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        if key not in _NO_RATINGS and values and all(type(one) in (int, float) for one in values):
+            yield key
 
 
 # The checks that all formats share.

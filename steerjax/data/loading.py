@@ -1,7 +1,6 @@
 """Sources -> conversations, with what was skipped; splits by prompt."""
 
 import hashlib
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from steerjax.data.conversation import Conversation
-from steerjax.data.readers import hub_dataset, iter_rows, read_conversations, source_path
+from steerjax.data.readers import hub_dataset, read_conversations, source_path
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import Schema
 
@@ -28,11 +27,13 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What sources held: conversations in order, rows left out, how many rows equal an earlier one (kept or not)."""
+    """What sources held: conversations in order, rows left out, how many rows equal an earlier one (kept or not), and
+    keys with numbers that nothing read (`formats.unread_numbers`)."""
 
     conversations: list[Conversation]
     skipped: list[Skipped]
     duplicates: int
+    unread: tuple[str, ...] = ()
 
 
 def load_conversations(
@@ -42,8 +43,10 @@ def load_conversations(
     of `usable_rows`."""
     skipped: list[Skipped] = []
     duplicates: list[Skipped] = []
-    read = read or partial(read_conversations, schema=schema, format=format)
-    return Loaded(list(usable_rows(sources, read, skipped, duplicates, **options)), skipped, len(duplicates))
+    unread: dict[str, None] = {}
+    read = read or partial(read_conversations, schema=schema, format=format, unread=unread)
+    rows = list(usable_rows(sources, read, skipped, duplicates, **options))
+    return Loaded(rows, skipped, len(duplicates), tuple(unread))
 
 
 def usable_rows(
@@ -79,24 +82,6 @@ def usable_rows(
             what = f"usable row: {len(bad)} skipped, the first at line {bad[0].line}: {bad[0].reason}" if bad else "row"
             cure = "repair the rows, or name another format or file"
             raise DataError(f"no {what}", file=source, cure=cure)
-
-
-# Numbers that are no ratings and are read, or only name a row.
-_READ = frozenset({"id", "strength", "margin", "preference_strength", "overall_preference", "mask", "line", "index"})
-
-
-def unread_numbers(sources: Iterable[str], schema: Schema, rows: int = 100) -> list[str]:
-    """Columns of numbers, or lists of them, in the first rows of each source that no attribute reads: ratings, perhaps,
-    that the schema does not name."""
-    found: dict[str, None] = {}
-    for source in sources:
-        for _, row in itertools.islice(iter_rows(source), rows):
-            for key, value in row.items() if isinstance(row, dict) else ():
-                values = value if isinstance(value, list) and value else [value]
-                numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
-                if numbers and key not in schema.names and key not in _READ:
-                    found[key] = None
-    return list(found)
 
 
 def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:

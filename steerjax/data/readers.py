@@ -1,4 +1,4 @@
-"""Rows of any source (a file, `embedded:NAME`, `hub:ID[:SPLIT]`) -> `Conversation`s."""
+"""Rows of any source (a file, `embedded:NAME`, `hub:ID[@CONFIG][:SPLIT]`) -> `Conversation`s."""
 
 import codecs
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from steerjax.data.conversation import Conversation
-from steerjax.data.formats import Row, conversation_from_row
+from steerjax.data.formats import Row, conversation_from_row, unread_numbers
 from steerjax.errors import DataError
 from steerjax.schema import Schema
 from steerjax.typed import typed
@@ -30,11 +30,11 @@ _TEXT_COLUMNS = ("id", "prompt", "response", "system", "instruction", "input", "
 
 
 def read_conversations(
-    source: str, schema: Schema, format: str = "auto"
+    source: str, schema: Schema, format: str = "auto", unread: dict[str, None] | None = None
 ) -> Iterator[tuple[int, Conversation | DataError]]:
     """(line, conversation) of a source; a row that cannot be used is a DataError in its place.
 
-    Raises as `iter_rows`, and ConfigError: unknown format.
+    Keys with numbers that nothing reads are added to `unread`. Raises as `iter_rows`, and ConfigError: unknown format.
     """
     format = source_format(source, format)
     for line, row in iter_rows(source):
@@ -42,6 +42,8 @@ def read_conversations(
             if isinstance(row, DataError):
                 raise row
             conversation = conversation_from_row(row, schema, format)
+            if unread is not None:
+                unread |= dict.fromkeys(unread_numbers(row, schema))
             yield line, replace(conversation, file=source, line=line, id=conversation.id or f"{source}:{line}")
         except DataError as error:
             yield line, error.at(source, line)
@@ -94,16 +96,24 @@ def source_path(source: str) -> Path | None:
 
 
 def hub_dataset(source: str):
-    """The `datasets.Dataset` of `hub:OWNER/NAME[/FOLDER][:SPLIT]` (else split `train`). Raises DataError: it cannot."""
+    """The `datasets.Dataset` of `hub:OWNER/NAME[/FOLDER][@CONFIG][:SPLIT]` (else split `train`).
+
+    Raises DataError: it cannot be loaded; of a config or split that has to be named, the choices are in the message.
+    """
     import datasets
 
-    name, _, split = source.removeprefix("hub:").partition(":")
-    owner, *folder = name.split("/", 2)
-    options = {"data_dir": folder.pop()} if folder[1:] else {}
+    place, _, split = source.removeprefix("hub:").partition(":")
+    place, _, config = place.partition("@")
+    owner, *folder = place.split("/", 2)
+    options = ({"data_dir": folder.pop()} if folder[1:] else {}) | ({"name": config} if config else {})
     try:
         return datasets.load_dataset("/".join([owner, *folder]), split=split or "train", **options)
     except Exception as error:  # network, unknown id, unknown split, broken files: each its own type
         cure = "check id, split and network, or download the file and name its path"
+        if choices := re.search(r"\[('.*')\]", said := str(error)):  # of configs, or of splits
+            whole = ("hub:" + place, f"@{config}" if config else "", f":{split}" if split else "")
+            whole = (whole[0], "@CONFIG", whole[2]) if "onfig" in said else (*whole[:2], ":SPLIT")
+            cure = f"{''.join(whole)}, one of {choices[1]}"
         raise DataError(f"cannot load from the hub: {error}", file=source, cure=cure) from error
 
 

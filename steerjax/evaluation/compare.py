@@ -53,7 +53,7 @@ def compare(folders: Sequence[Path], output: Path) -> None:
     figures = {f"{name}: {key}": found[name][key] for name in names for key in shared}
     title = f"{said[0]['suite']}: {', '.join(names)}"
     write_result(output, said[0]["suite"], title, detail["compared"], Result(figures, text, plots, {}, detail))
-    print(f"{text}\n\nreport with plots: {output / 'report.md'}")
+    print(f"{text}\n\nreport with plots: {output / 'report.html'}")
 
 
 def _read(folder: Path) -> dict:

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from steerjax.evaluation.steering_answers import Answer
+from steerjax.report.page import fenced, html_page
 from steerjax.schema import Schema
 
 HTML, MARKDOWN = "side_by_side.html", "side_by_side.md"
 QUESTIONS = 100  # on a page; the others are in the answers' file
 
 _STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
 .question { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 4px solid #0072B2; padding: .2rem 1rem }
 .system { color: GrayText }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin: 1rem 0 }
@@ -105,9 +104,8 @@ def _html(shown: Sequence[tuple[Answer, Pairs]], note: str) -> str:
             parts.append("</div>")
         parts.append("</section>")
     title = "The same question, steered"
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
     body = f"<h1>{title}</h1><p>{html.escape(note)}</p>\n" + "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>{body}</body></html>\n'
+    return html_page(title, body, _STYLE)
 
 
 def _who(role: str) -> str:
@@ -119,9 +117,11 @@ def _markdown(shown: Sequence[tuple[Answer, Pairs]], note: str) -> str:
     parts = ["# The same question, steered", note]
     for number, (first, pairs) in enumerate(shown, start=1):
         parts.append(f"## Question {number}")
-        parts += [_fenced(f"(system) {first.conversation.system}")] if first.conversation.system else []
+        parts += [fenced(f"(system) {first.conversation.system}", "text")] if first.conversation.system else []
         turns = first.conversation.turns[:-1]
-        parts += [_fenced(turn.content if len(turns) == 1 else f"({turn.role}) {turn.content}") for turn in turns]
+        parts += [
+            fenced(turn.content if len(turns) == 1 else f"({turn.role}) {turn.content}", "text") for turn in turns
+        ]
         for name, *both in pairs:
             cells = [[f"{name} {answer.requested[name]:g}" for answer in both], ["---"] * len(both)]
             cells += [[_cell(_facts(answer)) for answer in both], [_cell(answer.text) or "(empty)" for answer in both]]
@@ -133,8 +133,3 @@ def _cell(text: str) -> str:
     """Text as a table's cell: nothing in it is Markdown, HTML or a link, and its lines stay apart."""
     escaped = re.sub(r"([\\`*_{}\[\]<>|&#~$@:]|(?<=www)\.)", r"\\\1", text.strip())
     return "<br>".join(escaped.splitlines())
-
-
-def _fenced(text: str) -> str:
-    fence = max(re.findall("`{3,}", text), key=len, default="``") + "`"
-    return f"{fence}text\n{text}\n{fence}"

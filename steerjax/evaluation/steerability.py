@@ -134,19 +134,20 @@ def goal_space(requested: Schema, *known: Schema) -> Schema:
 
 def measured(answer: Answer, space: Schema, neutral: Mapping[str, float], grade) -> dict[str, Any]:
     """A row of rows.jsonl. `output`: the predicted ratings as 0 to 1 of their ranges; `goal`: likewise the requested
-    ratings that are not the neutral ones, None where an attribute was to stay; `exact`: is the rounded prediction the
-    request; `neutral`: this answers the neutral request."""
+    ratings that are not the neutral ones, None where an attribute was to stay; `rounded`: predictions as whole ratings;
+    `exact`: are they the request; `neutral`: this answers the neutral request."""
     asked, predicted = answer.requested, answer.predicted
     known = [a for a in space.attributes if a.name in predicted]
 
     def part(value: float, a: Attribute) -> float:
         return min(1.0, max(0.0, (value - a.low) / (a.high - a.low)))
 
+    rounded = {a.name: round_rating(predicted[a.name], a) for a in known}
     changed = {name for name, rating in asked.items() if rating != neutral.get(name)}
     return {
         "id": answer.conversation.id, "prompt": answer.prompt, "requested": dict(asked), "predicted": dict(predicted),
-        "exact": {a.name: round_rating(predicted[a.name], a) == round_rating(asked[a.name], a)
-                  for a in known if a.name in asked},
+        "rounded": rounded,
+        "exact": {a.name: rounded[a.name] == round_rating(asked[a.name], a) for a in known if a.name in asked},
         "neutral": dict(asked) == dict(neutral),
         "goal": {a.name: part(asked[a.name], a) if a.name in changed else None for a in known},
         "output": {a.name: part(predicted[a.name], a) for a in known},

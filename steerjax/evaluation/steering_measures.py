@@ -59,20 +59,23 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> Columns:
     """Rows of rows.jsonl (`steerability.measured`) as columns [n].
 
     `asked/A`: the rating, NaN where the answer does not count for A; `step/A` and `step rated/A`: what it is more than
-    in the stratum's mean, of all answers and of those with predictions; `predicted/B`; `exact/A`; `differing`; `cut`;
+    in the stratum's mean, of all answers and of those with predictions; `predicted/B`; `exact/A`, where the answer
+    counts; `rounded/A`, the whole prediction; `differing`; `cut`;
     the text's measures; STEERBENCH's of each answer to another than the neutral request.
     """
     names = list(dict.fromkeys(name for row in rows for name in row["requested"]))
     rated = list(dict.fromkeys(name for row in rows for name in row["predicted"]))
     out = {UNIT: np.array([row["prompt"] for row in rows])}
     requested, predicted = _table(rows, "requested", names), _table(rows, "predicted", rated)
-    exact, seen = _table(rows, "exact", names), ~np.isnan(predicted).all(1)
+    exact, rounded = (_table(rows, key, names) for key in ("exact", "rounded"))
+    seen = ~np.isnan(predicted).all(1)
     for place, name in enumerate(names):
         _, strata, counts = held(out[UNIT], requested, place)
         out[f"asked/{name}"] = np.where(counts, requested[:, place], np.nan)
         out[f"step/{name}"] = deviations(requested[:, place], strata, counts)
         out[f"step rated/{name}"] = deviations(requested[:, place], strata, counts & seen)
-        out[f"exact/{name}"] = exact[:, place]
+        out[f"exact/{name}"] = np.where(counts, exact[:, place], np.nan)
+        out[f"rounded/{name}"] = rounded[:, place]
     out |= {f"predicted/{name}": column for name, column in zip(rated, predicted.T, strict=True)}
     out |= {key: np.array([row[key] for row in rows], np.float64) for key in (*TEXT, "cut")}
     out["differing"] = np.where(np.isnan(exact).all(1), np.nan, (exact == 0).sum(1))
@@ -85,8 +88,10 @@ def measure(columns: Columns) -> dict[str, tuple[float, int]]:
     `A=N/KEY`: mean of predicted A (KEY `predicted`) or of a measure of the text where A was requested as N. Of each
     KEY, over the requested ratings of A: `A/slope/KEY`, per requested point; `A/spearman/KEY`; `A/rising/KEY`, the
     share of steps to the next rating where the mean rises. `A/exact`: share of answers whose rounded prediction is the
-    request. `leakage/A/B`: slope of predicted B over the requests of A. `distance`: attributes of an answer that differ
-    from the request. `cut`: share of answers cut at the limit of tokens. `steerbench...`: medians over answers.
+    request; undefined where all predictions round to one rating, which meets the requests of it by no steering.
+    `A/exact by chance`: that share, were the requests shuffled among the answers. `leakage/A/B`: slope of predicted B
+    over the requests of A. `distance`: attributes of an answer that differ from the request. `cut`: share of answers
+    cut at the limit of tokens. `steerbench...`: medians over answers.
     """
     found = {}
     rated = [name.removeprefix("predicted/") for name in columns if name.startswith("predicted/")]
@@ -104,7 +109,7 @@ def measure(columns: Columns) -> dict[str, tuple[float, int]]:
             found[f"{name}/slope/{key}"] = slope(step[seen], values[seen])
             found[f"{name}/spearman/{key}"] = _spearman(asked[seen], values[seen])
             found[f"{name}/rising/{key}"] = (float(np.mean(rising)) if rising else np.nan), int(seen.sum())
-        found[f"{name}/exact"] = mean_of(columns[f"exact/{name}"])
+        found |= _exact(name, asked, columns[f"rounded/{name}"], columns[f"exact/{name}"])
         for other in rated:
             if other != name:
                 values, step = columns[f"predicted/{other}"], columns[f"step rated/{name}"]
@@ -115,6 +120,16 @@ def measure(columns: Columns) -> dict[str, tuple[float, int]]:
         values = columns[key][~np.isnan(columns[key])]
         found[key] = (float(np.median(values)) if len(values) else np.nan), len(values)
     return found
+
+
+def _exact(name: str, asked: np.ndarray, rounded: np.ndarray, exact: np.ndarray) -> dict[str, tuple[float, int]]:
+    """`A/exact` and `A/exact by chance` of answers [n]."""
+    seen = ~np.isnan(exact)
+    asked, rounded, count = asked[seen], rounded[seen], int(seen.sum())
+    if len(np.unique(asked)) < 2 or len(np.unique(rounded)) < 2:
+        return {f"{name}/exact": (np.nan, count), f"{name}/exact by chance": (np.nan, count)}
+    chance = sum(np.mean(asked == level) * np.mean(rounded == level) for level in np.unique(rounded))
+    return {f"{name}/exact": (float(exact[seen].mean()), count), f"{name}/exact by chance": (float(chance), count)}
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> tuple[float, int]:
@@ -160,8 +175,8 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> tuple[float, int]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], key: str, names: Sequence[str]) -> np.ndarray:
-    """[n, names] of a mapping in each row; NaN where it lacks the name or has None."""
-    values = [[row[key].get(name) for name in names] for row in rows]
+    """[n, names] of a mapping in each row; NaN where it lacks the name, or has None, or an earlier version wrote it."""
+    values = [[row.get(key, {}).get(name) for name in names] for row in rows]
     return np.array(values, np.float64).reshape(len(rows), len(names))
 
 

@@ -11,7 +11,7 @@ from steerjax.evaluation.steerbench import MEASURES
 from steerjax.evaluation.steering_measures import TEXT, VARIANTS
 from steerjax.report.figures import Columns, Figure
 from steerjax.report.page import text_table
-from steerjax.report.plots import BLUE, GREY, INK, new_figure, scatter_with_means
+from steerjax.report.plots import BLUE, GREY, INK, new_figure, panel_title, scatter_with_means
 from steerjax.schema import Schema
 
 KEYS = {"predicted": "predicted rating", "characters": "characters", "words": "words", "grade": "Flesch-Kincaid grade"}
@@ -38,6 +38,13 @@ class Found:
     def swept(self) -> list[str]:
         """The attributes that were asked for with two ratings or more."""
         return [name for name in self.schema.names if len(self.levels(name)) > 1]
+
+    @property
+    def cut(self) -> str:
+        """How many answers are shorter than the model would have made them."""
+        cut, count = int(np.nansum(self.columns["cut"])), len(self.columns["cut"])
+        more = ": they would have been longer" if cut else ""
+        return f"{cut} of {count} answers were cut at the limit of tokens{more}"
 
     def levels(self, name: str) -> list[float]:
         """The ratings that were asked for, of the answers that count for the attribute."""
@@ -115,15 +122,25 @@ def _trends(found: Found) -> str:
         said.append(f"{name}: " + "\n  ".join(told))
     if not found.rated:
         said.append("no answer has predicted ratings; --reward-model, or annotate, gives them")
-    exact = [f"{name} {figure.value:.0%}" for name in found.schema.names
-             if (figure := found.figures[f"{name}/exact"]).value is not None]  # fmt: skip
-    said += [f"rounded prediction is the request: {', '.join(exact)}"] if exact else []
-    distance, cut = found.figures["distance"], found.figures["cut"]
+    said += _exact(found)
+    distance = found.figures["distance"]
     if distance.value is not None:
         said.append(f"distance: {distance} attributes differ from the request on average ({distance.count} answers)")
-    if cut.value:
-        said.append(f"{cut.value:.0%} of the answers were cut at the limit of tokens: they would have been longer")
-    return "\n".join(said)
+    return "\n".join([*said, found.cut])
+
+
+def _exact(found: Found) -> list[str]:
+    """How often the rounded prediction is the request, where predictions differ at all."""
+    met, said = [], []
+    for name in found.swept:
+        exact, chance = found.figures[f"{name}/exact"].value, found.figures[f"{name}/exact by chance"].value
+        if exact is not None:
+            met.append(f"{name} {exact:.0%} ({chance:.0%})")
+        elif found.figures[f"{name}/exact"].count:
+            said.append(f"{name}: all predictions round to one rating; requests of just that are not met by steering")
+    if met:
+        said.append(f"rounded prediction is the request (in brackets: were the requests shuffled): {', '.join(met)}")
+    return said
 
 
 def _leakage(found: Found) -> str:
@@ -185,29 +202,35 @@ def draw(found: Found, folder: Path) -> dict[str, str]:
 
 
 def _draw_curves(found: Found, path: Path) -> None:
+    """A row an attribute, a column a measure; a measure of the text has one axis for all."""
     names = found.swept or list(found.schema.names)
     keys = [key for key in ("predicted", *TEXT) if any(found.curve(name, key) for name in names)]
-    with new_figure(path, max(3.0 * len(names), 4.6), 2.5 * len(keys) + 0.5) as figure:
-        panels = figure.subplots(len(keys), len(names), squeeze=False, sharey="row")
-        for row, key in zip(panels, keys, strict=True):
-            for axes, attribute in zip(row, map(found.schema.__getitem__, names), strict=True):
+    title = found.cut if np.nansum(found.columns["cut"]) else None
+    with new_figure(path, max(3.0 * len(keys), 5.4), 2.6 * len(names) + 1.0, title) as figure:
+        panels = figure.subplots(len(names), len(keys), squeeze=False)
+        for row, attribute in zip(panels, map(found.schema.__getitem__, names), strict=True):
+            span = attribute.high - attribute.low
+            limits = attribute.low - 0.06 * span, attribute.high + 0.06 * span
+            for axes, key in zip(row, keys, strict=True):
                 if points := found.curve(attribute.name, key):
                     x, y = [level for level, _ in points], [figure.value for _, figure in points]
                     ends = np.array([figure.interval or (figure.value,) * 2 for _, figure in points])
                     axes.fill_between(x, *ends.T, color=BLUE, alpha=0.2, linewidth=0, label="95% interval")
                     axes.plot(x, y, "o-", color=BLUE, linewidth=2, markersize=5, label="mean")
-                if key == "predicted":
-                    ends = attribute.low, attribute.high
-                    axes.plot(ends, ends, "--", color=GREY, linewidth=1, label="as asked for")
                 if 3 <= len(attribute.labels) <= 10:
                     axes.set_xticks(attribute.labels)
-                span = attribute.high - attribute.low
-                axes.set_xlim(attribute.low - 0.06 * span, attribute.high + 0.06 * span)
-            row[0].set_ylabel(KEYS[key])
-        for axes, name in zip(panels[0], names, strict=True):
-            axes.set_title(name)
-        for axes, name in zip(panels[-1], names, strict=True):
-            axes.set_xlabel(f"requested {name}")
+                if key == "predicted":
+                    axes.plot(limits, limits, "--", color=GREY, linewidth=1, label="as asked for")
+                    low, high = (ends.min(), ends.max()) if points else limits
+                    axes.set_yticks(axes.get_xticks())
+                    axes.set_ylim(min(limits[0], low), max(limits[1], high))
+                axes.set(xlim=limits, xlabel="requested rating", ylabel=KEYS[key])
+            row[0].set_title(attribute.name)  # of the row
+        for key, column in zip(keys, panels.T, strict=True):
+            if key != "predicted":
+                lows, highs = zip(*(axes.get_ylim() for axes in column), strict=True)
+                for axes in column:
+                    axes.set_ylim(min(lows), max(highs))
         shown = {
             words: line
             for axes in panels.ravel()
@@ -221,17 +244,19 @@ def _draw_leakage(found: Found, path: Path) -> None:
     cells = [[moved(found, name, other) for other in found.rated] for name in asked]
     matrix = np.array([[np.nan if cell.value is None else cell.value for cell in row] for row in cells])
     limit = max(np.nanmax(np.abs(matrix)), 1.0)  # 1 is as asked for, so that a faint colour is a small effect
-    width, height = 2.3 + 1.15 * len(found.rated), 1.7 + 0.62 * len(asked)
+    longest = max(map(len, [*found.rated, *asked]))
+    width, height = 1.5 + 0.08 * longest + 1.2 * len(found.rated), 1.1 + 0.05 * longest + 0.62 * len(asked)
     with new_figure(path, max(width, 5.4), height, "Predicted rating per point of the request") as figure:
         axes = figure.subplots()
         shown = axes.imshow(matrix, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
         for (row, column), value in np.ndenumerate(matrix):
             interval = cells[row][column].interval
-            text = "–" if np.isnan(value) else f"{value:+.2f}"
-            text += "\n{:+.2f} to {:+.2f}".format(*interval) if interval else ""
-            colour = "white" if abs(value) > 0.6 * limit else INK
+            style = {"ha": "center", "color": "white" if abs(value) > 0.6 * limit else INK}
             own = "bold" if asked[row] == found.rated[column] else "normal"
-            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8.5, fontweight=own)
+            text = "–" if np.isnan(value) else f"{value:+.2f}"
+            axes.text(column, row, text, va="bottom" if interval else "center", fontweight=own, **style)
+            if interval:
+                axes.text(column, row + 0.08, "{:+.2f} to {:+.2f}".format(*interval), va="top", fontsize=8, **style)
         axes.set_xticks(range(len(found.rated)), found.rated, rotation=30, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(asked)), asked)
         axes.set(xlabel="predicted", ylabel="requested")
@@ -251,10 +276,9 @@ def _draw_obtained(found: Found, names: list[str], path: Path) -> None:
                 found.schema[name],
             )
             seen = ~np.isnan(asked) & ~np.isnan(predicted)
-            scatter_with_means(axes, asked[seen], predicted[seen], attribute, "answer")
-            ends = attribute.low, attribute.high
-            axes.plot(ends, ends, "--", color=GREY, linewidth=1, label="as asked for")
-            axes.set(title=name, xlabel=f"requested {name}", ylabel=f"predicted {name}")
+            scatter_with_means(axes, asked[seen], predicted[seen], attribute, "answer", "as asked for")
+            axes.set(xlabel="requested rating", ylabel="predicted rating")
+            panel_title(axes, name)
         for axes in panels[len(names) :]:
             axes.set_visible(False)
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if columns > 1 else 1)

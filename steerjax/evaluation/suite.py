@@ -15,10 +15,10 @@ from typing import Any
 from steerjax import __version__
 from steerjax.inference.job import progress, resumable
 from steerjax.report.figures import Figure
-from steerjax.report.page import text_table
+from steerjax.report.page import fenced, text_table, write_page
 from steerjax.report.records import write_json
 
-ROWS, RESULTS, REPORT = "rows.jsonl", "results.json", "report.md"
+ROWS, RESULTS = "rows.jsonl", "results.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def figure_table(found: Mapping[str, Figure], names: Sequence[str] | None = None
 
 
 def write_result(folder: Path, name: str, title: str, options: Mapping[str, Any], result: Result) -> None:
-    """results.json and report.md."""
+    """results.json, report.md and report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     found = {figure: value.to_json() for figure, value in result.figures.items()}
@@ -88,12 +88,11 @@ def write_result(folder: Path, name: str, title: str, options: Mapping[str, Any]
     write_json(folder / RESULTS, said | dict(result.detail))
     parts = [
         f"# {title}",
-        f"```\n{result.text}\n```",
+        fenced(result.text),
         "Intervals are 95% by bootstrap over the rows: what chance in the choice of rows alone would move.",
         *(f"![{words}]({plot})" for plot, words in result.plots.items()),
-        "\n".join(f"- {key}: {' '.join(str(value).split())}" for key, value in result.summary.items()),
         "\n".join([*(f"- {words}: [{page}]({page})" for page, words in result.pages.items()),
                    *([f"- every row: [{ROWS}]({ROWS})"] if (folder / ROWS).exists() else []),
                    f"- every figure: [{RESULTS}]({RESULTS})"]),
     ]  # fmt: skip
-    (folder / REPORT).write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    write_page(folder, parts, result.summary, json.dumps(given, indent=2, ensure_ascii=False, default=str))

@@ -2,24 +2,38 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from steerjax.hf.description import Description
 from steerjax.hf.tokenizer_files import special_tokens
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 _TEXT = Path(__file__).with_name("model_card.jinja")
 _EMBEDDED = {"embedded:helpsteer": "nvidia/HelpSteer", "embedded:helpsteer2": "nvidia/HelpSteer2"}
 
 
-def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str, float]] | None = None) -> str:
-    """README.md with its YAML head; `evaluation` is attribute -> metric -> value. What is not known is not claimed."""
+def model_card(
+    description: Description,
+    *,
+    evaluation: Mapping[str, Mapping[str, float]] | None = None,
+    name: str = "model",
+    results: Sequence["EvalResult"] = (),
+) -> str:
+    """README.md with its YAML head. What is not known is not claimed.
+
+    `evaluation` is attribute -> metric -> value, for the card's table; `results` (huggingface_hub's) are the head's
+    `model-index`, under the model's `name`.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
     reward, template, provenance = description.kind == "reward", description.template, description.provenance
     attributes = description.schema.attributes if description.schema else ()
     base, data = provenance.get("base_model"), provenance.get("data") or {}
-    sets = {source[4:].split(":")[0] if source.startswith("hub:") else _EMBEDDED.get(source) for source in data}
+    sets = {hub_id(source) for source in data}
     head = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-classification" if reward else "text-generation",
@@ -28,6 +42,8 @@ def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str
         tags=["steerjax", "steerlm", "reward-model" if reward else "conversational"],
         base_model=base if base and _is_hub_id(base) else None,
         datasets=sorted(sets - {None}) or None,
+        model_name=name if results else None,
+        eval_results=list(results) or None,
     )
     stop = template.end.strip()
     card = ModelCard.from_template(
@@ -36,9 +52,9 @@ def model_card(description: Description, *, evaluation: Mapping[str, Mapping[str
         reward=reward,
         attributes=attributes,
         defaults=None if reward else description.default_ratings,
-        base=base and ("none" if base == "random" else f"`{_public(base)}`"),
+        base=base and ("none" if base == "random" else f"`{public(base)}`"),
         provenance=provenance,
-        data={_public(source): digest for source, digest in data.items()},
+        data={public(source): digest for source, digest in data.items()},
         metrics=list(dict.fromkeys(name for found in (evaluation or {}).values() for name in found)),
         evaluation=evaluation,
         template=template,
@@ -53,6 +69,11 @@ def _is_hub_id(source: str) -> bool:
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)) and not Path(source).exists()
 
 
-def _public(source: str) -> str:
+def hub_id(source: str) -> str | None:
+    """OWNER/NAME of a source of data that is on the hub."""
+    return "/".join(re.split("[/:@]", source)[1:3]) if source.startswith("hub:") else _EMBEDDED.get(source)
+
+
+def public(source: str) -> str:
     """A hub id or packaged name as it is, a path without its folders."""
     return source if _is_hub_id(source) or source.startswith(("hub:", "embedded:")) else Path(source).name

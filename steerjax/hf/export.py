@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ def export_model(
     dtype: str,
     max_shard_size: str,
     evaluation: Mapping | None = None,
+    results: Sequence = (),
     adapter: bool = False,
 ) -> None:
     """Writes the whole folder of one of our models, or of a chat model that gets our template.
@@ -46,7 +47,7 @@ def export_model(
         reader: of the parameters, `bundle.reader.open_reader`.
         output: a folder that is not there yet, or empty.
         dtype: float32, bfloat16, float16, or "auto" for each tensor's own.
-        evaluation: attribute -> metric -> value, for the model card.
+        evaluation, results: for the model card (`card.model_card`).
         adapter: PEFT's adapter in place of the whole weights.
 
     Raises ModelError: what no server can load, a tensor that overflows in `dtype`, a folder that cannot be written.
@@ -75,7 +76,8 @@ def export_model(
         if not reward and not adapter:
             _write_json(folder / "generation_config.json", ids | {"eos_token_id": stop_tokens(tokenizer, template)})
         _write_json(folder / "steerjax.json", description.to_json())
-        (folder / "README.md").write_text(model_card(description, evaluation=evaluation), encoding="utf-8")
+        card = model_card(description, evaluation=evaluation, name=output.name, results=results)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _check_servable(description: Description, reader, ids: Mapping) -> None:

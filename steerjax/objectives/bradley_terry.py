@@ -60,6 +60,7 @@ class Pairs:
     lengths: list[tuple[int, int]] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     single: int = 0  # conversations without another response
+    rated: int = 0  # of them
     undecided: int = 0
 
 
@@ -83,6 +84,7 @@ class BradleyTerry(Objective):
         data = self.data[split]
         if not conversation.rejected:
             data.single += 1
+            data.rated += any(turn.ratings for turn in conversation.turns)
             return []
         sides = [self.setting.renderer.reward_tokens(each, len(each.turns) - 1) for each in conversation.both()]
         for tokens, _ in sides:
@@ -113,8 +115,14 @@ class BradleyTerry(Objective):
     def check_data(self):
         for split, data in self.data.items():
             if not data.strengths:
-                cure = "rows with 'chosen' and 'rejected' (docs/formats.md)"
-                raise DataError(f"no pair of responses for {split}", cure=cure)
+                what, cure = f"no pair of responses for {split}", "rows with 'chosen' and 'rejected' (docs/formats.md)"
+                if data.rated:
+                    what += f", and {data.rated} conversations with ratings"
+                    cure = (
+                        "config.objectives=('regression',) learns from ratings, and `steerjax prepare --pairs NAME` "
+                        f"makes pairs of them; or {cure}"
+                    )
+                raise DataError(what, cure=cure)
         if self.config.loss != "regular" and set(self._all.strengths) == {1.0}:
             cure = "rows that say how much (margin, preference_strength), or 'regular'"
             raise DataError(
@@ -187,5 +195,5 @@ class BradleyTerry(Objective):
         from steerjax.report.preferences import preference_text, write_preference_report
 
         if folder is not None:
-            write_preference_report(folder, evaluation.detail, records, summary, config_text)
+            write_preference_report(folder, evaluation.detail, self.losses(records), summary, config_text)
         return preference_text(evaluation.detail)

@@ -18,6 +18,7 @@ from steerjax.data.conversation import Conversation
 from steerjax.data.packing import Layout, check_fits
 from steerjax.data.trees import Example
 from steerjax.errors import DataError
+from steerjax.report.records import own_losses
 from steerjax.schema import Attribute, Schema
 from steerjax.typed import STRICT
 
@@ -151,6 +152,10 @@ class Objective:
     def summary(self) -> dict[str, str]:
         """Facts of the data, for the summary."""
         return {}
+
+    def losses(self, records: Sequence[Mapping]) -> dict[str, np.ndarray]:
+        """The objective's own loss, without its weight, from metrics.jsonl: split -> steps and losses [n, 2]."""
+        return own_losses(records, self.name, self.config.weight) if records else {}
 
     def report(self, evaluation: Evaluation, folder: Path | None, records, summary, config_text: str) -> str:
         """Writes the report into the folder, if there is one; returns what is printed."""

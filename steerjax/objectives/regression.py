@@ -80,6 +80,7 @@ class Rated:
     turns: set[str] = field(default_factory=set)
     shared: int = 0  # turns that are part of several conversations and count once
     unrated: int = 0  # conversations
+    pairs: int = 0  # of them
 
 
 class Regression(Objective):
@@ -108,6 +109,7 @@ class Regression(Objective):
         for tokens, _ in rendered:
             self.setting.check_length(len(tokens))
         data.unrated += not rated
+        data.pairs += not rated and bool(conversation.rejected)
         for (each, i), (tokens, root) in zip(rated, rendered, strict=True):
             turn = each.turns[i]
             if turn.id and turn.id in data.turns:
@@ -130,8 +132,15 @@ class Regression(Objective):
     def check_data(self):
         for split, data in self.data.items():
             if not data.rows:
-                names = ", ".join(self.setting.schema.names)
-                raise DataError(f"no rated response for {split}", cure=f"rate turns with {names}, or name the schema")
+                what, names = f"no rated response for {split}", ", ".join(self.setting.schema.names)
+                cure = (
+                    f"ratings ({names}, or what config.data.attributes names) stand in columns beside prompt and "
+                    "response or beside messages, or in a turn's 'ratings' (docs/formats.md)"
+                )
+                if data.pairs:
+                    what += f", and {data.pairs} pairs without ratings"
+                    cure = f"config.objectives=('bradley_terry',) learns from pairs; or {cure}"
+                raise DataError(what, cure=cure)
         self._of_codes = np.concatenate([self._table(list(self._codes)), self._of_codes[-1:]])
         ratings = self._table(self.data[TRAIN].rows)
         means = np.nansum(ratings, 0, np.float64) / np.maximum(np.isfinite(ratings).sum(0), 1)
@@ -218,5 +227,5 @@ class Regression(Objective):
         from steerjax.report.page import format_table, write_report
 
         if folder is not None:
-            write_report(folder, evaluation.detail, records, summary, config_text)
+            write_report(folder, evaluation.detail, self.losses(records), summary, config_text)
         return format_table(evaluation.detail)

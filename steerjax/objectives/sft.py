@@ -146,11 +146,11 @@ class SFT(Objective):
         table = "\n".join(f"{name:>28}  {value:.4f}" for name, value in values.items())
         text = f"validation, {int(evaluation.values['tokens']):,} response tokens\n{table}"
         if folder is not None:
+            from steerjax.report.page import fenced, write_page
             from steerjax.report.plots import plot_losses
 
             folder.mkdir(parents=True, exist_ok=True)
-            plot_losses(records, folder / "loss.png")
-            facts = "\n".join(f"{name:>28}  {value}" for name, value in summary.items())
-            page = f"# SFT\n\n```\n{facts}\n\n{text}\n```\n\n![loss](loss.png)\n\n```json\n{config_text}```\n"
-            (folder / "report.md").write_text(page, encoding="utf-8")
+            plot_losses(self.losses(records), folder / "loss.png", "nats a token")
+            parts = ["# SFT on the validation split", fenced(text), "![Loss against the step](loss.png)"]
+            write_page(folder, parts, summary, config_text)
         return text

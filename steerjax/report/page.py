@@ -1,15 +1,21 @@
-"""The report of predicted ratings: a table for the terminal, and a folder with `report.md`, plots and predictions."""
+"""The page that every report is (`report.md` and `report.html`), and the report of predicted ratings: a table for the
+terminal, and a folder with page, plots and predictions."""
 
+import base64
+import html
 import json
 import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from steerjax.report.plots import plot_correlations, plot_losses, plot_predictions, require_matplotlib
+import numpy as np
+
+from steerjax.report.plots import plot_correlations, plot_losses, plot_predictions, require_plots
 from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL, EvaluationResult, lowest, mean_metric
 
+REPORT, PAGE = "report.md", "report.html"
 FEW_RESPONSES = 500  # below it a report says first what so few can show
 
 _PLOTS = {
@@ -25,8 +31,30 @@ _EXPLANATION = (
 )
 
 
+_STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+"""
+_PAGE_STYLE = """
+body { overflow-wrap: anywhere }
+h1, h2 { line-height: 1.25 }
+pre { font-size: .85rem; line-height: 1.4; overflow-x: auto; overflow-wrap: normal; padding: .8rem; background: #8882 }
+pre, img { border-radius: 6px }
+.plot { display: block; margin: 1.5rem 0 }
+.plot img { display: block; max-width: 100%; background: #fff }
+.plot span { color: GrayText; font-size: .9rem }
+summary { cursor: pointer; font-weight: 600 }
+"""
+
+
 def format_table(result: EvaluationResult) -> str:
     """The metrics as plain text, a row an attribute and one for the average, then the comparison in words."""
+    note = few_rows_note(result)
+    first = [textwrap.fill(note, 100), ""] if note else []
+    return "\n".join([*first, *_table_lines(result), "", *comparison_sentences(result)])
+
+
+def _table_lines(result: EvaluationResult) -> list[str]:
     rows = [["attribute", "ratings", "MSE", "MAE", "Pearson", "Spearman", "kappa"]]
     rows[0] += [f"MSE {MEAN_RATING}", f"MSE {LOG_LENGTH}", "lowest MSE"]
     for title, names in [*((name, [name]) for name in result.schema.names), ("average", result.compared)]:
@@ -37,9 +65,7 @@ def format_table(result: EvaluationResult) -> str:
         rows.append([title, str(count), *cells, " = ".join(lowest(errors)) or "-"])
     header, *lines, last = text_table(rows, "<>>>>>>>><")
     rule = "-" * max(map(len, (header, *lines, last)))
-    note = few_rows_note(result)
-    first = [textwrap.fill(note, 100), ""] if note else []
-    return "\n".join([*first, header, rule, *lines, rule, last, "", *comparison_sentences(result)])
+    return [header, rule, *lines, rule, last]
 
 
 def text_table(rows: Sequence[Sequence[str]], aligned: str) -> list[str]:
@@ -99,25 +125,26 @@ def _compare(model: float | None, baseline: float | None, words: str, result: Ev
 def write_report(
     directory: str | Path,
     result: EvaluationResult,
-    records: Sequence[Mapping],
+    losses: Mapping[str, np.ndarray],
     summary: Mapping[str, str],
     config_text: str,
+    unit: str = "rating²",
 ) -> None:
-    """Writes `report.md`, `predictions.jsonl` and the plots; files of an earlier report are replaced.
+    """Writes the report, `predictions.jsonl` and the plots; files of an earlier report are replaced.
 
-    `records` are the objects of `metrics.jsonl`, none for a model that was not trained here: no `loss.png` then.
-    `summary` are facts of the run.
+    `losses` are `records.own_losses`, measured in `unit`; empty for a model that was not trained here: no `loss.png`
+    then. `summary` are facts of the run.
 
-    Raises SteerjaxError: matplotlib is missing. Nothing is written then.
+    Raises SteerjaxError: what plots and page need is missing. Nothing is written then.
     """
-    require_matplotlib()
+    require_plots()
     directory, names = Path(directory), result.schema.names
     directory.mkdir(parents=True, exist_ok=True)
     for plot in _PLOTS:  # not all are part of every report
         (directory / plot).unlink(missing_ok=True)
     plot_predictions(result, directory / "predictions.png")
-    if records:
-        plot_losses(records, directory / "loss.png")
+    if losses:
+        plot_losses(losses, directory / "loss.png", unit)
     if len(names) > 1:
         plot_correlations(result, directory / "correlations.png")
     with (directory / "predictions.jsonl").open("w", encoding="utf-8") as file:
@@ -128,15 +155,68 @@ def write_report(
             human = {name: rating for name, rating in human.items() if rating is not None}
             record = {"id": example, "ratings": human, "predicted_ratings": predicted}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    # A fence longer than any in the config, so that the config cannot end it.
-    fence = max(re.findall("`{3,}", config_text), key=len, default="``") + "`"
     parts = [
         "# Predicted ratings on the validation split",
-        f"```\n{format_table(result)}\n```",
+        few_rows_note(result),
+        fenced("\n".join(_table_lines(result))),
+        bullets(comparison_sentences(result)),
         _EXPLANATION,
-        "\n".join(f"- {key}: {' '.join(str(value).split())}" for key, value in summary.items()),
         *(f"![{words}]({plot})" for plot, words in _PLOTS.items() if (directory / plot).exists()),
         "Every validation example with its human and predicted ratings: [predictions.jsonl](predictions.jsonl).",
-        f"<details>\n<summary>Config</summary>\n\n{fence}\n{config_text.rstrip()}\n{fence}\n\n</details>",
     ]
-    (directory / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_page(directory, parts, summary, config_text)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list; white space in a line is one blank."""
+    return "\n".join(f"- {' '.join(str(line).split())}" for line in lines)
+
+
+def fenced(text: str, language: str = "") -> str:
+    """In a fence longer than any in the text, so that the text cannot end it."""
+    fence = max(re.findall("`{3,}", text), key=len, default="``") + "`"
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def write_page(folder: Path, parts: Sequence[str], summary: Mapping[str, str], settings: str) -> None:
+    """`report.md` of these parts (Markdown), then facts of the data and the settings (JSON); and `report.html`, all of
+    it in one file: plots are inside, and nothing is fetched.
+
+    The first part is the heading. HTML in a part is shown as text.
+    """
+    facts = bullets(f"{key}: {value}" for key, value in summary.items())
+    text = "\n\n".join(filter(None, [*parts, facts and f"## Data and computation\n\n{facts}"])) + "\n"
+    code = fenced(settings, "json")
+    more = f"\n<details>\n<summary>Settings</summary>\n\n{code}\n\n</details>\n"
+    (folder / REPORT).write_text(text + more, encoding="utf-8")
+    body = _rendered(text, folder) + f"<details><summary>Settings</summary>{_rendered(code, folder)}</details>"
+    heading = parts[0].lstrip("# ")
+    (folder / PAGE).write_text(html_page(heading, body, _PAGE_STYLE), encoding="utf-8", errors="backslashreplace")
+
+
+def _rendered(text: str, folder: Path) -> str:
+    """Markdown as HTML, with the folder's plots inside and their words below."""
+    from markdown_it import MarkdownIt
+
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+    def plot(renderer, tokens, index, options, env) -> str:
+        source, words = tokens[index].attrs["src"], html.escape(tokens[index].content)
+        file = folder / source
+        if file.name != source or not file.is_file():
+            return words
+        data = base64.b64encode(file.read_bytes()).decode("ascii")
+        return f'<span class="plot"><img alt="{words}" src="data:image/png;base64,{data}"><span>{words}</span></span>'
+
+    reader.add_render_rule("image", plot)
+    return reader.render(text)
+
+
+def html_page(title: str, body: str, style: str = "") -> str:
+    """A page of this body (HTML) that is one file: light or dark as the reader's system is, and nothing is fetched."""
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
+        f"style-src 'unsafe-inline'\"><title>{html.escape(title)}</title><style>{_STYLE}{style}</style>"
+    )
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from steerjax.report.page import bullets, write_page
 from steerjax.report.plots import plot_calibration, plot_losses
 
 BINS = 10
@@ -74,24 +75,23 @@ def preference_text(result: PreferenceResult) -> str:
 
 
 def write_preference_report(
-    directory: Path, result: PreferenceResult, records: Sequence[Mapping], summary: Mapping[str, str], config_text: str
-) -> None:
-    """`report.md`, `pairs.jsonl` and the plots."""
+    directory: Path, result: PreferenceResult, losses: Mapping[str, np.ndarray], summary: Mapping[str, str],
+    config_text: str, unit: str = "nats a pair",
+) -> None:  # fmt: skip
+    """The report, `pairs.jsonl` and the plots; arguments as `page.write_report`'s."""
     directory.mkdir(parents=True, exist_ok=True)
     plot_calibration(*calibration(result.scores @ [1.0, -1.0]), directory / "calibration.png")
-    if records:
-        plot_losses(records, directory / "loss.png")
+    if losses:
+        plot_losses(losses, directory / "loss.png", unit)
     with (directory / "pairs.jsonl").open("w", encoding="utf-8") as file:
         for name, (chosen, rejected), strength in zip(result.ids, result.scores, result.strengths, strict=True):
             row = {"id": name, "chosen": float(chosen), "rejected": float(rejected), "strength": float(strength)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     parts = [
         "# Preferences on the validation split",
-        f"```\n{preference_text(result)}\n```",
-        "\n".join(f"- {key}: {' '.join(str(value).split())}" for key, value in summary.items()),
-        *(["![Loss against the step](loss.png)"] if records else []),
+        bullets(preference_text(result).splitlines()),
+        *(["![Loss against the step](loss.png)"] if losses else []),
         "![Predicted probability of a preference against how often it is](calibration.png)",
         "Every validation pair with its scores: [pairs.jsonl](pairs.jsonl).",
-        f"```json\n{config_text.rstrip()}\n```",
     ]
-    (directory / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_page(directory, parts, summary, config_text)

@@ -12,7 +12,7 @@ from steerjax.chat.tokenizer import missing_markers
 from steerjax.data.batch import BatchPlan, Feeder, RowBuilder
 from steerjax.data.config import BatchConfig
 from steerjax.data.conversation import Conversation
-from steerjax.data.loading import Skipped, load_conversations, shared_prompts, split_by_prompt, unread_numbers
+from steerjax.data.loading import Skipped, load_conversations, shared_prompts, split_by_prompt
 from steerjax.data.packing import Row, pack
 from steerjax.data.trees import Example, Tree, grow
 from steerjax.errors import ConfigError, DataError
@@ -70,8 +70,9 @@ def load_parts(e: Experiment) -> tuple[list[Part], list[Skipped], dict[str, str]
             said["warning"] = "all rows have one prompt, so rows are held out"
     if duplicates := sum(one.duplicates for one in loaded):
         said["duplicates"] = f"{duplicates} rows stand twice ({data.on_duplicate})"
-    if unread := unread_numbers(e.sources(), schema):
-        said["not read"] = f"{', '.join(unread)}: columns of numbers; config.data.attributes names what is rated"
+    if unread := dict.fromkeys(name for one in loaded for name in one.unread):
+        where = "config.data.attributes names what is rated, and ratings beside 'turns' or of a pair stand in the turns"
+        said["not read"] = f"{', '.join(unread)}: numbers; {where}"
     return parts, [row for one in loaded for row in one.skipped], said
 
 
@@ -100,10 +101,11 @@ def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Rendere
         for objective in objectives:
             objective.check_data()
     except DataError as error:
-        if not skipped:
-            raise
-        first = f"{skipped[0].file}:{skipped[0].line}: {skipped[0].reason}"
-        raise error.but(message=f"{error.message}; {len(skipped)} rows were skipped, the first is {first}") from None
+        more = f"\n  not read: {said['not read']}" if "not read" in said else ""
+        if skipped:
+            first = f"{skipped[0].file}:{skipped[0].line}: {skipped[0].reason}"
+            more = f"; {len(skipped)} rows were skipped, the first is {first}{more}"
+        raise error.but(message=error.message + more) from None
     if missing := missing_markers(renderer.tokenizer, renderer.template):
         said["markers"] = f"{', '.join(missing)}: plain text to this tokenizer"
     if changed := sum(renderer.broken(each) for part in parts for split in part.splits for each in split):

@@ -27,7 +27,7 @@ from steerjax.models.flops import peak_flops
 from steerjax.objectives import Evaluation, predicted_schema
 from steerjax.parallel.mesh import make_mesh
 from steerjax.parallel.processes import ALONE, Processes
-from steerjax.report.plots import require_matplotlib
+from steerjax.report.plots import require_plots
 from steerjax.report.records import read_metrics
 from steerjax.training.cache import FrozenStates, frozen_states
 from steerjax.training.config import Experiment
@@ -51,7 +51,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     """
     main = processes.index == 0
     if main and experiment.train.plots:
-        require_matplotlib()
+        require_plots()
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
     schema = predicted_schema(experiment.objective, experiment.data.make_schema())
@@ -344,6 +344,6 @@ def report(run: Run, evaluation: dict[str, Evaluation], summary, workdir: Path, 
         folder = workdir / "report" / o.name if len(objectives) > 1 else workdir / "report"
         print("\n" + o.report(evaluation[o.name], folder if e.train.plots else None, records, summary, e.to_json()))
         if e.train.plots:
-            print(f"report with plots: {folder / 'report.md'}")
+            print(f"report with plots: {folder / 'report.html'}")
     if best_step is not None and best_step != run.steps:
         print(f"The validation loss was lowest at step {best_step}; that checkpoint is kept too.")

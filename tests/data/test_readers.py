@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.formats import prompt_turns
+from steerjax.data.formats import prompt_turns, unread_numbers
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations, source_format
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, OASST, format_label, make_schema
@@ -500,3 +500,42 @@ def test_forced_format_settles_an_ambiguous_row():
 def test_unknown_format_names_the_known_ones():
     with refused(ConfigError, "helpster", cure="helpsteer"):
         conversation_from_row({}, HELPSTEER, "helpster")
+
+
+@pytest.mark.parametrize(("row", "unread"), [
+    ({"prompt": "p", "response": "r", "verbosity": 3, "stars": 4, "score": [1, 2], "votes": {"up": 3}, "id": 7},
+     ["stars", "score", "votes"]),
+    ({"prompt": "p", "response": "r", "verbosity": 3, "ok": True, "note": "4", "list": [], "at": None, "margin": 2},
+     []),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "score": 4}],
+      "ratings": {"verbosity": 3}}, ["messages[].score"]),
+    # Beside turns, and beside a pair, not even the attributes' own names are read.
+    ({"turns": [{"role": "assistant", "content": "a", "ratings": {"verbosity": 3}}], "verbosity": 3,
+      "ratings": {"coherence": 4}, "stars": 4, "generation": {"tokens": 3, "model": "m"}},
+     ["verbosity", "ratings", "stars"]),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "score_chosen": 9.0, "verbosity": 4, "margin": 1.0},
+     ["score_chosen", "verbosity"]),
+])  # fmt: skip
+def test_numbers_that_nothing_reads(row, unread):
+    conversation_from_row(row, HELPSTEER)
+    assert list(unread_numbers(row, HELPSTEER)) == unread
+
+
+def test_hub_configs_and_splits(monkeypatch, tmp_path):
+    """What `datasets` says itself, of a folder with two configs in place of the hub."""
+    import datasets
+
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: first\n  data_files:\n  - {split: dev, path: a.jsonl}\n"
+        "- config_name: second\n  data_files:\n  - {split: train, path: a.jsonl}\n---\n"
+    )
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    load, options = datasets.load_dataset, {"cache_dir": str(tmp_path / "cache")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **given: load(str(tmp_path), **given, **options))
+    with refused(DataError, "'first'", "'second'", cure="hub:o/n@CONFIG:dev"):
+        converted("hub:o/n:dev")
+    with refused(DataError, "'dev'", cure="hub:o/n@first:SPLIT"):
+        converted("hub:o/n@first")
+    with refused(DataError, "'first'", cure="hub:o/n@CONFIG"):
+        converted("hub:o/n@third")
+    assert len(converted("hub:o/n@first:dev")) == len(converted("hub:o/n@second")) == len(ROWS)

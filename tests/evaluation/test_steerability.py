@@ -86,7 +86,7 @@ def test_answers_of_a_file(answers, reward, tmp_path, capsys):
     written = {path.name for path in (tmp_path / "rated").iterdir()}
     assert {"curves.png", "leakage.png", "obtained.png", "side_by_side.html", "side_by_side.md"} <= written
     report = (tmp_path / "rated/report.md").read_text()
-    assert all(f"({name})" in report for name in written - {"report.md", "rows.jsonl.settings.json"})
+    assert all(f"({name})" in report for name in written - {"report.md", "report.html", "rows.jsonl.settings.json"})
 
     # Annotate first comes to the same; it leaves `generation` as it was.
     filled = write_rows(tmp_path / "filled.jsonl", read_rows(answers)[1:])

@@ -76,6 +76,7 @@ def test_figures_by_hand():
     for name, expected in {
         "verbosity=0/characters": (5, 2), "verbosity=4/characters": (6.5, 2), "verbosity=0/words": (1.5, 2),
         "verbosity=0/predicted": (0.5, 2), "verbosity=4/predicted": (4.9, 1), "verbosity/exact": (2 / 3, 3),
+        "verbosity/exact by chance": (1 / 3, 3),
         "verbosity/slope/characters": (1.5 / 4, 4), "verbosity/rising/words": (0, 4),
         "distance": (1 / 3, 3), "cut": (0, 4), "verbosity/slope/predicted": (4.3 / 4, 3),
         "leakage/verbosity/coherence": (-2 / 4, 3),
@@ -148,14 +149,14 @@ def test_prompts_are_permuted_apart():
 
 @pytest.mark.short
 @pytest.mark.parametrize(("change", "undefined"), [
-    ("constant", ["verbosity/spearman/predicted"]),
+    ("constant", ["verbosity/spearman/predicted", "verbosity/exact", "verbosity/exact by chance"]),
     ("single", ["verbosity/slope/predicted", "verbosity/rising/words", "verbosity/spearman/words"]),
     ("unrated", ["verbosity/slope/predicted", "verbosity/exact", "distance", "steerbench/steering error"]),
     ("no neutral", ["steerbench/steering error", "steerbench binned/orthogonality"]),
 ])  # fmt: skip
 def test_what_is_undefined_is_none(change, undefined):
     asked = [2.0] if change == "single" else [0.0, 4.0]
-    predicted = {"constant": {"verbosity": 1.0}, "unrated": {}}.get(change)
+    predicted = {"constant": {"verbosity": 0.4}, "unrated": {}}.get(change)  # 0.4 rounds to what half asked for
     answers = [
         answer(p, {"verbosity": n}, "word " * int(n + 1), {"verbosity": n / 2} if predicted is None else predicted)
         for p in "pqr" for n in asked

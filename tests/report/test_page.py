@@ -1,14 +1,17 @@
+import base64
 import json
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from steerjax.errors import SteerjaxError
-from steerjax.report.page import comparison_sentences, few_rows_note, format_table, write_report
-from steerjax.report.plots import plot_losses, require_matplotlib
-from steerjax.report.records import read_metrics, write_json
+from steerjax.report.page import comparison_sentences, few_rows_note, format_table, write_page, write_report
+from steerjax.report.plots import plot_losses, require_plots
+from steerjax.report.preferences import preference_result, write_preference_report
+from steerjax.report.records import own_losses, read_metrics, write_json
 from steerjax.report.results import evaluate_predictions, lowest
 from steerjax.schema import HELPSTEER, STEERLM, Attribute, Schema, make_schema
 from tests.refusals import refused
@@ -48,10 +51,10 @@ def _table(result):
     return lines[next(i for i, line in enumerate(lines) if line.startswith("attribute ")) :]
 
 
-def _records(names=HELPSTEER.names):
+def _losses(names=HELPSTEER.names):
     train = [{"step": s, "split": "train", "loss": 5 / s + 0.6, "grad_norm": 1.0} for s in range(1, 41)]
     metrics = {f"attributes/{name}/mse": 0.7 for name in names} | {f"attributes/{names[0]}/pearson": None}
-    return [*train, {"step": 40, "split": "validation", "loss": 0.7, **metrics}]
+    return own_losses([*train, {"step": 40, "split": "validation", "loss": 0.7, **metrics}], "regression")
 
 
 def test_baselines_are_fitted_on_the_training_split():
@@ -126,24 +129,25 @@ NINE = Schema(tuple(Attribute(f"quality_{i}", 1.0, 4.0) for i in range(9)))
 @pytest.mark.parametrize("schema", [HELPSTEER, STEERLM, OWN, NINE, _schema(("helpfulness",))])
 def test_report_files(tmp_path, schema):
     directory, result = tmp_path / "new" / "report", _random_result(schema)
-    write_report(directory, result, _records(schema.names), {"base model": "x\ny"}, "{'k': '```'}")
+    write_report(directory, result, _losses(schema.names), {"base model": "x\ny"}, "{'k': '```'}")
     text = (directory / "report.md").read_text(encoding="utf-8")
     plots = ("loss.png", "predictions.png", *(["correlations.png"] if len(schema) > 1 else []))
     assert sorted(plots) == sorted(path.name for path in directory.glob("*.png"))
     for plot in plots:
         assert (directory / plot).read_bytes().startswith(PNG)
         assert f"({plot})" in text
-    for part in (*schema.names, "average", "- base model: x y\n", "````\n{'k': '```'}\n````"):
+    for part in (*schema.names, "average", "- base model: x y\n", "````json\n{'k': '```'}\n````"):
         assert part in text
-    for sentence in comparison_sentences(result):
-        assert sentence in text
-    assert text.splitlines()[2:4] == ["```", format_table(result).splitlines()[0]]
+    # The result first, then what it says, the plots, the data, the settings.
+    order = ["Only 40 responses", _table(result)[0], *comparison_sentences(result), *plots[:1], "- base model", "{'k'"]
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
 
 
 def test_axes_are_the_attributes_own(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
-    write_report(tmp_path, _random_result(OWN), [], {}, "{}")
+    write_report(tmp_path, _random_result(OWN), {}, {}, "{}")
     first, second = drawn[0].axes
     assert (list(first.get_xticks()), list(second.get_yticks())) == (list(range(1, 6)), list(range(1, 11)))
     assert first.get_xlim() == first.get_ylim() == pytest.approx((0.7, 5.3))
@@ -160,9 +164,9 @@ def test_few_rows_are_said_first():
     assert format_table(many).startswith("attribute ")
 
 
-def test_report_without_training_records(tmp_path):
+def test_report_without_training_losses(tmp_path):
     (tmp_path / "loss.png").touch()  # of an earlier report
-    write_report(tmp_path, _random_result(), [], {}, "{}")
+    write_report(tmp_path, _random_result(), {}, {}, "{}")
     assert not (tmp_path / "loss.png").exists()
     assert "loss.png" not in (tmp_path / "report.md").read_text(encoding="utf-8")
 
@@ -171,7 +175,7 @@ def test_predictions_hold_no_nan(tmp_path):
     result = _result(
         [[1.0, np.nan], [np.inf, 9.0]], [[2, -100], [3, 4]], _schema("ab"), np.array([[1, 0], [1, 1]], bool)
     )
-    write_report(tmp_path, result, _records(("a", "b")), {}, "{}")
+    write_report(tmp_path, result, _losses(("a", "b")), {}, "{}")
     text = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8")
     assert "NaN" not in text
     assert [json.loads(line) for line in text.splitlines()] == [
@@ -191,17 +195,17 @@ def test_predictions_hold_no_nan(tmp_path):
     ],
 )
 def test_loss_plot_of_little_data(tmp_path, records):
-    plot_losses(records, tmp_path / "loss.png")
+    plot_losses(own_losses(records, "regression"), tmp_path / "loss.png", "rating²")
     assert (tmp_path / "loss.png").read_bytes().startswith(PNG)
 
 
 @pytest.mark.filterwarnings("error")
 def test_report_of_an_empty_split(tmp_path):
-    write_report(tmp_path, _result(np.empty((0, 1)), np.empty((0, 1))), _records(("a",)), {}, "{}")
+    write_report(tmp_path, _result(np.empty((0, 1)), np.empty((0, 1))), _losses(("a",)), {}, "{}")
     assert (tmp_path / "predictions.jsonl").read_text() == ""
 
 
-def test_records(tmp_path):
+def test_losses(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
     assert read_metrics(tmp_path / "missing.jsonl") == []
@@ -213,9 +217,9 @@ def test_missing_matplotlib_is_named_before_anything_is_written(tmp_path, monkey
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
     with refused(SteerjaxError, "matplotlib", cure="pip install 'steerjax[plots]'"):
-        require_matplotlib()
+        require_plots()
     with pytest.raises(SteerjaxError):
-        write_report(tmp_path / "report", _random_result(), _records(), {}, "{}")
+        write_report(tmp_path / "report", _random_result(), _losses(), {}, "{}")
     assert not (tmp_path / "report").exists()
 
 
@@ -226,7 +230,82 @@ def test_import_loads_neither_matplotlib_nor_jax():
 
 def test_plots_leave_pyplot_alone(tmp_path):
     code = (
-        "import sys; from steerjax.report.plots import plot_losses; "
-        f"plot_losses([], {str(tmp_path / 'loss.png')!r}); assert 'matplotlib.pyplot' not in sys.modules"
+        "import sys; from steerjax.report.plots import plot_losses; from steerjax.report.records import own_losses; "
+        f"plot_losses(own_losses([], 'a'), {str(tmp_path / 'loss.png')!r}, 'nats'); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def _two_objectives():
+    own = {"regression/loss": 0.8, "bradley_terry/loss": 0.6}
+    train = {"step": 1, "split": "train", "loss": 0.8 + 0.1 * 0.6, **own}
+    return [train, {"step": 2, "split": "validation", "loss": 0.7 + 0.1 * 0.5, "regression/loss": 0.7,
+                    "bradley_terry/loss": 0.5}]  # fmt: skip
+
+
+@pytest.mark.parametrize(("records", "objective", "weight", "train", "validation"), [
+    (_two_objectives(), "regression", 1.0, [[1, 0.8]], [[2, 0.7]]),
+    (_two_objectives(), "bradley_terry", 0.1, [[1, 0.6]], [[2, 0.5]]),
+    ([{"step": 3, "split": "train", "loss": 0.2}], "sft", 0.5, [[3, 0.4]], []),
+    ([{"step": 3, "split": "train", "loss": 0.0}], "sft", 0.0, [], []),
+    ([{"step": 3, "split": "train", "loss": None}], "sft", 1.0, [], []),
+])  # fmt: skip
+def test_a_loss_is_the_objectives_own_without_its_weight(records, objective, weight, train, validation):
+    found = own_losses(records, objective, weight)
+    assert found["train"].tolist() == [pytest.approx(point) for point in train]
+    assert found["validation"].tolist() == [pytest.approx(point) for point in validation]
+
+
+def test_each_objectives_plot_draws_its_own_loss(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure))
+    monkeypatch.setattr("steerjax.report.page._rendered", lambda *_: "")
+    pairs = preference_result([[1.0, 0.0], [0.2, 0.4]], [1.0, 1.0], [[9, 5], [4, 7]], ["a", "b"])
+    write_preference_report(tmp_path, pairs, own_losses(_two_objectives(), "bradley_terry", 0.1), {}, "{}")
+    (axes,) = drawn[1].axes
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[0.6], [0.6], [0.5]]
+    assert "nats" in axes.get_ylabel()
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and text."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.said = [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.said += data
+
+
+def test_the_html_page_is_one_file_with_all_that_the_markdown_has(tmp_path):
+    result = _random_result()
+    write_report(tmp_path, result, _losses(), {"base model": "<script>alert(1)</script>"}, '{"k": "</pre><b>"}')
+    page = Page(tmp_path / "report.html")
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    plots = ("loss.png", "predictions.png", "correlations.png")
+    assert [base64.b64decode(each["src"].removeprefix("data:image/png;base64,")) for each in images] == [
+        (tmp_path / plot).read_bytes() for plot in plots
+    ]
+    for part in (*comparison_sentences(result), *_table(result)[:8], "<script>alert(1)</script>", "</pre><b>"):
+        assert part in page.said, part
+    assert not {"script", "b", "link"} & {tag for tag, _ in page.tags}
+    fetched = [value for tag, attributes in page.tags for key, value in attributes.items() if key in ("src", "srcset")]
+    assert all(value.startswith("data:") for value in fetched)
+    assert [attributes["href"] for tag, attributes in page.tags if tag == "a"] == ["predictions.jsonl"]
+
+
+def test_a_page_of_text_that_looks_like_a_plot(tmp_path):
+    """A run's facts come from outside: what is not a plot of the folder is no picture."""
+    (tmp_path / "x.png").write_bytes(PNG)
+    facts = {"data": "![a](none.png) ![b](https://example.org/x.png) ![c](../x.png) ![d](/x.png)"}
+    (tmp_path / "report").mkdir()
+    write_page(tmp_path / "report", ["# Title"], facts, "{}")
+    page = Page(tmp_path / "report/report.html")
+    assert "img" not in {tag for tag, _ in page.tags}
+    assert "Title" in page.said
