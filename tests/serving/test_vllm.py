@@ -18,6 +18,7 @@ from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.schema import HELPSTEER, parse_scalar
 from tests.hf.serving import as_messages
 from tests.reward_models import read_rows, write_rows
+from tests.serving.snippets import run as run_block
 from tests.serving.vllm_server import environment, python, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.smollm2, pytest.mark.parity]
@@ -163,7 +164,7 @@ def test_llm_classify(reward, ids, messages, scores, cache, tmp_path):
     assert_same(found["by_text"], scores, "LLM.classify, text")
 
 
-def test_the_server_classifies(reward, ids, messages, scores, cache):
+def test_the_server_classifies(reward, ids, messages, scores, cache, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(reward)
@@ -175,6 +176,11 @@ def test_the_server_classifies(reward, ids, messages, scores, cache):
         assert_same([entry["probs"] for entry in ordered], scores, "/classify, text")
         replies = [server.post("/classify", messages=conversation)["data"][0] for conversation in messages]
         assert_same([entry["probs"] for entry in replies], scores, "/classify, messages")
+        (tmp_path / "rm").symlink_to(reward)
+        monkeypatch.chdir(tmp_path)
+        rate = run_block("classify.py", {"http://localhost:8000": server.url})["rate"]  # of docs/serving.md
+        found = [rate(conversation) for conversation in messages]
+        assert_same([[ratings[name] for name in HELPSTEER.names] for ratings in found], scores, "classify.py")
         assert "nothing to rate" in server.refusal("/classify", messages=messages[0][:1])
         spelled = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b"}]
         assert len(server.post("/classify", messages=spelled)["data"]) == 1  # text, as any other
