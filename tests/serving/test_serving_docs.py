@@ -34,6 +34,9 @@ def work(tmp_path_factory):
     (reward / "steerjax.json").write_text(json.dumps(about))
     export.main(["--checkpoint", str(reward), "--output", str(folder / "rm"), *template])
     chat = chat_folder(folder / "base")
+    export.main(
+        ["--checkpoint", str(reward), "--output", str(folder / "rm-goodness"), "--scalar", "goodness", *template]
+    )
     steered = ["--schema", "helpsteer", "--default-ratings", ratings]
     export.main(["--checkpoint", str(chat), "--output", str(folder / "chat"), *steered, *template])
     prompts = [{"prompt": [{"role": "user", "content": f"Question {number}?"}]} for number in range(4)]
@@ -70,12 +73,15 @@ def test_transformers_answers(work):
 
 @pytest.mark.parity
 def test_one_reward_function_an_attribute_trains_with_trl(rm):
-    short = {"max_steps=500": "max_steps=2, use_cpu=True, logging_steps=1", "length=512": "length=8"}
-    found = run("grpo.py", short)
+    short = {"max_steps=500": "max_steps=2, use_cpu=True, bf16=False, logging_steps=1", "length=512": "length=8"}
+    beside = {"in WEIGHTS]": 'in WEIGHTS] + ["rm-goodness"]', "list(WEIGHTS.values())": "[*WEIGHTS.values(), 0.0]"}
+    found = run("grpo.py", short | beside)
     first, second, _ = found["trainer"].state.log_history
     for log in (first, second):
         means = {name: log[f"rewards/{name}/mean"] for name in GOODNESS}
-        assert log["reward"] == pytest.approx(sum(GOODNESS[name] * mean for name, mean in means.items()), abs=1e-4)
+        goodness = sum(GOODNESS[name] * mean for name, mean in means.items())
+        assert log["reward"] == pytest.approx(goodness, abs=1e-4)
+        assert log["rewards/rm-goodness/mean"] == pytest.approx(goodness, abs=1e-4)  # one score, in torch
         assert log["reward_std"] > 0
     assert first["reward"] != second["reward"]
 
