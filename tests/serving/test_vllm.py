@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,9 +16,11 @@ from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import load_conversations, split_by_prompt
+from steerjax.models.families import FAMILIES
 from steerjax.schema import HELPSTEER, parse_scalar
 from tests.hf.serving import as_messages
 from tests.reward_models import read_rows, write_rows
+from tests.serving.snippets import run as run_block
 from tests.serving.vllm_server import environment, python, serving
 
 pytestmark = [pytest.mark.vllm, pytest.mark.smollm2, pytest.mark.parity]
@@ -163,7 +166,41 @@ def test_llm_classify(reward, ids, messages, scores, cache, tmp_path):
     assert_same(found["by_text"], scores, "LLM.classify, text")
 
 
-def test_the_server_classifies(reward, ids, messages, scores, cache):
+def small(family: str, tokenizer: Path, folder: Path, repository: Path) -> Path:
+    """A random classifier as transformers saves it, of sizes that vLLM's attention takes; exported by us."""
+    import torch
+    import transformers
+
+    prefix = FAMILIES[family].prefix
+    sizes = {
+        "vocab_size": load_tokenizer(tokenizer).vocab_size, "hidden_size": 128, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
+        "id2label": dict(enumerate(HELPSTEER.names)), "pad_token_id": 0, "initializer_range": 0.2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = getattr(transformers, prefix + "Config")(**sizes)
+    getattr(transformers, prefix + "ForSequenceClassification")(config).save_pretrained(folder / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tokenizer / name, folder / "base" / name)
+    about = {"kind": "reward", "template": "chatml", "attributes": HELPSTEER.to_json()}
+    (folder / "base" / "steerjax.json").write_text(json.dumps(about))
+    export = ["--checkpoint", folder / "base", "--output", folder / family, "--template", "chatml"]
+    steerjax("export", *export, repository=repository)
+    return folder / family
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+def test_other_families_classify(family, smollm2, halves, ids, cache, tmp_path, repository):
+    """By token ids: transformers gives a Qwen 2 folder Qwen's own tokenizer, and this one has SmolLM2's."""
+    model = small(family, smollm2, tmp_path, repository)
+    expected = scored(model, halves[1], repository)
+    assert expected.std(axis=0).min() > 0.1
+    with serving(model, cache, "--runner", "pooling", "--enforce-eager") as server:
+        replies = [server.post("/classify", input=tokens)["data"][0] for tokens in ids]
+    assert_same([reply["probs"] for reply in replies], expected, f"/classify, {family}", 1e-4)
+
+
+def test_the_server_classifies(reward, ids, messages, scores, cache, tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(reward)
@@ -175,6 +212,11 @@ def test_the_server_classifies(reward, ids, messages, scores, cache):
         assert_same([entry["probs"] for entry in ordered], scores, "/classify, text")
         replies = [server.post("/classify", messages=conversation)["data"][0] for conversation in messages]
         assert_same([entry["probs"] for entry in replies], scores, "/classify, messages")
+        (tmp_path / "rm").symlink_to(reward)
+        monkeypatch.chdir(tmp_path)
+        rate = run_block("classify.py", {"http://localhost:8000": server.url})["rate"]  # of docs/serving.md
+        found = [rate(conversation) for conversation in messages]
+        assert_same([[ratings[name] for name in HELPSTEER.names] for ratings in found], scores, "classify.py")
         assert "nothing to rate" in server.refusal("/classify", messages=messages[0][:1])
         spelled = [{"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "b"}]
         assert len(server.post("/classify", messages=spelled)["data"]) == 1  # text, as any other
