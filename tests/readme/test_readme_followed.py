@@ -2,10 +2,12 @@
 
     STEERJAX_SLOW=1 STEERJAX_SMOLLM2=FOLDER python -m pytest -m readme tests/readme
 
-Every block runs as it stands, in one shell. What differs from a reader's run is here: training and answers are short
-(MAX_STEPS and MAX_NEW_TOKENS in the environment; 0 takes the README's own length), the packages of the environment that
-runs the tests stand in for pip's downloads, a cache folder with SmolLM2 for the hub, and the test command is left to
-`.ci/run`. The server's blocks run where STEERJAX_VLLM names a python with vLLM.
+Every block runs as it stands, in one shell. What differs from a reader's run is here:
+
+* MAX_STEPS in the environment shortens training and MAX_NEW_TOKENS answers. With MAX_STEPS, SmolLM2 is a narrow model
+  with its layers and tokenizer and random weights. MAX_STEPS=0 MAX_NEW_TOKENS=0 is the README at its own length.
+* The hub is a cache folder with that model; pip's downloads are the packages of the environment that runs the tests.
+* The test command is left to `.ci/run`; the server's blocks run where STEERJAX_VLLM names a python with vLLM.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import save_file
 
+from tests.hf_folders import random_tensors
 from tests.serving.vllm_server import environment, python, wait
 
 MAX_STEPS = int(os.environ.get("MAX_STEPS", "2"))
@@ -35,6 +40,10 @@ if not MISSING and not SMOLLM2:
     MISSING = "STEERJAX_SMOLLM2 names no folder (shared/tools/get_smollm2.py makes one)"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TEST_COMMAND = "<!-- test command -->\n"
+NARROW = {
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "head_dim": 64, "torch_dtype": "float32",
+}  # fmt: skip
 # Short, without leaving out what makes or reads a file.
 SHORTER = (
     f"--config.train.steps={MAX_STEPS} --config.train.evaluate_every=0 --config.train.checkpoint_every=0 "
@@ -72,7 +81,7 @@ class Block:
 def shorter(text: str) -> str:
     """The same commands with less training and shorter answers."""
     if MAX_STEPS:
-        text = re.sub(r"\bsteerjax train\b", lambda found: f"{found[0]} {SHORTER}", text)
+        text = re.sub(r"\bsteerjax train +--config \S+", lambda found: f"{found[0]} {SHORTER}", text)
         text = re.sub(r"(train\.steps) = \d+", rf"\1 = {MAX_STEPS}", text)
     if MAX_NEW_TOKENS:
         text = re.sub(r"\bsteerjax generate\b", lambda found: f"{found[0]} --max-new-tokens {MAX_NEW_TOKENS}", text)
@@ -121,12 +130,17 @@ def test_every_extra_is_named(repository):
 
 
 def hub_cache(folder: Path) -> Path:
-    """What the hub would have left: a cache with SmolLM2 in it."""
+    """What the hub would have left: a cache with SmolLM2 in it, narrow where training is short."""
     model = folder / "hub" / f"models--{HUB_ID.replace('/', '--')}"
     (model / "refs").mkdir(parents=True)
-    (model / "snapshots").mkdir()
     (model / "refs" / "main").write_text("0" * 40)
-    (model / "snapshots" / ("0" * 40)).symlink_to(Path(SMOLLM2).absolute())
+    snapshot = model / "snapshots" / ("0" * 40)
+    shutil.copytree(SMOLLM2, snapshot)
+    if MAX_STEPS:
+        config = json.loads((snapshot / "config.json").read_text()) | NARROW
+        tensors = {name: (0.02 * value).astype(value.dtype) for name, value in random_tensors(config).items()}
+        save_file(tensors, snapshot / "model.safetensors")
+        (snapshot / "config.json").write_text(json.dumps(config))
     return folder
 
 
