@@ -19,7 +19,7 @@ TINY = {
 SHOWN = os.environ.get("STEERJAX_PICTURES")  # a folder that executed notebooks are left in, to look at
 
 
-def execute(path: Path, place: Path, kernel: str = "python3", steerjax: str = "", **parameters) -> str:
+def execute(path: Path, place: Path, kernel: str, steerjax: str = "", **parameters) -> str:
     """Runs a notebook in a kernel of its own, in the folder `place`; returns what it printed.
 
     `steerjax` goes into its form field, `parameters` take the place of its own.
@@ -57,39 +57,42 @@ def walk(repository, monkeypatch):
     return run
 
 
-def test_in_a_checkout(repository, tmp_path, monkeypatch, walk):
-    monkeypatch.setenv("PYTHONPATH", str(repository))
-    walk(repository / "notebooks", tmp_path / "work")
+@pytest.fixture
+def fresh(tmp_path, monkeypatch) -> str:
+    """The name of a kernel whose environment has all packages but steerjax; pip adds that to it."""
+    venv.create(tmp_path / "env", symlinks=True)
+    spec = tmp_path / "jupyter" / "kernels" / "fresh"
+    spec.mkdir(parents=True)
+    command = [str(tmp_path / "env" / "bin" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    packages = {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
+    (spec / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "fresh", "env": packages}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    return "fresh"
 
 
 @pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    """A kernel of an environment that has all packages but steerjax, as `fresh`, and the folder of that environment."""
-    folder = tmp_path_factory.mktemp("fresh")
-    venv.create(folder / "env", with_pip=True)
-    spec = folder / "jupyter" / "kernels" / "fresh"
-    spec.mkdir(parents=True)
-    command = [str(folder / "env" / "bin" / "python"), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    packages = {"PYTHONPATH": sysconfig.get_path("purelib"), "PIP_NO_DEPS": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    (spec / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "fresh", "env": packages}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
-        yield folder
+def clone(repository, tmp_path_factory) -> Path:
+    """The checkout as a reader has it; a build leaves its files there."""
+    folder = tmp_path_factory.mktemp("clone") / "steerjax"
+    subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True)
+    return folder
 
 
-def test_outside_a_checkout(repository, tmp_path, fresh, walk):
+def test_in_a_checkout(clone, tmp_path, fresh, walk):
+    """Steerjax is installed from the checkout that the notebook lies in."""
+    walk(clone / "notebooks", tmp_path / "work", kernel=fresh)
+
+
+def test_outside_a_checkout(repository, clone, tmp_path, fresh, walk):
     """Without steerjax the first cell says what to set; with a wheel it is installed and all runs."""
     from nbclient.exceptions import CellExecutionError
 
-    for name in ("steerlm", "reward_model"):
-        with pytest.raises(CellExecutionError, match="steerjax is not installed: set STEERJAX above"):
-            execute(repository / "notebooks" / f"{name}.ipynb", tmp_path, kernel="fresh")
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(fresh)]
-    copy = fresh / "source"  # a build leaves a folder beside what it builds
-    subprocess.run(["git", "clone", "--quiet", str(repository), str(copy)], check=True)
-    subprocess.run([*build, str(copy)], check=True)
-    (wheel,) = fresh.glob("*.whl")
-    walk(tmp_path, tmp_path / "work", kernel="fresh", steerjax=str(wheel))
+    with pytest.raises(CellExecutionError, match="steerjax is not installed: set STEERJAX above"):
+        execute(repository / "notebooks" / "steerlm.ipynb", tmp_path, kernel=fresh)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*build, "-w", str(tmp_path), str(clone)], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    walk(tmp_path, tmp_path / "work", kernel=fresh, steerjax=str(wheel))
 
 
 @pytest.mark.short

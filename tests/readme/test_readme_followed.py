@@ -82,7 +82,7 @@ def shorter(text: str) -> str:
     """The same commands with less training and shorter answers."""
     if MAX_STEPS:
         text = re.sub(r"\bsteerjax train +--config \S+", lambda found: f"{found[0]} {SHORTER}", text)
-        text = re.sub(r"(train\.steps) = \d+", rf"\1 = {MAX_STEPS}", text)
+        text = re.sub(r"train\.steps = \d+", f"train.steps = {MAX_STEPS}; config.optimizer.warmup_steps = 0", text)
     if MAX_NEW_TOKENS:
         text = re.sub(r"\bsteerjax generate\b", lambda found: f"{found[0]} --max-new-tokens {MAX_NEW_TOKENS}", text)
         text = re.sub(r"(\.generate\(.*)\)\)$", rf"\1, max_new_tokens={MAX_NEW_TOKENS}))", text, flags=re.MULTILINE)
@@ -178,7 +178,35 @@ def follow(typed: list[Block], folder: Path, env: dict[str, str]) -> None:
         )  # fmt: skip
     said = log.read_text(errors="replace")
     print(said)
-    assert done.returncode == 0, "== README.md" + said.split("== README.md")[-1][-3000:]
+    if done.returncode:
+        pytest.fail("== README.md" + said.split("== README.md")[-1][-3000:], pytrace=False)
+
+
+@pytest.mark.short
+@pytest.mark.parametrize(
+    ("bad", "fact"),
+    [
+        (Block(7, "sh", "test -d made\ncat nowhere.jsonl | head\n"), "nowhere.jsonl"),
+        (Block(7, "sh", "cat > made/rows.jsonl <<'END'\n{}\nEND\nmkdir made\n"), "made"),
+        (Block(7, "python", "print(open('nowhere.py').read())\n"), "nowhere.py"),
+        (Block(7, "sh", 'cd made\necho "$nowhere"\n'), "nowhere"),
+    ],
+)
+def test_what_cannot_be_followed_is_named(tmp_path, bad, fact):
+    """A missing file, a place that is taken, a failing Python block, a variable that nobody set."""
+    typed = [Block(2, "sh", "mkdir made\n"), bad, Block(12, "sh", "echo never\n")]
+    with pytest.raises(pytest.fail.Exception) as error:
+        follow(typed, tmp_path, dict(os.environ))
+    said = str(error.value)
+    assert said.startswith("== README.md:7 ")
+    assert fact in said
+    assert "never" not in said
+
+
+@pytest.mark.short
+def test_two_commands_in_one_place_are_seen():
+    text = "steerjax train --config rm --workdir runs/a\nsteerjax export --checkpoint runs/a --output runs/a\n"
+    assert outputs([Block(1, "sh", text)]) == ["runs/a", "runs/a"]
 
 
 @pytest.mark.readme
