@@ -68,7 +68,7 @@ class Block:
     @property
     def server(self) -> bool:
         """A block that starts a server, or asks it."""
-        return "vllm serve" in self.text or "localhost:" in self.text
+        return "vllm.entrypoints" in self.text or "localhost:" in self.text
 
     def script(self) -> str:
         """What a shell does with it."""
