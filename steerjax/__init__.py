@@ -11,9 +11,7 @@
     for piece in chat.stream("Why is the sky blue?", {"verbosity": 4, "complexity": 4}):
         print(piece, end="")
 
-    from steerjax.config import default_config
-
-    config = default_config()  # what a recipe of configs/ changes
+    config = steerjax.recipe("rm")  # as --config rm; or a file's path
     config.data.train = ("ratings.jsonl",)
     steerjax.fit(config, workdir="runs/mine")  # run again with the same workdir, it resumes
 
@@ -24,8 +22,8 @@ Every error that a user can cure is a `SteerjaxError`, whose message says what i
 commands are the same things in a terminal: `steerjax --help`.
 """
 
-from steerjax.api import Model, ServedModel, connect, fit, load
+from steerjax.api import Model, ServedModel, connect, fit, load, recipe
 from steerjax.errors import SteerjaxError
 
-__all__ = ["Model", "ServedModel", "SteerjaxError", "connect", "fit", "load"]
+__all__ = ["Model", "ServedModel", "SteerjaxError", "connect", "fit", "load", "recipe"]
 __version__ = "0.2.0.dev0"

@@ -1,9 +1,10 @@
-"""The Python interface: `load`, `connect`, `fit`. Nothing here imports jax before it is called."""
+"""The Python interface: `load`, `connect`, `recipe`, `fit`. Nothing here imports jax before it is called."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import runpy
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from steerjax.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
     from steerjax.bundle import Bundle
     from steerjax.hf.description import Description
     from steerjax.inference.answerer import Answerer
@@ -64,11 +67,27 @@ def connect(
     return ServedModel(of_server(url, model, about, schema=schema, template=template, attempts=attempts))
 
 
+def recipe(name: str) -> ConfigDict:
+    """The config of a recipe, to change and give to `fit`.
+
+    Args:
+        name: of one that comes with the package, as `rm`; or the path of a Python file with `get_config()`.
+
+    Raises SteerjaxError: neither.
+    """
+    from steerjax.flags import find_recipe
+
+    found = runpy.run_path(find_recipe(name))
+    if "get_config" not in found:
+        raise ConfigError(f"{name}: no recipe; cure: a Python file with get_config(), as {find_recipe('rm')}")
+    return found["get_config"]()
+
+
 def fit(config: Mapping | Any, workdir: str | Path) -> dict[str, Mapping[str, float | None]]:
     """Trains a model, as `steerjax train`; run again with the same workdir, it resumes.
 
     Args:
-        config: what a recipe's `get_config()` returns: `steerjax.config.default_config()` with changes.
+        config: what `recipe` or a recipe's `get_config()` returns, or `steerjax.config.default_config()`, with changes.
         workdir: the run's folder; `load` opens it.
 
     Returns:

@@ -81,7 +81,7 @@ def _parse_flags(arguments: list[str]) -> list[str]:
             return app.parse_flags_with_usage(_with_recipe(arguments))
         except (AttributeError, KeyError, TypeError) as error:
             said = " ".join(str(error.args[0] if error.args else error).split())
-            raise ConfigError(f"flags of the config: {said}\n  cure: the keys are in steerjax/config.py") from None
+            raise ConfigError(f"flags of the config: {said}\n  cure: steerjax train --help lists the keys") from None
         except OSError as error:
             raise ConfigError(f"--config: {error}") from None
 
@@ -104,7 +104,7 @@ def _recipe(config: flags.FlagHolder) -> dict:
         return config.value.to_dict()
     except OSError as error:  # says what failed before it, whose last line says why
         why = str(error.__cause__ or error).splitlines()[-1].strip()
-        raise ConfigError(f"--config: {why}; cure: the path of a recipe, e.g. configs/rm.py") from error
+        raise ConfigError(f"--config: {why}; cure: a recipe's name, e.g. rm, or its path") from error
 
 
 def local_folder(path: str) -> Path:

@@ -110,6 +110,14 @@ def test_training_resumes_and_says_its_metrics(tmp_path):
 
 
 @pytest.mark.short
+def test_a_recipe_is_a_config_of_its_own(repository):
+    config = steerjax.recipe("rm")
+    assert config == steerjax.recipe(str(repository / "configs" / "rm.py")) != default_config()
+    config.train.steps = 1
+    assert steerjax.recipe("rm").train.steps > 1
+
+
+@pytest.mark.short
 def test_what_cannot_be_asked_for(rm, chat, tmp_path):
     for call, error, fact, cure in (
         (lambda: steerjax.load(tmp_path), ModelError, str(tmp_path), "workdir"),
@@ -130,6 +138,8 @@ def test_what_cannot_be_asked_for(rm, chat, tmp_path):
         (lambda: chat.generate("Why?", samples=0), ConfigError, "samples", "at least 1"),
         (lambda: chat.generate("Why?", top_p=2.0), ConfigError, "top_p", "1"),
         (lambda: steerjax.fit({"data": {"trian": 1}}, tmp_path), ConfigError, "config.data.trian", "train"),
+        (lambda: steerjax.recipe("nope"), ConfigError, "nope", "rm_smollm2"),
+        (lambda: steerjax.recipe(__file__), ConfigError, __file__, "get_config"),
     ):
         with refused(error, fact, cure=cure):
             call()
@@ -140,5 +150,5 @@ def test_importing_is_light_and_help_is_a_page():
     code = "import steerjax, sys; print([m for m in ('jax', 'numpy', 'pydantic', 'datasets') if m in sys.modules])"
     assert json.loads(subprocess.check_output([sys.executable, "-c", code]).decode().replace("'", '"')) == []
     page = pydoc.plain(pydoc.render_doc(steerjax))
-    said = ("steerjax.load(", "rate(", "generate(", "stream(", "connect(", "fit(", "Raises SteerjaxError")
+    said = ("steerjax.load(", "rate(", "generate(", "stream(", "connect(", "recipe(", "fit(", "Raises SteerjaxError")
     assert [word for word in said if word not in page] == []

@@ -300,7 +300,7 @@ def test_unknown_flag_of_the_config(recipe, repository, tmp_path):
         text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 2
-    says(run.stderr, "row_lenght", "row_length", cure="steerjax/config.py")
+    says(run.stderr, "row_lenght", "row_length", cure="train --help")
     assert "Traceback" not in run.stderr
 
 
