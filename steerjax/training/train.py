@@ -36,6 +36,7 @@ from steerjax.training.metrics import MetricsWriter, Progress, say_phase
 from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import initial_parameters, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
+from steerjax.training.trackers import TRACKERS
 from steerjax.training.workdir import check_same_inputs, claim_workdir, keep_tokenizer, make_provenance, only_run
 
 
@@ -52,6 +53,9 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     main = processes.index == 0
     if main and experiment.train.plots:
         require_matplotlib()
+    if main:
+        for name in experiment.train.trackers:
+            TRACKERS[name].check()
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
     schema = predicted_schema(experiment.objective, experiment.data.make_schema())
@@ -129,16 +133,16 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         # ---- Loop
         if step < steps:
             say_phase("compiling the step, then the first of them", active=main)
-        with (
-            contextlib.closing(MetricsWriter(workdir, step, active=main)) as writer,
-            contextlib.closing(Progress(step, steps, active=main)) as progress,
-        ):
-            evaluation = loop(run, state, step, store, dataclasses.asdict(provenance), writer, progress, processes)
+        with MetricsWriter(workdir, step, e.train.trackers, e.to_dict(), active=main) as writer:
+            with contextlib.closing(Progress(step, steps, active=main)) as progress:
+                evaluation = loop(run, state, step, store, dataclasses.asdict(provenance), writer, progress, processes)
 
-        # ---- Report
-        store.wait()
-        if main:
-            report(run, evaluation, summary, workdir, store.best_step())
+            # ---- Report
+            store.wait()
+            if main:
+                report(run, evaluation, summary, workdir, store.best_step())
+                if e.train.plots:
+                    writer.show(steps, workdir / "report")
     return evaluation
 
 
