@@ -47,7 +47,7 @@ class TensorBoard:
     def __init__(self, workdir: Path, step: int, config: Mapping):
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
         indented = json.dumps(config, indent=2).replace("\n", "\n    ")
         self._writer.add_text("config", f"    {indented}", step)  # four spaces: code, in Markdown
 
