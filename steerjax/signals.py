@@ -54,7 +54,8 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
     def stop(number, _) -> None:
         event.set()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+        if not watched:
+            signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     def watch() -> None:  # Python calls `stop` only when the main thread is back from what it waits for
         interrupts = 0
@@ -94,7 +95,7 @@ def outlive_readers() -> None:
             stream.flush()
             raw = _Outliving(stream.fileno(), "w", closefd=False)
             options = {k: getattr(stream, k) for k in ("encoding", "errors", "line_buffering", "write_through")}
-            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), **options))
+            setattr(sys, name, io.TextIOWrapper(raw if stream.write_through else io.BufferedWriter(raw), **options))
 
 
 class _Outliving(io.FileIO):

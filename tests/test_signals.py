@@ -7,16 +7,16 @@ import time
 
 import pytest
 
+from tests.interrupts import with_ctrl_c
+
 pytestmark = pytest.mark.short
 BUSY = "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 60_000_000)"  # a minute in which no handler is called
 
 
-def start(program: str, first=signal.default_int_handler, **options) -> subprocess.Popen:
-    """Once it has printed a line. `first`: what it inherits; what runs in the background ignores Ctrl-C."""
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, first), **options,
-    )  # fmt: skip
+def start(program: str, *, ignored: bool = False, **options) -> subprocess.Popen:
+    """Once it has printed a line. `ignored`: Ctrl-C, when it starts."""
+    command = with_ctrl_c([sys.executable, "-u", "-c", program], ignored=ignored)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     return process
 
@@ -43,7 +43,7 @@ def test_an_ignored_ctrl_c_stays_ignored():
         "import time\nfrom steerjax.signals import ends_at_once, stop_on_signals\n"
         "with ends_at_once(), stop_on_signals() as asked:\n    print('ready'); time.sleep(1); print(asked.is_set())"
     )
-    assert end(start(program, first=signal.SIG_IGN), signal.SIGINT, signal.SIGINT) == (0, "False\n", "")
+    assert end(start(program, ignored=True), signal.SIGINT, signal.SIGINT) == (0, "False\n", "")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
