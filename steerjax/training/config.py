@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from steerjax.chat.render import ChatConfig
-from steerjax.data.config import BatchConfig, DataConfig
+from steerjax.data.config import BatchConfig, DataConfig, separated
 from steerjax.models.config import ComputeConfig, HeadConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.training.trackers import TRACKERS
@@ -21,7 +21,7 @@ from steerjax.typed import STRICT
 Count = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-TrackerName = Literal[*TRACKERS]
+TrackerNames = Annotated[tuple[Literal[*TRACKERS], ...], BeforeValidator(separated), Field(strict=False)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -84,7 +84,7 @@ class TrainConfig:
     checkpoint_every: Count = 0
     keep_last: Annotated[int, Field(ge=1)] = 2
     plots: bool = True
-    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    trackers: TrackerNames = ("tensorboard",)
     accept_changes: bool = False
 
     def __post_init__(self):

@@ -60,6 +60,14 @@ def inspected(folder) -> list[dict]:
 def test_an_unknown_name_is_refused_with_those_there_are():
     with refused(ConfigError, "config.train.trackers", "mlflow", cure="tensorboard"):
         experiment("tensorboard", "mlflow")
+    with refused(ConfigError, "config.train.trackers", "mlflow", cure="tensorboard"):
+        experiment("tensorboard, mlflow")
+
+
+def test_names_with_commas():
+    """As a flag on the command line gives them."""
+    assert experiment("tensorboard,wandb").train.trackers == ("tensorboard", "wandb")
+    assert experiment("").train.trackers == experiment().train.trackers == ()
 
 
 def test_wandb_offline_has_the_metrics_and_a_resume_goes_on_with_the_same_run(wandb_environment, tmp_path):
