@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import steerjax
+from steerjax.signals import ends_at_once
 
 COMMANDS = {
     "train": "a reward model or a chat model from a recipe; resumes",
@@ -23,7 +24,8 @@ def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv = [f"steerjax {name}", *sys.argv[2:]]
-        importlib.import_module(f"steerjax.{name}").main()
+        with ends_at_once():
+            importlib.import_module(f"steerjax.{name}").main()
     elif name == "--version":
         print(f"steerjax {steerjax.__version__}")
     elif name in ("--help", "-h"):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from steerjax.errors import reported_errors
+from steerjax.signals import raises_interrupt
 
 MODEL = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id"
 
@@ -61,7 +62,7 @@ def open_model(folder: str, options: argparse.Namespace):
 def resumable_command() -> Iterator[None]:
     """Errors as `reported_errors` prints them; an interrupt without a traceback."""
     try:
-        with reported_errors():
+        with raises_interrupt(), reported_errors():
             yield
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from here")

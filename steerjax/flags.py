@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from steerjax.config import resolve
 from steerjax.errors import ConfigError, reported_errors
+from steerjax.signals import ends_at_once, outlive_readers
 from steerjax.training.config import Experiment
 
 
@@ -33,12 +34,11 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
             for name in ("config", *required):
                 if not flags.FLAGS[name].present:
                     raise ConfigError(f"--{name} is not given; cure: {usage.splitlines()[0]}")
-            try:
-                main(resolve(_recipe(config)))
-            except KeyboardInterrupt:
-                sys.exit("interrupted; the same command goes on from the last checkpoint")
+            main(resolve(_recipe(config)))
 
-    app.run(run, flags_parser=_parse_flags)
+    outlive_readers()
+    with ends_at_once():
+        app.run(run, flags_parser=_parse_flags)
 
 
 def _print_help(usage: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from steerjax.command import MODEL, add_model_options
 from steerjax.errors import ConfigError, ModelError, reported_errors
 from steerjax.schema import SCHEMAS
+from steerjax.signals import raises_interrupt
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -37,7 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     o = parse_arguments(arguments)
-    with reported_errors(), contextlib.suppress(KeyboardInterrupt):
+    with raises_interrupt(), reported_errors(), contextlib.suppress(KeyboardInterrupt):
         if not (o.model or o.server):
             raise ConfigError("neither --model nor --server; cure: one of them")
         if o.port is not None and not 0 < o.port < 2**16:

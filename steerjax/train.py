@@ -5,12 +5,19 @@ Trains a reward model or a chat model; run again with the same workdir, it resum
 
 from __future__ import annotations
 
-from absl import flags
-
-from steerjax.flags import local_folder, run_experiment, use_compile_cache
+from steerjax.signals import ends_at_once
 
 
 def main() -> None:
+    with ends_at_once():  # from the first import on
+        _main()
+
+
+def _main() -> None:
+    from absl import flags
+
+    from steerjax.flags import local_folder, run_experiment, use_compile_cache
+
     workdir = flags.DEFINE_string("workdir", None, "Folder of the run. Run again with the same folder, it resumes.")
 
     def run(experiment) -> None:

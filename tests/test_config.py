@@ -100,7 +100,7 @@ def test_a_resolved_experiment_is_json_and_resolves_again():
     assert resolve(json.loads(experiment.to_json())) == experiment
 
 
-@pytest.mark.parametrize("value", ["a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl"), ["a.jsonl", "b.jsonl"]])
+@pytest.mark.parametrize("value", ["a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl"), ("a.jsonl,b.jsonl",)])
 def test_data_files_as_a_tuple_or_with_commas(value):
     assert resolve(changed("data.train", value)).data.train == ("a.jsonl", "b.jsonl")
 

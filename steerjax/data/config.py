@@ -9,12 +9,13 @@ from steerjax.schema import Schema, make_schema
 from steerjax.typed import STRICT
 
 
-def _separated(value: Any) -> Any:
-    """`a.jsonl,b.jsonl`, as command lines have it, as a list."""
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+def separated(value: Any) -> Any:
+    """`a.jsonl,b.jsonl` as a list. A flag on the command line puts it into a list of one."""
+    text = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(text, str) else value
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(_separated), Field(strict=False)]
+Sources = Annotated[tuple[str, ...], BeforeValidator(separated), Field(strict=False)]
 Format = Literal[
     "auto",
     "helpsteer",

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from steerjax.chat.render import ChatConfig
-from steerjax.data.config import BatchConfig, DataConfig
+from steerjax.data.config import BatchConfig, DataConfig, separated
 from steerjax.models.config import ComputeConfig, HeadConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig
+from steerjax.training.trackers import TRACKERS
 from steerjax.typed import STRICT
 
 Count = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+TrackerNames = Annotated[tuple[Literal[*TRACKERS], ...], BeforeValidator(separated), Field(strict=False)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -70,6 +72,7 @@ class TrainConfig:
         log_every, evaluate_every, checkpoint_every: in steps; 0 is only at the end. A checkpoint is evaluated first.
         keep_last: newest checkpoints that are kept; the best by validation loss is kept beside them.
         plots: draw the report's plots (needs matplotlib).
+        trackers: where the figures are shown; `wandb` is Weights & Biases (needs the extra `wandb`).
         accept_changes: go on although data or tokenizer are not those that the run began with; it is recorded.
     """
 
@@ -81,6 +84,7 @@ class TrainConfig:
     checkpoint_every: Count = 0
     keep_last: Annotated[int, Field(ge=1)] = 2
     plots: bool = True
+    trackers: TrackerNames = ("tensorboard",)
     accept_changes: bool = False
 
     def __post_init__(self):

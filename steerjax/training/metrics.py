@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, and a line or a bar on the terminal."""
+"""What a run says while it goes: metrics.jsonl, its trackers, and a line or a bar on the terminal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
 from steerjax.report.records import read_metrics
+from steerjax.training.trackers import Trackers
 
 
 class MetricsWriter:
@@ -24,14 +25,12 @@ class MetricsWriter:
         evaluated: the step that the run goes on from has a record of its evaluation.
     """
 
-    def __init__(self, workdir: Path, resume_step: int, *, active: bool):
+    def __init__(self, workdir: Path, resume_step: int, trackers: Sequence[str], config: Mapping, *, active: bool):
         self._active, self._path = active, workdir / "metrics.jsonl"
         kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step]
         self.evaluated = any(r["step"] == resume_step and r["split"] == "validation" for r in kept)
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
         if resume_step == 0 and self._path.exists():  # of a run that left no checkpoint
             self._path.rename(self._path.with_name(f"metrics.{time.time_ns()}.jsonl"))
             kept = []
@@ -40,7 +39,7 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, self._path)
         self._file = self._path.open("a", buffering=1)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._trackers = Trackers(trackers, workdir, resume_step, config)
 
     def write(self, step: int, split: str, values: Mapping[str, float | int | None]) -> None:
         """Adds a record. `step` counts finished updates."""
@@ -48,14 +47,22 @@ class MetricsWriter:
             return
         clean = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
-        for name, value in clean.items():
-            if value is not None:
-                self._tensorboard.add_scalar(f"{split}/{name}", value, step)
+        self._trackers.log(step, split, {name: value for name, value in clean.items() if value is not None})
 
-    def close(self) -> None:
+    def show(self, step: int, report: Path) -> None:
+        """Gives the pictures in the report's folder to the trackers."""
+        if self._active:
+            found = sorted(report.rglob("*.png"))
+            names = [path.relative_to(report.parent).with_suffix("").as_posix() for path in found]
+            self._trackers.show(step, dict(zip(names, found, strict=True)))
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, error, *_) -> None:
         if self._active:
             self._file.close()
-            self._tensorboard.close()
+            self._trackers.close(failed=error is not None)
 
 
 class Progress:

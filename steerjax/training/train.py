@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ from steerjax.parallel.mesh import make_mesh
 from steerjax.parallel.processes import ALONE, Processes
 from steerjax.report.plots import require_plots
 from steerjax.report.records import read_metrics
+from steerjax.signals import stop_on_signals
 from steerjax.training.cache import FrozenStates, frozen_states
 from steerjax.training.config import Experiment
 from steerjax.training.input import Input, check_batch, make_feeder, make_input
@@ -36,6 +35,7 @@ from steerjax.training.metrics import MetricsWriter, Progress, say_phase
 from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import initial_parameters, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
+from steerjax.training.trackers import TRACKERS
 from steerjax.training.workdir import check_same_inputs, claim_workdir, keep_tokenizer, make_provenance, only_run
 
 
@@ -52,6 +52,9 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     main = processes.index == 0
     if main and experiment.train.plots:
         require_plots()
+    if main:
+        for name in experiment.train.trackers:
+            TRACKERS[name].check()
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
     schema = predicted_schema(experiment.objective, experiment.data.make_schema())
@@ -129,16 +132,15 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         # ---- Loop
         if step < steps:
             say_phase("compiling the step, then the first of them", active=main)
-        with (
-            contextlib.closing(MetricsWriter(workdir, step, active=main)) as writer,
-            contextlib.closing(Progress(step, steps, active=main)) as progress,
-        ):
-            evaluation = loop(run, state, step, store, dataclasses.asdict(provenance), writer, progress, processes)
+        with MetricsWriter(workdir, step, e.train.trackers, e.to_dict(), active=main) as writer:
+            with contextlib.closing(Progress(step, steps, active=main)) as progress:
+                evaluation = loop(run, state, step, store, dataclasses.asdict(provenance), writer, progress, processes)
 
-        # ---- Report
-        store.wait()
-        if main:
-            report(run, evaluation, summary, workdir, store.best_step())
+            # ---- Report
+            if main:
+                report(run, evaluation, summary, workdir, store.best_step())
+                if e.train.plots:
+                    writer.show(steps, workdir / "report")
     return evaluation
 
 
@@ -278,6 +280,9 @@ def loop(
                     loss = None if stop else run.loss(evaluation)
                     store.save(state.whole(), state.rest(), step, provenance, loss)
                 clock = time.perf_counter()
+            if step == run.steps:  # nothing is lost from here on, whatever comes
+                store.wait()
+                stop = stop or bool(any_process(asked.is_set()))
             if stop:
                 store.wait()
                 processes.finish()
@@ -310,24 +315,6 @@ def make_any(mesh: Mesh):
     every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     any_of = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
     return lambda flag: any_of(jax.make_array_from_callback((mesh.size,), every, lambda _: np.full(1, flag)))
-
-
-@contextlib.contextmanager
-def stop_on_signals():
-    """An event that SIGTERM (a preempted machine sends one some 30 seconds ahead) and Ctrl-C set while the block runs;
-    a second Ctrl-C interrupts at once."""
-    event, in_main = threading.Event(), threading.current_thread() is threading.main_thread()
-
-    def stop(number, _):
-        event.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT) if in_main}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summary_text(summary: dict[str, str]) -> str:

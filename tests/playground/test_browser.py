@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.inference.test_server import FakeServer
+from tests.interrupts import with_ctrl_c
 from tests.playground.models import EVIL, play_folders
 
 CHROMIUM = os.environ.get("STEERJAX_CHROMIUM") or shutil.which("chromium")
@@ -58,9 +59,7 @@ def playing(log: Path, *arguments: object):
     command = [sys.executable, "-c", WATCHED, str(log), *map(str, arguments), "--port", str(port)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": "/tmp/steerjax-test-cache"}
     with open(f"{log}.out", "w+") as output:
-        # What a shell has started in the background ignores Ctrl-C, and so would what it starts.
-        heeds = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=heeds)
+        process = subprocess.Popen(with_ctrl_c(command), stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
             address = f"http://127.0.0.1:{port}"
             for _ in range(1200):
