@@ -174,7 +174,7 @@ class _Chat:
     def pieces(
         self, prompt: Prompt, attributes: Mapping[str, float | None] | None, sampling: Sampling
     ) -> Iterator[str | Answer]:
-        """The same, and at the end the whole `Answer`: its text, tokens, and whether it was cut."""
+        """Pieces of one answer as `stream` has them, then the whole `Answer`: its text, tokens, whether it was cut."""
         backend = self._answerer.backend.drawing(sampling, 1)
         yield from backend.stream(backend.prepare(conversation_of(prompt), [self._setting(attributes)], 1))
 

@@ -1,6 +1,7 @@
 """Eight virtual CPU devices, one compile cache for all workers, and the checks that hide nothing."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("STEERJAX_TEST_PLATFORM", "cpu")
@@ -13,6 +14,9 @@ from tests import SHARED, WITHOUT_SHARED
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", "/tmp/steerjax-test-cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # pytest was started in the background of a script
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -482,7 +482,7 @@ def test_documented_example(example):
 
 
 def test_documented_csv(tmp_path):
-    (example,) = re.findall(r"```csv\n(.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.S)
+    (example,) = re.findall(r"```text\n(prompt,.*?)```", DOCUMENTATION.read_text(encoding="utf-8"), re.S)
     (tmp_path / "rows.csv").write_text(example, encoding="utf-8")
     assert [c.turns[-1].ratings for c in converted(tmp_path / "rows.csv")] == [
         {"helpfulness": 4.0, "verbosity": 2.0},
