@@ -175,7 +175,7 @@ def small(family: str, tokenizer: Path, folder: Path, repository: Path) -> Path:
     sizes = {
         "vocab_size": load_tokenizer(tokenizer).vocab_size, "hidden_size": 128, "intermediate_size": 256,
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
-        "id2label": dict(enumerate(HELPSTEER.names)), "pad_token_id": 0, "initializer_range": 0.2,
+        "id2label": dict(enumerate(HELPSTEER.names)), "pad_token_id": 0, "initializer_range": 0.06,
     }  # fmt: skip
     torch.manual_seed(0)
     config = getattr(transformers, prefix + "Config")(**sizes)
