@@ -1,4 +1,4 @@
-"""steerjax NAME [...]: trains, rates, steers and exports. `steerjax NAME --help` says how."""
+"""steerjax NAME [OPTIONS]: reward models and chat models steered by ratings. `steerjax NAME --help` has the options."""
 
 import importlib
 import sys
@@ -7,16 +7,16 @@ import steerjax
 from steerjax.signals import ends_at_once
 
 COMMANDS = {
-    "train": "a reward model or a chat model from a recipe; resumes",
-    "prepare": "raw data to the conversation format",
-    "annotate": "adds predicted ratings to conversations",
-    "generate": "answers steered by ratings",
-    "collect": "answers to a Label Studio project, its export to rated rows",
-    "play": "a page to steer on, in the browser",
-    "evaluate": "measures a model",
+    "train": "trains a reward model or a chat model from a recipe; resumes",
+    "prepare": "turns raw data into the conversation format",
+    "annotate": "adds a reward model's ratings to conversations",
+    "generate": "writes answers, steered by ratings",
+    "collect": "has people rate answers, in Label Studio",
+    "play": "opens a page in the browser to steer a chat model on",
+    "evaluate": "measures a model: benchmarks, people's ratings, steerability",
     "export": "writes a Hugging Face folder",
-    "merge": "averages or extrapolates models",
-    "plan": "compiles a recipe's step for a machine that is not here: does it fit?",
+    "merge": "averages models, or extrapolates from one to another",
+    "plan": "says whether a recipe fits a machine that is not here",
 }
 
 

@@ -15,19 +15,30 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--template",
-        help="of a Hugging Face folder that does not name it: extra_id, chatml, llama3, llama2, source (its own)",
+        help="chat template of a folder that does not name it: extra_id, chatml, llama3, llama2, source (its own)",
     )
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the computation")
-    add("--mesh", default="", metavar="AXIS=N,...", help="e.g. fsdp=2,tensor=4; default all devices on data")
+    add(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16"),
+        help="of the computation; auto: float32 on CPU, else bfloat16",
+    )
+    add(
+        "--mesh",
+        default="",
+        metavar="AXIS=N,...",
+        help="how devices are used, e.g. fsdp=2,tensor=4; default: each has a copy",
+    )
 
 
 def add_row_options(parser: argparse.ArgumentParser, formats: bool = True) -> None:
     """`formats`: rows may be in any of docs/formats.md."""
     add = parser.add_argument
     if formats:
-        how = "of the rows (docs/formats.md); default: told from their keys"
+        how = "layout of the rows (docs/formats.md); default: told from their keys"
         add("--format", default="auto", metavar="NAME", help=how)
-    add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in a .skipped.jsonl")
+    add("--on-bad-row", choices=("error", "skip"), default="error",
+        help="error (default) stops; skip leaves them out and lists them in a skipped.jsonl")  # fmt: skip
 
 
 def add_scoring_options(parser: argparse.ArgumentParser, formats: bool = True) -> None:

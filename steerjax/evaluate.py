@@ -4,9 +4,9 @@ steerjax evaluate --suite attributes --model DIR --data FILE [--train-data FILE]
 steerjax evaluate --suite NAME --help
 steerjax evaluate --compare DIR DIR ... --output DIR
 
-The output holds results.json (every figure with its number of rows and 95% interval), report.md, plots and, where a
-suite has rows, rows.jsonl. A suite that was interrupted goes on, run again. --compare puts outputs of one suite side by
-side, with paired differences to the first.
+The output holds results.json (every figure with its number of rows and 95% interval), report.html, report.md, plots
+and, where a suite has rows, rows.jsonl. An interrupted suite goes on where it was, run again. --compare puts outputs of
+one suite side by side, with paired differences to the first.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             prog="steerjax evaluate", description=suite.__doc__ if suite else __doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="files there are replaced")
+        parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the results")
         if known.compare:
             from steerjax.evaluation.compare import compare
 

@@ -22,7 +22,9 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
 
     `usage` is what --help shows. A SteerjaxError is printed without a traceback; the exit status is then 2.
     """
-    config = config_flags.DEFINE_config_file("config", None, "A recipe: a Python file with get_config().")
+    config = config_flags.DEFINE_config_file(
+        "config", None, "A recipe: a Python file with get_config(), or the name of one that comes with steerjax."
+    )
     if {"--help", "-h", "-help", "--helpfull"} & set(sys.argv[1:]):
         _print_help(usage)
         return

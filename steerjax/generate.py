@@ -27,14 +27,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--model", metavar="DIR", help=MODEL)
-    add("--prompt", metavar="TEXT", help="answer this one; - reads standard input")
+    add("--prompt", metavar="TEXT", help="the prompt to answer; - reads it from standard input")
     add("--system", metavar="TEXT", help="system text of conversations that have none")
     add("--input", metavar="FILE", help="rows: a file, hub:... or embedded:...")
     add("--output", metavar="FILE", help=".jsonl; a row for each setting and sample, with what was asked for")
-    add("--attributes", default="", metavar="NAME=N,...", help="NAME=none leaves one out, none alone all")
-    add("--sweep", action="append", default=[], metavar="NAME[=LOW..HIGH]", help="one answer each; repeatable")
+    add(
+        "--attributes",
+        default="",
+        metavar="NAME=N,...",
+        help="what to ask for; NAME=none leaves one out, none alone all",
+    )
+    add(
+        "--sweep", action="append", default=[], metavar="NAME[=LOW..HIGH]", help="an answer for each rating; repeatable"
+    )
     add("--samples", type=int, default=1, metavar="N", help="answers to each prompt and setting")
-    add("--temperature", type=float, metavar="T", help="0 is greedy, the default; 1 where something asks to sample")
+    add("--temperature", type=float, metavar="T", help="0 is greedy, the default; 1 with --samples, --top-k, --top-p")
     add("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the most likely tokens that add up to P")
     add("--seed", type=int, default=0, help="the same seed gives the same text, whatever the batch")
@@ -43,9 +50,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--combinations", metavar="FILE", help="bootstrapping: rated conversations whose best ratings are asked for")
     add("--quality", metavar="NAME", help="what is best there; default quality, helpfulness or the first attribute")
     add("--replace-answer", action="store_true", help="drop answers that rows end with; each prompt is answered once")
-    add("--schema", choices=SCHEMAS, help="of a model that does not name it")
-    add("--server", metavar="URL", help="e.g. http://localhost:8000; --model then only says what its model knows")
-    add("--server-model", metavar="NAME", help="default: the one model that it serves")
+    add("--schema", choices=SCHEMAS, help="attributes of a model that does not name them")
+    add("--server", metavar="URL", help="e.g. http://localhost:8000; --model is then the folder it serves")
+    add("--server-model", metavar="NAME", help="which of the server's models; default: the only one")
     add_row_options(parser)
     add_model_options(parser)
     return parser.parse_args(arguments)

@@ -31,21 +31,33 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add("source", choices=SOURCES, metavar="SOURCE", help=f"one of: {', '.join(SOURCES)}")
     add("--input", action="append", required=True, metavar="PATH",
-        help="a file, embedded:NAME or hub:OWNER/NAME[/FOLDER][:SPLIT]; may stand several times")  # fmt: skip
+        help="a file, embedded:NAME or hub:OWNER/NAME[/FOLDER][:SPLIT]; repeatable")  # fmt: skip
     add("--output", type=Path, required=True, metavar="FILE", help="a .jsonl file; gzipped where it ends in .gz")
     add("--schema", choices=SCHEMAS, help="attributes that are taken (default: what SOURCE has)")
     add("--attribute", action="append", nargs=3, default=[], metavar=("NAME", "LOW", "HIGH"),
-        help="one of your own, in place of the schema's; may stand several times")  # fmt: skip
-    add("--on-bad-row", choices=("error", "skip"), default="error", help="skip lists them in OUTPUT.skipped.jsonl")
-    add("--on-duplicate", choices=("keep", "skip"), default="keep", help="of a row that stands twice")
-    higher = "write pairs of responses of which one is rated higher, by an attribute, a weighted sum, goodness, ..."
+        help="one of your own, in place of the schema's; repeatable")  # fmt: skip
+    add(
+        "--on-bad-row",
+        choices=("error", "skip"),
+        default="error",
+        help="error (default) stops; skip leaves them out and lists them in OUTPUT.skipped.jsonl",
+    )
+    add(
+        "--on-duplicate",
+        choices=("keep", "skip"),
+        default="keep",
+        help="rows that stand twice: keep counts them, skip also lists them in OUTPUT.skipped.jsonl",
+    )
+    higher = (
+        "write pairs of responses, the higher rated one preferred: by an attribute, a weighted sum, or goodness, ..."
+    )
     add("--pairs", metavar="NAME|NAME=W,...", help=higher)
-    add("--least", type=float, metavar="D", help="of pairs: the least difference (default: any)")
-    add("--each", type=int, metavar="N", help="of pairs: at most N with one response, drawn by chance (default: all)")
+    add("--least", type=float, metavar="D", help="pairs: ratings differ by at least this (default: any difference)")
+    add("--each", type=int, metavar="N", help="pairs: a response is in at most N, drawn by chance (default: all)")
     add("--validation-output", type=Path, metavar="FILE", help="hold out a part of the prompts, into this file")
-    add("--validation-fraction", type=float, metavar="PART", help="of the prompts, e.g. 0.05")
-    add("--seed", type=int, default=0, help="of the hold-out (default: 0)")
-    add("--statistics", type=Path, metavar="FILE", help="write the statistics as JSON, too")
+    add("--validation-fraction", type=float, metavar="PART", help="part of the prompts that is held out, e.g. 0.05")
+    add("--seed", type=int, default=0, help="of the choice of prompts (default: 0)")
+    add("--statistics", type=Path, metavar="FILE", help="also write the statistics, as JSON")
     add("--lang", metavar="CODE", help="oasst: only messages in this language, e.g. en")
     add("--keep-deleted", action="store_true", help="oasst: keep deleted messages")
     options = parser.parse_args(arguments)

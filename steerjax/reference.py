@@ -37,7 +37,7 @@ def groups() -> Iterator[tuple[str, str, list[Key]]]:
 
 def reference_text(width: int = 110) -> str:
     """The groups as plain text."""
-    lines = ["config.objectives: what is learnt, by name: " + ", ".join(OBJECTIVES)]
+    lines = ["config.objectives: what is learnt; one of these or several: " + ", ".join(OBJECTIVES)]
     for name, about, keys in groups():
         lines += ["", *textwrap.wrap(f"config.{name}: {' '.join(about.split())}", width)]
         for key in keys:

@@ -35,12 +35,11 @@ Label = Mapping[str, float]
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class ChatConfig:
-    """How a conversation becomes tokens: the group `config.chat`."""
+    """How a conversation becomes tokens."""
 
-    tokenizer: str = (
-        "auto"  # as `load_tokenizer`; "auto" is the model source's own, the embedded one for a random model
-    )
-    # "source": what the model source was trained with, or its own chat template (`source_template.py`)
+    # A folder or file; "auto" is that of config.model.source, or for a random model the one in the package.
+    tokenizer: str = "auto"
+    # "source" is what config.model.source was trained with, or its tokenizer's own (docs/formats.md).
     template: Literal["extra_id", "chatml", "llama3", "llama2", "source"] = "extra_id"
     system_prompt: str = "default"  # for conversations without one; "default" is the template's own
 

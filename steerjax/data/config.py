@@ -37,14 +37,19 @@ class DataConfig:
 
     # Files (docs/formats.md), hub:OWNER/NAME[@CONFIG][:SPLIT] or embedded:helpsteer; a tuple, or one text with commas.
     train: Annotated[Sources, Field(min_length=1)] = ("embedded:helpsteer",)
-    validation: Sources = ()  # without any, a part of the training prompts is held out
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of the prompts; of the rows, if all have one
-    format: Format = "auto"  # of the rows (docs/formats.md); auto is told from their keys
-    schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"  # a preset
-    attributes: tuple[tuple[str | float | int, ...], ...] = ()  # (name, low, high[, meaning]); take the preset's place
-    on_bad_row: Literal["error", "skip"] = "error"  # skip counts them and lists them in skipped.jsonl
-    on_duplicate: Literal["keep", "skip"] = "keep"  # HelpSteer has some by design: two samples can be the same text
-    split_seed: int = 0  # of the hold-out; apart from `train.seed`, so that runs share their validation rows
+    validation: Sources = ()  # as `train`; without any, a part of the training prompts is held out
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = (
+        0.15  # the part of the prompts that is held out; of the rows, if all share one prompt
+    )
+    format: Format = "auto"  # layout of the rows (docs/formats.md); auto tells it from their keys
+    schema: Literal["helpsteer", "oasst", "steerlm"] = (
+        "helpsteer"  # preset attributes: HelpSteer's five, OpenAssistant's four, or all nine
+    )
+    # your own, in place of the preset: a (name, lowest, highest[, meaning]) each
+    attributes: tuple[tuple[str | float | int, ...], ...] = ()
+    on_bad_row: Literal["error", "skip"] = "error"  # error stops; skip counts them, and lists them in skipped.jsonl
+    on_duplicate: Literal["keep", "skip"] = "keep"  # rows that equal an earlier one; HelpSteer has some by design
+    split_seed: int = 0  # which prompts are held out; apart from `train.seed`, so that runs share them
 
     def make_schema(self) -> Schema:
         """The attributes that are rated, in the order of the reward head. Raises ConfigError: a bad entry."""
@@ -53,12 +58,12 @@ class DataConfig:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class BatchConfig:
-    """Packed rows."""
+    """Packed rows: each holds several texts, up to its length."""
 
-    rows: Annotated[int, Field(ge=1)] = 8  # a step, over all devices
-    row_length: Annotated[int, Field(ge=1)] = 2560  # tokens
-    micro_batches: Annotated[int, Field(ge=1)] = 1  # a step is computed in, one after the other; same result
-    evaluation_rows: Annotated[int, Field(ge=0)] = 0  # a step of evaluation; 0 is rows / micro_batches
+    rows: Annotated[int, Field(ge=1)] = 8  # packed rows of a step, over all devices
+    row_length: Annotated[int, Field(ge=1)] = 2560  # tokens of a packed row
+    micro_batches: Annotated[int, Field(ge=1)] = 1  # parts that a step is computed in, to save memory; same result
+    evaluation_rows: Annotated[int, Field(ge=0)] = 0  # packed rows of a step of evaluation; 0 is rows / micro_batches
 
     def __post_init__(self):
         if self.rows % self.micro_batches:

@@ -44,7 +44,7 @@ WHO = (PREDICTED, MEAN_RATING, LOG_LENGTH)
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help=MODEL)
-    add("--data", required=True, action="append", metavar="FILE", help="rated conversations; may stand several times")
+    add("--data", required=True, action="append", metavar="FILE", help="rated conversations; repeatable")
     add("--train-data", action="append", default=[], metavar="FILE", help="to fit the baselines on")
     add_scoring_options(parser)
 

@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Of all suites that score completions."""
     add = parser.add_argument
     add("--model", required=True, metavar="DIR", help=MODEL)
-    data = "rows in the benchmark's own layout: a file, or hub:OWNER/NAME:SPLIT; may stand several times"
+    data = "rows in the benchmark's own layout: a file, or hub:OWNER/NAME:SPLIT; repeatable"
     add("--data", required=True, action="append", metavar="FILE", help=data)
     scalar = "one score: an attribute, goodness, llama3_70b, nemotron4_340b, or NAME=W,...; default: each attribute by "
     add("--scalar", metavar="NAME", help=scalar + "itself and, with HelpSteer's five, those three sums")

@@ -34,14 +34,14 @@ class LoraConfig:
     `rank` 0 has none. A reward head is trained too.
 
     Attributes:
-        targets: among q, k, v, o, gate, up and down, or `all-linear`.
-        dropout: of what goes into the adapters, in training.
+        targets: the projections that have adapters; `all-linear` is every one.
+        dropout: share of what goes into the adapters that is dropped in training.
         base_dtype: of the weights that are not trained, in memory and in checkpoints. Models that were published in
             bfloat16 lose nothing by it.
     """
 
-    rank: Count = 0  # 0 has none
-    alpha: PositiveFloat = 16.0  # over rank: the factor of the adapters
+    rank: Count = 0  # 0 trains the model itself, without adapters
+    alpha: PositiveFloat = 16.0  # what the adapters add is multiplied by alpha / rank
     targets: tuple[Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"], ...] = ("all-linear",)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     base_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -67,11 +67,11 @@ class LlamaConfig:
     vocab_size: Count = 0  # rows of the embedding; 0 takes the tokenizer's
     hidden_size: Positive = 256  # D, width of a hidden state
     intermediate_size: Positive = 768  # F, width of the feed-forward layer
-    num_layers: Positive = 4  # L
+    num_layers: Positive = 4  # L, layers
     num_heads: Positive = 4  # N, query heads
     num_kv_heads: Count = 2  # K, key-value heads; 0 is as many as query heads
-    head_dim: Count = 0  # H, of a head; 0 is hidden_size / num_heads
-    max_position_embeddings: Positive = 4096  # tokens that the model can tell apart
+    head_dim: Count = 0  # H, width of a head; 0 is hidden_size / num_heads
+    max_position_embeddings: Positive = 4096  # longest text, in tokens
     rope_theta: PositiveFloat = 10_000.0  # base of RoPE's wave lengths
     rope_scaling: RopeScaling = RopeScaling()
     rms_norm_eps: PositiveFloat = 1e-5  # added to the mean square in RMSNorm
@@ -79,8 +79,8 @@ class LlamaConfig:
     attention_bias: bool = False  # biases of q, k, v and o
     mlp_bias: bool = False  # biases of gate, up and down
     initializer_range: PositiveFloat = 0.02  # standard deviation of random weights
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"  # whose differences from Llama it has (families/)
-    window: Count = 0  # tokens that one sees before it, Mistral only; 0 is all
+    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"  # the architecture
+    window: Count = 0  # Mistral only: a token sees those less than this before it; 0 is all
     lora: LoraConfig = LoraConfig()
 
     def __post_init__(self):
@@ -141,7 +141,7 @@ class HeadConfig:
     """
 
     readout: Literal["last", "mean"] = "last"  # a response's last token, or the mean of all
-    use_bias: bool = False  # no server loads one
+    use_bias: bool = False  # a bias of the head; no stock server loads one
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -22,7 +22,8 @@ from steerjax.typed import STRICT
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class BradleyTerryConfig(ObjectiveConfig):
-    """The loss of a pair, of the difference d of its scores and its strength m (1 where the data has none).
+    """The preferred of two responses is to score higher. A pair's scores differ by d; its strength is m, 1 where the
+    data has none. The loss is
 
     `regular`: -log sigmoid(d); `margin`: -log sigmoid(d - m); `scaled`: -m log sigmoid(d).
 
@@ -31,7 +32,7 @@ class BradleyTerryConfig(ObjectiveConfig):
     """
 
     loss: Literal["regular", "margin", "scaled"] = "regular"  # how a row's strength counts
-    score: Mapping[str, float] = field(default_factory=dict)  # weights of attributes; none is an output of its own
+    score: Mapping[str, float] = field(default_factory=dict)  # attribute -> weight; none: an output of its own
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that the model does not predict, or none but 0."""

@@ -32,8 +32,9 @@ class ObjectiveConfig:
     """What every objective's config group has.
 
     Attributes:
-        weight: of the objective among others.
-        train, validation, format: data of its own, as in `config.data`; without `train` it learns from that.
+        weight: the factor of this loss in the sum of all objectives' losses.
+        train, validation, format: data of this objective, as in `config.data`; without `train` it learns from
+            `config.data`.
     """
 
     weight: Weight = 1.0

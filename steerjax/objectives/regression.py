@@ -32,9 +32,11 @@ class RegressionConfig(ObjectiveConfig):
     predictions vary as ratings do, which is best for quadratic kappa and worse for MSE.
     """
 
-    average: Literal["ratings", "examples"] = "ratings"  # what the mean is over
-    stretch: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0  # of ratings about their mean
-    attribute_weights: Mapping[str, Weight] = field(default_factory=dict)  # by name; what is not named weighs 1
+    average: Literal["ratings", "examples"] = "ratings"  # what the loss is the mean of
+    stretch: Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
+        1.0  # how much further than the ratings the targets are from their mean
+    )
+    attribute_weights: Mapping[str, Weight] = field(default_factory=dict)  # attribute -> weight; 1 where not named
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that is not rated, or none above 0."""

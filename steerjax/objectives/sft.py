@@ -23,15 +23,15 @@ from steerjax.typed import STRICT
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class SFTConfig(ObjectiveConfig):
-    """Attribute-conditioned SFT.
+    """Fine-tuning on responses, each after a label line of its ratings.
 
     Attributes:
         ratings: which ratings the label lines carry; `human_then_predicted` takes for each attribute the human one
             where there is one; `none` is plain SFT.
         missing: a response without ratings is trained without a label line (omit), is context only (leave_out), or
             stops the run (error).
-        threads: a turn that several threads of a tree share is trained once, or once a thread (all, as the reference).
-        default_ratings: what an exported model is asked for where a request names nothing; by name.
+        threads: a turn that several threads of a tree share is trained once, or in each (all, as in NeMo-Aligner).
+        default_ratings: attribute -> rating that an exported model is asked for where a request does not name it.
     """
 
     ratings: Literal["human", "predicted", "human_then_predicted", "none"] = "human"

@@ -31,10 +31,10 @@ Size = Annotated[int, AfterValidator(_size)]
 class MeshConfig:
     """Devices along each axis of the mesh; one of them may be -1, "all that are left"."""
 
-    data: Size = -1  # copies of the model; -1 is all devices that are left
-    fsdp: Size = 1  # parameters and optimizer state are cut along it, rows too
-    tensor: Size = 1  # heads and feed-forward width
-    context: Size = 1  # tokens of a row
+    data: Size = -1  # copies of the model, each with rows of its own
+    fsdp: Size = 1  # cuts parameters, optimizer state and the batch's rows
+    tensor: Size = 1  # cuts heads, feed-forward width and vocabulary
+    context: Size = 1  # cuts the tokens of a row
 
     def __post_init__(self):
         if dataclasses.astuple(self).count(-1) > 1:

@@ -29,27 +29,27 @@ class OptimizerConfig:
     """AdamW and the learning rate.
 
     Attributes:
-        schedule: `constant` after the warm-up, or the reference's `cosine` from learning_rate to min_learning_rate.
-        constant_steps: `cosine` only: steps at min_learning_rate at the end.
+        schedule: after the warm-up: `constant`, or NeMo-Aligner's `cosine` from learning_rate to min_learning_rate.
+        constant_steps: `cosine` only: how many steps at the end are at min_learning_rate.
         clip_norm: greatest global norm of the gradients; 0 does not clip.
         weight_decay: of matrices; norms and biases are left alone.
         first_moment_dtype: of Adam's mean of gradients; bfloat16 saves 2 bytes a trained parameter. The mean of squares
             stays float32.
-        max_bad_steps: so many steps in a row with gradients that are not finite end the run.
-        frozen: regular expressions over parameter names (`llama/embedding`, `llama/layers/mlp/up/kernel`, ...); what
-            one is found in is not trained and has no gradient and no optimizer state.
-        frozen_layers: so many of the first layers, and the embedding, are not trained either, and nothing is
-            propagated back through them.
+        max_bad_steps: the run ends after this many steps in a row whose gradients are not finite.
+        frozen: regular expressions; a parameter whose name (`llama/embedding`, `llama/layers/mlp/up/kernel`, ...) one
+            of them is found in is not trained, and has neither gradient nor optimizer state.
+        frozen_layers: the embedding and this many of the first layers are not trained either, and nothing is
+            propagated back through them; 0 freezes neither.
     """
 
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3  # the highest
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3  # the highest of the schedule
     min_learning_rate: NotNegative = 0.0  # where `cosine` ends
     schedule: Literal["constant", "cosine"] = "cosine"
-    warmup_steps: Count = 10  # from 0 to the highest
+    warmup_steps: Count = 10  # steps in which the rate rises from 0 to learning_rate
     constant_steps: Count = 0
     weight_decay: NotNegative = 0.1
-    beta1: Beta = 0.9  # decay of Adam's mean of gradients
-    beta2: Beta = 0.98  # of its mean of squares
+    beta1: Beta = 0.9  # decay of Adam's mean of the gradients
+    beta2: Beta = 0.98  # decay of Adam's mean of their squares
     epsilon: Annotated[float, Field(gt=0)] = 1e-8  # added to the root of the mean of squares
     clip_norm: NotNegative = 1.0
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -64,20 +64,22 @@ class OptimizerConfig:
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """The loop.
+    """How long a run is, and what it writes on the way.
 
     Attributes:
-        epochs: over the training rows; `steps`, where it is not 0, counts instead.
-        seed: of the parameters and of the order of the rows.
-        log_every, evaluate_every, checkpoint_every: in steps; 0 is only at the end. A checkpoint is evaluated first.
-        keep_last: newest checkpoints that are kept; the best by validation loss is kept beside them.
+        epochs: passes over the training data; `steps`, where it is not 0, takes its place.
+        seed: of new parameters and of the order of the rows.
+        log_every: steps between two lines of the log; 0 is 1.
+        evaluate_every: steps between two validations; 0 is only at the end, and before each checkpoint.
+        checkpoint_every: steps between two checkpoints; 0 is only at the end.
+        keep_last: how many of the newest checkpoints are kept; the best by validation loss is kept beside them.
         plots: draw the report's plots (needs matplotlib).
-        trackers: where the figures are shown; `wandb` is Weights & Biases (needs the extra `wandb`).
-        accept_changes: go on although data or tokenizer are not those that the run began with; it is recorded.
+        trackers: where the figures also go; `wandb` is Weights & Biases (needs the extra `wandb`).
+        accept_changes: resume although data or tokenizer have changed; checkpoints record it.
     """
 
     epochs: NotNegative = 1.0
-    steps: Count = 0  # 0 follows from epochs
+    steps: Count = 0  # length of the run; 0 follows from epochs
     seed: Count = 0
     log_every: Count = 1
     evaluate_every: Count = 0
