@@ -6,16 +6,17 @@ import pydantic.dataclasses
 from pydantic import BeforeValidator, Field
 
 from steerjax.schema import Schema, make_schema
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, separated
 
 
-def separated(value: Any) -> Any:
-    """`a.jsonl,b.jsonl` as a list. A flag on the command line puts it into a list of one."""
-    text = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
-    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(text, str) else value
+def _entries(value: Any) -> Any:
+    if isinstance(value, list | tuple) and any(isinstance(entry, str) for entry in value):
+        raise ValueError("""no (name, low, high); cure: e.g. --config.data.attributes="(('clarity', 1, 5),)\"""")
+    return value
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(separated), Field(strict=False)]
+Entries = Annotated[tuple[tuple[str | float | int, ...], ...], BeforeValidator(_entries), Field(strict=False)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(separated), Field(strict=False)]
 Format = Literal[
     "auto",
     "helpsteer",
@@ -25,6 +26,7 @@ Format = Literal[
     "messages",
     "sharegpt",
     "alpaca",
+    "completion",
     "preference",
     "helpsteer2_preference",
     "helpsteer3",
@@ -36,12 +38,12 @@ class DataConfig:
     """What is read, and what happens to rows that cannot be used."""
 
     # Files (docs/formats.md), hub:OWNER/NAME[@CONFIG][:SPLIT] or embedded:helpsteer; a tuple, or one text with commas.
-    train: Annotated[Sources, Field(min_length=1)] = ("embedded:helpsteer",)
-    validation: Sources = ()  # without any, a part of the training prompts is held out
+    train: Annotated[Texts, Field(min_length=1)] = ("embedded:helpsteer",)
+    validation: Texts = ()  # without any, a part of the training prompts is held out
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of the prompts; of the rows, if all have one
     format: Format = "auto"  # of the rows (docs/formats.md); auto is told from their keys
     schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"  # a preset
-    attributes: tuple[tuple[str | float | int, ...], ...] = ()  # (name, low, high[, meaning]); take the preset's place
+    attributes: Entries = ()  # (name, low, high[, meaning]); take the preset's place
     on_bad_row: Literal["error", "skip"] = "error"  # skip counts them and lists them in skipped.jsonl
     on_duplicate: Literal["keep", "skip"] = "keep"  # HelpSteer has some by design: two samples can be the same text
     split_seed: int = 0  # of the hold-out; apart from `train.seed`, so that runs share their validation rows
