@@ -10,12 +10,12 @@ from steerjax.typed import STRICT, separated
 
 
 def _entries(value: Any) -> Any:
-    if isinstance(value, list | tuple) and any(isinstance(entry, str) for entry in value):
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, list | tuple) for entry in value):
         raise ValueError("""no (name, low, high); cure: e.g. --config.data.attributes="(('clarity', 1, 5),)\"""")
-    return value
+    return tuple(map(tuple, value))  # strict checks take no list for a tuple
 
 
-Entries = Annotated[tuple[tuple[str | float | int, ...], ...], BeforeValidator(_entries), Field(strict=False)]
+Entries = Annotated[tuple[tuple[str | float | int, ...], ...], BeforeValidator(_entries)]
 Texts = Annotated[tuple[str, ...], BeforeValidator(separated), Field(strict=False)]
 Format = Literal[
     "auto",
