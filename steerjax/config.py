@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from steerjax.data.config import Texts
 from steerjax.errors import ConfigError
 from steerjax.objectives import OBJECTIVES, find_objective
 from steerjax.training.config import GROUPS, Experiment
@@ -20,7 +21,7 @@ def _recipe() -> type:
     """A dataclass of every group; of objectives that are not chosen too, so that no mistake stays hidden."""
     groups = GROUPS | {name: find_objective(name).Config for name in OBJECTIVES}
     fields = [(name, group, dataclasses.field(default_factory=group)) for name, group in groups.items()]
-    names = ("objectives", tuple[str, ...], dataclasses.field(default=("regression",)))
+    names = ("objectives", Texts, dataclasses.field(default=("regression",)))
     return dataclasses.make_dataclass("Recipe", [names, *fields], namespace={"__pydantic_config__": STRICT})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,16 +77,27 @@ def find_recipe(name: str) -> str:
 
 
 def _parse_flags(arguments: list[str]) -> list[str]:
-    """absl's parser, with recipes by name; a key that the config lacks is an error like any other, where ml_collections
-    raises AttributeError."""
+    """absl's parser, with recipes by name; what it and ml_collections refuse is an error like any other."""
     with reported_errors():
         try:
-            return app.parse_flags_with_usage(_with_recipe(arguments))
-        except (AttributeError, KeyError, TypeError) as error:
-            said = " ".join(str(error.args[0] if error.args else error).split())
-            raise ConfigError(f"flags of the config: {said}\n  cure: steerjax train --help lists the keys") from None
+            return flags.FLAGS(_with_recipe(arguments))
+        except (flags.Error, AttributeError, KeyError, TypeError) as error:
+            said = " ".join(str(error).replace("\\n", " ").split()).removeprefix("flag ")
+            if isinstance(error, AttributeError | KeyError):
+                said = _unknown_key(said, arguments)
+            cure = "steerjax train --help lists flags and keys, with their types"
+            raise ConfigError(f"{said}\n  cure: {cure}") from None
         except OSError as error:
             raise ConfigError(f"--config: {error}") from None
+
+
+def _unknown_key(said: str, arguments: list[str]) -> str:
+    """What ml_collections says of a key, with the flag that has it."""
+    name, *near = re.findall(r"\w+", said)
+    flag = next((one for one in arguments if name in one.partition("=")[0].split(".")), None)
+    if flag is None:
+        return f"flags of the config: {said}"
+    return f"{flag}: there is no key '{name}'" + (f", did you mean {near[3]}?" if near[:1] == ["Did"] else "")
 
 
 def _with_recipe(arguments: list[str]) -> list[str]:

@@ -19,10 +19,11 @@ from steerjax.data.readers import source_path
 from steerjax.data.statistics import format_statistics, statistics_of
 from steerjax.errors import ConfigError, DataError, reported_errors
 from steerjax.schema import SCHEMAS, make_schema, parse_scalar
+from steerjax.signals import cleans_up
 
 SOURCES = {  # a format of rows, or oasst -> its schema
     "helpsteer": "helpsteer", "helpsteer2": "helpsteer", "oasst": "oasst", "reference": "steerlm",
-    "sharegpt": "steerlm", "messages": "steerlm", "alpaca": "steerlm",
+    "sharegpt": "steerlm", "messages": "steerlm", "alpaca": "steerlm", "completion": "steerlm",
 }  # fmt: skip
 
 
@@ -127,16 +128,17 @@ def _check(o: argparse.Namespace) -> None:
 def _write(path: Path, lines: Iterable[str]) -> None:
     """The file gets its name only when it is complete. Raises ConfigError: it cannot be written."""
     unfinished = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with gzip.GzipFile(unfinished, "wb", mtime=0) if path.suffix == ".gz" else unfinished.open("wb") as file:
-            file.writelines(line.encode() for line in lines)
-        unfinished.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}; cure: name another file") from error
-    finally:
-        if unfinished.exists():
-            unfinished.unlink()
+    with cleans_up():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with gzip.GzipFile(unfinished, "wb", mtime=0) if path.suffix == ".gz" else unfinished.open("wb") as file:
+                file.writelines(line.encode() for line in lines)
+            unfinished.replace(path)
+        except OSError as error:
+            raise ConfigError(f"cannot write {path}: {error.strerror}; cure: name another file") from error
+        finally:
+            if unfinished.exists():
+                unfinished.unlink()
 
 
 if __name__ == "__main__":

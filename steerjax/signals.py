@@ -29,6 +29,17 @@ def raises_interrupt() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def cleans_up() -> Iterator[None]:
+    """Within `ends_at_once`: Ctrl-C lets a block clean up (its `finally`s run), then does what it would have done."""
+    try:
+        with raises_interrupt():
+            yield
+    except KeyboardInterrupt:
+        signal.raise_signal(signal.SIGINT)
+        raise
+
+
+@contextlib.contextmanager
 def _handled(handler, only) -> Iterator[None]:
     change = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == only
     if change:

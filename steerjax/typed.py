@@ -8,6 +8,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,17 @@ def typed(kind: type[T], value: Any, where: str, error: type[SteerjaxError]) -> 
         raise error(_message(found.errors(include_url=False)[0], kind, where)) from None
     except (TypeError, ValueError, RecursionError) as problem:
         raise error(f"{where} is no plain data: {problem}; cure: numbers, texts, lists and mappings") from None
+
+
+def separated(value: Any) -> Any:
+    """`a.jsonl,b.jsonl` as a list. A flag on the command line puts it into a list of one.
+
+    A comma in the braces of a regular expression parts nothing.
+    """
+    text = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+    if not isinstance(text, str):
+        return value
+    return [part.strip() for part in re.split(r",(?![^{}]*})", text) if part.strip()]
 
 
 def read_json(kind: type[T], path: str | os.PathLike, error: type[SteerjaxError], cure: str) -> T:

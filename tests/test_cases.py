@@ -240,7 +240,7 @@ def an_id_that_is_a_number():
 
 def nothing_fits_a_row():
     sft = {"objectives": ("sft",), "data.train": ("sft_all_too_long.jsonl",), "sft.ratings": "none"}
-    said = "8 rows", r"sft_all_too_long.jsonl:\d: .*512"
+    said = "8 rows", r"sft_all_too_long.jsonl:\d: .*512", "config.batch.row_length"
     refused(lambda: run_train("long", **sft, **{"data.on_bad_row": "skip"}), *said)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -11,7 +13,7 @@ from steerjax.errors import ConfigError
 from steerjax.training.input import make_input
 from steerjax.training.program import make_objectives
 from steerjax.training.source import with_source
-from tests.refusals import refused
+from tests.refusals import refused, says
 
 pytestmark = pytest.mark.short
 
@@ -103,6 +105,43 @@ def test_a_resolved_experiment_is_json_and_resolves_again():
 @pytest.mark.parametrize("value", ["a.jsonl,b.jsonl", ("a.jsonl", "b.jsonl"), ("a.jsonl,b.jsonl",)])
 def test_data_files_as_a_tuple_or_with_commas(value):
     assert resolve(changed("data.train", value)).data.train == ("a.jsonl", "b.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("objectives", ("regression,bradley_terry",), ("regression", "bradley_terry")),
+        ("optimizer.frozen", ("embedding, layers/.{1,2}",), ("embedding", "layers/.{1,2}")),
+        ("model.lora.targets", ("q,v",), ("q", "v")),
+        ("train.trackers", ("tensorboard,",), ("tensorboard",)),
+        ("regression.train", ("a.jsonl,b.jsonl",), ("a.jsonl", "b.jsonl")),
+    ],
+)
+def test_lists_with_commas_as_a_flag_gives_them(path, value, expected):
+    found = resolve(changed(path, value)).to_dict()
+    for key in path.split("."):
+        found = found[key]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("flag", "says_so", "cure"),
+    [
+        ("--config.train.epochs=a", "float", "train --help"),
+        ("--config.train.epoch=3", "epochs", "train --help"),
+        ("--config.train.plots=maybe", "maybe", "train --help"),
+        ("--config.none.epochs=3", "none", "train --help"),
+        ("--config.train.seed.x=3", "x", "train --help"),
+        ("--worker=3", "worker", "train --help"),
+        ("--config.data.attributes=clarity,1,5", "config.data.attributes", "clarity"),
+    ],
+)
+def test_a_wrong_flag_is_an_error_like_any_other(flag, says_so, cure, tmp_path):
+    command = [sys.executable, "-m", "steerjax", "train", "--config", "rm", "--workdir", str(tmp_path), flag]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    says(done.stderr, says_so, cure=cure)
 
 
 def test_every_recipe_resolves(repository):

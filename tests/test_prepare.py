@@ -33,6 +33,7 @@ ROWS = {  # SOURCE -> one row
     "sharegpt": {"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "r"}]},
     "messages": {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
     "alpaca": {"instruction": "p", "input": "", "output": "r"},
+    "completion": {"prompt": "p", "completion": "r"},
 }
 
 

@@ -46,6 +46,16 @@ def test_an_ignored_ctrl_c_stays_ignored():
     assert end(start(program, ignored=True), signal.SIGINT, signal.SIGINT) == (0, "False\n", "")
 
 
+def test_what_is_half_written_is_removed_before_ctrl_c_ends_the_process(tmp_path):
+    program = (
+        "import time, pathlib\nfrom steerjax.signals import ends_at_once\nfrom steerjax.hf.export import new_folder\n"
+        f"with ends_at_once(), new_folder(pathlib.Path({str(tmp_path / 'model')!r})) as folder:\n"
+        "    (folder / 'config.json').write_text('{}'); print('ready'); time.sleep(60)"
+    )
+    assert end(start(program), signal.SIGINT) == (-signal.SIGINT, "", "")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks(sent):
     program = (

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from steerjax.errors import CheckpointError
 
 METRIC = "loss"
 CHUNK_BYTES = 64 << 20
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax warns of a save without metrics; a run that was stopped saves so."""
+    return "tracked_metric" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 class CheckpointStore:

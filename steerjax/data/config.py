@@ -6,16 +6,17 @@ import pydantic.dataclasses
 from pydantic import BeforeValidator, Field
 
 from steerjax.schema import Schema, make_schema
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, separated
 
 
-def separated(value: Any) -> Any:
-    """`a.jsonl,b.jsonl` as a list. A flag on the command line puts it into a list of one."""
-    text = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
-    return [part.strip() for part in text.split(",") if part.strip()] if isinstance(text, str) else value
+def _entries(value: Any) -> Any:
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, list | tuple) for entry in value):
+        raise ValueError("""no (name, low, high); cure: e.g. --config.data.attributes="(('clarity', 1, 5),)\"""")
+    return tuple(map(tuple, value))  # strict checks take no list for a tuple
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(separated), Field(strict=False)]
+Entries = Annotated[tuple[tuple[str | float | int, ...], ...], BeforeValidator(_entries)]
+Texts = Annotated[tuple[str, ...], BeforeValidator(separated), Field(strict=False)]
 Format = Literal[
     "auto",
     "helpsteer",
@@ -25,6 +26,7 @@ Format = Literal[
     "messages",
     "sharegpt",
     "alpaca",
+    "completion",
     "preference",
     "helpsteer2_preference",
     "helpsteer3",
@@ -36,17 +38,15 @@ class DataConfig:
     """What is read, and what happens to rows that cannot be used."""
 
     # Files (docs/formats.md), hub:OWNER/NAME[@CONFIG][:SPLIT] or embedded:helpsteer; a tuple, or one text with commas.
-    train: Annotated[Sources, Field(min_length=1)] = ("embedded:helpsteer",)
-    validation: Sources = ()  # as `train`; without any, a part of the training prompts is held out
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = (
-        0.15  # the part of the prompts that is held out; of the rows, if all share one prompt
-    )
+    train: Annotated[Texts, Field(min_length=1)] = ("embedded:helpsteer",)
+    validation: Texts = ()  # as `train`; without any, a part of the training prompts is held out
+    # the part of the prompts that is held out; of the rows, if all share one prompt
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     format: Format = "auto"  # layout of the rows (docs/formats.md); auto tells it from their keys
-    schema: Literal["helpsteer", "oasst", "steerlm"] = (
-        "helpsteer"  # preset attributes: HelpSteer's five, OpenAssistant's four, or all nine
-    )
+    # preset attributes: HelpSteer's five, OpenAssistant's four, or all nine
+    schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"
     # your own, in place of the preset: a (name, lowest, highest[, meaning]) each
-    attributes: tuple[tuple[str | float | int, ...], ...] = ()
+    attributes: Entries = ()
     on_bad_row: Literal["error", "skip"] = "error"  # error stops; skip counts them, and lists them in skipped.jsonl
     on_duplicate: Literal["keep", "skip"] = "keep"  # rows that equal an earlier one; HelpSteer has some by design
     split_seed: int = 0  # which prompts are held out; apart from `train.seed`, so that runs share them

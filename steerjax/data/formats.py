@@ -22,6 +22,7 @@ _SPEAKERS = {  # casefolded
 }
 _OWN_KEYS = {"role", "content", "ratings", "predicted_ratings", "predicted_label", "id"}
 _KINDS = {str: "text", list: "a list", dict: "an object"}
+_NAMED = "data.attributes or data.schema in training, --attribute or --schema in prepare and collect"
 _UNREAD = {"tool_calls", "function_call", "tool_call_id", "weight"}  # would change what a turn means
 
 
@@ -53,10 +54,7 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         raise DataError("no turn beside a system text", key, "write at least one turn, or remove the row")
     if rated and key == "prompt" and not row.keys() & set(schema.names):
         columns = ", ".join(unread_numbers(row, schema))
-        cure = (
-            f"name the rated columns{columns and f' ({columns}?)'} in data.attributes, or the preset that has them in "
-        )
-        cure += "data.schema"
+        cure = f"call the rated columns{columns and f' ({columns}?)'} so; or say what they are called: {_NAMED}"
         raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", schema.names[0], cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
@@ -66,11 +64,8 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
 
 
 def _detect_format(row: Row) -> str:
-    if "completion" in row and "response" not in row:
-        texts = isinstance(row["completion"], str)
-        cure = "rename 'completion' to 'response'" if texts else "write both as one list, 'messages'"
-        raise DataError("TRL's prompt and completion are not read", "completion", f"{cure} (docs/formats.md)")
-    keys = row.keys() | ({"prompt"} if "response" in row else set())
+    keys = row.keys() | {"prompt"} if "response" in row else row.keys()
+    keys = keys - {"completion" if "response" in row else "prompt"} if "completion" in keys else keys
     names = [name for name, (key, _) in FORMATS.items() if key in keys and name not in ("helpsteer2", "sharegpt")]
     if len(names) != 1:
         if names:
@@ -198,6 +193,15 @@ def _alpaca(row: Row, schema: Schema, key: str) -> list[Turn]:
     return [Turn("user", f"{question}\n{more}" if more else question), Turn("assistant", text_of(row, "output"))]
 
 
+def _completion(row: Row, schema: Schema, key: str) -> list[Turn]:
+    return [*_side(row, schema, "prompt", "user"), *_side(row, schema, key, "assistant")]
+
+
+def _side(row: Row, schema: Schema, key: str, role: str) -> list[Turn]:
+    """TRL's: a text of this role, or messages."""
+    return read_dialogue(row, schema, key) if isinstance(row.get(key), list) else [Turn(role, text_of(row, key))]
+
+
 FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
     "helpsteer": ("prompt", _helpsteer),
     "helpsteer2": ("prompt", _helpsteer2),
@@ -206,6 +210,7 @@ FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
     "messages": ("messages", read_dialogue),
     "sharegpt": ("conversations", read_dialogue),
     "alpaca": ("instruction", _alpaca),
+    "completion": ("completion", _completion),
 }
 
 
@@ -222,17 +227,11 @@ class Pair(NamedTuple):
 
 def _trl(row: Row, schema: Schema) -> Pair:
     """TRL's and RewardBench's: texts, or messages with the prompt apart or inside."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, list):
-        before = read_dialogue(row, schema, "prompt")
-    else:
-        before = [] if prompt is None else [Turn("user", text_of(row, "prompt"))]
+    before = [] if row.get("prompt") is None else _side(row, schema, "prompt", "user")
 
     def side(key: str) -> list[Turn]:
-        if isinstance(row.get(key), list):
-            return before + read_dialogue(row, schema, key)
-        if before:
-            return [*before, Turn("assistant", text_of(row, key))]
+        if before or isinstance(row.get(key), list):
+            return before + _side(row, schema, key, "assistant")
         return _hh(text_of(row, key), key)
 
     return Pair(side("chosen"), side("rejected"), _number(row, "margin", 1.0))
@@ -318,7 +317,7 @@ def unread_numbers(row: Row, schema: Schema) -> Iterator[str]:
     """
     columns = () if "turns" in row or is_pair(row) else (*schema.names, "ratings")
     yield from (key for key in _numbers(row) if key not in columns)
-    for key in ("messages", "conversations"):
+    for key in ("messages", "conversations", "completion"):
         for entry in row[key] if isinstance(row.get(key), list) else ():
             if isinstance(entry, dict):
                 known = (*_OWN_KEYS, "label")
@@ -392,8 +391,9 @@ def _check_names(names: Collection[str], schema: Schema) -> None:
     """Refuses names outside the schema."""
     if unknown := [name for name in names if name not in schema.names]:
         having = [title for title, preset in SCHEMAS.items() if set(names) <= set(preset.names)]
-        cure = f"data.schema {' or '.join(having)} has it" if having else "add it to data.attributes"
-        raise DataError("the schema has no such attribute", unknown[0], f"{cure}; or remove the rating")
+        cure = f"remove the rating, or name the attribute: {_NAMED}"
+        cure += f"; the preset {' or '.join(having)} has it" if having else ""
+        raise DataError("the schema has no such attribute", unknown[0], cure)
 
 
 def check_turns(turns: Sequence[Turn], field: str) -> None:

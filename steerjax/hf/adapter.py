@@ -15,7 +15,7 @@ from steerjax.errors import ConfigError, ModelError
 from steerjax.hf.config_json import HuggingFaceConfig, read_config
 from steerjax.hf.description import read_about
 from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, HEAD, adapter_tensors
-from steerjax.hf.weights import FolderReader, TensorReader, check_tensors, file_headers, resolve_source
+from steerjax.hf.weights import FolderReader, TensorReader, check_finite, check_tensors, file_headers, resolve_source
 from steerjax.models.config import LlamaConfig, LoraConfig, PositiveFloat
 from steerjax.models.families.family import Positive
 from steerjax.typed import read_json, typed
@@ -58,7 +58,10 @@ def write_adapter(folder: Path, config: LlamaConfig, architecture: str, labels: 
         "target_modules": sorted({t.name.split(".")[-3] for t in found if t.path != HEAD}),
         "modules_to_save": ["score"] if reward else None, "fan_in_fan_out": False, "inference_mode": True,
     }  # fmt: skip
-    arrays = {t.name: t.to_hf(np.asarray(reader.read(t.path, t.whole, wide))) for t in found}
+    arrays = {t.name: np.asarray(reader.read(t.path, t.whole, wide)) for t in found}
+    for name, array in arrays.items():
+        check_finite(array, name, reader.directory)
+    arrays = {t.name: t.to_hf(arrays[t.name]) for t in found}
     save_file(arrays, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 

@@ -21,7 +21,8 @@ from steerjax.hf.config_json import DTYPES, HuggingFaceConfig, read_config, writ
 from steerjax.hf.description import Description
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, stacked_shapes, tensors
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
-from steerjax.hf.weights import FolderReader, unfit
+from steerjax.hf.weights import FolderReader, check_finite, unfit
+from steerjax.signals import cleans_up
 
 # What a folder keeps when only its weights are written anew.
 _SIDE_FILES = (
@@ -118,21 +119,22 @@ def new_folder(output: Path) -> Iterator[Path]:
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ModelError(f"'{output}' is there already\n  cure: another --output, or remove it")
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        os.replace(partial, output)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"'{output}' cannot be written: {error}\n  cure: a writable place with room") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with cleans_up():
+        try:
+            partial.mkdir(parents=True)
+            yield partial
+            os.replace(partial, output)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"'{output}' cannot be written: {error}\n  cure: a writable place with room") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model(folder: Path, config: HuggingFaceConfig, reader, dtype: str, max_shard_size: str) -> None:
     """config.json, and model.safetensors, or several files and an index. One file at a time is in memory.
 
-    Raises ConfigError: a dtype or size that is none. ModelError: parameters that are not the config's, or a finite
-    number that would be none in `dtype`.
+    Raises ConfigError: a dtype or size that is none. ModelError: parameters that are not the config's or not
+    finite, or a finite number that would be none in `dtype`.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.numpy import save_file
@@ -168,7 +170,9 @@ def write_model(folder: Path, config: HuggingFaceConfig, reader, dtype: str, max
 
 
 def _read(reader, tensor: Tensor, dtype: np.dtype) -> np.ndarray:
-    array = tensor.to_hf(reader.read(tensor.path, tensor.whole, reader.dtypes[tensor.path]))
+    array = reader.read(tensor.path, tensor.whole, reader.dtypes[tensor.path])
+    check_finite(array, tensor.name, reader.directory)
+    array = tensor.to_hf(array)
     with np.errstate(over="ignore"):
         cast = array.astype(dtype, copy=False)
     if cast is not array and (lost := array[np.isfinite(array) & ~np.isfinite(cast)]).size:

@@ -26,16 +26,17 @@ def resolve_source(source: str) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    known = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id owner/name"
     if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
-        raise ModelError(f"no model folder '{source}'\n  cure: a Hugging Face folder, or a hub id owner/name")
+        raise ModelError(f"no model folder '{source}'\n  cure: {known}")
     import huggingface_hub
 
     patterns = ["*.json", "model*.safetensors", "adapter_model.safetensors", "tokenizer.model", "*.jinja"]
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's errors share no base
-        cure = "check the name, log in with `hf auth login` for a gated model, or download it and give the folder"
-        raise ModelError(f"'{source}' cannot be had from the hub: {error}\n  cure: {cure}") from error
+        cure = f"{known}; log in with `hf auth login` for a gated model, or download it and give its folder"
+        raise ModelError(f"'{source}' is no folder, and cannot be had from the hub: {error}\n  cure: {cure}") from error
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True))
@@ -156,6 +157,15 @@ class FolderReader(TensorReader):
         super().__init__(folder, self.stacked(known, headers))
 
 
+def check_finite(array: np.ndarray, name: str, directory: Path) -> None:
+    """Raises ModelError: a NaN or an infinity, which no answer and no rating would survive."""
+    flat, size = array.reshape(-1), 1 << 16  # what a processor's cache holds
+    parts = (flat[at : at + size] for at in range(0, flat.size, size))
+    if bad := sum(part.size - np.count_nonzero(np.isfinite(part)) for part in parts):
+        said = f"'{directory}': parameter {name} has {bad} of {flat.size} numbers that are NaN or infinite"
+        raise ModelError(f"{said}\n  cure: another step of the run, another model, or {_AGAIN}")
+
+
 def unfit(reader, path: str, expected: tuple[int, ...] | None) -> ModelError:
     said = f"'{reader.directory}': parameter {path} has shape {reader.shapes.get(path)}, and {expected} is expected"
     return ModelError(f"{said}\n  cure: another model, or another step of the run")
@@ -184,7 +194,7 @@ def load_parameters(reader, abstract: Mapping) -> dict:
     `abstract` are ShapeDtypeStructs with shardings under our names; groups may be left out, and of the layers only the
     first be wanted.
 
-    Raises ModelError: a parameter that is not there, or has another shape.
+    Raises ModelError: a parameter that is not there, has another shape, or is not finite.
     """
     import jax
 
@@ -204,6 +214,7 @@ def load_parameters(reader, abstract: Mapping) -> dict:
         shards = []
         for bounds, devices in places.items():
             part = reader.read(path, tuple(slice(*pair) for pair in bounds), leaf.dtype)
+            check_finite(part, path, reader.directory)
             copies = [jax.device_put(part, device, may_alias=False) for device in devices]
             shards += jax.block_until_ready(copies)  # so that `part` can go before the next one comes
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)

@@ -22,7 +22,7 @@ from steerjax.schema import Schema, round_rating
 from steerjax.typed import typed
 
 BOOTSTRAP_TOP_K = 50  # the paper's, section 3.4
-_DIALOGUES = {"turns", "messages", "conversations", "instruction"}  # keys of rows that are more than a prompt
+_DIALOGUES = {"turns", "messages", "conversations", "instruction", "completion"}  # rows that are more than a prompt
 
 
 class Session:
@@ -125,7 +125,8 @@ def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "au
     Raises DataError: the row cannot be read, or ends with an answer, which `replace_answer` drops.
     """
     bare = "prompt" in row and not row.keys() & _DIALOGUES
-    read = {"response": "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row} if bare else row
+    other = "completion" if isinstance(row.get("prompt"), list) else "response"  # TRL's prompts may be messages
+    read = {other: "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row} if bare else row
     conversation = conversation_from_row(read, schema, format, rated=False)
     turns = conversation.turns
     answered = row.get("response") is not None if bare else turns[-1].role == "assistant"

@@ -6,15 +6,17 @@ import dataclasses
 from typing import Annotated, Literal
 
 import pydantic.dataclasses
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from steerjax.errors import ConfigError
 from steerjax.models.families import FAMILIES
 from steerjax.models.families.family import Positive
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, separated
 
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Target = Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"]
+Targets = Annotated[tuple[Target, ...], BeforeValidator(separated), Field(strict=False)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -42,7 +44,7 @@ class LoraConfig:
 
     rank: Count = 0  # 0 trains the model itself, without adapters
     alpha: PositiveFloat = 16.0  # what the adapters add is multiplied by alpha / rank
-    targets: tuple[Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"], ...] = ("all-linear",)
+    targets: Targets = ("all-linear",)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     base_dtype: Literal["float32", "bfloat16"] = "float32"
 

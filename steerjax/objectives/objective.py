@@ -13,7 +13,7 @@ from pydantic import Field
 
 from steerjax.chat.render import Renderer
 from steerjax.data.batch import Batch
-from steerjax.data.config import Format, Sources
+from steerjax.data.config import Format, Texts
 from steerjax.data.conversation import Conversation
 from steerjax.data.packing import Layout, check_fits
 from steerjax.data.trees import Example
@@ -38,8 +38,8 @@ class ObjectiveConfig:
     """
 
     weight: Weight = 1.0
-    train: Sources = ()
-    validation: Sources = ()
+    train: Texts = ()
+    validation: Texts = ()
     format: Format = "auto"
 
     def __post_init__(self):

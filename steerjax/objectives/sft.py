@@ -98,7 +98,8 @@ class SFT(Objective):
     def check_data(self):
         for split, counts in self.counts.items():
             if not counts["conversations"]:
-                cure = "conversations with an assistant turn, or config.sft.missing 'omit'"
+                cure = "conversations with an assistant turn; where rows are too long, a larger config.batch.row_length"
+                cure += "; where ratings are missing, config.sft.missing 'omit'"
                 raise DataError(f"nothing to train for {split}: no response is left", cure=cure)
             if self.config.ratings != "none" and not counts["labelled"]:
                 cure = "annotate them first, choose another config.sft.ratings, or 'none' for plain SFT"

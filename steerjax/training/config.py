@@ -12,11 +12,11 @@ import pydantic.dataclasses
 from pydantic import BeforeValidator, Field
 
 from steerjax.chat.render import ChatConfig
-from steerjax.data.config import BatchConfig, DataConfig, separated
+from steerjax.data.config import BatchConfig, DataConfig, Texts
 from steerjax.models.config import ComputeConfig, HeadConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.training.trackers import TRACKERS
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, separated
 
 Count = Annotated[int, Field(ge=0)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -54,7 +54,7 @@ class OptimizerConfig:
     clip_norm: NotNegative = 1.0
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     max_bad_steps: Annotated[int, Field(ge=1)] = 5
-    frozen: tuple[str, ...] = ()
+    frozen: Texts = ()
     frozen_layers: Count = 0
 
     def __post_init__(self):

@@ -26,16 +26,22 @@ from steerjax.training.config import Experiment
 # What a second start may change: the machine, how long and how loudly it trains. All else would not be a resume.
 RESUME_MAY_CHANGE = ("mesh.", "compute.", "train.")
 
+# What a run writes into its folder.
+_FOLDERS = ("checkpoints", "tokenizer", "report", "compile_cache", "tensorboard", "wandb")
+_FILES = ("config.json", "metrics.jsonl", "skipped.jsonl", "wandb_id", ".lock")
+_ELSEWHERE = "move it away, or another --workdir"
+
 
 def claim_workdir(workdir: Path, experiment: Experiment) -> None:
     """Writes config.json, after a check that the workdir's run is the same experiment.
 
     Raises:
-        CheckpointError: names the first key that differs.
+        CheckpointError: names the first key that differs, or a file where the run will have a folder.
     """
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        _check_names(workdir)
         if path.exists():
             _check_same(json.loads(path.read_text()), json.loads(experiment.to_json()), workdir)
         new = path.with_name("config.json.partial")
@@ -46,6 +52,16 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
     except json.JSONDecodeError as error:
         cure = f"delete it, if the recipe is still the same, or another --workdir (not {workdir})"
         raise CheckpointError(f"{path} is broken: {error}; cure: {cure}") from error
+
+
+def _check_names(workdir: Path) -> None:
+    """Refuses at the start what would end the run at its first checkpoint, or at its report."""
+    for name in _FOLDERS:
+        if (workdir / name).exists() and not (workdir / name).is_dir():
+            raise CheckpointError(f"{workdir / name} is a file, and the run has a folder there; cure: {_ELSEWHERE}")
+    for name in _FILES:
+        if (workdir / name).is_dir():
+            raise CheckpointError(f"{workdir / name} is a folder, and the run has a file there; cure: {_ELSEWHERE}")
 
 
 @contextlib.contextmanager

@@ -394,6 +394,20 @@ def test_message_of_parts():
     assert conversation_from_row(row, OASST).turns == (Turn("user", "uv"),)
 
 
+def test_trls_prompt_and_completion():
+    """Texts or messages, rated or not; beside a response a completion is a column like any other."""
+    turns = Turn("user", "p"), Turn("assistant", "r", {"humor": 3.0})
+    messages = {"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "r"}]}
+    for row in (messages, {"prompt": "p", "completion": "r"}, messages | {"prompt": "p"}):
+        for format in ("auto", "completion"):
+            assert conversation_from_row(row | {"humor": 3}, OASST, format) == Conversation(turns)
+        assert conversation_from_row(row, OASST).turns[1].ratings is None
+        assert list(unread_numbers(row | {"humor": 3, "fun": 2}, OASST)) == ["fun"]
+    assert conversation_from_row({"prompt": "p", "response": "r", "humor": 3, "completion": 7}, OASST).turns == turns
+    with refused(DataError, "completion", cure="row"):
+        conversation_from_row({"prompt": "p", "completion": ""}, OASST)
+
+
 def test_alpaca_joins_instruction_and_input():
     row = {"instruction": "Add.", "input": "1+1", "output": "2", "system": "", "history": []}
     turns = Turn("user", "Add.\n1+1"), Turn("assistant", "2")

@@ -252,7 +252,6 @@ def test_what_no_server_can_load_is_refused(tmp_path):
 def test_numbers_that_overflow_are_named(tmp_path):
     tensors = random_tensors(TINY)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = -70000.0
-    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = np.inf  # was no number before either
     source = write_folder(tmp_path / "source", TINY, tensors)
     with refused(ModelError, "model.layers.1.mlp.up_proj.weight", "70000", "float16"):
         export(str(source), tmp_path / "out", **OPTIONS | {"dtype": "float16"})

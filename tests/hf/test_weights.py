@@ -13,6 +13,7 @@ from steerjax.bundle.build import abstract_parameters
 from steerjax.errors import ModelError
 from steerjax.hf import weights
 from steerjax.hf.config_json import read_config
+from steerjax.hf.export import convert_folder
 from steerjax.hf.weights import FolderReader, load_parameters, read_headers, resolve_source
 from steerjax.models.llama import CausalLM, RewardModel
 from steerjax.parallel.mesh import MeshConfig, make_mesh
@@ -134,6 +135,18 @@ def test_a_group_that_the_folder_lacks(tmp_path, architecture, group):
     model = CausalLM(config.model) if group == "lm_head" else RewardModel(config.model, 5)
     with refused(ModelError, str(folder), group, cure="another model"):
         load_parameters(FolderReader(folder, config), abstract_parameters(model, make_mesh(MeshConfig())))
+
+
+def test_numbers_that_are_none_are_named(tmp_path):
+    tensors = random_tensors(TINY)
+    tensors["model.layers.0.mlp.up_proj.weight"][1, 2] = np.nan
+    folder = write_folder(tmp_path / "model", TINY, tensors)
+    config, mesh = read_config(folder), make_mesh(MeshConfig(data=8))
+    with refused(ModelError, "llama/layers/mlp/up/kernel", "1", cure="step"):
+        load_parameters(FolderReader(folder, config), abstract(config, mesh))
+    with refused(ModelError, "model.layers.0.mlp.up_proj.weight"):
+        convert_folder(folder, tmp_path / "out", dtype="auto", max_shard_size="5GB")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_old_files_rope_frequencies_are_left_alone(tmp_path):

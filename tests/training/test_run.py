@@ -21,7 +21,7 @@ from steerjax.errors import CheckpointError, ConfigError, TrainingError
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.report.records import read_metrics
 from steerjax.training import train as training
-from steerjax.training.workdir import only_run
+from steerjax.training.workdir import claim_workdir, only_run
 from tests.refusals import refused, says
 
 TIMES = (
@@ -373,6 +373,15 @@ def test_two_runs_in_one_folder_are_refused(recipe, tmp_path):
     with only_run(tmp_path, active=True), refused(CheckpointError, str(tmp_path), cure="--workdir"):
         training.train(experiment(recipe, steps=3), tmp_path)
     training.train(experiment(recipe, steps=3), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "report", "tensorboard", "compile_cache", "metrics.jsonl"])
+def test_a_file_where_the_run_has_a_folder_is_refused_at_the_start(name, tmp_path):
+    path = tmp_path / name
+    path.touch() if not path.suffix else path.mkdir()
+    with refused(CheckpointError, str(path), cure="--workdir"):
+        claim_workdir(tmp_path, resolve(default_config().to_dict()))
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
 
 
 def test_a_remote_workdir_is_refused(recipe, repository):
