@@ -157,9 +157,9 @@ def write_report(
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
     parts = [
         "# Predicted ratings on the validation split",
-        few_rows_note(result),
-        fenced("\n".join(_table_lines(result))),
         bullets(comparison_sentences(result)),
+        fenced("\n".join(_table_lines(result))),
+        few_rows_note(result),
         _EXPLANATION,
         *(f"![{words}]({plot})" for plot, words in _PLOTS.items() if (directory / plot).exists()),
         "Every validation example with its human and predicted ratings: [predictions.jsonl](predictions.jsonl).",

@@ -69,13 +69,14 @@ class Progress:
     """A bar on a terminal; elsewhere a line now and then, with the time that is left; silent but on process 0."""
 
     def __init__(self, first: int, steps: int, *, active: bool, what: str = "step"):
-        self._active, self._what, self._first, self._begun = active, what, first, time.monotonic()
+        self._active, self._what, self._first, self._begun = active, what, first + 1, None  # the first step compiles
         self._every = max(1, steps // 20)
         off = None if active else True
         self._bar = tqdm(total=steps, initial=first, desc=what, unit="step", dynamic_ncols=True, disable=off)
 
     def step(self, step: int, words: str = "") -> None:
         """Says that a step is done."""
+        self._begun = self._begun or time.monotonic()
         if not self._bar.disable:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(words)

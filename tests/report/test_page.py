@@ -138,8 +138,8 @@ def test_report_files(tmp_path, schema):
         assert f"({plot})" in text
     for part in (*schema.names, "average", "- base model: x y\n", "````json\n{'k': '```'}\n````"):
         assert part in text
-    # The result first, then what it says, the plots, the data, the settings.
-    order = ["Only 40 responses", _table(result)[0], *comparison_sentences(result), *plots[:1], "- base model", "{'k'"]
+    # What the result says first, then the table, the plots, the data, the settings.
+    order = [*comparison_sentences(result), _table(result)[0], "Only 40 responses", *plots[:1], "- base model", "{'k'"]
     places = [text.index(part) for part in order]
     assert places == sorted(places)
 

@@ -15,12 +15,12 @@ def test_durations(seconds, words):
 def test_lines_off_a_terminal_say_how_long_it_takes(monkeypatch, capsys):
     clock = iter(range(100))
     monkeypatch.setattr("time.monotonic", lambda: 60.0 * next(clock))
-    progress = Progress(10, 20, active=True)  # resumed; a step a minute
+    progress = Progress(10, 20, active=True)  # resumed; a step a minute after the first, which compiles
     for step in range(11, 21):
         progress.step(step, "loss 1.0")
     progress.close()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "step 11/20: loss 1.0, 9 min left"
+    assert lines[:2] == ["step 11/20: loss 1.0", "step 12/20: loss 1.0, 8 min left"]
     assert lines[-1] == "step 20/20: loss 1.0"
     silent = Progress(0, 2, active=False)
     silent.step(1)
