@@ -81,7 +81,7 @@ def few_rows_note(result: EvaluationResult) -> str:
         return ""
     return (
         f"Only {count} responses were evaluated. They can show that the model beats the baselines clearly, not which "
-        "of two similar recipes is better: the intervals below say how far chance alone moves the averages."
+        "of two similar recipes is better: the intervals say how far chance alone moves the averages."
     )
 
 
