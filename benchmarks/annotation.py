@@ -1,0 +1,118 @@
+"""Rating responses: responses a second beside transformers and PyTorch.
+
+    python benchmarks/annotation.py --model SMOLLM2 [--peer PYTHON]
+
+A turn rates the responses to the next --prompts prompts of HelpSteer in float32, with a model of SmolLM2's widths and
+--layers layers. steerjax renders, packs and rates as `annotate` does. The peer, LlamaForSequenceClassification, gets
+token ids that are ready, in batches of 8 padded to the longest: as the responses come (`padded`), or sorted by length
+(`sorted`). Predictions are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from training import BATCH, first_layers
+from turns import in_turn, report, serve
+
+
+def our_turns(folder: Path, prompts: int, turns: int):
+    """Writes turns.jsonl, the token ids of each turn's responses; a turn rates the next."""
+    import itertools
+
+    from steerjax.bundle import open_bundle
+    from steerjax.data.loading import load_conversations
+    from steerjax.inference.scorer import Scorer, predict
+    from steerjax.schema import HELPSTEER
+
+    bundle = open_bundle(folder / "start", dtype="float32")
+    scorer = Scorer(bundle)
+    renderer = bundle.renderer(scorer.schema)
+    found = load_conversations(["embedded:helpsteer"], HELPSTEER).conversations
+    groups = [list(group) for _, group in itertools.groupby(found, key=lambda c: c.turns[0].content)]
+    parts = [[c for group in groups[n * prompts : (n + 1) * prompts] for c in group] for n in range(turns)]
+    with (folder / "turns.jsonl").open("w") as file:
+        for part in parts:
+            print(json.dumps([renderer.reward_tokens(c, 1)[0].tolist() for c in part]), file=file)
+    number = 0
+
+    def turn() -> dict:
+        nonlocal number
+        part = parts[number]
+        number += 1
+        _, predicted, _ = predict(scorer, part, [[1]] * len(part), skip=False)
+        return {"examples": len(part), "predicted": predicted.tolist()}
+
+    return turn
+
+
+def peer_turns(folder: Path, ordered: bool):
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32).eval()
+    parts = [json.loads(line) for line in (folder / "turns.jsonl").open()]
+    number = 0
+
+    @torch.inference_mode()
+    def turn() -> dict:
+        nonlocal number
+        texts = parts[number]
+        number += 1
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i])) if ordered else list(range(len(texts)))
+        predicted = [None] * len(texts)
+        for first in range(0, len(order), BATCH):
+            some = order[first : first + BATCH]
+            longest = max(len(texts[i]) for i in some)
+            ids, mask = (torch.zeros(len(some), longest, dtype=torch.long) for _ in range(2))
+            for row, i in enumerate(some):
+                ids[row, : len(texts[i])] = torch.tensor(texts[i])
+                mask[row, : len(texts[i])] = 1
+            states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            found = model.score(states[torch.arange(len(some)), mask.sum(1) - 1]).tolist()
+            for i, ratings in zip(some, found, strict=True):
+                predicted[i] = ratings
+        return {"examples": len(texts), "predicted": predicted}
+
+    return turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, help="a folder with SmolLM2-135M")
+    add("--peer", default=sys.executable, metavar="PYTHON", help="that has torch and transformers")
+    add("--layers", type=int, default=30)
+    add("--prompts", type=int, default=10, help="of a turn; HelpSteer's sample has 120")
+    add("--turns", type=int, default=5, help="after one that warms up")
+    add("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.worker:
+        name, folder = o.worker[0], Path(o.worker[1])
+        serve(our_turns(folder, o.prompts, o.turns + 1) if name == "steerjax" else peer_turns(folder, name == "sorted"))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        first_layers(o.model, Path(scratch) / "start", o.layers)
+        options = [f"--turns={o.turns}", f"--prompts={o.prompts}"]
+        commands = {
+            name: [python, __file__, *options, "--worker", name, scratch]
+            for name, python in (("steerjax", sys.executable), ("padded", o.peer), ("sorted", o.peer))
+        }
+        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
+    said = {name: [np.array(turn.pop("predicted")) for turn in one["turns"]] for name, one in found.items()}
+    for one in found.values():
+        one["warm_up"].pop("predicted")
+    examples = sum(turn["examples"] for turn in found["steerjax"]["turns"]) / o.turns
+    report("annotation", found, "steerjax", "responses", examples, {k: vars(o)[k] for k in ("layers", "prompts", "turns")})
+    for name in said.keys() - {"steerjax"}:
+        apart = max(np.abs(a - b).max() for a, b in zip(said["steerjax"], said[name], strict=True))
+        print(f"predictions: {name} differs by at most {apart:.1e}")
+
+
+if __name__ == "__main__":
+    main()

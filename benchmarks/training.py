@@ -1,0 +1,183 @@
+"""Training a reward model: examples a second and peak memory beside transformers and PyTorch.
+
+    python benchmarks/training.py --model SMOLLM2 [--peer PYTHON]
+
+A turn is an optimizer step (AdamW, float32) on the same examples of HelpSteer from the same weights, a model of SmolLM2's
+widths with --layers layers and five outputs. steerjax packs them into rows of 2048 tokens with what they share written
+once. The peer is LlamaForSequenceClassification in batches of 8, padded to the longest of the batch: as the examples
+come (`padded`), or sorted by length within the step (`grouped`), gradients added up over the step. Losses are compared
+step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from turns import in_turn, report, serve
+
+ROWS, LENGTH, BATCH, ATTRIBUTES = 4, 2048, 8, 5
+RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.98), 1e-8, 0.01
+NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+
+
+def first_layers(source: Path, folder: Path, layers: int) -> None:
+    """The first layers of a Llama of Hugging Face's, with a small random head of five outputs."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = {name: x for file in source.glob("*.safetensors") for name, x in load_file(file).items()}
+    weights = {name: np.asarray(x, np.float32) for name, x in weights.items()
+               if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers}  # fmt: skip
+    weights.pop("lm_head.weight", None)
+    width = weights["model.norm.weight"].shape[0]
+    weights["score.weight"] = np.random.default_rng(0).normal(0, 0.02, (ATTRIBUTES, width)).astype(np.float32)
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    labels = {str(i): name for i, name in enumerate(NAMES)}
+    config |= {"architectures": ["LlamaForSequenceClassification"], "num_hidden_layers": layers, "id2label": labels,
+               "label2id": {name: int(i) for i, name in labels.items()}, "problem_type": "regression",
+               "pad_token_id": 0, "torch_dtype": "float32"}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    attributes = [{"name": name, "low": 0, "high": 4} for name in NAMES]
+    (folder / "steerjax.json").write_text(json.dumps({"kind": "reward", "template": "chatml", "attributes": attributes}))
+
+
+def our_turns(folder: Path, steps: int, options: argparse.Namespace):
+    """Writes steps.jsonl, the examples of each step; a turn trains on the next."""
+    import jax
+
+    from steerjax.chat.render import make_renderer
+    from steerjax.config import default_config, resolve
+    from steerjax.parallel.mesh import make_mesh
+    from steerjax.training.input import make_feeder, make_input
+    from steerjax.training.program import Program, make_objectives
+    from steerjax.training.source import initial_parameters, with_source
+    from steerjax.training.state import make_state
+
+    if options.devices > 1:
+        jax.config.update("jax_num_cpu_devices", options.devices)
+    config = default_config()
+    config.model.source, config.chat.template = str(folder / "start"), "chatml"
+    config.batch.update(rows=ROWS, row_length=LENGTH, micro_batches=options.micro_batches)
+    config.compute.update(attention_chunk=options.chunk, unroll=options.unroll)
+    config.optimizer.update(learning_rate=RATE, min_learning_rate=RATE, warmup_steps=0, beta1=BETAS[0], beta2=BETAS[1],
+                            epsilon=EPSILON, weight_decay=DECAY, clip_norm=0.0, frozen_layers=0)  # fmt: skip
+    config.mesh.data = options.devices
+    e, source = with_source(resolve(config.to_dict()))
+    schema, mesh = e.data.make_schema(), make_mesh(e.mesh)
+    objectives = make_objectives(e, schema, make_renderer(e.chat, schema, source.template))
+    data = make_input(e, objectives, make_renderer(e.chat, schema, source.template))
+    feed = make_feeder(data.plan.trees, objectives, LENGTH, mesh, options.micro_batches)
+    with jax.set_mesh(mesh):
+        program = Program(e, schema, objectives, mesh, feed, steps)
+        params, _ = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
+        state = make_state(params, program.abstract, program.optimizer, e.optimizer, None)
+    with (folder / "steps.jsonl").open("w") as file:
+        for step in range(steps):
+            examples = [data.plan.trees[part.tree].examples[i]
+                        for row in data.plan.step_rows(step) for part in row for i in part.examples]  # fmt: skip
+            rated = [objectives[0].data["train"].rows[example.number] for example in examples]
+            said = [{"tokens": x.tokens.tolist(), "ratings": r} for x, r in zip(examples, rated, strict=True)]
+            print(json.dumps(said), file=file)
+    number = 0
+
+    def turn() -> dict:
+        nonlocal state, number
+        rows = data.plan.step_rows(number)
+        with jax.set_mesh(mesh):
+            state, metrics = program.train_step(state, feed(rows))
+            loss = float(metrics["loss"])
+        number += 1
+        return {"loss": loss, **{k: float(v) for k, v in program.step_facts(rows, data.plan.trees).items()}}
+
+    return turn
+
+
+def peer_turns(folder: Path, grouped: bool):
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32).train()
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, eps=EPSILON)
+    steps = [json.loads(line) for line in (folder / "steps.jsonl").open()]
+    number = 0
+
+    def turn() -> dict:
+        nonlocal number
+        examples = steps[number]
+        number += 1
+        if grouped:
+            examples = sorted(examples, key=lambda example: len(example["tokens"]))
+        count = sum(r is not None for example in examples for r in example["ratings"])
+        total = tokens = 0
+        optimizer.zero_grad()
+        for first in range(0, len(examples), BATCH):
+            some = examples[first : first + BATCH]
+            longest = max(len(example["tokens"]) for example in some)
+            ids, mask = (torch.zeros(len(some), longest, dtype=torch.long) for _ in range(2))
+            for row, example in enumerate(some):
+                ids[row, : len(example["tokens"])] = torch.tensor(example["tokens"])
+                mask[row, : len(example["tokens"])] = 1
+            ratings = torch.tensor([[float("nan") if r is None else r for r in e["ratings"]] for e in some])
+            # The head is read at the last token: transformers finds it by the padding token, which may be in a text.
+            states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            predicted = model.score(states[torch.arange(len(some)), mask.sum(1) - 1])
+            loss = torch.where(ratings.isnan(), 0.0, predicted - ratings.nan_to_num()).square().sum() / count
+            loss.backward()
+            total += loss.item()
+            tokens += ids.numel()
+        optimizer.step()
+        return {"loss": total, "computed_tokens": tokens, "examples": len(examples)}
+
+    return turn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", type=Path, help="a folder with SmolLM2-135M")
+    add("--peer", default=sys.executable, metavar="PYTHON", help="that has torch and transformers")
+    add("--layers", type=int, default=6)
+    add("--turns", type=int, default=8, help="after one that warms up")
+    add("--devices", type=int, default=1, help="virtual CPU devices of steerjax, on the data axis")
+    add("--micro-batches", type=int, default=4)
+    add("--chunk", type=int, default=128)
+    add("--unroll", type=int, default=1)
+    add("--only", default="", help="ours, padded or grouped")
+    add("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.worker:
+        name, folder = o.worker[0], Path(o.worker[1])
+        serve(our_turns(folder, o.turns + 1, o) if name == "steerjax" else peer_turns(folder, name == "grouped"))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        first_layers(o.model, folder / "start", o.layers)
+        options = [f"--{key.replace('_', '-')}={vars(o)[key]}" for key in ("turns", "devices", "micro_batches", "chunk", "unroll")]
+        commands = {
+            name: [python, __file__, *options, "--worker", name, scratch]
+            for name, python in (("steerjax", sys.executable), ("padded", o.peer), ("grouped", o.peer))
+        }
+        if o.only:
+            commands = {"steerjax": commands["steerjax"]} | ({o.only: commands[o.only]} if o.only != "ours" else {})
+        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
+    examples = sum(turn["examples"] for turn in found["steerjax"]["turns"]) / o.turns
+    settings = {key: vars(o)[key] for key in ("layers", "turns", "devices", "micro_batches", "chunk", "unroll")}
+    report("training", found, "steerjax", "examples", examples, settings)
+    for name in found.keys() - {"steerjax"}:
+        apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(found["steerjax"]["turns"], found[name]["turns"], strict=True))
+        print(f"losses of {len(found[name]['turns'])} steps: {name} differs by at most {apart:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Programs on one machine in turn, A B A B ...: what else the machine does is done to all of them.
+
+Each has a process of its own, and perhaps an environment. A worker gets ready, then does one turn for every line that it
+reads, while the others sleep, and answers with a line of JSON that holds `seconds`. The first turn of each warms up.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).with_name("results")
+_PACKAGES = ("jax", "flax", "torch", "transformers", "trl", "vllm")
+
+
+def serve(turn: Callable[[], Mapping]) -> None:
+    """The worker's side: what `turn` found, timed, for every line of standard input."""
+    out, sys.stdout = sys.stdout, sys.stderr
+    versions = {name: _version(name) for name in _PACKAGES if _version(name)}
+    print(json.dumps({"versions": versions}), file=out, flush=True)
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        found = turn()
+        seconds = time.perf_counter() - begun
+        print(json.dumps({"seconds": seconds, "peak_gib": peak_gib(), **found}), file=out, flush=True)
+
+
+def peak_gib() -> float:
+    """What this process ever held in memory at once."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 2**20
+
+
+def in_turn(workers: Mapping[str, Sequence[str]], turns: int, environment: Mapping[str, str]) -> dict[str, dict]:
+    """Of each command what it says of itself and its turns, the first left out."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), **environment}
+    running, found = {}, {}
+    try:
+        for name, command in workers.items():  # one gets ready after the other: a later one may read what it wrote
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+            running[name] = subprocess.Popen(command, **pipes)
+            found[name] = json.loads(_line(name, running[name])) | {"turns": []}
+        for turn in range(turns + 1):
+            for name, process in running.items():
+                process.stdin.write("\n")
+                process.stdin.flush()
+                found[name]["turns"].append(json.loads(_line(name, process)))
+                print(f"turn {turn}/{turns}, {name}: {found[name]['turns'][-1]['seconds']:.2f} s", file=sys.stderr)
+        for one in found.values():
+            one["warm_up"] = one["turns"].pop(0)
+        return found
+    finally:
+        for process in running.values():
+            process.kill()
+
+
+def _line(name: str, process: subprocess.Popen) -> str:
+    line = process.stdout.readline()
+    if not line:
+        sys.exit(f"the worker {name} ended")
+    return line
+
+
+def ratios(found: Mapping[str, dict], ours: str) -> dict[str, dict[str, float]]:
+    """How many times faster than each other one `ours` is: of the pairs of turns the median, least and greatest."""
+    mine = [turn["seconds"] for turn in found[ours]["turns"]]
+    said = {}
+    for name in found.keys() - {ours}:
+        each = [turn["seconds"] / own for turn, own in zip(found[name]["turns"], mine, strict=True)]
+        said[name] = {"median": statistics.median(each), "least": min(each), "greatest": max(each)}
+    return said
+
+
+def report(benchmark: str, found: Mapping[str, dict], ours: str, unit: str, count: float, settings: Mapping) -> None:
+    """Prints the table, and writes results/BENCHMARK.json. `count` of `unit` are done in a turn."""
+    over = ratios(found, ours)
+    print(f"{'':28}{unit + '/s':>14}{'seconds a turn':>22}{'peak GiB':>10}   {ours} is")
+    for name, one in found.items():
+        seconds = [turn["seconds"] for turn in one["turns"]]
+        middle = statistics.median(seconds)
+        times = f"{middle:.2f} [{min(seconds):.2f}, {max(seconds):.2f}]"
+        said = f"{(r := over[name])['median']:.2f} [{r['least']:.2f}, {r['greatest']:.2f}] times" if name in over else ""
+        peak = max(turn["peak_gib"] for turn in one["turns"])
+        print(f"{name:28}{count / middle:14.2f}{times:>22}{peak:10.2f}   {said}")
+    RESULTS.mkdir(exist_ok=True)
+    value = {
+        "benchmark": benchmark, "machine": machine(), "settings": settings, "unit": unit, "a turn": count,
+        "ratios": over, "found": found,
+    }  # fmt: skip
+    (RESULTS / f"{benchmark}.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def machine() -> dict:
+    """Facts of the machine, without its name."""
+    info = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
+            "python": platform.python_version()}  # fmt: skip
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
