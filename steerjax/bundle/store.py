@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -19,12 +21,15 @@ METRIC = "loss"
 CHUNK_BYTES = 64 << 20
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Orbax warns of a save without metrics; a run that was stopped saves so."""
-    return "tracked_metric" not in record.getMessage()
-
-
-logging.getLogger("absl").addFilter(_is_news)
+@contextlib.contextmanager
+def _unwarned() -> Iterator[None]:
+    """Orbax warns of a save without metrics; a run that was stopped saves so, and says it itself."""
+    log, quiet = logging.getLogger("absl"), lambda record: "tracked_metric" not in record.getMessage()
+    log.addFilter(quiet)
+    try:
+        yield
+    finally:
+        log.removeFilter(quiet)
 
 
 class CheckpointStore:
@@ -55,16 +60,14 @@ class CheckpointStore:
 
     def save(self, params, training, step: int, provenance: dict, validation_loss: float | None) -> None:
         """Starts writing two trees of arrays; returns when they have been copied and may be donated."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_chunks, params)),
-                training=ocp.args.StandardSave(training),
-                provenance=ocp.args.JsonSave(provenance),
-            ),
-            metrics=None if validation_loss is None else {METRIC: validation_loss},
-            force=True,
+        args = ocp.args.Composite(
+            params=ocp.args.StandardSave(params, save_args=jax.tree_util.tree_map_with_path(_chunks, params)),
+            training=ocp.args.StandardSave(training),
+            provenance=ocp.args.JsonSave(provenance),
         )
+        metrics = None if validation_loss is None else {METRIC: validation_loss}
+        with _unwarned():
+            self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def restore(self, step: int, params, training) -> tuple:
         """(params, training) of a step, read straight into the shardings of these abstract trees, whatever was saved.

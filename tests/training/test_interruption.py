@@ -91,22 +91,11 @@ def files(workdir: Path) -> set[str]:
     return {name for name in found if not name.startswith(("tensorboard/", "metrics.", "checkpoints/"))}
 
 
-@pytest.mark.parametrize(
-    ("moments", "hasty"),
-    [
-        pytest.param(2, 0.5),
-        pytest.param(
-            int(os.environ.get("STEERJAX_MOMENTS", "10")), 0.25,
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1"),
-            ],
-        ),
-    ],
-)  # fmt: skip
-def test_ctrl_c_at_random_moments(runs, whole, moments, hasty):
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
+def test_ctrl_c_at_random_moments(runs, whole):
     """Each run is interrupted up to three times, now and then twice in a row, and goes on to the same bits."""
-    uninterrupted, seconds = whole
+    (uninterrupted, seconds), moments = whole, int(os.environ.get("STEERJAX_MOMENTS", "10"))
     seed = int(os.environ.get("STEERJAX_SEED", time.time_ns() % 10**6))
     print(f"STEERJAX_SEED={seed} STEERJAX_MOMENTS={moments}; a run takes {seconds:.1f} s")
     draw, left = random.Random(seed), moments
@@ -115,7 +104,7 @@ def test_ctrl_c_at_random_moments(runs, whole, moments, hasty):
         shutil.rmtree(workdir, ignore_errors=True)
         for attempt in range(4):
             pauses = [draw.uniform(0, seconds)] if attempt < 3 and left > 0 else []
-            if pauses and draw.random() < hasty:
+            if pauses and draw.random() < 0.25:
                 pauses.append(draw.uniform(0, 0.5))
             status, said = runs.interrupted(workdir, *pauses)
             print(f"{', '.join(f'{pause:.2f} s' for pause in pauses) or 'to the end'}: status {status}")

@@ -29,6 +29,7 @@ LAYOUTS = {
     "other columns": lambda n: {"prompt": f"q{n}", "response": "a", "stars": 3},
     "completion": lambda n: {"prompt": f"q{n}", "completion": "a"},
     "completion of messages": lambda n: {"prompt": turns(f"q{n}", "a")[:1], "completion": turns(f"q{n}", "a")[1:]},
+    "rated completion": lambda n: {"prompt": f"q{n}", "completion": "a", "verbosity": 3},
     "text": lambda n: {"text": f"q{n}"},
     "rated": lambda n: {"prompt": f"q{n // 2}", "response": "ab"[n % 2], "verbosity": n % 5},
     "rated messages": lambda n: {"messages": turns(f"q{n}", "a"), "verbosity": 3},
@@ -59,6 +60,7 @@ def written(folder, layout):
 @pytest.mark.parametrize(("layout", "objective"), [
     ("explicit", "bradley_terry"), ("implicit", "bradley_terry"), ("scored", "bradley_terry"), ("rated", "regression"),
     ("rated messages", "regression"), ("rated turns", "regression"), ("rated turns", "sft"),
+    ("rated completion", "regression"), ("rated completion", "sft"),
 ])  # fmt: skip
 def test_what_an_objective_learns_from(layout, objective, tmp_path):
     found = read(written(tmp_path, layout), objective)
@@ -79,8 +81,8 @@ def test_what_an_objective_learns_from(layout, objective, tmp_path):
     ("rated", "bradley_terry", ["with ratings"], "prepare --pairs"),
     ("rated", "bradley_terry", ["with ratings"], "config.objectives=('regression',)"),
     ("messages", "sft", ["no label"], "annotate"),
-    ("completion", "sft", ["rows.jsonl:1", "completion"], "response"),
-    ("completion of messages", "sft", ["rows.jsonl:1", "completion"], "messages"),
+    ("completion", "sft", ["no label"], "annotate"),
+    ("completion of messages", "regression", ["no rated response"], "beside"),
     ("text", "sft", ["rows.jsonl:1", "text"], "prompt and response"),
 ])  # fmt: skip
 def test_what_is_said_where_it_does_not(layout, objective, facts, cure, tmp_path):
