@@ -41,6 +41,12 @@ def seen(event, args):
         where = args[1] if event != "socket.getaddrinfo" else args[:1]
         with open(sys.argv[1], "a") as file: print(event, where, file=file)
 sys.addaudithook(seen)
+pause = float(sys.argv.pop(2))
+if pause:  # between tokens, as a larger model has it
+    import time
+    from steerjax.inference import engine
+    answer = engine.Engine._answer
+    engine.Engine._answer = lambda *x: time.sleep(pause) or answer(*x)
 from steerjax.play import main
 main(sys.argv[2:])
 """
@@ -53,10 +59,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def playing(log: Path, *arguments: object):
-    """The address of a running playground; it ends as Ctrl-C ends it, and has spoken to nobody else."""
+def playing(log: Path, *arguments: object, pause: float = 0.0):
+    """The address of a running playground; it ends as Ctrl-C ends it, and has spoken to nobody else. Its own
+    model waits `pause` seconds after each token."""
     port = free_port()
-    command = [sys.executable, "-c", WATCHED, str(log), *map(str, arguments), "--port", str(port)]
+    command = [sys.executable, "-c", WATCHED, str(log), str(pause), *map(str, arguments), "--port", str(port)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": "/tmp/steerjax-test-cache"}
     with open(f"{log}.out", "w+") as output:
         process = subprocess.Popen(with_ctrl_c(command), stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -229,8 +236,9 @@ def test_two_people_at_once(browser, own):
 
 
 def test_stop_keeps_what_is_there_and_the_next_question_works(browser, folders, tmp_path):
-    """The folder's model goes on to 900 tokens where nobody stops it."""
-    with playing(tmp_path / "log", "--model", folders["chat"], "--max-new-tokens", 900) as address:
+    """The folder's model goes on for 45 seconds where nobody stops it."""
+    slow = {"pause": 0.05}
+    with playing(tmp_path / "log", "--model", folders["chat"], "--max-new-tokens", 900, **slow) as address:
         with visiting(browser, address) as gone:  # a tab that is closed in the middle
             ask(gone, "Why?")
             gone.wait_for_function("document.querySelector('#answer-A textarea').value.length > 9", timeout=WAIT)
@@ -241,8 +249,8 @@ def test_stop_keeps_what_is_there_and_the_next_question_works(browser, folders, 
             page.locator("#note-A", has_text="stopped").wait_for(timeout=10_000)
             picture(page, "stopped")
             assert len(page.locator("#answer-A textarea").input_value()) > 9
-            assert "Error" not in page.locator("body").inner_text()
             assert page.locator("#answer-B textarea").input_value() == ""
+            assert "Error" not in page.locator("body").inner_text()
             page.locator("#more button").first.click()
             page.get_by_label("number input for Longest answer, in tokens").fill("5")
             ask(page, "How?")
