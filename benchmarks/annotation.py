@@ -108,7 +108,9 @@ def main() -> None:
     for one in found.values():
         one["warm_up"].pop("predicted")
     examples = sum(turn["examples"] for turn in found["steerjax"]["turns"]) / o.turns
-    report("annotation", found, "steerjax", "responses", examples, {k: vars(o)[k] for k in ("layers", "prompts", "turns")})
+    report(
+        "annotation", found, "steerjax", "responses", examples, {k: vars(o)[k] for k in ("layers", "prompts", "turns")}
+    )
     for name in said.keys() - {"steerjax"}:
         apart = max(np.abs(a - b).max() for a, b in zip(said["steerjax"], said[name], strict=True))
         print(f"predictions: {name} differs by at most {apart:.1e}")

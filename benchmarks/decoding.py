@@ -2,8 +2,8 @@
 
     python benchmarks/decoding.py --model SMOLLM2 [--peer PYTHON] [--batch 8]
 
-A turn answers the next --batch prompts of HelpSteer (20 to 400 tokens) with --tokens new tokens each, in float32. Neither
-side stops at an end of turn, so that both draw as many tokens. Texts are compared.
+A turn answers the next --batch prompts of HelpSteer (20 to 400 tokens) with --tokens new tokens each, in float32.
+Neither side stops at an end of turn, so that both draw as many tokens. Texts are compared.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def main() -> None:
     if o.worker:
         name, folder = o.worker[0], Path(o.worker[1])
         ours = name == "steerjax"
-        serve(our_turns(o.model, folder, o.batch, o.tokens, o.turns + 1) if ours else peer_turns(o.model, folder, o.tokens))
+        serve(
+            our_turns(o.model, folder, o.batch, o.tokens, o.turns + 1)
+            if ours
+            else peer_turns(o.model, folder, o.tokens)
+        )
         return
     with tempfile.TemporaryDirectory() as scratch:
         options = [f"--{key}={vars(o)[key]}" for key in ("model", "batch", "tokens", "turns")]

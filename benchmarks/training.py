@@ -2,8 +2,9 @@
 
     python benchmarks/training.py --model SMOLLM2 [--peer PYTHON]
 
-A turn is an optimizer step (AdamW, float32) on the same examples of HelpSteer from the same weights, a model of SmolLM2's
-widths with --layers layers and five outputs. steerjax packs them into rows of 2048 tokens with what they share written
+A turn is an optimizer step (AdamW, float32) on the same examples of HelpSteer from the same weights, a model of
+SmolLM2's widths with --layers layers and five outputs. steerjax packs them into rows of 2048 tokens with what they
+share written
 once. The peer is LlamaForSequenceClassification in batches of 8, padded to the longest of the batch: as the examples
 come (`padded`), or sorted by length within the step (`grouped`), gradients added up over the step. Losses are compared
 step by step.
@@ -46,7 +47,9 @@ def first_layers(source: Path, folder: Path, layers: int) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
     attributes = [{"name": name, "low": 0, "high": 4} for name in NAMES]
-    (folder / "steerjax.json").write_text(json.dumps({"kind": "reward", "template": "chatml", "attributes": attributes}))
+    (folder / "steerjax.json").write_text(
+        json.dumps({"kind": "reward", "template": "chatml", "attributes": attributes})
+    )
 
 
 def our_turns(folder: Path, steps: int, options: argparse.Namespace):
@@ -163,7 +166,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         first_layers(o.model, folder / "start", o.layers)
-        options = [f"--{key.replace('_', '-')}={vars(o)[key]}" for key in ("turns", "devices", "micro_batches", "chunk", "unroll")]
+        options = [
+            f"--{key.replace('_', '-')}={vars(o)[key]}"
+            for key in ("turns", "devices", "micro_batches", "chunk", "unroll")
+        ]
         commands = {
             name: [python, __file__, *options, "--worker", name, scratch]
             for name, python in (("steerjax", sys.executable), ("padded", o.peer), ("grouped", o.peer))
@@ -175,7 +181,9 @@ def main() -> None:
     settings = {key: vars(o)[key] for key in ("layers", "turns", "devices", "micro_batches", "chunk", "unroll")}
     report("training", found, "steerjax", "examples", examples, settings)
     for name in found.keys() - {"steerjax"}:
-        apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(found["steerjax"]["turns"], found[name]["turns"], strict=True))
+        apart = max(
+            abs(a["loss"] - b["loss"]) for a, b in zip(found["steerjax"]["turns"], found[name]["turns"], strict=True)
+        )
         print(f"losses of {len(found[name]['turns'])} steps: {name} differs by at most {apart:.1e}")
 
 

@@ -1,7 +1,7 @@
 """Programs on one machine in turn, A B A B ...: what else the machine does is done to all of them.
 
-Each has a process of its own, and perhaps an environment. A worker gets ready, then does one turn for every line that it
-reads, while the others sleep, and answers with a line of JSON that holds `seconds`. The first turn of each warms up.
+Each has a process of its own, and perhaps an environment. A worker gets ready, then does one turn for every line that
+it reads, while the others sleep, and answers with a line of JSON that holds `seconds`. The first turn of each warms up.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ def report(benchmark: str, found: Mapping[str, dict], ours: str, unit: str, coun
         seconds = [turn["seconds"] for turn in one["turns"]]
         middle = statistics.median(seconds)
         times = f"{middle:.2f} [{min(seconds):.2f}, {max(seconds):.2f}]"
-        said = f"{(r := over[name])['median']:.2f} [{r['least']:.2f}, {r['greatest']:.2f}] times" if name in over else ""
+        said = (
+            f"{(r := over[name])['median']:.2f} [{r['least']:.2f}, {r['greatest']:.2f}] times" if name in over else ""
+        )
         peak = max(turn["peak_gib"] for turn in one["turns"])
         print(f"{name:28}{count / middle:14.2f}{times:>22}{peak:10.2f}   {said}")
     RESULTS.mkdir(exist_ok=True)

@@ -105,7 +105,7 @@ class Engine:
     def run(self, requests: Sequence[Request], done: int = 0) -> Iterator[list[Answer]]:
         """The answers to each request from `done` on, for each setting and sample; all have as many of both."""
         rows = len(requests[0].prompts) * requests[0].samples if requests else 1
-        size = self._batch(rows)
+        size = self._batch(rows, len(requests))
         for first in range(0, len(requests), _WINDOW * size):  # all windows, so that a resumed job has the same batches
             window = range(first, min(first + _WINDOW * size, len(requests)))
             order, answers = sorted(window, key=lambda i: len(requests[i].prompts[0])), {}
@@ -119,7 +119,7 @@ class Engine:
     def stream(self, request: Request) -> Iterator[str | Answer]:
         """The pieces of one answer as they are drawn, then the whole `Answer`."""
         shown = ""
-        for rows in self._steps([request], self._batch(1), 1):
+        for rows in self._steps([request], self._batch(1, 1), 1):
             answer = self._answer(*rows[0])
             ready = shown if answer.finish == "stop" else self.stops.settled(answer.text)
             if ready.startswith(shown):
@@ -128,9 +128,9 @@ class Engine:
         yield answer.text[len(shown) :]
         yield answer
 
-    def _batch(self, rows: int) -> int:
-        """Requests of so many rows in a batch."""
-        return -(-max(1, self.batch_size // rows) // self._ways) * self._ways
+    def _batch(self, rows: int, requests: int) -> int:
+        """Requests of so many rows in a batch, where there are so many."""
+        return -(-max(1, min(self.batch_size // rows, requests)) // self._ways) * self._ways
 
     def _steps(self, requests: Sequence[Request], size: int, interval: int) -> Iterator[list[tuple[np.ndarray, bool]]]:
         """(tokens, ended) of each row, after every `interval` steps."""

@@ -174,6 +174,15 @@ def test_stream_is_the_text_in_pieces():
     assert sum(map(bool, pieces)) > 3
 
 
+def test_no_more_rows_are_computed_than_are_asked_for(monkeypatch):
+    computed, decoder = [], engine(Sampling(max_new_tokens=4), batch_size=8)
+    start = decoder._start
+    monkeypatch.setattr(decoder, "_start", lambda *x: computed.append(len(x[-1].suffix)) or start(*x))
+    for count in (1, 3, 9):
+        list(decoder.run([Request((p,)) for p in prompts(count)]))
+    assert computed == [1, 3, 8, 8]
+
+
 def test_another_seed_compiles_nothing():
     first = engine(sampling := Sampling(1.0, seed=2, max_new_tokens=8))
     requests = [Request((prompts(1)[0],))]
