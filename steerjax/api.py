@@ -285,10 +285,7 @@ def answered(conversation, text: str):
 def _sampling(
     temperature: float | None, top_k: int, top_p: float, seed: int, max_new_tokens: int, samples: int
 ) -> Sampling:
-    from steerjax.inference.steering import Sampling
-    from steerjax.typed import typed
+    from steerjax.inference.steering import make_sampling
 
-    if temperature is None:
-        temperature = 1.0 if samples > 1 or top_k or top_p < 1 else 0.0
-    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
-    return typed(Sampling, asked, "sampling", ConfigError)
+    asked = {"top_k": top_k, "top_p": top_p, "seed": seed, "max_new_tokens": max_new_tokens}
+    return make_sampling(temperature, samples, "sampling", **asked)

@@ -14,12 +14,20 @@ from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes, load_conversations
 from steerjax.data.readers import source_format
-from steerjax.errors import ConfigError, DataError
+from steerjax.errors import DataError
 from steerjax.inference.answerer import open_answerer
 from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
-from steerjax.inference.steering import Answer, Sampling, Setting, hashed, label_of, swept, top_combinations
+from steerjax.inference.steering import (
+    Answer,
+    Sampling,
+    Setting,
+    hashed,
+    label_of,
+    make_sampling,
+    swept,
+    top_combinations,
+)
 from steerjax.schema import Schema, round_rating
-from steerjax.typed import typed
 
 BOOTSTRAP_TOP_K = 50  # the paper's, section 3.4
 _DIALOGUES = {"turns", "messages", "conversations", "instruction", "completion"}  # rows that are more than a prompt
@@ -113,10 +121,8 @@ class Session:
 def sampling_of(o: argparse.Namespace) -> Sampling:
     """How to sample: greedy, unless something asks for more. ConfigError: a value out of range."""
     top_k = o.top_k if o.top_k is not None else BOOTSTRAP_TOP_K if o.combinations else 0
-    drawing = o.samples > 1 or top_k or o.top_p < 1
-    temperature = o.temperature if o.temperature is not None else 1.0 if drawing else 0.0
     asked = {name: getattr(o, name) for name in ("top_p", "seed", "max_new_tokens")}
-    return typed(Sampling, asked | {"temperature": temperature, "top_k": top_k}, "options", ConfigError)
+    return make_sampling(o.temperature, o.samples, "options", top_k=top_k, **asked)
 
 
 def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "auto") -> Conversation:

@@ -14,7 +14,7 @@ from steerjax.chat.templates import Template
 from steerjax.data.conversation import Conversation
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import Schema, check_rating, parse_label, round_rating
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, typed
 
 # Attribute -> whole rating; None leaves the attribute out of the label line. Over the model's default ratings.
 Setting = Mapping[str, int | None]
@@ -29,6 +29,16 @@ class Sampling:
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the tokens that top-k left
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # the same seed and prompt give the same text
     max_new_tokens: Annotated[int, Field(ge=1)] = 512
+
+
+def make_sampling(temperature: float | None, samples: int, where: str, **asked: Any) -> Sampling:
+    """Greedy where no temperature is given, unless something asks to draw: then 1.
+
+    Raises ConfigError: a value out of range, named after `where`.
+    """
+    if temperature is None:
+        temperature = 1.0 if samples > 1 or asked["top_k"] or asked["top_p"] < 1 else 0.0
+    return typed(Sampling, asked | {"temperature": temperature}, where, ConfigError)
 
 
 @dataclass(frozen=True)
