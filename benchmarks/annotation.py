@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 from training import BATCH, first_layers
-from turns import in_turn, report, serve
+from turns import add_options, in_turn, report, serve, workers
 
 
 def our_turns(folder: Path, prompts: int, turns: int):
@@ -84,13 +83,10 @@ def peer_turns(folder: Path, ordered: bool):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, 5)
     add = parser.add_argument
-    add("--model", type=Path, help="a folder with SmolLM2-135M")
-    add("--peer", default=sys.executable, metavar="PYTHON", help="that has torch and transformers")
     add("--layers", type=int, default=30)
     add("--prompts", type=int, default=10, help="of a turn; HelpSteer's sample has 120")
-    add("--turns", type=int, default=5, help="after one that warms up")
-    add("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.worker:
         name, folder = o.worker[0], Path(o.worker[1])
@@ -98,11 +94,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as scratch:
         first_layers(o.model, Path(scratch) / "start", o.layers)
-        options = [f"--turns={o.turns}", f"--prompts={o.prompts}"]
-        commands = {
-            name: [python, __file__, *options, "--worker", name, scratch]
-            for name, python in (("steerjax", sys.executable), ("padded", o.peer), ("sorted", o.peer))
-        }
+        commands = workers(__file__, ("padded", "sorted"), o, ("turns", "prompts"), scratch)
         found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
     said = {name: [np.array(turn.pop("predicted")) for turn in one["turns"]] for name, one in found.items()}
     for one in found.values():

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-from turns import in_turn, report, serve
+from turns import add_options, in_turn, report, serve, workers
 
 
 def our_turns(model: Path, folder: Path, batch: int, tokens: int, turns: int):
@@ -77,13 +76,10 @@ def peer_turns(model: Path, folder: Path, tokens: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, 5)
     add = parser.add_argument
-    add("--model", type=Path, help="a folder with SmolLM2-135M")
-    add("--peer", default=sys.executable, metavar="PYTHON", help="that has torch and transformers")
     add("--batch", type=int, default=1)
     add("--tokens", type=int, default=128)
-    add("--turns", type=int, default=5, help="after one that warms up")
-    add("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.worker:
         name, folder = o.worker[0], Path(o.worker[1])
@@ -95,11 +91,7 @@ def main() -> None:
         )
         return
     with tempfile.TemporaryDirectory() as scratch:
-        options = [f"--{key}={vars(o)[key]}" for key in ("model", "batch", "tokens", "turns")]
-        commands = {
-            name: [python, __file__, *options, "--worker", name, scratch]
-            for name, python in (("steerjax", sys.executable), ("transformers", o.peer))
-        }
+        commands = workers(__file__, ("transformers",), o, ("model", "batch", "tokens", "turns"), scratch)
         found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
     ids = {name: [turn.pop("ids") for turn in one["turns"]] for name, one in found.items()}
     for one in found.values():

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from turns import in_turn, report, serve
+from turns import add_options, in_turn, report, serve, workers
 
 ROWS, LENGTH, BATCH, ATTRIBUTES = 4, 2048, 8, 5
 RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.98), 1e-8, 0.01
+KEYS = ("turns", "devices", "micro_batches", "chunk", "unroll")  # of the workers
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
@@ -147,17 +147,14 @@ def peer_turns(folder: Path, grouped: bool):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, 8)
     add = parser.add_argument
-    add("--model", type=Path, help="a folder with SmolLM2-135M")
-    add("--peer", default=sys.executable, metavar="PYTHON", help="that has torch and transformers")
     add("--layers", type=int, default=6)
-    add("--turns", type=int, default=8, help="after one that warms up")
     add("--devices", type=int, default=1, help="virtual CPU devices of steerjax, on the data axis")
     add("--micro-batches", type=int, default=4)
     add("--chunk", type=int, default=128)
     add("--unroll", type=int, default=1)
     add("--only", default="", help="ours, padded or grouped")
-    add("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     o = parser.parse_args()
     if o.worker:
         name, folder = o.worker[0], Path(o.worker[1])
@@ -166,19 +163,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         first_layers(o.model, folder / "start", o.layers)
-        options = [
-            f"--{key.replace('_', '-')}={vars(o)[key]}"
-            for key in ("turns", "devices", "micro_batches", "chunk", "unroll")
-        ]
-        commands = {
-            name: [python, __file__, *options, "--worker", name, scratch]
-            for name, python in (("steerjax", sys.executable), ("padded", o.peer), ("grouped", o.peer))
-        }
+        commands = workers(__file__, ("padded", "grouped"), o, KEYS, scratch)
         if o.only:
             commands = {"steerjax": commands["steerjax"]} | ({o.only: commands[o.only]} if o.only != "ours" else {})
         found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
     examples = sum(turn["examples"] for turn in found["steerjax"]["turns"]) / o.turns
-    settings = {key: vars(o)[key] for key in ("layers", "turns", "devices", "micro_batches", "chunk", "unroll")}
+    settings = {key: vars(o)[key] for key in ("layers", *KEYS)}
     report("training", found, "steerjax", "examples", examples, settings)
     for name in found.keys() - {"steerjax"}:
         apart = max(

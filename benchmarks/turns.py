@@ -6,6 +6,7 @@ it reads, while the others sleep, and answers with a line of JSON that holds `se
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -32,6 +33,22 @@ def serve(turn: Callable[[], Mapping]) -> None:
         found = turn()
         seconds = time.perf_counter() - begun
         print(json.dumps({"seconds": seconds, "peak_gib": peak_gib(), **found}), file=out, flush=True)
+
+
+def add_options(parser: argparse.ArgumentParser, turns: int) -> None:
+    """Those of every comparison."""
+    add = parser.add_argument
+    add("--model", type=Path, help="a folder with SmolLM2-135M")
+    add("--peer", default=sys.executable, metavar="PYTHON", help="that has torch and transformers")
+    add("--turns", type=int, default=turns, help="after one that warms up")
+    add("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
+
+
+def workers(script: str, peers: Sequence[str], o: argparse.Namespace, keys: Sequence[str], folder: str) -> dict:
+    """The commands of `steerjax` and its peers, each with these options and a folder that they share."""
+    given = [f"--{key.replace('_', '-')}={vars(o)[key]}" for key in keys]
+    pythons = {"steerjax": sys.executable} | dict.fromkeys(peers, o.peer)
+    return {name: [python, script, *given, "--worker", name, folder] for name, python in pythons.items()}
 
 
 def peak_gib() -> float:
