@@ -76,8 +76,8 @@ def resolve_compute(config: ComputeConfig, model: LlamaConfig, row_length: int, 
     attention = choose_backend(
         config.attention, platform, name, model.head_dim, row_length, config.attention_chunk, mesh.shape["context"]
     )
-    unroll = config.unroll or (model.num_layers if platform == "cpu" else 1)
-    return Compute(jnp.dtype(name), config.remat, unroll, attention.name, config.attention_chunk), attention
+    compute = Compute(jnp.dtype(name), config.remat, config.unroll, attention.name, config.attention_chunk)
+    return compute, attention
 
 
 def build_module(kind: str, model: LlamaConfig, compute: Compute, attributes: int, head: HeadConfig) -> nn.Module:

@@ -71,8 +71,7 @@ class Engine:
     def __init__(self, bundle: Bundle, schema: Schema, sampling: Sampling = Sampling(), batch_size: int = 8):  # noqa: B008
         self._about = about = bundle.description
         about.expect("chat")
-        # One layer a step of the scan: unrolled, XLA copies the weights out of their stack (twice as slow on a CPU).
-        model = bundle.module.clone(compute=replace(bundle.module.compute, unroll=1, remat="none"))
+        model = bundle.module.clone(compute=replace(bundle.module.compute, remat="none"))
         self.params, self.mesh, self.sampling, self.batch_size = bundle.params, bundle.mesh, sampling, batch_size
         self.model, self.stops = str(about.path), Stops(about.tokenizer, about.template)
         self._renderer, self._ways = bundle.renderer(schema), mesh_ways(bundle.mesh, RULES["batch"])

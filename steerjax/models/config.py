@@ -152,8 +152,9 @@ class ComputeConfig:
 
     Attributes:
         dtype: of the computation; parameters and optimizer state are float32. `auto`: float32 on CPU, else bfloat16.
-        remat: what a layer keeps for its backward pass: all (`none`), matrix products (`dots`), nothing (`full`).
-        unroll: layers a step of the scan over layers; 0 is all on a CPU and 1 elsewhere.
+        remat: what a layer keeps for its backward pass: all (`none`), matrix products and attention (`dots`, the
+            fastest on a CPU: what is computed again costs less than what is written), nothing (`full`).
+        unroll: layers a step of the scan over layers.
         attention: `chunked` (dense, skips the future), `blockwise` (skips all that the mask forbids), or a kernel,
             `splash` (TPU) or `cudnn` (GPU); all are one function. `auto` takes blockwise on CPU, splash on TPU and
             cudnn on GPU where they fit, else chunked, and a run's summary says why.
@@ -163,8 +164,8 @@ class ComputeConfig:
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
-    unroll: Count = 0
+    remat: Literal["none", "dots", "full"] = "dots"
+    unroll: Positive = 1
     attention: Literal["auto", "chunked", "blockwise", "splash", "cudnn"] = "auto"
     attention_chunk: Positive = 256
     loss_chunk: Positive = 256

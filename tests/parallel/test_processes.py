@@ -34,7 +34,7 @@ def get_config():
     config.data.validation_fraction = 0.25
     config.model.update(hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=4)
     config.batch.update(rows=8, row_length=128)
-    config.compute.update(attention_chunk=64, unroll=1)
+    config.compute.attention_chunk = 64
     config.train.update(steps={steps}, checkpoint_every=4, plots=False)
     # Adam would make whole steps of the rounding of gradients that lie near the usual epsilon.
     config.optimizer.update(learning_rate=1e-3, warmup_steps=2, epsilon=1e-6)

@@ -30,7 +30,7 @@ GROUPS = {
     },
     "batch": {"rows": 8, "row_length": 256},
     "compute": {
-        "remat": "full", "unroll": 1, "attention": "chunked", "attention_chunk": 128, "loss_chunk": 32,
+        "remat": "full", "attention": "chunked", "attention_chunk": 128, "loss_chunk": 32,
     },
 }  # fmt: skip
 TINY = resolve(GROUPS)

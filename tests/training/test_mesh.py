@@ -53,7 +53,7 @@ def losses(rows: Path, workdir: Path, objective: str, mesh: str, micro_batches: 
         "data": {"train": (str(rows),), "validation_fraction": 0.2},
         "model": {"hidden_size": 32, "intermediate_size": 64, "num_layers": 2, "num_heads": 8, "num_kv_heads": 8},
         "batch": {"rows": 8, "row_length": 256, "micro_batches": micro_batches, "evaluation_rows": 8},
-        "compute": {"attention": attention, "attention_chunk": 32, "loss_chunk": 32, "unroll": 1},
+        "compute": {"attention": attention, "attention_chunk": 32, "loss_chunk": 32},
         "mesh": {"data": 1} | axes,
         "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1, "epsilon": 1e-6},
         "train": {"steps": 3, "plots": False},

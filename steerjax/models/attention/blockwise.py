@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from steerjax.models.attention.mask import Heads, Keys, Window
+from steerjax.models.attention.mask import ATTENTION, Heads, Keys, Window
 
 NEGATIVE = -1e30  # finite: a block may hold no key for a query, and inf - inf is NaN
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -156,7 +157,8 @@ def blockwise_attention(
 
 
 def _forward(q, k, v, until, window, plan, block):
-    out, logsumexp = jax.lax.map(lambda x: _forward_row(*x), (_rows(q, k, v, until, window, block), plan))
+    found = jax.lax.map(lambda x: _forward_row(*x), (_rows(q, k, v, until, window, block), plan))
+    out, logsumexp = (checkpoint_name(x, ATTENTION) for x in found)
     return _from_blocks(out, block), (q, k, v, until, window, plan, out, logsumexp)
 
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from steerjax.models.attention.mask import Heads, Keys
+from steerjax.models.attention.mask import ATTENTION, Heads, Keys
 
 LANES = 128  # splash wants multiples of it
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # jax.nn's name of the primitive
 FORBIDDEN = -(2.0**41)  # what jax.nn writes for a mask: cuDNN mishandles the least numbers of bfloat16
 
 
@@ -43,7 +44,7 @@ def splash_attention(q: Heads, k: Keys, v: Keys, plan: tuple, interpret: bool = 
         forward, backward = (info._replace(is_dynamic_mask=True) for info in plan)
         attend = kernels.SplashAttentionKernel(
             forward, forward, backward, block_sizes=BlockSizes(*(block,) * 8), is_mqa=False, save_residuals=False,
-            mask_value=kernels.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None, residual_checkpoint_name=None,
+            mask_value=kernels.DEFAULT_MASK_VALUE, attn_logits_soft_cap=None, residual_checkpoint_name=ATTENTION,
             mask_function=None, interpret=interpret,
         )  # fmt: skip
         q, k, v = (x.swapaxes(0, 1) for x in (q * q.shape[-1] ** -0.5, k, v))

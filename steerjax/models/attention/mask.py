@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 Heads = Float[Array, "B T N H"]  # of queries and outputs
 Keys = Float[Array, "B S K H"]  # and values; N / K query heads share one
 
+ATTENTION = "attention"  # checkpoint name of what attention's backward pass needs of its forward pass
+
 
 class Window(NamedTuple):
     """A sliding window (Mistral's): a token at position p is seen up to position p + window - 1 of its own text."""
