@@ -82,7 +82,8 @@ def main() -> None:
     rows = timed("pack an epoch", lambda: epoch_rows(trees, o.row_length, 0, 0))
     packed = packing_statistics(trees, rows, o.row_length)
     whole = sum(stages[name]["seconds"] for name in stages if name != "read JSONL")
-    print(f"{'all of these':28}{whole:10.2f} s{'':25}{o.rows / whole:12,.0f} rows/s{peak_gib():8.2f} GiB at most")
+    peak = peak_gib()
+    print(f"{'all of these':28}{whole:10.2f} s{'':25}{o.rows / whole:12,.0f} rows/s{peak:8.2f} GiB at most")
     print(f"{tokens:,} tokens, {packed.tokens:,} in {len(rows):,} rows; {left_out} rows too long")
     for objective in objectives:
         for part in objective.data.values():  # the benchmark trains no validation
@@ -93,7 +94,7 @@ def main() -> None:
           "{tokens_a_second:,.0f} tokens/s".format(**feeding))  # fmt: skip
     value = {
         "benchmark": "host", "machine": machine(), "settings": vars(o), "stages": stages, "seconds": whole,
-        "rows_a_second": o.rows / whole, "peak_gib": peak_gib(), "tokens": tokens, "packed_tokens": packed.tokens,
+        "rows_a_second": o.rows / whole, "peak_gib": peak, "tokens": tokens, "packed_tokens": packed.tokens,
         "feeding": feeding,
     }  # fmt: skip
     (RESULTS / "host.json").write_text(json.dumps(value, indent=1, sort_keys=True) + "\n")
