@@ -7,15 +7,19 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from steerjax.config import resolve
 from steerjax.errors import ConfigError, reported_errors
 from steerjax.signals import ends_at_once, outlive_readers
-from steerjax.training.config import Experiment
+
+if TYPE_CHECKING:  # JAX comes with it, which --help does without
+    from steerjax.training.config import Experiment
+
+# What `reference.reference_text` says; `python -m steerjax.reference` writes it.
+REFERENCE = Path(__file__).with_name("reference.txt")
 
 
 def run_experiment(main: Callable[[Experiment], None], usage: str, required: Sequence[str]) -> None:
@@ -32,6 +36,8 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
     sys.modules["__main__"].__doc__ = usage  # where absl looks for it
 
     def run(_) -> None:
+        from steerjax.config import resolve
+
         logging.set_verbosity(logging.WARNING)  # absl opens the tap for every library that logs
         with reported_errors():
             for name in ("config", *required):
@@ -46,13 +52,11 @@ def run_experiment(main: Callable[[Experiment], None], usage: str, required: Seq
 
 def _print_help(usage: str) -> None:
     """Flags, recipes and every key of the config."""
-    from steerjax.reference import reference_text
-
     foreign = ("absl", "ml_collections", "etils", "orbax")
     modules = flags.FLAGS.flags_by_module_dict().items()
     own = [flag for name, found in modules if not name.startswith(foreign) for flag in found if flag.help]
     print(usage.strip(), "", *(f"  --{flag.name}: {flag.help}" for flag in own), sep="\n")
-    print(f"\nRecipes that come with steerjax: {', '.join(recipes())}.\n\n{reference_text()}")
+    print(f"\nRecipes that come with steerjax: {', '.join(recipes())}.\n\n{REFERENCE.read_text()}", end="")
 
 
 def recipes() -> dict[str, Path]:
@@ -130,5 +134,7 @@ def local_folder(path: str) -> Path:
 
 def use_compile_cache(workdir: Path) -> None:
     """Compiled steps are kept in the workdir (or where JAX_COMPILATION_CACHE_DIR says), so a resume starts fast."""
+    import jax
+
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))

@@ -1,4 +1,7 @@
-"""Every key of the config with its type, default and meaning, from where each is declared."""
+"""Every key of the config with its type, default and meaning, from where each is declared.
+
+`python -m steerjax.reference` writes the text that --help shows, which so needs neither JAX nor the config.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from steerjax.config import default_config
+from steerjax.flags import REFERENCE
 from steerjax.objectives import OBJECTIVES, find_objective
 from steerjax.training.config import GROUPS
 
@@ -43,7 +47,7 @@ def reference_text(width: int = 110) -> str:
         for key in keys:
             lines.append(f"  --config.{key.name}={key.default!r}  ({key.kind})")
             lines += textwrap.wrap(key.meaning, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
 def _keys(prefix: str, cls: type, defaults: Mapping[str, Any]) -> Iterator[Key]:
@@ -97,3 +101,7 @@ def _comments(source: str) -> dict[str, str]:
         if said and not said[0].startswith("noqa"):
             found[node.target.id] = " ".join(said)
     return found
+
+
+if __name__ == "__main__":
+    REFERENCE.write_text(reference_text())

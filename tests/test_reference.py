@@ -7,9 +7,10 @@ import tomllib
 
 import pytest
 
+from steerjax.__main__ import COMMANDS
 from steerjax.config import default_config
 from steerjax.errors import ConfigError
-from steerjax.flags import find_recipe, recipes
+from steerjax.flags import REFERENCE, find_recipe, recipes
 from steerjax.reference import groups, reference_text
 from tests.refusals import refused
 
@@ -39,6 +40,23 @@ def test_help_of_train():
     assert done.returncode == 0
     for word in ("--workdir", "--config.optimizer.learning_rate=0.001  (number)", "rm_smollm2", "config.sft:"):
         assert word in done.stdout
+
+
+def test_the_text_that_help_shows_is_that_of_the_code():
+    assert REFERENCE.read_text() == reference_text(), "python -m steerjax.reference writes it"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_heavy(name):
+    heavy = ("jax", "flax", "orbax", "datasets", "torch", "transformers", "matplotlib", "pandas", "tokenizers")
+    code = f"""import atexit, sys
+atexit.register(lambda: print([name for name in {heavy} if name in sys.modules], file=sys.stderr))
+sys.argv = ["steerjax", "{name}", "--help"]
+from steerjax.__main__ import main
+main()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.strip()) == (0, "[]")
+    assert name in done.stdout
 
 
 def test_recipes_by_name(tmp_path, monkeypatch, repository):

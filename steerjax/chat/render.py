@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import os
 from bisect import bisect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import numpy as np
@@ -31,6 +31,8 @@ from steerjax.schema import Schema, format_label
 from steerjax.typed import STRICT
 
 Label = Mapping[str, float]
+
+_RECENT = 256  # texts whose tokens are kept: the rows of a prompt mostly stand together
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -118,7 +120,7 @@ class Renderer:
         if generation_label is not None and not generation_prompt:
             raise ValueError("generation_label needs generation_prompt=True")
         generation = (generation_label or {}) if generation_prompt else None
-        text, tokens, roles, responses, root = "", [], [], [], None
+        text, tokens, counts, responses, root = "", [], [], [], None
         try:
             for segment in self._segments(conversation, labels, generation, rated):
                 ids, own = self._encode_segment(segment, text)
@@ -126,12 +128,13 @@ class Renderer:
                     start = len(tokens)
                     responses.append(ResponseSpan(segment.turn, start, start + own, start + len(ids)))
                 tokens += ids
-                roles += [segment.role] * own + [TokenRole.END] * (len(ids) - own)
+                counts += (segment.role, own), (TokenRole.END, len(ids) - own)
                 text += segment.text + segment.end
                 root = len(tokens) if root is None and segment.asks else root
         except DataError as error:
             raise error.at(conversation.file, conversation.line) from None
-        ids, kinds = np.array(tokens, np.int32), np.array(roles, np.int8)
+        kinds, sizes = np.array(counts).T
+        ids, kinds = np.array(tokens, np.int32), np.repeat(kinds.astype(np.int8), sizes)
         return Rendered(text.replace(HIDE, ""), ids, kinds, tuple(responses), len(ids) if root is None else root)
 
     def reward_tokens(self, conversation: Conversation, turn_index: int) -> tuple[np.ndarray, int]:
@@ -221,7 +224,11 @@ class Renderer:
             raise DataError(message, field=field, cure=cure) from None
         return self._as_text(self.template.stripped(text, role))
 
-    def _as_text(self, text: str) -> str:
+    @cached_property
+    def _as_text(self) -> Callable[[str], str]:
+        return lru_cache(_RECENT)(self._hidden)
+
+    def _hidden(self, text: str) -> str:
         """`text` with `HIDE` or U+2060 inside whatever would become a control token or spell one."""
         spelt, told = any_of(self._controls), self.tokenizer.told
         if not spelt.search(text) and not spelt.search(self.tokenizer.normalized(text)):
@@ -247,11 +254,19 @@ class Renderer:
     def _controls(self) -> frozenset[str]:
         return self.template.control_strings | self.tokenizer.special_strings
 
-    def _encode(self, text: str, before: str) -> list[int]:
-        fresh = not before or before.endswith(tuple(self.tokenizer.restarts & self._controls))
-        return self.tokenizer.encode(text, continuation=not fresh, controls=self.template.control_strings)
+    def _encode(self, text: str, before: str) -> tuple[int, ...]:
+        return self._encoded(text, not before or before.endswith(tuple(self.tokenizer.restarts & self._controls)))
 
-    def _encode_segment(self, segment: _Segment, before: str) -> tuple[list[int], int]:
+    @cached_property
+    def _encoded(self) -> Callable[[str, bool], tuple[int, ...]]:
+        """(text, whether it is a fresh one) -> token ids."""
+
+        def encode(text: str, fresh: bool) -> tuple[int, ...]:
+            return tuple(self.tokenizer.encode(text, continuation=not fresh, controls=self.template.control_strings))
+
+        return lru_cache(_RECENT)(encode)
+
+    def _encode_segment(self, segment: _Segment, before: str) -> tuple[tuple[int, ...], int]:
         """Tokens of text and end, and the number of those before the end's, whose is a token that spans both."""
         ids = self._encode(segment.text + segment.end, before)
         end = self._encode(segment.end, segment.text or before)

@@ -1,10 +1,10 @@
 """Sources -> conversations, with what was skipped; splits by prompt."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def load_conversations(
     skipped: list[Skipped] = []
     duplicates: list[Skipped] = []
     unread: dict[str, None] = {}
-    read = read or partial(read_conversations, schema=schema, format=format, unread=unread)
+    read = read or functools.partial(read_conversations, schema=schema, format=format, unread=unread)
     rows = list(usable_rows(sources, read, skipped, duplicates, **options))
     return Loaded(rows, skipped, len(duplicates), tuple(unread))
 
@@ -103,7 +103,12 @@ def prompt_key(conversation: Conversation) -> str:
     """Names the prompt: the first user turn, whatever its case and white space, so a tree's threads have one key."""
     turns = conversation.turns
     prompt = next((turn for turn in turns if turn.role == "user"), turns[0])
-    return _digest([" ".join(prompt.content.casefold().split())])
+    return _prompt_digest(prompt.content)
+
+
+@functools.lru_cache(maxsize=1024)  # the rows of a prompt mostly stand together
+def _prompt_digest(text: str) -> str:
+    return _digest([" ".join(text.casefold().split())])
 
 
 def shared_prompts(train: Iterable[Conversation], validation: Iterable[Conversation]) -> int:

@@ -6,6 +6,7 @@ again.
 """
 
 import bisect
+import heapq
 import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
@@ -91,15 +92,25 @@ def fill(parts: Sequence[Part], row_length: int, random: np.random.Generator | N
     if random is not None:
         lengths *= random.random(len(parts))
     rows: list[list[Part]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    rooms: list[int] = []  # tokens that open rows have left, sorted, each number once
+    having: dict[int, list[int]] = {}  # heaps of the rows that have so much left
     for i in np.argsort(-lengths, kind="stable"):
-        place = bisect.bisect_left(room, (parts[i].length, -1))
-        if place == len(room):
-            room.append((row_length, len(rows)))
+        size = parts[i].length
+        place = bisect.bisect_left(rooms, size)
+        if place < len(rooms):
+            left = rooms[place]
+            row = heapq.heappop(having[left])
+            if not having[left]:
+                del rooms[place]
+        else:
+            left, row = row_length, len(rows)
             rows.append([])
-        left, row = room.pop(place)
         rows[row].append(parts[i])
-        bisect.insort(room, (left - parts[i].length, row))
+        left -= size
+        heap = having.setdefault(left, [])
+        if not heap:
+            bisect.insort(rooms, left)
+        heapq.heappush(heap, row)
     if random is not None:
         rows = [[row[i] for i in random.permutation(len(row))] for row in rows]
     return [tuple(row) for row in rows]

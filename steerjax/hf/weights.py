@@ -1,7 +1,9 @@
 """The safetensors of a Hugging Face folder, read by slices, straight into the shards of our parameters."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +17,7 @@ from steerjax.hf.keys import Index, Tensor, stacked_shapes, tensors
 from steerjax.typed import read_json
 
 _AGAIN = "download it again"
+_THREADS = min(8, os.cpu_count() or 1)  # that read at once; each holds a tensor of one layer
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -123,13 +126,18 @@ class TensorReader:
         return stacks
 
     def read(self, path: str, index: Index, dtype) -> np.ndarray:
-        """The part of a parameter at `index`, read layer by layer."""
+        """The part of a parameter at `index`, read layer by layer, several at once."""
         stack = self.stacks[path]
         stacked = stack[0][0].layer is not None
         layers, part = (stack[index[0]], index[1:]) if stacked else (stack, index)
         out = np.empty((len(layers), *(one.stop - one.start for one in part)), dtype)
-        for place, (tensor, header) in enumerate(layers):
+
+        def fill(place: int) -> None:
+            tensor, header = layers[place]
             out[place] = tensor.to_ours(read_tensor(header.file, tensor.name, tensor.hf_index(part)), part)
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(fill, range(len(layers))))
         return out if stacked else out[0]
 
 

@@ -83,12 +83,16 @@ def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Rendere
         DataError: names the row; or nothing is left, or nothing that an objective can learn from.
     """
     parts, skipped, said = load_parts(e)
-    trees = []
+    trees, changed = [], 0
     for number, split in enumerate((TRAIN, VALIDATION)):
         examples: list[Example] = []
         for part in parts:
             learners = [o for o in objectives if o.name in part.objectives]
-            for conversation in part.splits[number]:
+            waiting = part.splits[number][::-1]
+            part.splits[number].clear()
+            while waiting:  # each is let go once it is read, so that memory does not hold text and tokens of all
+                conversation = waiting.pop()
+                changed += renderer.broken(conversation)
                 try:
                     for objective in learners:
                         examples += objective.examples(conversation, split)
@@ -108,7 +112,7 @@ def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Rendere
         raise error.but(message=error.message + more) from None
     if missing := missing_markers(renderer.tokenizer, renderer.template):
         said["markers"] = f"{', '.join(missing)}: plain text to this tokenizer"
-    if changed := sum(renderer.broken(each) for part in parts for split in part.splits for each in split):
+    if changed:
         said["control strings"] = f"{changed} texts spell one; a zero-width character breaks it"
     plan = BatchPlan(trees[0], e.batch.rows, e.batch.row_length, e.train.seed)
     return Input(plan, trees[1], pack(trees[1], e.batch.row_length), skipped, said)

@@ -328,3 +328,16 @@ def test_missing_markers(embedded, gpt2_like, llama3_like, llama_spm, llama_hf):
     assert missing_markers(llama3_like, TEMPLATES["llama3"]) == ("<|attributes|>",)
     assert not {"<s>", "</s>"} & set(missing_markers(llama_spm, TEMPLATES["llama2"]))
     assert missing_markers(llama_spm, TEMPLATES["extra_id"]) == ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_normalizer_of_replacements_gives_what_the_librarys_gives(tokenizers, name):
+    tokenizer = tokenizers[name]
+    own = tokenizer.backend.normalizer
+    for text in (*TEXTS, "\u2581 a\u2581", " "):
+        assert tokenizer.normalized(text) == (own.normalize_str(text) if own else text)
+
+
+def test_tokens_are_those_of_encode_with_offsets(embedded, texts):
+    for text in (*TEXTS, *texts[:100]):
+        assert embedded.encode(text) == embedded.backend.encode(text, add_special_tokens=False).ids

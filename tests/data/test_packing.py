@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerjax.data.batch import BatchPlan, evaluation_steps
-from steerjax.data.packing import check_fits, epoch_rows, lay_out, pack, packing_statistics, unshared_rows
+from steerjax.data.packing import Part, check_fits, epoch_rows, fill, lay_out, pack, packing_statistics, unshared_rows
 from steerjax.data.trees import grow
 from steerjax.errors import DataError
 from tests.data.forests import example, prompts, random_examples
@@ -126,6 +126,19 @@ def test_epochs_differ_and_repeat():
     assert first != epoch_rows(TREES, 64, seed=1, epoch=1)
     assert first != epoch_rows(TREES, 64, seed=2, epoch=0)
     assert numbers(TREES, first) == list(range(COUNT))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_part_goes_to_the_fullest_row_with_room_of_such_the_first(seed):
+    lengths = np.random.default_rng(seed).integers(1, 33, 300)
+    parts = [Part(i, (0,), int(length), 0) for i, length in enumerate(lengths)]
+    rows: list[list[Part]] = []
+    for part in sorted(parts, key=lambda part: -part.length):
+        room = [(32 - sum(p.length for p in row), number) for number, row in enumerate(rows)]
+        _, number = min((one for one in room if one[0] >= part.length), default=(0, len(rows)))
+        rows += [[]] * (number == len(rows))
+        rows[number] = [*rows[number], part]
+    assert fill(parts, 32) == [tuple(row) for row in rows]
 
 
 def neighbours(trees, rows):

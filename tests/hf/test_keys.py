@@ -3,11 +3,12 @@
 import itertools
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from flax.core import meta
 
-from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, stacked_shapes, tensors
+from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, _transposed, stacked_shapes, tensors
 from steerjax.models.config import LlamaConfig
 from steerjax.models.llama import CausalLM
 from tests.hf_folders import CLASSIFIER as CLASSIFIER_CONFIG
@@ -21,6 +22,15 @@ RAW = TINY | {
     "vocab_size": 6, "hidden_size": 8, "intermediate_size": 6, "attention_bias": True, "mlp_bias": True,
     "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (127, 300), (128, 256), (129, 5), (0, 3)])
+def test_a_transpose_by_tiles(shape):
+    matrix = np.random.default_rng(0).standard_normal(shape).astype(ml_dtypes.bfloat16)
+    for array in (matrix, matrix[:, ::-1]):
+        found = _transposed(array)
+        assert found.flags["C_CONTIGUOUS"]
+        assert found.tobytes() == np.ascontiguousarray(array.T).tobytes()
 
 
 def whole(shape) -> tuple[slice, ...]:

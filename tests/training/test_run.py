@@ -313,12 +313,7 @@ def test_help_is_quick(repository):
     assert "--config" in run.stdout
     assert "--workdir" in run.stdout
     end = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 4  # seconds of a processor; about one
-    probe = "import sys, steerjax.command; print([m for m in ('jax', 'datasets', 'torch') if m in sys.modules])"
-    seen = subprocess.run(
-        [sys.executable, "-c", probe], env=environment(repository), capture_output=True, text=True, check=True
-    )
-    assert seen.stdout.strip() == "[]"
+    assert end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime < 1  # seconds of a processor; about 0.1
 
 
 def test_mesh_errors_name_the_cure(recipe, tmp_path):
