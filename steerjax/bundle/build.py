@@ -76,7 +76,8 @@ def resolve_compute(config: ComputeConfig, model: LlamaConfig, row_length: int, 
     attention = choose_backend(
         config.attention, platform, name, model.head_dim, row_length, config.attention_chunk, mesh.shape["context"]
     )
-    unroll = config.unroll or (model.num_layers if platform == "cpu" else 1)
+    # Out of a loop, XLA's CPU compiler merges what remat computes again with what was there, and keeps it all.
+    unroll = config.unroll or (model.num_layers if platform == "cpu" and config.remat == "none" else 1)
     return Compute(jnp.dtype(name), config.remat, unroll, attention.name, config.attention_chunk), attention
 
 
