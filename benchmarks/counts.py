@@ -3,8 +3,8 @@
     python benchmarks/counts.py            # exit status 1 if one is worse than in counts.json
     python benchmarks/counts.py --write    # after a change that made one better, or worse for a reason
 
-* tokens: of a HelpSteer example (the packaged rows), in packed rows, written whole, and in batches of 8 padded to their
-  longest, with tokens that are computed and are padding counted.
+* tokens: of a HelpSteer example (the packaged rows) in packed rows and written whole; with padding, whole examples are
+  in batches of 8.
 * flops: matrix products of a step or forward over its model FLOPs, on real packed rows. Loops are counted as often as
   these rows' masks make them turn (flop_count.py), which XLA's own count does not do.
 * memory: temporary bytes of the compiled train step for one CPU device.
@@ -22,7 +22,6 @@ import json
 import os
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -35,9 +34,9 @@ from flop_count import counted
 from steerjax.annotate import main as annotate
 from steerjax.chat.render import make_renderer
 from steerjax.config import default_config, resolve
+from steerjax.data.batch import BatchPlan
 from steerjax.data.packing import packing_statistics
 from steerjax.generate import main as generate
-from steerjax.models.flops import training_flops
 from steerjax.parallel.mesh import make_mesh
 from steerjax.planning.compile import compile_step, plannable
 from steerjax.training.config import Experiment
@@ -66,60 +65,58 @@ def experiment(kind: str, **groups) -> Experiment:
     return resolve(config.to_dict())
 
 
+def reward(remat: str) -> Experiment:
+    return experiment("reward", compute={"attention": "blockwise", "remat": remat, "unroll": 1})
+
+
 class Setup:
     """What `train` makes of an experiment before its first step."""
 
     def __init__(self, e: Experiment):
         e = plannable(e, 1)
-        self.experiment, schema, self.mesh = e, e.data.make_schema(), make_mesh(e.mesh)
-        objectives = make_objectives(e, schema, make_renderer(e.chat, schema))
-        self.data = make_input(e, objectives, make_renderer(e.chat, schema))
-        self.plan = self.data.plan
-        feed = make_feeder(self.plan.trees, objectives, e.batch.row_length, self.mesh, e.batch.micro_batches)
-        self.program = Program(e, schema, objectives, self.mesh, feed, e.train.steps)
+        schema, mesh = e.data.make_schema(), make_mesh(e.mesh)
+        objectives = make_objectives(e, schema, renderer := make_renderer(e.chat, schema))
+        self.plan = make_input(e, objectives, renderer).plan
         self.rows = self.plan.step_rows(0)
-        self.batch = feed(self.rows)
+        feed = make_feeder(self.plan.trees, objectives, e.batch.row_length, mesh, e.batch.micro_batches)
+        self.program, self.batch = Program(e, schema, objectives, mesh, feed, e.train.steps), feed(self.rows)
 
 
-def tokens() -> dict[str, float]:
-    setup = Setup(experiment("reward"))
-    trees, length = setup.plan.trees, setup.experiment.batch.row_length
-    packed = packing_statistics(trees, setup.plan.epoch(0), length)
-    lengths = [len(example.tokens) for tree in trees for example in tree.examples]
+def tokens(plan: BatchPlan) -> dict[str, float]:
+    packed = packing_statistics(plan.trees, plan.epoch(0), plan.row_length)
+    lengths = [len(example.tokens) for tree in plan.trees for example in tree.examples]
     batches = [lengths[at : at + 8] for at in range(0, len(lengths), 8)]
     each = {
         "packed": packed.tokens,
-        "packed, with padding": packed.rows * length,
+        "packed, with padding": packed.rows * plan.row_length,
         "whole": sum(lengths),
         "whole, with padding": sum(len(batch) * max(batch) for batch in batches),
     }
     return {name: round(number / packed.examples, 2) for name, number in each.items()}
 
 
-def flops() -> dict[str, float]:
-    """Of the step for back ends and remat, and of the forward, over model FLOPs."""
+def flops(none: Setup) -> dict[str, float]:
+    """Of steps and a forward with blockwise attention, over model FLOPs; `none` is without remat."""
     found = {}
-    for attention, remat in (("chunked", "none"), ("blockwise", "none"), ("blockwise", "full")):
-        s = Setup(experiment("reward", compute={"attention": attention, "remat": remat, "unroll": 1}))
+    for remat in ("none", "full"):
+        s = none if remat == "none" else Setup(reward(remat))
         model = s.program.step_facts(s.rows, s.plan.trees)["flops"]
         state, params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (s.program.abstract, s.program.whole))
-        found[f"step, {attention}, remat {remat}"] = counted(s.program.train_step, state, s.batch) / model
-        if (attention, remat) == ("blockwise", "none"):
+        found[f"step, remat {remat}"] = counted(s.program.train_step, state, s.batch) / model
+        if remat == "none":
             batch = jax.tree.map(lambda x: x[0], s.batch)
             once = counted(lambda params, b, s=s: forward(s.program.module, params, b, 0)[1], params, batch)
-            found[f"forward, {attention}"] = once / (model / 3)
+            found["forward"] = once / (model / 3)
     return {name: round(ratio, 4) for name, ratio in found.items()}
 
 
 def memory() -> dict[str, int]:
     """Of 4 rows of 512 tokens."""
     found = {}
-    for kind, remat, micro_batches in (
-        ("reward", "none", 1), ("reward", "full", 1), ("reward", "none", 2), ("chat", "none", 1), ("chat", "full", 2),
-    ):  # fmt: skip
+    for kind, remat, micro_batches in (("reward", "full", 2), ("chat", "none", 1)):
         batch = {"row_length": 512, "micro_batches": micro_batches}
         e = experiment(kind, batch=batch, compute={"remat": remat, "attention_chunk": 128})
-        name = f"{kind}, remat {remat}, {micro_batches} micro-batches"
+        name = f"{kind}, remat {remat}, micro-batches {micro_batches}"
         found[name] = int(compile_step(plannable(e, 1), jax.devices()).parts["temp"])
     return found
 
@@ -140,13 +137,22 @@ def compilations() -> dict[str, int]:
         found[name] = len(events)
 
     with tempfile.TemporaryDirectory() as name:
-        folder, short = Path(name), {"steps": 6, "evaluate_every": 2, "checkpoint_every": 3, "plots": False}
-        for kind in ("reward", "chat"):
-            e = experiment(kind, model=TINY, train=short, optimizer={"warmup_steps": 1})
-            run(f"train, {kind}", train, e, folder / kind)
-        rows = ({"turns": [{"role": "user", "content": text}, {"role": "assistant", "content": text}]}
-                for text in PROMPTS * 8)  # fmt: skip
+        folder = Path(name)
+        ratings = dict.fromkeys(("helpfulness", "correctness", "coherence", "complexity", "verbosity"), 2)
+        rows = ({"turns": [{"role": "user", "content": f"{n} {text}"},
+                           {"role": "assistant", "content": text, "ratings": ratings}]}
+                for n in range(8) for text in PROMPTS)  # fmt: skip
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        groups = {
+            "data": {"train": (str(folder / "rows.jsonl"),)},
+            "model": TINY,
+            "batch": {"row_length": 1024},
+            "compute": {"unroll": 1, "attention": "chunked", "attention_chunk": 1024},
+            "optimizer": {"warmup_steps": 1},
+            "train": {"steps": 6, "evaluate_every": 2, "checkpoint_every": 3, "plots": False},
+        }
+        for kind in ("reward", "chat"):
+            run(f"train, {kind}", train, experiment(kind, **groups), folder / kind)
         (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
         for name, command, *options in (
             ("annotate", annotate, "--model", "reward", "--input", "rows.jsonl", "--chunk-rows=16"),
@@ -175,7 +181,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="write counts.json")
     write = parser.parse_args().write
     jax.config.update("jax_enable_compilation_cache", False)
-    new = {"tokens": tokens(), "flops": flops(), "memory": memory(), "compilations": compilations()}
+    none = Setup(reward("none"))
+    new = {"tokens": tokens(none.plan), "flops": flops(none), "memory": memory(), "compilations": compilations()}
     text = json.dumps(new, indent=1) + "\n"
     print(text, end="")
     if write:

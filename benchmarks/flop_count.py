@@ -18,7 +18,7 @@ _CALLS = ("jit", "checkpoint", "remat2", "closed_call", "custom_jvp_call", "cust
 
 
 def counted(function: Callable, *arguments) -> float:
-    """The FLOPs of `function(*arguments)`, in matrix products alone: 2 a multiplication and addition. No mesh is set."""
+    """The FLOPs of `function(*arguments)`, in matrix products: 2 a multiplication and addition. No mesh is set."""
     jaxpr = jax.make_jaxpr(function)(*arguments)
 
     @jax.jit
