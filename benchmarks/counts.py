@@ -1,4 +1,4 @@
-"""Counts that no change may make worse unseen: tokens, FLOPs, memory, compilations. A test runs this.
+"""Counts that no change may make worse unseen: tokens, FLOPs, memory, compilations. CI runs this.
 
     python benchmarks/counts.py            # exit status 1 if one is worse than in counts.json
     python benchmarks/counts.py --write    # after a change that made one better, or worse for a reason
@@ -24,8 +24,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # of LLVM: what is counted comes before it
+if __name__ == "__main__":  # of LLVM no optimization: what is counted comes before it
+    os.environ |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
 
 import jax
 import numpy as np

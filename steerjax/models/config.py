@@ -153,7 +153,7 @@ class ComputeConfig:
     Attributes:
         dtype: of the computation; parameters and optimizer state are float32. `auto`: float32 on CPU, else bfloat16.
         remat: what a layer keeps for its backward pass: all (`none`), matrix products (`dots`), nothing (`full`).
-        unroll: layers a step of the scan over layers; 0 is all on a CPU and 1 elsewhere.
+        unroll: layers a step of the scan over layers; 0 is all on a CPU without remat, and 1 elsewhere.
         attention: `chunked` (dense, skips the future), `blockwise` (skips all that the mask forbids), or a kernel,
             `splash` (TPU) or `cudnn` (GPU); all are one function. `auto` takes blockwise on CPU, splash on TPU and
             cudnn on GPU where they fit, else chunked, and a run's summary says why.
