@@ -1,9 +1,10 @@
 """steerjax plan --config configs/rm_llama3_70b.py --topology v5p:4x4x8 [--config.KEY=VALUE ...]
 
 Compiles the real train step for a machine that is not here (v5e, v5p, v6e with libtpu; h100 with jax's CUDA plugin) and
-prints what the compiler says: memory a device, fits or not; where it does not fit, it tries changes until one does. No
-data and no weights are read. A config with model.vocab_size is planned as written; without it, the model source's
-config.json is read. Exit status: 0 if it fits as it is, 1 if only with changes or not at all, 2 on an error.
+prints what the compiler says: memory a device, fits or not, compiled FLOPs beside the model's, memory traffic and
+collectives. Where the step does not fit, changes are tried until it does. No data and no weights are read. A config
+with model.vocab_size is planned as written; without it, the model source's config.json is read. Exit status: 0 if it
+fits as it is, 1 if only with changes or not at all, 2 on an error.
 
 TOPOLOGY is v5e:4x4, v5p:4x4x8, v6e:4x4 (chips along each axis of the slice) or h100:1x8 (nodes x GPUs).
 JAX_PLATFORMS=cpu, TPU_SKIP_MDS_QUERY=1 and others are set for a TPU; JAX_PLATFORMS= and others for a GPU.

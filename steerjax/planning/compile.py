@@ -16,6 +16,7 @@ from steerjax.errors import ConfigError
 from steerjax.models.flops import GIB
 from steerjax.objectives import predicted_schema
 from steerjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
+from steerjax.planning.hlo import Work, work
 from steerjax.planning.topology import Topology
 from steerjax.training.config import Experiment
 from steerjax.training.input import check_batch, make_feeder
@@ -24,6 +25,7 @@ from steerjax.training.source import with_frozen_base, with_source
 
 # Part of a device's memory that a plan leaves free: the next batch, the evaluation's program, fragments.
 RESERVE = 0.05
+KERNELS = ("splash", "cudnn")  # of attention: a program's text does not say what they compute
 REMAT = ("none", "dots", "full")
 
 
@@ -38,6 +40,8 @@ class Compiled:
     used: float  # bytes on one device
     parts: Mapping[str, float]  # bytes of arguments, outputs, outputs that lie where the old state lay, and temporaries
     text: str  # of the program; "", too, where XLA fails to print it (libtpu 0.0.52: an INTERNAL error)
+    products: float = 0.0  # the part of `flops` that the text's matrix products do: without attention, in a kernel
+    work: Work | None = None  # what the text says, where there is one
 
     def fits(self, hbm_bytes: float) -> bool:
         """Within a device's memory less the reserve."""
@@ -82,7 +86,11 @@ def compile_step(e: Experiment, devices: Sequence[jax.Device]) -> Compiled:
     feed = make_feeder((), objectives, e.batch.row_length, mesh, e.batch.micro_batches)
     program = Program(e, schema, objectives, mesh, feed, e.train.steps)
     tokens = e.batch.rows * e.batch.row_length
-    flops = program.flops(tokens, tokens * (e.batch.row_length + 1) // 2, e.batch.rows)
+    flops, products = (
+        program.flops(tokens, pairs, e.batch.rows) for pairs in (tokens * (e.batch.row_length + 1) // 2, 0)
+    )
+    if program.attention.name not in KERNELS:
+        products = flops
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.whole))
     start, text, parts = time.perf_counter(), "", {}
     with jax.set_mesh(mesh):
@@ -96,7 +104,9 @@ def compile_step(e: Experiment, devices: Sequence[jax.Device]) -> Compiled:
                 text = compiled.as_text()
         except jax.errors.JaxRuntimeError as error:
             used = used_bytes(error)
-    return Compiled(time.perf_counter() - start, parameters, flops, program.attention.name, used, parts, text)
+    seconds = time.perf_counter() - start
+    done = work(text, len(devices)) if text else None
+    return Compiled(seconds, parameters, flops, program.attention.name, used, parts, text, products, done)
 
 
 def used_bytes(error: Exception) -> float:
@@ -154,11 +164,36 @@ def attempt_text(attempt: Attempt, topology: Topology) -> str:
     }
     if c.parts:
         facts["of which"] = ", ".join(f"{name} {size / GIB:.2f}" for name, size in c.parts.items()) + " GiB"
+    if c.work:
+        facts |= work_facts(c, topology.devices)
+    elif c.parts:
+        facts["compiled FLOPs"] = "the compiler cannot print this program"
     if (n := e.mesh.context) > 1:
         facts["context"] = (
             f"uneven: attention of the last of {n} parts of a causal row is {2 - 1 / n:.2f} times the mean"
         )
     return "\n".join(f"{name:>16}  {value}" for name, value in facts.items())
+
+
+def work_facts(c: Compiled, devices: int) -> dict[str, str]:
+    """What the compiled program does, beside what the model asks for."""
+    w, kinds = c.work, {}
+    for one in w.collectives:
+        times, size = kinds.get(one.kind, (0, 0.0))
+        kinds[one.kind] = times + one.times, size + one.received
+    said = f"{devices * w.flops / 1e15:.3f} PFLOP of matrix products, {devices * w.flops / c.products:.2f} times the "
+    said += f"model's; {devices * w.recomputed / 1e15:.3f} of them computed again"
+    if c.attention in KERNELS:
+        said += "; attention's kernels are not counted"
+    if not w.exact:
+        said += "; loops of unknown length are counted once"
+    return {
+        "compiled FLOPs": said,
+        "memory traffic": f"{w.bytes / GIB:.0f} GiB a device in a step, by the shapes that instructions read and write",
+        "collectives": "; ".join(
+            f"{times} {kind}, {size / GIB:.2f} GiB" for kind, (times, size) in sorted(kinds.items())
+        ) + " received by a device in a step" if kinds else "none",
+    }  # fmt: skip
 
 
 def verdict_text(attempts: Sequence[Attempt], topology: Topology) -> str:

@@ -16,10 +16,10 @@ from steerjax.config import resolve
 from steerjax.errors import ConfigError
 from steerjax.models.config import LoraConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig
-from steerjax.planning.compile import compile_step, plannable, used_bytes
+from steerjax.planning.compile import compile_step, plannable, used_bytes, work_facts
+from steerjax.planning.hlo import collectives, shapes
 from steerjax.planning.topology import parse_topology
 from steerjax.training.config import Experiment
-from tests.planning.hlo import collectives, shapes
 from tests.refusals import refused
 
 VOCABULARY, WIDTH = 1136, 48  # numbers that no other dimension has
@@ -52,6 +52,20 @@ def test_a_reward_model_gathers_layers_and_never_the_table(mesh):
     gathered = [math.prod(c.shape) for c in collectives(compiled.text, 8) if c.kind == "all-gather"]
     assert max(gathered) <= max(MODEL.block_parameters, 8 * 256)  # a layer, or the tokens
     assert compiled.used > compiled.parts["argument"] > 12 * compiled.parameters / 8
+
+
+def test_the_work_of_a_step():
+    """remat computes all but a layer's last product again; weights are gathered for both passes, and no more."""
+    compiled = compile_step(tiny((1, 8, 1, 1)), jax.devices())
+    work, layers, tokens = compiled.work, MODEL.num_layers, 8 * 256
+    again = 2 * tokens * layers * (MODEL.block_parameters - 112 * WIDTH)
+    assert 8 * work.recomputed > again - 2 * tokens * layers * 2 * WIDTH  # attention's come on top; norms have none
+    assert compiled.products == compiled.flops < 8 * work.flops < 2 * compiled.flops
+    gathered = sum(c.received for c in work.collectives if c.kind == "all-gather")
+    assert gathered <= 2 * 4 * layers * MODEL.block_parameters * 7 / 8 + 8 * 256 * 4 * 8
+    said = work_facts(compiled, 8)
+    assert "times the model's" in said["compiled FLOPs"]
+    assert "all-gather" in said["collectives"]
 
 
 def test_a_chat_model_never_holds_the_logits_of_a_row():

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from tests.planning.hlo import collectives
+from steerjax.planning.hlo import collectives, work
 
 pytestmark = pytest.mark.short
 
@@ -85,3 +87,51 @@ def test_what_a_tpu_program_adds():
         ("all-gather", 16, 1, 4096 * 8 * 2),
         ("collective-permute", 16, 5, 8 * 8 * 4),
     ]
+
+
+def test_matrix_products_and_what_is_computed_again():
+    """Layers in a loop, remat, a gradient: XLA's own count takes the loop once."""
+    layers, x = jnp.ones((5, 64, 64)), jnp.ones((16, 64))
+    once = 2 * 16 * 64 * 64
+
+    def loss(layers, x):
+        layer = jax.checkpoint(lambda x, w: (jnp.sin(jnp.sin(x @ w) @ w), None), prevent_cse=False)
+        return jax.lax.scan(layer, x, layers)[0].sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(layers, x).compile()
+    found = work(compiled.as_text(), 1)
+    assert (found.flops, found.recomputed) == (5 * once * (2 + 2 + 4), 5 * once * 2)
+    assert found.exact
+    assert found.collectives == []
+    assert compiled.cost_analysis()["flops"] < 0.3 * found.flops
+
+
+def test_memory_traffic_is_as_xla_counts_it_where_there_is_no_loop():
+    def step(w, x, i):
+        return jnp.sin(x @ w[i]).sum(axis=0), w.at[i].add(1.0)
+
+    w, x = jnp.ones((8, 64, 64)), jnp.ones((16, 64))
+    compiled = jax.jit(step, donate_argnums=0).lower(w, x, 3).compile()
+    assert work(compiled.as_text(), 1).bytes == pytest.approx(compiled.cost_analysis()["bytes accessed"], rel=0.1)
+
+
+CONVOLUTIONS = """
+ENTRY %main (a: bf16[8,16], b: bf16[16,4]) -> bf16[8,4] {
+  %a = bf16[8,16]{1,0} parameter(0)
+  %b = bf16[16,4]{1,0} parameter(1)
+  %c = bf16[2,8,16]{2,1,0} parameter(2)
+  %d = bf16[2,16,4]{2,1,0:T(8,128)S(1)} parameter(3)
+  %plain = bf16[8,4]{1,0} convolution(%a, %b), dim_labels=bf_io->bf
+  %windowed = bf16[1,8,4]{2,1,0} convolution(%c, %d), window={size=2}, dim_labels=0bf_0io->0bf
+  ROOT %batched = bf16[2,8,4]{2,1,0} convolution(%c, %d), window={size=2 stride=1 pad=1_1 rhs_reversal=1}, dim_labels=0bf_0io->0bf
+}
+"""  # noqa: E501
+
+
+def test_a_tpus_convolutions():
+    """Padding is not computed with: of 3 x 2 pairs of places in the last, were it 3 long, 4 are; here 2 long, 3."""
+    found = work(CONVOLUTIONS, 1)
+    one = 2 * 8 * 16 * 4
+    assert found.flops == one * (1 + 2 + 3)
+    read, small, large = 8 * 16 * 2 + 16 * 4 * 2, 8 * 4 * 2, 2 * 8 * 16 * 2
+    assert found.bytes == read + small + (large + small) + (large + 2 * small), "what lies in S(1) is not moved"

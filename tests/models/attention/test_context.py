@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 from steerjax.models.attention import make_plan
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.rules import partition_spec
+from steerjax.planning.hlo import collectives
 from tests.models.attention.forests import (
     NAMES,
     arrays,
@@ -21,7 +22,6 @@ from tests.models.attention.forests import (
     random_rows,
     values_and_gradients,
 )
-from tests.planning.hlo import collectives
 
 B, T, N, K, H = 2, 512, 4, 2, 16
 CHUNK = 32
