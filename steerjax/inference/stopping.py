@@ -30,12 +30,14 @@ class Stops:
         longest = max(map(len, several), default=0)
         self._several = np.array([(-1,) * (longest - len(ids)) + ids for ids in several], np.int32)  # -1: any token
 
-    def ended(self, tokens: Int[Array, "B M"], last: Int[Array, ""]) -> Bool[Array, " B"]:
-        """Whether an end is written with the tokens up to `last`."""
-        found = jnp.isin(tokens[:, last], jnp.array(self.tokens, jnp.int32))
+    def ended(self, tokens: Int[Array, "B M"], last: Int[Array, "*B"]) -> Bool[Array, " B"]:
+        """Whether an end is written with the tokens of each row up to its `last`."""
+        last = jnp.broadcast_to(last, len(tokens))[:, None]
+        found = jnp.isin(jnp.take_along_axis(tokens, last, axis=1)[:, 0], jnp.array(self.tokens, jnp.int32))
         if len(self._several):
             places = last - self._several.shape[1] + 1 + jnp.arange(self._several.shape[1])
-            window = jnp.where(places >= 0, tokens[:, jnp.maximum(places, 0)], -2)  # -2: no token
+            window = jnp.take_along_axis(tokens, jnp.maximum(places, 0), axis=1)
+            window = jnp.where(places >= 0, window, -2)  # -2: no token
             same = (window[:, None] == self._several) | (self._several == -1)
             found |= same.all(-1).any(-1)
         return found

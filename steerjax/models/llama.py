@@ -6,6 +6,7 @@ L layers, V vocabulary, A attributes, R rank of adapters.
 
 import functools
 import math
+import operator
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -55,13 +56,28 @@ AXES = {"D": "embed", "F": "mlp", "N": "heads", "K": "kv_heads", "H": "head", "V
 
 @dataclass(frozen=True)
 class Compute:
-    """`ComputeConfig` with nothing left to choose (`bundle.build.resolve_compute`); `chunk` is its attention_chunk."""
+    """`ComputeConfig` with nothing left to choose (`bundle.build.resolve_compute`); `chunk` is its attention_chunk.
+
+    `stacked`: the layers' parameters are one stack that is scanned; else a tuple of layers (`unstacked`), one after the
+    other in the program. XLA copies a layer out of a stack on a CPU, which costs a decoding step twice its time.
+    """
 
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     unroll: int = 1
     attention: str = "chunked"
     chunk: int = 256
+    stacked: bool = True
+
+
+def unstacked(params: dict) -> dict:
+    """Parameters of a CausalLM for `Compute(stacked=False)`."""
+    return params | {"llama": params["llama"] | {"layers": _each(params["llama"]["layers"])}}
+
+
+def _each(stack: dict) -> tuple[dict, ...]:
+    """The layers of a stack."""
+    return tuple(jax.tree.map(operator.itemgetter(n), stack) for n in range(len(jax.tree.leaves(stack)[0])))
 
 
 class Context(NamedTuple):
@@ -196,7 +212,8 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The backbone: token ids -> hidden states after the final norm. `layers` are one stack, its first dimension L."""
+    """The backbone: token ids -> hidden states after the final norm. `layers` are one stack, its first dimension L, or
+    a tuple of L."""
 
     config: LlamaConfig
     compute: Compute = Compute()
@@ -218,6 +235,8 @@ class Llama(nn.Module):
         one, none = jnp.zeros((1, 1, c.hidden_size), self.compute.dtype), jnp.zeros((1, 0, c.num_kv_heads, c.head_dim))
         arguments = one, self._context(jnp.zeros((1, 1), int), mask=jnp.ones((1, 1, 1), bool)), Cache(none, none)
         params = jax.vmap(lambda key: block.init(key, *arguments)["params"])(jax.random.split(key, c.num_layers))
+        if not self.compute.stacked:
+            return _each(meta.unbox(params))
         return meta.add_axis(params, 0, {nn.PARTITION_NAME: "layers"})
 
     def _context(self, positions: Ints, until=None, mask=None, noise=None) -> Context:
@@ -230,7 +249,7 @@ class Llama(nn.Module):
         return look_up(self.embedding.astype(self.compute.dtype), tokens)
 
     def _run(self, x: States, context: Context, first: int, last: int, cache: Cache | None = None):
-        """Layers [first, last): their output, and keys and values [L B T K H] where there is a cache."""
+        """Layers [first, last): their output, and keys and values [L B T K H] where there is a cache, or L of them."""
         block = Block(self.config, self.compute, parent=None)
 
         def layer(x, inputs):
@@ -240,6 +259,12 @@ class Llama(nn.Module):
 
         if (policy := REMAT_POLICIES[self.compute.remat]) is not None:
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        if not self.compute.stacked:
+            new = []
+            for number in range(first, last):
+                x, own = layer(x, (self.layers[number], cache and cache[number], number))
+                new.append(own)
+            return x, tuple(new)
         stack = jax.tree.map(lambda p: p[first:last], self.layers)
         inputs = stack, cache, jnp.arange(first, last)
         return jax.lax.scan(layer, x, inputs, unroll=min(self.compute.unroll, max(1, last - first)))
@@ -276,7 +301,8 @@ class Llama(nn.Module):
     def extend(self, tokens: Ints, positions: Ints, cache: Cache, mask: Bool[Array, "B T S+T"]) -> tuple[States, Cache]:
         """States of new tokens that go on after cached ones (of all layers, S may be 0), and their own keys and values.
 
-        `mask` says which tokens each new one sees: the cached ones, then the new ones, none after itself.
+        `mask` says which tokens each new one sees: the cached ones, then the new ones, none after itself. Of layers
+        that are not stacked, caches are a tuple of L.
         """
         context = self._context(positions, mask=mask)
         x, new = self._run(self._embed(tokens), context, 0, self.config.num_layers, cache)

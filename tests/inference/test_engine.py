@@ -16,10 +16,11 @@ from steerjax.chat.templates import CHATML, EXTRA_ID
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.hf.description import Description
-from steerjax.inference.engine import Engine, Request, arrange, bucket, common_length, empty_cache
+from steerjax.inference.engine import Engine, Request, Rows, arrange, bucket, by_length, common_length
 from steerjax.inference.steering import Sampling
+from steerjax.models.attention import Cache
 from steerjax.models.config import LlamaConfig, RopeScaling
-from steerjax.models.llama import CausalLM, Compute
+from steerjax.models.llama import CausalLM, Compute, unstacked
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.schema import HELPSTEER
 
@@ -46,6 +47,13 @@ def engine(sampling, model_and_params=None, template=EXTRA_ID, mesh=None, **opti
 
 def extend(model, params, *arguments):
     return model.apply({"params": params}, *arguments, method="extend")
+
+
+def empty_cache(model, rows):
+    """Of the layers in one stack, without a slot."""
+    c = model.config
+    none = jnp.zeros((c.num_layers, rows, 0, c.num_kv_heads, c.head_dim))
+    return Cache(none, none)
 
 
 def generate(decoder, requests):
@@ -115,10 +123,11 @@ def test_greedy_equals_transformers(case):
 def test_one_prompt_is_computed_once_for_all_settings_and_samples():
     prompt, labels = prompts(1, longest=60)[0], [np.array([9, 8, n, 4], np.int32) for n in range(5)]
     request = Request(tuple(np.concatenate([prompt, label]) for label in labels), samples=3)
-    inputs = arrange([request], 1)
-    assert inputs.prefix.shape == (1, bucket(len(prompt) + 2, 32))
+    inputs = arrange([request], 1, slots=64, suffix=1)
+    assert inputs.prefix.shape == (1, 64)
     assert inputs.prefix_lengths == [len(prompt) + 2]  # what all labels begin with is shared too
-    assert inputs.suffix.shape == (15, 2)
+    assert inputs.suffix.tolist() == [[n] for n in range(5) for _ in range(3)]
+    assert set(inputs.last) == {4}
     model = tiny()
     together = generate(engine(Sampling(1.0, max_new_tokens=8), model), [request])[0]
     for one, expected in zip(request.prompts, together, strict=True):
@@ -159,7 +168,7 @@ def test_stops_at_the_end_of_turn():
         for token, finish, count in (("<extra_id_1>", "stop", 1), ("a", "length", limit)):
             head = np.zeros((32, 4096), np.float32)
             head[:, TOKENIZER.token_id(token)] = 1
-            decoder.params = one | {"lm_head": head}
+            decoder.params = unstacked(one | {"lm_head": head})
             (((answer,),),) = generate(decoder, [Request((prompts(1)[0],))])
             assert (answer.finish, answer.tokens) == (finish, count)
     assert generate(engine(Sampling(), (model, params)), []) == []
@@ -174,13 +183,47 @@ def test_stream_is_the_text_in_pieces():
     assert sum(map(bool, pieces)) > 3
 
 
+def watched(decoder, monkeypatch):
+    """The shapes of the batches that it computes, and (requests at work, steps) of each run on the device."""
+    shapes, steps, advance = [], [], decoder._advance
+
+    def counted(how, shape, params, state, *limits):
+        before, busy = int(state.count), int((~state.done).sum())
+        state = advance(how, shape, params, state, *limits)
+        shapes.append(shape)
+        steps.append((busy, int(state.count) - before))
+        return state
+
+    monkeypatch.setattr(decoder, "_advance", counted)
+    return shapes, steps
+
+
 def test_no_more_rows_are_computed_than_are_asked_for(monkeypatch):
-    computed, decoder = [], engine(Sampling(max_new_tokens=4), batch_size=8)
-    start = decoder._start
-    monkeypatch.setattr(decoder, "_start", lambda *x: computed.append(len(x[-1].suffix)) or start(*x))
+    decoder = engine(Sampling(max_new_tokens=4), batch_size=8)
+    shapes, _ = watched(decoder, monkeypatch)
     for count in (1, 3, 9):
         list(decoder.run([Request((p,)) for p in prompts(count)]))
-    assert computed == [1, 3, 8, 8]
+    assert shapes == [Rows(1, 1, 1), Rows(1, 3, 1), Rows(1, 8, 1), Rows(1, 8, 1)]
+
+
+def test_requests_take_the_places_of_those_that_ended(monkeypatch):
+    """Of 7 requests two in work at once. Ends come after 1 to 20 tokens; texts are those of each alone."""
+    model, mixed = tiny(), [Request((p,)) for p in prompts(7, longest=150)]
+    sampling = Sampling(1.0, seed=3, max_new_tokens=20)
+
+    def frequent(decoder):  # one token in eight is an end
+        decoder.stops.tokens = [*decoder.stops.tokens, *range(0, 4096, 8)]
+        return decoder
+
+    alone = frequent(engine(sampling, model, batch_size=1))
+    expected = [texts(generate(alone, [request]))[0] for request in mixed]
+    lengths = [len(ids) for ids in expected]
+    assert len(set(lengths)) > 3
+    decoder = frequent(engine(sampling, model, batch_size=2))
+    _, steps = watched(decoder, monkeypatch)
+    assert texts(generate(decoder, mixed)) == expected
+    assert all(busy == 2 for busy, _ in steps)
+    assert sum(count for _, count in steps) <= sum(lengths) / 2 + max(lengths)
 
 
 def test_another_seed_compiles_nothing():
@@ -188,22 +231,24 @@ def test_another_seed_compiles_nothing():
     requests = [Request((prompts(1)[0],))]
     texts = {generate(first.drawing(replace(sampling, seed=seed), 8), requests)[0][0][0].text for seed in range(3)}
     assert len(texts) == 3
-    assert (first._start._cache_size(), first._advance._cache_size()) == (1, 1)
+    assert (first._fill._cache_size(), first._advance._cache_size()) == (1, 1)
 
 
 def test_a_step_does_not_copy_the_cache():
     model, params = tiny()
     decoder = engine(Sampling(max_new_tokens=4000), (model, params))
-    inputs = arrange([Request((p,)) for p in prompts(8)], 8)
-    state = jax.eval_shape(functools.partial(decoder._start, decoder.sampling), params, inputs)
-    memory = decoder._advance.lower(decoder.sampling, params, state, 5).compile().memory_analysis()
+    rows = Rows(1, 8, 1)
+    state = jax.eval_shape(functools.partial(decoder._empty, rows, 4000, 4064))
+    memory = decoder._advance.lower(decoder.sampling, rows, decoder.params, state, 5, 1).compile().memory_analysis()
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
     assert memory.alias_size_in_bytes > size  # donated
-    assert memory.temp_size_in_bytes < size
+    assert memory.temp_size_in_bytes < size / 4  # of two layers not the keys alone
 
 
 def test_shapes():
-    assert [bucket(n, 1) for n in (0, 1, 2, 3, 4, 5, 7, 9, 13, 33)] == [1, 1, 2, 3, 4, 6, 8, 12, 16, 48]
+    assert [bucket(n, 0) for n in (0, 1, 2, 3, 4, 5, 7, 9, 13, 33)] == [0, 1, 2, 4, 4, 8, 8, 16, 16, 64]
+    requests = [Request((np.arange(n),)) for n in (5, 3, 9, 4, 7, 1, 8)]
+    assert by_length(requests, 1, 3) == [1, 3, 2, 6, 4, 5]
     a = np.arange(5)
     assert common_length([a]) == 4
     assert common_length([a, a[:3]]) == 2

@@ -52,14 +52,15 @@ def attend(q: Heads, parts: Sequence[tuple[Keys, Keys]], mask: Bool[Array, "B T 
     """
     B, T, N, H = q.shape
     K = parts[0][0].shape[2]
-    grouped = q.reshape(B, T, K, N // K, H)
-    scores = [jnp.einsum("BTKGH,BSKH->BKGTS", grouped, k, preferred_element_type=jnp.float32) for k, _ in parts]
-    scores = jnp.concatenate(scores, axis=-1) * H**-0.5
+    # Queries of a group are one dimension, Q, and stand first: otherwise XLA turns all of a cache around on a CPU.
+    grouped = jnp.moveaxis(q.reshape(B, T, K, N // K, H), 1, 3).reshape(B, K, -1, H)
+    scores = [jnp.einsum("BKQH,BSKH->BKQS", grouped, k, preferred_element_type=jnp.float32) for k, _ in parts]
+    scores = jnp.concatenate(scores, axis=-1).reshape(B, K, N // K, T, -1) * H**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, -1, mask.shape[-1])
     weights = jnp.split(weights, np.cumsum([k.shape[1] for k, _ in parts])[:-1], axis=-1)
-    out = sum(jnp.einsum("BKGTS,BSKH->BTKGH", w, v) for w, (_, v) in zip(weights, parts, strict=True))
-    return out.reshape(B, T, N, -1)
+    out = sum(jnp.einsum("BKQS,BSKH->BKQH", w, v) for w, (_, v) in zip(weights, parts, strict=True))
+    return jnp.moveaxis(out.reshape(B, K, N // K, T, -1), 3, 1).reshape(B, T, N, -1)
 
 
 class Cache(NamedTuple):
