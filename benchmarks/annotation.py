@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from training import BATCH, first_layers
+from training import first_layers
 from turns import add_options, in_turn, report, serve, workers
 
 
@@ -52,6 +52,7 @@ def our_turns(folder: Path, prompts: int, turns: int):
 
 def peer_turns(folder: Path, ordered: bool):
     import torch
+    from padded import BATCH, padded, rewards
     from transformers import LlamaForSequenceClassification
 
     model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32).eval()
@@ -67,13 +68,7 @@ def peer_turns(folder: Path, ordered: bool):
         predicted = [None] * len(texts)
         for first in range(0, len(order), BATCH):
             some = order[first : first + BATCH]
-            longest = max(len(texts[i]) for i in some)
-            ids, mask = (torch.zeros(len(some), longest, dtype=torch.long) for _ in range(2))
-            for row, i in enumerate(some):
-                ids[row, : len(texts[i])] = torch.tensor(texts[i])
-                mask[row, : len(texts[i])] = 1
-            states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            found = model.score(states[torch.arange(len(some)), mask.sum(1) - 1]).tolist()
+            found = rewards(model, *padded([texts[i] for i in some])).tolist()
             for i, ratings in zip(some, found, strict=True):
                 predicted[i] = ratings
         return {"examples": len(texts), "predicted": predicted}
