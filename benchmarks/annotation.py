@@ -1,11 +1,12 @@
 """Rating responses: responses a second beside transformers and PyTorch.
 
-    python benchmarks/annotation.py --model SMOLLM2 [--peer PYTHON]
+    python benchmarks/annotation.py --model SMOLLM2 [--peer PYTHON] [--vllm PYTHON]
 
 A turn rates the responses to the next --prompts prompts of HelpSteer in float32, with a model of SmolLM2's widths and
 --layers layers. steerjax renders, packs and rates as `annotate` does. The peer, LlamaForSequenceClassification, gets
 token ids that are ready, in batches of 8 padded to the longest: as the responses come (`padded`), or sorted by length
-(`sorted`). Predictions are compared.
+(`sorted`). `--vllm` names an environment with vLLM (peers.sh makes one). It gets the same token ids, all of a turn at
+once, and caches prefixes: it computes a prompt once too. Predictions are compared.
 """
 
 from __future__ import annotations
@@ -76,20 +77,55 @@ def peer_turns(folder: Path, ordered: bool):
     return turn
 
 
+def vllm_turns(folder: Path):
+    import os
+
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "vllm"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    }  # fmt: skip
+    from vllm import LLM
+
+    llm = LLM(str(folder / "start"), runner="pooling", dtype="float32", enable_prefix_caching=True)
+    parts = [json.loads(line) for line in (folder / "turns.jsonl").open()]
+    number = 0
+
+    def turn() -> dict:
+        nonlocal number
+        texts = parts[number]
+        number += 1
+        found = llm.classify([{"prompt_token_ids": text} for text in texts], use_tqdm=False)
+        return {"examples": len(texts), "predicted": [one.outputs.probs for one in found]}
+
+    return turn
+
+
+def make_turn(name: str, folder: Path, o: argparse.Namespace):
+    """The turn of a worker."""
+    if name == "steerjax":
+        return our_turns(folder, o.prompts, o.turns + 1)
+    return vllm_turns(folder) if name == "vllm" else peer_turns(folder, name == "sorted")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, 5)
     add = parser.add_argument
     add("--layers", type=int, default=30)
     add("--prompts", type=int, default=10, help="of a turn; HelpSteer's sample has 120")
+    add("--vllm", metavar="PYTHON", help="that has vLLM: compare with it too")
+    add("--only", default="", help="steerjax and some of padded, sorted, vllm, with commas")
     o = parser.parse_args()
     if o.worker:
-        name, folder = o.worker[0], Path(o.worker[1])
-        serve(our_turns(folder, o.prompts, o.turns + 1) if name == "steerjax" else peer_turns(folder, name == "sorted"))
+        serve(make_turn(o.worker[0], Path(o.worker[1]), o))
         return
     with tempfile.TemporaryDirectory() as scratch:
         first_layers(o.model, Path(scratch) / "start", o.layers)
         commands = workers(__file__, ("padded", "sorted"), o, ("turns", "prompts"), scratch)
+        if o.vllm:
+            commands["vllm"] = [o.vllm, *commands["sorted"][1:-2], "vllm", scratch]
+        if o.only:
+            commands = {name: commands[name] for name in ("steerjax", *o.only.split(","))}
         found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
     said = {name: [np.array(turn.pop("predicted")) for turn in one["turns"]] for name, one in found.items()}
     for one in found.values():

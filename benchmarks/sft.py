@@ -144,7 +144,8 @@ def trl_turns(folder: Path, packing: bool):
         Checked,
         count_tokens,
         model=LlamaForCausalLM.from_pretrained(folder / "start", dtype=torch.float32),
-        args=SFTConfig(packing=packing, max_length=LENGTH, shuffle_dataset=True, **shared),
+        # recomputing activations is TRL's default: left out, as memory is enough
+        args=SFTConfig(packing=packing, max_length=LENGTH, gradient_checkpointing=False, **shared),
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(folder / "start"),
     )

@@ -21,7 +21,7 @@ def arguments(folder: Path, steps: int, micro_batches: int, batch: int = BATCH) 
         "output_dir": str(folder / "trainer"), "use_cpu": True, "bf16": False, "max_steps": steps,
         "per_device_train_batch_size": batch, "gradient_accumulation_steps": micro_batches, "learning_rate": RATE,
         "lr_scheduler_type": "constant", "adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_epsilon": EPSILON,
-        "weight_decay": DECAY, "max_grad_norm": 0.0, "gradient_checkpointing": False, "logging_steps": 1,
+        "weight_decay": DECAY, "max_grad_norm": 0.0, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
     }  # fmt: skip
 
