@@ -89,8 +89,15 @@ def peer_turns(folder: Path) -> Callable[[], dict]:
         mask = inputs["attention_mask"]
         return {"examples": len(mask), "unshared_tokens": int(mask.sum()), "computed_tokens": mask.numel()}
 
+    class Mean(Trainer):
+        def __init__(self, **given):
+            super().__init__(**given)
+            # The classifier takes the count of the whole step and does not divide by it, so the Trainer would add the
+            # micro-batches' means up (transformers 5.24).
+            self.model_accepts_loss_kwargs = False
+
     return by_turns(
-        Trainer,
+        Mean,
         count,
         model=LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32),
         args=TrainingArguments(train_sampling_strategy="group_by_length", **shared),
