@@ -1,11 +1,12 @@
 """Rating responses: responses a second beside transformers and PyTorch.
 
-    python benchmarks/annotation.py --model SMOLLM2 [--peer PYTHON]
+    python benchmarks/annotation.py --model SMOLLM2 [--peer PYTHON] [--vllm PYTHON]
 
 A turn rates the responses to the next --prompts prompts of HelpSteer in float32, with a model of SmolLM2's widths and
 --layers layers. steerjax renders, packs and rates as `annotate` does. The peer, LlamaForSequenceClassification, gets
 token ids that are ready, in batches of 8 padded to the longest: as the responses come (`padded`), or sorted by length
-(`sorted`). Predictions are compared.
+(`sorted`). `--vllm` names an environment with vLLM (peers.sh makes one). It gets the same token ids, all of a turn at
+once, and caches prefixes: it computes a prompt once too. Predictions are compared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from training import BATCH, first_layers
+from training import first_layers
 from turns import add_options, in_turn, report, serve, workers
 
 
@@ -52,6 +53,7 @@ def our_turns(folder: Path, prompts: int, turns: int):
 
 def peer_turns(folder: Path, ordered: bool):
     import torch
+    from padded import BATCH, padded, rewards
     from transformers import LlamaForSequenceClassification
 
     model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32).eval()
@@ -67,18 +69,42 @@ def peer_turns(folder: Path, ordered: bool):
         predicted = [None] * len(texts)
         for first in range(0, len(order), BATCH):
             some = order[first : first + BATCH]
-            longest = max(len(texts[i]) for i in some)
-            ids, mask = (torch.zeros(len(some), longest, dtype=torch.long) for _ in range(2))
-            for row, i in enumerate(some):
-                ids[row, : len(texts[i])] = torch.tensor(texts[i])
-                mask[row, : len(texts[i])] = 1
-            states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            found = model.score(states[torch.arange(len(some)), mask.sum(1) - 1]).tolist()
+            found = rewards(model, *padded([texts[i] for i in some])).tolist()
             for i, ratings in zip(some, found, strict=True):
                 predicted[i] = ratings
         return {"examples": len(texts), "predicted": predicted}
 
     return turn
+
+
+def vllm_turns(folder: Path):
+    import os
+
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "vllm"),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    }  # fmt: skip
+    from vllm import LLM
+
+    llm = LLM(str(folder / "start"), runner="pooling", dtype="float32", enable_prefix_caching=True)
+    parts = [json.loads(line) for line in (folder / "turns.jsonl").open()]
+    number = 0
+
+    def turn() -> dict:
+        nonlocal number
+        texts = parts[number]
+        number += 1
+        found = llm.classify([{"prompt_token_ids": text} for text in texts], use_tqdm=False)
+        return {"examples": len(texts), "predicted": [one.outputs.probs for one in found]}
+
+    return turn
+
+
+def make_turn(name: str, folder: Path, o: argparse.Namespace):
+    """The turn of a worker."""
+    if name == "steerjax":
+        return our_turns(folder, o.prompts, o.turns + 1)
+    return vllm_turns(folder) if name == "vllm" else peer_turns(folder, name == "sorted")
 
 
 def main() -> None:
@@ -87,14 +113,19 @@ def main() -> None:
     add = parser.add_argument
     add("--layers", type=int, default=30)
     add("--prompts", type=int, default=10, help="of a turn; HelpSteer's sample has 120")
+    add("--vllm", metavar="PYTHON", help="that has vLLM: compare with it too")
+    add("--only", default="", help="steerjax and some of padded, sorted, vllm, with commas")
     o = parser.parse_args()
     if o.worker:
-        name, folder = o.worker[0], Path(o.worker[1])
-        serve(our_turns(folder, o.prompts, o.turns + 1) if name == "steerjax" else peer_turns(folder, name == "sorted"))
+        serve(make_turn(o.worker[0], Path(o.worker[1]), o))
         return
     with tempfile.TemporaryDirectory() as scratch:
         first_layers(o.model, Path(scratch) / "start", o.layers)
         commands = workers(__file__, ("padded", "sorted"), o, ("turns", "prompts"), scratch)
+        if o.vllm:
+            commands["vllm"] = [o.vllm, *commands["sorted"][1:-2], "vllm", scratch]
+        if o.only:
+            commands = {name: commands[name] for name in ("steerjax", *o.only.split(","))}
         found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
     said = {name: [np.array(turn.pop("predicted")) for turn in one["turns"]] for name, one in found.items()}
     for one in found.values():

@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 from turns import add_options, in_turn, report, serve, workers
 
-ROWS, LENGTH, BATCH, ATTRIBUTES = 4, 2048, 8, 5
+ROWS, LENGTH, ATTRIBUTES = 4, 2048, 5
 RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.98), 1e-8, 0.01
 KEYS = ("turns", "devices", "micro_batches", "chunk", "unroll")  # of the workers
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
-def first_layers(source: Path, folder: Path, layers: int) -> None:
-    """The first layers of a Llama of Hugging Face's, with a small random head of five outputs."""
+def first_layers(source: Path, folder: Path, layers: int, kind: str = "reward") -> None:
+    """The first layers of a Llama of Hugging Face's; a reward model has a small random head of five outputs."""
     from safetensors.numpy import load_file, save_file
 
     weights = {name: x for file in source.glob("*.safetensors") for name, x in load_file(file).items()}
@@ -35,21 +35,21 @@ def first_layers(source: Path, folder: Path, layers: int) -> None:
                if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers}  # fmt: skip
     weights.pop("lm_head.weight", None)
     width = weights["model.norm.weight"].shape[0]
-    weights["score.weight"] = np.random.default_rng(0).normal(0, 0.02, (ATTRIBUTES, width)).astype(np.float32)
+    if kind == "reward":
+        weights["score.weight"] = np.random.default_rng(0).normal(0, 0.02, (ATTRIBUTES, width)).astype(np.float32)
     folder.mkdir()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     labels = {str(i): name for i, name in enumerate(NAMES)}
-    config |= {"architectures": ["LlamaForSequenceClassification"], "num_hidden_layers": layers, "id2label": labels,
-               "label2id": {name: int(i) for i, name in labels.items()}, "problem_type": "regression",
-               "pad_token_id": 0, "torch_dtype": "float32"}  # fmt: skip
+    config |= {"num_hidden_layers": layers, "pad_token_id": 0, "torch_dtype": "float32"}
+    if kind == "reward":
+        config |= {"architectures": ["LlamaForSequenceClassification"], "id2label": labels,
+                   "label2id": {name: int(i) for i, name in labels.items()}, "problem_type": "regression"}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((source / name).read_bytes())
     attributes = [{"name": name, "low": 0, "high": 4} for name in NAMES]
-    (folder / "steerjax.json").write_text(
-        json.dumps({"kind": "reward", "template": "chatml", "attributes": attributes})
-    )
+    (folder / "steerjax.json").write_text(json.dumps({"kind": kind, "template": "chatml", "attributes": attributes}))
 
 
 def our_turns(folder: Path, steps: int, options: argparse.Namespace):
@@ -105,13 +105,11 @@ def our_turns(folder: Path, steps: int, options: argparse.Namespace):
 
 def peer_turns(folder: Path, grouped: bool):
     import torch
+    from padded import BATCH, adamw, padded, rewards
     from transformers import LlamaForSequenceClassification
 
     model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32).train()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, eps=EPSILON)
+    optimizer = adamw(model, RATE, BETAS, EPSILON, DECAY)
     steps = [json.loads(line) for line in (folder / "steps.jsonl").open()]
     number = 0
 
@@ -126,16 +124,10 @@ def peer_turns(folder: Path, grouped: bool):
         optimizer.zero_grad()
         for first in range(0, len(examples), BATCH):
             some = examples[first : first + BATCH]
-            longest = max(len(example["tokens"]) for example in some)
-            ids, mask = (torch.zeros(len(some), longest, dtype=torch.long) for _ in range(2))
-            for row, example in enumerate(some):
-                ids[row, : len(example["tokens"])] = torch.tensor(example["tokens"])
-                mask[row, : len(example["tokens"])] = 1
+            ids, mask = padded([example["tokens"] for example in some])
             ratings = torch.tensor([[float("nan") if r is None else r for r in e["ratings"]] for e in some])
-            # The head is read at the last token: transformers finds it by the padding token, which may be in a text.
-            states = model.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            predicted = model.score(states[torch.arange(len(some)), mask.sum(1) - 1])
-            loss = torch.where(ratings.isnan(), 0.0, predicted - ratings.nan_to_num()).square().sum() / count
+            errors = rewards(model, ids, mask) - ratings.nan_to_num()
+            loss = torch.where(ratings.isnan(), 0.0, errors).square().sum() / count
             loss.backward()
             total += loss.item()
             tokens += ids.numel()

@@ -87,19 +87,26 @@ def _line(name: str, process: subprocess.Popen) -> str:
     return line
 
 
-def ratios(found: Mapping[str, dict], ours: str) -> dict[str, dict[str, float]]:
+def rates(turns: Sequence[Mapping], count: float | str) -> list[float]:
+    """What each turn does in a second: `count`, or what it says itself under that name."""
+    return [(turn[count] if isinstance(count, str) else count) / turn["seconds"] for turn in turns]
+
+
+def ratios(found: Mapping[str, dict], ours: str, count: float | str = 1.0) -> dict[str, dict[str, float]]:
     """How many times faster than each other one `ours` is: of the pairs of turns the median, least and greatest."""
-    mine = [turn["seconds"] for turn in found[ours]["turns"]]
+    mine = rates(found[ours]["turns"], count)
     said = {}
     for name in found.keys() - {ours}:
-        each = [turn["seconds"] / own for turn, own in zip(found[name]["turns"], mine, strict=True)]
+        each = [own / rate for rate, own in zip(rates(found[name]["turns"], count), mine, strict=True)]
         said[name] = {"median": statistics.median(each), "least": min(each), "greatest": max(each)}
     return said
 
 
-def report(benchmark: str, found: Mapping[str, dict], ours: str, unit: str, count: float, settings: Mapping) -> None:
-    """Prints the table, and writes results/BENCHMARK.json. `count` of `unit` are done in a turn."""
-    over = ratios(found, ours)
+def report(
+    benchmark: str, found: Mapping[str, dict], ours: str, unit: str, count: float | str, settings: Mapping
+) -> None:
+    """Prints the table, and writes results/BENCHMARK.json. `count` of `unit` are done in a turn, see `rates`."""
+    over = ratios(found, ours, count)
     print(f"{'':28}{unit + '/s':>14}{'seconds a turn':>22}{'peak GiB':>10}   {ours} is")
     for name, one in found.items():
         seconds = [turn["seconds"] for turn in one["turns"]]
@@ -109,7 +116,8 @@ def report(benchmark: str, found: Mapping[str, dict], ours: str, unit: str, coun
             f"{(r := over[name])['median']:.2f} [{r['least']:.2f}, {r['greatest']:.2f}] times" if name in over else ""
         )
         peak = max(turn["peak_gib"] for turn in one["turns"])
-        print(f"{name:28}{count / middle:14.2f}{times:>22}{peak:10.2f}   {said}")
+        rate = statistics.median(rates(one["turns"], count))
+        print(f"{name:28}{rate:14.2f}{times:>22}{peak:10.2f}   {said}")
     RESULTS.mkdir(exist_ok=True)
     value = {
         "benchmark": benchmark, "machine": machine(), "settings": settings, "unit": unit, "a turn": count,
