@@ -35,7 +35,7 @@ def get_config():
     config.mesh.data = 1
     config.mesh.fsdp = 16
     config.mesh.tensor = -1
-    config.compute.remat = "dots"  # a v5p has room for it: nothing but element-wise work is computed again
+    config.compute.remat = "dots"  # a v5p-256 has room for it: no product is computed again
 
     config.batch.rows = 16
     config.batch.row_length = 4096
