@@ -39,7 +39,7 @@ def until_and_positions(rows: int, branches: list[int]) -> tuple[np.ndarray, np.
 
 def model_pass(attention: str, layers: int, until: np.ndarray, positions: np.ndarray):
     """A forward and backward pass without arguments."""
-    model = Llama(LlamaConfig(num_layers=layers, **WIDTHS), Compute(attention=attention, unroll=layers))
+    model = Llama(LlamaConfig(num_layers=layers, **WIDTHS), Compute(attention=attention))
     tokens = np.random.default_rng(0).integers(0, WIDTHS["vocab_size"], positions.shape)
     params = meta.unbox(jax.jit(functools.partial(model.init, method="initialize"))(jax.random.key(0)))
     step = jax.jit(jax.grad(lambda params: model.apply(params, tokens, positions, until, method="hidden").sum()))

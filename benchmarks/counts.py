@@ -66,7 +66,7 @@ def experiment(kind: str, **groups) -> Experiment:
 
 
 def reward(remat: str) -> Experiment:
-    return experiment("reward", compute={"attention": "blockwise", "remat": remat, "unroll": 1})
+    return experiment("reward", compute={"attention": "blockwise", "remat": remat})
 
 
 class Setup:
@@ -147,7 +147,7 @@ def compilations() -> dict[str, int]:
             "data": {"train": (str(folder / "rows.jsonl"),)},
             "model": TINY,
             "batch": {"row_length": 1024},
-            "compute": {"unroll": 1, "attention": "chunked", "attention_chunk": 1024},
+            "compute": {"attention": "chunked", "attention_chunk": 1024},
             "optimizer": {"warmup_steps": 1},
             "train": {"steps": 6, "evaluate_every": 2, "checkpoint_every": 3, "plots": False},
         }

@@ -1,11 +1,15 @@
 """Greedy decoding: tokens a second beside transformers' `generate` and vLLM.
 
-    python benchmarks/decoding.py --model SMOLLM2 [--peer PYTHON] [--vllm PYTHON] [--batch 8] [--prompts 64 --stop]
+    python benchmarks/decoding.py --model SMOLLM2 [--peer PYTHON] [--vllm PYTHON] [--batch 8] [--prompts 64 --stop 1]
+    python benchmarks/decoding.py --model SMOLLM2 --samples 8
 
 A turn answers the next --prompts prompts of HelpSteer (20 to 400 tokens; as many as --batch where it is not given) with
 --tokens new tokens each, in float32, in batches of --batch. Nobody stops at an end of turn, so that all draw as many
-tokens; with --stop all do, and transformers answers batches of prompts sorted by length. Texts are compared. The share
-of a plain read: what a step would take that reads all weights once with two threads, over what it takes.
+tokens; with --stop 1 all do, and transformers answers batches of prompts sorted by length. Texts are compared. The
+share of a plain read: what a step would take that reads all weights once with two threads, over what it takes. Our
+warm-up answers every turn's prompts, as a cache of another size (powers of two) is compiled anew, in seconds.
+
+With --samples, a turn draws so many answers to one prompt of 300 to 400 tokens: together, or each on its own (`apart`).
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from safetensors import safe_open
 from turns import add_options, in_turn, report, serve, workers
 
 
-def our_turns(model: Path, folder: Path, batch: int, tokens: int, turns: int, count: int, stop: bool):
+def our_turns(model: Path, folder: Path, o: argparse.Namespace, apart: bool = False):
     """Writes turns.jsonl, the token ids of each turn's prompts; a turn answers the next."""
     from steerjax.bundle import open_bundle
     from steerjax.data.conversation import Conversation, Turn
@@ -33,27 +37,35 @@ def our_turns(model: Path, folder: Path, batch: int, tokens: int, turns: int, co
     from steerjax.inference.steering import Sampling
     from steerjax.schema import HELPSTEER
 
-    bundle = open_bundle(model, template="chatml", dtype="float32")
-    engine = Engine(bundle, HELPSTEER, Sampling(max_new_tokens=tokens), batch)
-    if not stop:
+    bundle, count, turns = open_bundle(model, template="chatml", dtype="float32"), o.prompts, o.turns + 1
+    engine = Engine(bundle, HELPSTEER, Sampling(max_new_tokens=o.tokens), o.samples or o.batch)
+    if not o.stop:
         engine.stops.tokens.clear()
         engine.stops._several = engine.stops._several[:0]
     renderer = bundle.renderer(HELPSTEER)
     texts = dict.fromkeys(row["prompt"] for _, row in iter_rows("embedded:helpsteer"))
     prompts = [renderer.render(Conversation((Turn("user", text),)), generation_prompt=True).tokens for text in texts]
-    prompts = [prompt for prompt in prompts if 20 <= len(prompt) <= 400]
+    prompts = [prompt for prompt in prompts if (300 if o.samples else 20) <= len(prompt) <= 400]
     parts = [[prompts[(n * count + i) % len(prompts)] for i in range(count)] for n in range(turns)]
     with (folder / "turns.jsonl").open("w") as file:
         for part in parts:
             print(json.dumps({"prompts": [prompt.tolist() for prompt in part], "ends": engine.stops.tokens}), file=file)
-    number = 0
+
+    def answers(part: list) -> list[list[int]]:
+        if apart:
+            asked = [[Request((prompt,))] for prompt in part for _ in range(o.samples)]
+        else:
+            asked = [[Request((prompt,), o.samples or 1) for prompt in part]]
+        return [list(answer.ids) for job in asked for found in engine.run(job) for answer in found]
+
+    warm = False
 
     def turn() -> dict:
-        nonlocal number
-        part = parts[number]
-        number += 1
-        answers = [answer for (answer,) in engine.run([Request((prompt,)) for prompt in part])]
-        return {"drawn": sum(len(a.ids) for a in answers), "ids": [list(a.ids) for a in answers]}
+        nonlocal warm
+        if not warm:
+            [answers(part) for part in parts[1:]]
+        warm, ids = True, answers(parts.pop(0))
+        return {"drawn": sum(map(len, ids)), "ids": ids}
 
     return turn
 
@@ -132,19 +144,23 @@ def main() -> None:
     add("--prompts", type=int, help="in a turn")
     add("--tokens", type=int, default=128)
     add("--stop", type=int, default=0, help="1: answers stop at the end of turn")
+    add("--samples", type=int, default=0, help="of one prompt, together and apart")
     o = parser.parse_args()
     o.prompts = o.prompts or o.batch
     if o.worker:
         name, folder = o.worker[0], Path(o.worker[1])
-        if name == "steerjax":
-            serve(our_turns(o.model, folder, o.batch, o.tokens, o.turns + 1, o.prompts, o.stop))
+        if name in ("steerjax", "apart"):
+            serve(our_turns(o.model, folder, o, name == "apart"))
         else:
             peer = vllm_turns if name == "vllm" else peer_turns
             serve(peer(o.model, folder, o.batch, o.tokens, o.stop))
         return
-    keys = ("model", "batch", "tokens", "turns", "prompts", "stop")
+    keys = ("model", "batch", "tokens", "turns", "prompts", "stop", "samples")
     with tempfile.TemporaryDirectory() as scratch:
-        commands = workers(__file__, ["transformers"] + ["vllm"] * bool(o.vllm), o, keys, scratch)
+        peers = ["apart"] if o.samples else ["transformers"] + ["vllm"] * bool(o.vllm)
+        commands = workers(__file__, peers, o, keys, scratch)
+        if o.samples:
+            commands["apart"][0] = commands["steerjax"][0]
         if o.vllm:
             commands["vllm"][0] = o.vllm
         found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
@@ -152,11 +168,13 @@ def main() -> None:
     for one in found.values():
         one["warm_up"].pop("ids")
     drawn = statistics.median(turn["drawn"] for turn in found["steerjax"]["turns"])
-    name = f"decoding_{o.batch}" + ("_stop" if o.stop else "")
+    name = f"decoding_{o.samples}_samples" if o.samples else f"decoding_{o.batch}" + "_stop" * bool(o.stop)
     report(name, found, "steerjax", "tokens", drawn, {key: vars(o)[key] for key in keys[1:]})
     for peer in ids.keys() - {"steerjax"}:
         pairs = [(a, b) for x, y in zip(ids["steerjax"], ids[peer], strict=True) for a, b in zip(x, y, strict=True)]
         print(f"texts: {sum(a == b for a, b in pairs)} of {len(pairs)} are {peer}'s, token for token")
+    if o.samples:
+        return
     with safe_open(o.model / "model.safetensors", "np") as file:
         size = 4 * sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - no mapping
     step = statistics.median(turn["seconds"] for turn in found["steerjax"]["turns"]) / drawn * o.batch

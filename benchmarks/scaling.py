@@ -66,7 +66,6 @@ def make_step(point: Point):
     config.model.update(num_layers=point.layers, hidden_size=width, intermediate_size=3 * width, vocab_size=512,
                         num_heads=width // 64, num_kv_heads=width // 128)  # fmt: skip
     config.batch.update(rows=point.rows, row_length=point.length)
-    config.compute.unroll = 1
     config.optimizer.warmup_steps = 0
     e, _ = with_source(resolve(config.to_dict()))
     schema, mesh = e.data.make_schema(), make_mesh(e.mesh)

@@ -57,7 +57,7 @@ def our_turns(folder: Path, steps: int, rows: int, shared: bool):
         config.data.train, config.sft.ratings, config.sft.threads = (str(oasst),), "none", "all"
     config.model.source, config.chat.template = str(folder / "start"), "chatml"
     config.batch.update(rows=rows, row_length=LENGTH, micro_batches=rows)
-    config.compute.update(attention_chunk=128, unroll=1)
+    config.compute.attention_chunk = 256
     config.optimizer.update(learning_rate=RATE, min_learning_rate=RATE, warmup_steps=0, beta1=BETAS[0], beta2=BETAS[1],
                             epsilon=EPSILON, weight_decay=DECAY, clip_norm=0.0)  # fmt: skip
     e, source = with_source(resolve(config.to_dict()))

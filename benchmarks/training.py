@@ -3,11 +3,10 @@
     python benchmarks/training.py --model SMOLLM2 [--peer PYTHON]
 
 A turn is an optimizer step (AdamW, float32) on the same examples of HelpSteer from the same weights, a model of
-SmolLM2's widths with --layers layers and five outputs. steerjax packs them into rows of 2048 tokens with what they
-share written
-once. The peer is LlamaForSequenceClassification in batches of 8, padded to the longest of the batch: as the examples
-come (`padded`), or sorted by length within the step (`grouped`), gradients added up over the step. Losses are compared
-step by step.
+SmolLM2's widths with --layers layers and five outputs. steerjax packs them into rows of 2048 tokens, with what they
+share written once. The peer is LlamaForSequenceClassification in batches of 8, padded to the longest of the batch: as the examples
+come (`padded`), or sorted by length within the step (`grouped`), gradients added up over the step: losses are compared
+step by step. `trainer` is transformers' Trainer as its users run it, which groups by length among 400 examples.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from turns import add_options, in_turn, report, serve, workers
 
 ROWS, LENGTH, ATTRIBUTES = 4, 2048, 5
 RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.98), 1e-8, 0.01
-KEYS = ("turns", "devices", "micro_batches", "chunk", "unroll")  # of the workers
+KEYS = ("turns", "devices", "micro_batches", "chunk")  # of the workers
+PEERS = ("padded", "grouped", "trainer")
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
 
@@ -69,7 +69,7 @@ def our_turns(folder: Path, steps: int, options: argparse.Namespace):
     config = default_config()
     config.model.source, config.chat.template = str(folder / "start"), "chatml"
     config.batch.update(rows=ROWS, row_length=LENGTH, micro_batches=options.micro_batches)
-    config.compute.update(attention_chunk=options.chunk, unroll=options.unroll)
+    config.compute.update(attention_chunk=options.chunk)
     config.optimizer.update(learning_rate=RATE, min_learning_rate=RATE, warmup_steps=0, beta1=BETAS[0], beta2=BETAS[1],
                             epsilon=EPSILON, weight_decay=DECAY, clip_norm=0.0, frozen_layers=0)  # fmt: skip
     config.mesh.data = options.devices
@@ -120,7 +120,7 @@ def peer_turns(folder: Path, grouped: bool):
         if grouped:
             examples = sorted(examples, key=lambda example: len(example["tokens"]))
         count = sum(r is not None for example in examples for r in example["ratings"])
-        total = tokens = 0
+        total = tokens = real = 0
         optimizer.zero_grad()
         for first in range(0, len(examples), BATCH):
             some = examples[first : first + BATCH]
@@ -131,10 +131,21 @@ def peer_turns(folder: Path, grouped: bool):
             loss.backward()
             total += loss.item()
             tokens += ids.numel()
+            real += int(mask.sum())
         optimizer.step()
-        return {"loss": total, "computed_tokens": tokens, "examples": len(examples)}
+        return {"loss": total, "computed_tokens": tokens, "unshared_tokens": real, "examples": len(examples)}
 
     return turn
+
+
+def turn_of(name: str, folder: Path, options: argparse.Namespace):
+    if name == "steerjax":
+        return our_turns(folder, options.turns + 1, options)
+    if name == "trainer":
+        import trainer
+
+        return trainer.peer_turns(folder)
+    return peer_turns(folder, name == "grouped")
 
 
 def main() -> None:
@@ -144,25 +155,21 @@ def main() -> None:
     add("--layers", type=int, default=6)
     add("--devices", type=int, default=1, help="virtual CPU devices of steerjax, on the data axis")
     add("--micro-batches", type=int, default=4)
-    add("--chunk", type=int, default=128)
-    add("--unroll", type=int, default=1)
-    add("--only", default="", help="ours, padded or grouped")
+    add("--chunk", type=int, default=256)
+    add("--only", default=",".join(PEERS), help="some of the peers, with commas")
     o = parser.parse_args()
     if o.worker:
         name, folder = o.worker[0], Path(o.worker[1])
-        serve(our_turns(folder, o.turns + 1, o) if name == "steerjax" else peer_turns(folder, name == "grouped"))
+        serve(turn_of(name, folder, o))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         first_layers(o.model, folder / "start", o.layers)
-        commands = workers(__file__, ("padded", "grouped"), o, KEYS, scratch)
-        if o.only:
-            commands = {"steerjax": commands["steerjax"]} | ({o.only: commands[o.only]} if o.only != "ours" else {})
+        commands = workers(__file__, o.only.split(",") if o.only else (), o, KEYS, scratch)
         found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
-    examples = sum(turn["examples"] for turn in found["steerjax"]["turns"]) / o.turns
     settings = {key: vars(o)[key] for key in ("layers", *KEYS)}
-    report("training", found, "steerjax", "examples", examples, settings)
-    for name in found.keys() - {"steerjax"}:
+    report("training", found, "steerjax", "unshared tokens", "unshared_tokens", settings)
+    for name in found.keys() - {"steerjax", "trainer"}:  # the Trainer's steps have other examples
         apart = max(
             abs(a["loss"] - b["loss"]) for a, b in zip(found["steerjax"]["turns"], found[name]["turns"], strict=True)
         )

@@ -26,7 +26,6 @@ def get_config():
     config.batch.rows = 4
     config.batch.row_length = 2048
     config.batch.micro_batches = 4
-    config.compute.attention_chunk = 128
 
     config.optimizer.learning_rate = 1e-4
     config.optimizer.min_learning_rate = 1e-5

@@ -21,7 +21,6 @@ def get_config():
     config.batch.rows = 4
     config.batch.row_length = 2048  # tokens; the longest row of the sample has 1724
     config.batch.micro_batches = 4  # on two cores; 1 on an accelerator
-    config.compute.attention_chunk = 128
 
     config.optimizer.learning_rate = 4e-4
     config.optimizer.min_learning_rate = 4e-5

@@ -21,7 +21,6 @@ def get_config():
     config.batch.rows = 4  # short steps: what a label means is learned late, after some hundred steps
     config.batch.row_length = 2048
     config.batch.micro_batches = 4  # on two cores; 1 on an accelerator
-    config.compute.attention_chunk = 128
 
     config.optimizer.frozen_layers = 8
     config.optimizer.learning_rate = 6e-4

@@ -17,7 +17,7 @@ from steerjax.models.attention.kernels import LANES, cudnn_attention, cudnn_bias
 from steerjax.models.attention.mask import Heads, Keys, Window, allowed, causal_attention
 from steerjax.parallel.rules import RULES, mesh_ways, partition_spec
 
-SPLASH_LARGEST = 16384**2  # pairs of a row; at 2 bytes each, 512 MiB
+SPLASH_LARGEST = 16384**2  # pairs of a row; at 8 bytes each, 2 GiB
 (CONTEXT,) = RULES["length"]
 _ROWS, _HEADS, _PAIRS = ("batch", "length"), ("batch", "length", "activation_heads"), ("batch", None, "length")
 _MASK = {"chunked": (), "blockwise": _ROWS, "splash": _PAIRS, "cudnn": _PAIRS}
