@@ -4,9 +4,10 @@
 
 A turn is an optimizer step (AdamW, float32) on the same examples of HelpSteer from the same weights, a model of
 SmolLM2's widths with --layers layers and five outputs. steerjax packs them into rows of 2048 tokens, with what they
-share written once. The peer is LlamaForSequenceClassification in batches of 8, padded to the longest of the batch: as the examples
-come (`padded`), or sorted by length within the step (`grouped`), gradients added up over the step: losses are compared
-step by step. `trainer` is transformers' Trainer as its users run it, which groups by length among 400 examples.
+share written once. The peer is LlamaForSequenceClassification in batches of 8, padded to the longest of the batch: as
+the examples come (`padded`), or sorted by length within the step (`grouped`), gradients added up over the step: losses
+are compared step by step. `trainer` is transformers' Trainer as its users run it, which groups by length among 400
+examples.
 """
 
 from __future__ import annotations
