@@ -86,9 +86,8 @@ def compile_step(e: Experiment, devices: Sequence[jax.Device]) -> Compiled:
     feed = make_feeder((), objectives, e.batch.row_length, mesh, e.batch.micro_batches)
     program = Program(e, schema, objectives, mesh, feed, e.train.steps)
     tokens = e.batch.rows * e.batch.row_length
-    flops, products = (
-        program.flops(tokens, pairs, e.batch.rows) for pairs in (tokens * (e.batch.row_length + 1) // 2, 0)
-    )
+    learnt = tokens if program.kind == "chat" else e.batch.rows
+    flops, products = (program.flops(tokens, pairs, learnt) for pairs in (tokens * (e.batch.row_length + 1) // 2, 0))
     if program.attention.name not in KERNELS:
         products = flops
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.whole))

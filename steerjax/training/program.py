@@ -95,14 +95,15 @@ class Program:
     def step_facts(self, rows: Sequence[Row], trees) -> dict[str, float]:
         """Of a step's rows: examples, tokens, the tokens that they stand for, and model FLOPs."""
         packed = packing_statistics(trees, rows, self._row_length)
+        learnt = sum(len(trees[part.tree].examples[i].places) for row in rows for part in row for i in part.examples)
         return {
             "examples": packed.examples,
             "tokens": packed.tokens,
             "unshared_tokens": packed.unshared_tokens,
-            "flops": self.flops(packed.tokens, packed.pairs, packed.examples),
+            "flops": self.flops(packed.tokens, packed.pairs, min(learnt, packed.tokens)),
         }
 
-    def flops(self, tokens: int, pairs: int, examples: int) -> float:
-        """Model FLOPs of a step; a chat model's head is read at every token, a reward head once an example."""
-        head = self._outputs * (1.0 if self.kind == "chat" else examples / max(tokens, 1))
+    def flops(self, tokens: int, pairs: int, learnt: int) -> float:
+        """Model FLOPs of a step; the head is read at so many tokens."""
+        head = self._outputs * learnt / max(tokens, 1)
         return training_flops(self._model, tokens, pairs, head, self._frozen, self._cached)
