@@ -76,7 +76,8 @@ def resolve_compute(config: ComputeConfig, model: LlamaConfig, row_length: int, 
     attention = choose_backend(
         config.attention, platform, name, model.head_dim, row_length, config.attention_chunk, mesh.shape["context"]
     )
-    compute = Compute(jnp.dtype(name), config.remat, config.unroll, attention.name, config.attention_chunk)
+    flat = platform == "cpu" and mesh.shape["context"] == 1  # rows that are cut both ways are no one dimension
+    compute = Compute(jnp.dtype(name), config.remat, config.unroll, attention.name, config.attention_chunk, flat=flat)
     return compute, attention
 
 

@@ -24,7 +24,6 @@ from steerjax.models.attention import (
     Plan,
     Window,
     cached_attention,
-    context_size,
     make_plan,
     seen_mean,
     self_attention,
@@ -60,6 +59,7 @@ class Compute:
 
     `stacked`: the layers' parameters are one stack that is scanned; else a tuple of layers (`unstacked`), one after the
     other in the program. XLA copies a layer out of a stack on a CPU, which costs a decoding step twice its time.
+    `flat`: projections see rows and tokens, and heads, as one dimension (`project`).
     """
 
     dtype: jnp.dtype = jnp.float32
@@ -68,6 +68,7 @@ class Compute:
     attention: str = "chunked"
     chunk: int = 256
     stacked: bool = True
+    flat: bool = False
 
 
 def unstacked(params: dict) -> dict:
@@ -116,14 +117,14 @@ class RMSNorm(nn.Module):
         return jnp.broadcast_to(scale.astype(x.dtype), x.shape) * normed.astype(x.dtype)
 
 
-def project(x: Float[Array, "B T ..."], kernel: Array) -> Float[Array, "B T ..."]:
-    """x times a kernel over all but x's first two dimensions, as one product of matrices.
+def project(x: Float[Array, "B T ..."], kernel: Array, flat: bool) -> Float[Array, "B T ..."]:
+    """x times a kernel over all but x's first two dimensions; `flat` as one product of matrices.
 
-    With B and T apart, the kernel's gradient sums over two dimensions, and XLA transposes its operands in memory first
-    (a CPU's step takes 1.4 times as long). A mesh that cuts both cannot see them as one.
+    With B and T apart, the kernel's gradient sums over two dimensions. XLA's CPU compiler transposes both operands in
+    memory for that: a step takes 1.4 times as long.
     """
     inner = x.ndim - 2
-    if context_size() > 1:
+    if not flat:
         return jnp.tensordot(x, kernel, inner)
     inputs = math.prod(kernel.shape[:inner])
     y = x.reshape(-1, inputs) @ kernel.reshape(inputs, -1)
@@ -135,7 +136,7 @@ class Linear(nn.Module):
 
     equation: str
     config: LlamaConfig
-    dtype: jnp.dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: Array, noise: Array | None = None) -> Array:
@@ -145,10 +146,10 @@ class Linear(nn.Module):
 
         def param(name: str, init, letters: str) -> Array:
             axes, shape = [AXES[letter] for letter in letters], [sizes[letter] for letter in letters]
-            return self.param(name, logical(init, *axes), shape, jnp.float32).astype(self.dtype)
+            return self.param(name, logical(init, *axes), shape, jnp.float32).astype(self.compute.dtype)
 
         kernel = param("kernel", nn.initializers.normal(c.initializer_range), inputs.split(",")[1])
-        y = project(x, kernel)
+        y = project(x, kernel, self.compute.flat)
         if c.lora.adapts(self.name):
             letters = inputs.split(",")[1]
             into, out = ("".join(x for x in letters if (x in outputs) == there) for there in (False, True))
@@ -156,7 +157,8 @@ class Linear(nn.Module):
             b = param("lora_b", nn.initializers.zeros, "R" + out)
             if noise is not None:
                 x = dropout(x, _fold(noise, zlib.crc32(self.name.encode())), c.lora.dropout)
-            y += project(project(x, a), b) * (c.lora.alpha / c.lora.rank)
+            low = project(x, a, self.compute.flat)
+            y += project(low, b, self.compute.flat) * (c.lora.alpha / c.lora.rank)
         return y + param("bias", nn.initializers.zeros, outputs.removeprefix("BT")) if self.name in c.biased else y
 
 
@@ -167,7 +169,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: States, context: Context, cache: Cache | None):
         def linear(equation: str, name: str, x: Array) -> Array:
-            return Linear(equation, self.config, self.compute.dtype, name=name)(x, context.noise)
+            return Linear(equation, self.config, self.compute, name=name)(x, context.noise)
 
         q, k = linear("BTD,DNH->BTNH", "q", x), linear("BTD,DKH->BTKH", "k", x)
         v = linear("BTD,DKH->BTKH", "v", x)
@@ -184,12 +186,12 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     config: LlamaConfig
-    dtype: jnp.dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, x: States, noise: Array | None) -> States:
         def linear(equation: str, name: str, x: Array) -> Array:
-            return Linear(equation, self.config, self.dtype, name=name)(x, noise)
+            return Linear(equation, self.config, self.compute, name=name)(x, noise)
 
         y = jax.nn.silu(linear("BTD,DF->BTF", "gate", x)) * linear("BTD,DF->BTF", "up", x)
         return linear("BTF,FD->BTD", "down", constrain(y, "batch", "length", "activation_mlp"))
@@ -207,7 +209,7 @@ class Block(nn.Module):
         normed = norm(name="attention_norm")(x)
         y, cache = Attention(self.config, self.compute, name="attention")(normed, context, cache)
         x = x + y
-        x = x + MLP(self.config, self.compute.dtype, name="mlp")(norm(name="mlp_norm")(x), context.noise)
+        x = x + MLP(self.config, self.compute, name="mlp")(norm(name="mlp_norm")(x), context.noise)
         return constrain(x, "batch", "length", "activation_embed"), cache
 
 

@@ -189,7 +189,13 @@ def test_remat_and_unroll_change_nothing():
     """Loss and gradients are the same for every remat policy and unroll."""
     params = initialized(RewardModel(REWARD, 2))
     plain = gradients(RewardModel(REWARD, 2), params)
-    for options in ({"remat": "full"}, {"remat": "dots"}, {"unroll": 3}, {"unroll": 2, "remat": "full"}):
+    for options in (
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"unroll": 3},
+        {"unroll": 2, "remat": "full"},
+        {"flat": True},
+    ):
         assert_close(gradients(RewardModel(REWARD, 2, compute=Compute(**options)), params), plain)
 
 

@@ -39,7 +39,7 @@ def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype, window: Wi
 
     Rows that cannot be cut as the back end and the mesh need (those to rate have any length) are `chunked`.
     """
-    part = until.shape[1] // context_size()
+    part = until.shape[1] // _context_size()
     if name == "chunked" or part % {"splash": LANES, "cudnn": 2}.get(name, chunk) or not _divides(until.shape, _ROWS):
         return Plan(until, window, None, "chunked", chunk)
 
@@ -56,7 +56,7 @@ def self_attention(q: Heads, k: Keys, v: Keys, plan: Plan) -> Heads:
     """Attention over packed rows on the mesh that is set: each device for its own rows, heads and queries."""
 
     def local(q, k, v, until, window, mask):
-        if context_size() > 1:
+        if _context_size() > 1:
             k, v = (jax.lax.all_gather(x, CONTEXT, axis=1, tiled=True) for x in (k, v))
         match plan.name:
             case "chunked":
@@ -68,7 +68,7 @@ def self_attention(q: Heads, k: Keys, v: Keys, plan: Plan) -> Heads:
             case "cudnn":
                 return cudnn_attention(q, k, v, mask)
 
-    if plan.name == "chunked" and (context_size() == 1 or not _divides(q.shape, _HEADS)):
+    if plan.name == "chunked" and (_context_size() == 1 or not _divides(q.shape, _HEADS)):
         return causal_attention(q, k, v, plan.until, plan.chunk, window=plan.window)  # XLA cuts rows and heads as well
     inputs = (_HEADS, _HEADS, _HEADS, ("batch",), ("batch",), _MASK[plan.name])
     return _on_mesh(local, inputs, _HEADS)(q, k, v, plan.until, plan.window, plan.mask)
@@ -82,15 +82,14 @@ def _on_mesh(function, inputs: tuple[tuple, ...], output: tuple):
     return jax.shard_map(function, **specs, check_vma=False)  # a loop's constant carry would pass for replicated
 
 
-def context_size() -> int:
-    """How many devices of the mesh that is set share the tokens of a row."""
+def _context_size() -> int:
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[CONTEXT]
 
 
 def _start(part: int) -> int | Int[Array, ""]:
     """Where in the row a device's `part` queries start; a plain number where it has all."""
-    return 0 if context_size() == 1 else jax.lax.axis_index(CONTEXT) * part
+    return 0 if _context_size() == 1 else jax.lax.axis_index(CONTEXT) * part
 
 
 def _divides(shape: tuple[int, ...], axes: tuple[str, ...]) -> bool:
