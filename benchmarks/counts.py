@@ -98,7 +98,7 @@ def tokens(plan: BatchPlan) -> dict[str, float]:
 def flops(none: Setup) -> dict[str, float]:
     """Of steps and a forward with blockwise attention, over model FLOPs; `none` is without remat."""
     found = {}
-    for remat in ("none", "full"):
+    for remat in ("none", "dots", "full"):
         s = none if remat == "none" else Setup(reward(remat))
         model = s.program.step_facts(s.rows, s.plan.trees)["flops"]
         state, params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (s.program.abstract, s.program.whole))
@@ -113,7 +113,7 @@ def flops(none: Setup) -> dict[str, float]:
 def memory() -> dict[str, int]:
     """Of 4 rows of 512 tokens."""
     found = {}
-    for kind, remat, micro_batches in (("reward", "full", 2), ("chat", "none", 1)):
+    for kind, remat, micro_batches in (("reward", "full", 2), ("chat", "dots", 1)):
         batch = {"row_length": 512, "micro_batches": micro_batches}
         e = experiment(kind, batch=batch, compute={"remat": remat, "attention_chunk": 128})
         name = f"{kind}, remat {remat}, micro-batches {micro_batches}"

@@ -71,13 +71,13 @@ def test_verdicts(machine, capsys):
     machine += [40.0, 15.5, 14.0]  # 15.5 is within the memory, and not within the memory less the reserve
     assert plan.plan(resolve({}), "v5e:2x4", True, None) == 1
     assert (out := capsys.readouterr().out).count("DOES NOT FIT") == 2
-    assert out.endswith("it fits with\n  --config.mesh.data=1 --config.mesh.fsdp=8 --config.compute.remat=dots\n")
+    assert out.endswith("it fits with\n  --config.mesh.data=1 --config.mesh.fsdp=8 --config.compute.remat=full\n")
 
     machine += [40.0]
     assert plan.plan(resolve({}), "v5e:2x4", False, None) == 1
     assert not machine, "one compilation"
     capsys.readouterr()
 
-    machine += [40.0] * 4
+    machine += [40.0] * 3
     assert plan.plan(resolve({}), "v5e:2x4", True, None) == 1
     assert "neither remat, micro-batches nor fsdp make it" in capsys.readouterr().out

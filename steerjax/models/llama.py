@@ -71,6 +71,7 @@ class Compute:
     flat: bool = False
 
 
+@jax.jit  # one program; else each shape of a parameter has two
 def unstacked(params: dict) -> dict:
     """Parameters of a CausalLM for `Compute(stacked=False)`."""
     return params | {"llama": params["llama"] | {"layers": _each(params["llama"]["layers"])}}
