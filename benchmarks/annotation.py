@@ -78,12 +78,6 @@ def peer_turns(folder: Path, ordered: bool):
 
 
 def vllm_turns(folder: Path):
-    import os
-
-    os.environ |= {
-        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CACHE_ROOT": str(folder / "vllm"),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-    }  # fmt: skip
     from vllm import LLM
 
     llm = LLM(str(folder / "start"), runner="pooling", dtype="float32", enable_prefix_caching=True)
@@ -131,9 +125,8 @@ def main() -> None:
     for one in found.values():
         one["warm_up"].pop("predicted")
     examples = sum(turn["examples"] for turn in found["steerjax"]["turns"]) / o.turns
-    report(
-        "annotation", found, "steerjax", "responses", examples, {k: vars(o)[k] for k in ("layers", "prompts", "turns")}
-    )
+    name = "annotation_vllm" if o.only == "vllm" else "annotation"
+    report(name, found, "steerjax", "responses", examples, {k: vars(o)[k] for k in ("layers", "prompts", "turns")})
     for name in said.keys() - {"steerjax"}:
         apart = max(np.abs(a - b).max() for a, b in zip(said["steerjax"], said[name], strict=True))
         print(f"predictions: {name} differs by at most {apart:.1e}")

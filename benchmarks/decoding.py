@@ -163,7 +163,7 @@ def main() -> None:
             commands["apart"][0] = commands["steerjax"][0]
         if o.vllm:
             commands["vllm"][0] = o.vllm
-        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
     ids = {name: [turn.pop("ids") for turn in one["turns"]] for name, one in found.items()}
     for one in found.values():
         one["warm_up"].pop("ids")

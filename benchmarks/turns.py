@@ -20,6 +20,11 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).with_name("results")
+# vLLM in one process, that calls nobody and leaves standard output alone.
+_VLLM = {
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}  # fmt: skip
 _PACKAGES = ("jax", "flax", "torch", "transformers", "trl", "vllm")
 
 
@@ -59,7 +64,7 @@ def peak_gib() -> float:
 
 def in_turn(workers: Mapping[str, Sequence[str]], turns: int, environment: Mapping[str, str]) -> dict[str, dict]:
     """Of each command what it says of itself and its turns, the first left out."""
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), **environment}
+    environment = os.environ | _VLLM | {"PYTHONPATH": str(REPOSITORY), **environment}
     running, found = {}, {}
     try:
         for name, command in workers.items():  # one gets ready after the other: a later one may read what it wrote
