@@ -67,3 +67,9 @@ def test_a_trainer_by_turns():
     assert [turn(), turn()] == [{"loss": 0.5, "examples": 3}, {"loss": 0.25, "examples": 3}]
     with pytest.raises(ValueError, match="no loss"):
         turn()
+
+
+def test_the_table_is_of_the_results():
+    from table import BEGIN, END, README, table_text
+
+    assert BEGIN + table_text() + END in README.read_text()
