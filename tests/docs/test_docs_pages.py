@@ -132,7 +132,7 @@ def parsed(tmp_path, monkeypatch, capsys):
         raise Parsed(resolve(values))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("steerjax.flags.resolve", resolved)
+    monkeypatch.setattr("steerjax.config.resolve", resolved)
     monkeypatch.setattr("absl.app.run", lambda main, flags_parser: main(flags_parser(sys.argv)))
 
     def ask(name: str, arguments: list[str]) -> str:
