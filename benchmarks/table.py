@@ -42,11 +42,9 @@ def table_text() -> str:
             continue
         ratio = result["ratios"][worker]
         peaks = [max(turn["peak_gib"] for turn in result["found"][one]["turns"]) for one in ("steerjax", worker)]
-        times = f"{ratio['median']:.2f} times as fast [{ratio['least']:.2f}, {ratio['greatest']:.2f}]"
-        lines.append(
-            f"| `python benchmarks/{command}` | {beside} | {goal} | [{times}](results/{name}.json) "
-            f"| {peaks[0]:.2f}, {peaks[1]:.2f} |"
-        )
+        times = f"[{ratio['median']:.2f} times](results/{name}.json) as fast, {ratio['least']:.2f} to {ratio['greatest']:.2f}"
+        memory = f"{peaks[0]:.2f}, {peaks[1]:.2f}"
+        lines.append(f"| `python benchmarks/{command}` | {beside} | {goal} | {times} | {memory} |")
     return "\n".join(lines) + "\n"
 
 

@@ -37,7 +37,8 @@ autodoc_typehints = "signature"
 
 ENVIRONMENT = os.environ | {"COLUMNS": "96", "JAX_PLATFORMS": "cpu"}
 HERE = Path(__file__).parent
-PAGES = {"README.md": "index.md", "launch/README.md": "launching.md"}  # file of the repository -> page that includes it
+# File of the repository -> page that includes it.
+PAGES = {"README.md": "index.md", "launch/README.md": "launching.md", "benchmarks/README.md": "benchmarks.md"}
 
 
 def links(text: str, folder: str) -> str:
