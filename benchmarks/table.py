@@ -42,7 +42,8 @@ def table_text() -> str:
             continue
         ratio = result["ratios"][worker]
         peaks = [max(turn["peak_gib"] for turn in result["found"][one]["turns"]) for one in ("steerjax", worker)]
-        times = f"[{ratio['median']:.2f} times](results/{name}.json) as fast, {ratio['least']:.2f} to {ratio['greatest']:.2f}"
+        median, least, greatest = (f"{ratio[key]:.2f}" for key in ("median", "least", "greatest"))
+        times = f"[{median} times](results/{name}.json) as fast, {least} to {greatest}"
         memory = f"{peaks[0]:.2f}, {peaks[1]:.2f}"
         lines.append(f"| `python benchmarks/{command}` | {beside} | {goal} | {times} | {memory} |")
     return "\n".join(lines) + "\n"
