@@ -12,7 +12,7 @@ from turns import REPOSITORY, RESULTS
 README = REPOSITORY / "benchmarks" / "README.md"
 BEGIN, END = "<!-- table.py -->\n", "<!-- end -->\n"
 _TRAINING, _ANNOTATION = "training.py --model SMOLLM2", "annotation.py --model SMOLLM2 --prompts 5 --only padded,sorted"
-_SFT, _DECODING = "sft.py --model SMOLLM2", "decoding.py --model SMOLLM2 --batch"
+_SFT, _DECODING = "sft.py --model SMOLLM2 --only trl,padded", "decoding.py --model SMOLLM2 --batch"
 # results, worker, command, what it is, goal
 ROWS = (
     ("training", "padded", _TRAINING, "transformers in PyTorch, batches of 8, padded", "6"),
