@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from turns import RESULTS, machine, peak_gib
+from turns import RESULTS, held_gib, machine, peak_gib
 
 from steerjax.chat.render import ChatConfig, make_renderer
 from steerjax.config import default_config, resolve
@@ -125,11 +125,6 @@ def learnt(conversations: list, objective, renderer) -> tuple[list, int]:
         except DataError:
             left_out += 1
     return found, left_out
-
-
-def held_gib() -> float:
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) / 2**20
 
 
 def feed(e, schema, objectives, trees, rows, turns: int) -> dict[str, float]:

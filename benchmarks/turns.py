@@ -58,8 +58,17 @@ def workers(script: str, peers: Sequence[str], o: argparse.Namespace, keys: Sequ
 
 def peak_gib() -> float:
     """What this process ever held in memory at once."""
+    return _status_gib("VmHWM")
+
+
+def held_gib() -> float:
+    """What this process holds in memory."""
+    return _status_gib("VmRSS")
+
+
+def _status_gib(key: str) -> float:
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 2**20
+    return int(status[key].split()[0]) / 2**20
 
 
 def in_turn(workers: Mapping[str, Sequence[str]], turns: int, environment: Mapping[str, str]) -> dict[str, dict]:
