@@ -30,7 +30,7 @@ def our_turns(folder: Path, prompts: int, turns: int):
     from steerjax.inference.scorer import Scorer, predict
     from steerjax.schema import HELPSTEER
 
-    bundle = open_bundle(folder / "start", dtype="float32")
+    bundle = open_bundle(folder / "start")
     scorer = Scorer(bundle)
     renderer = bundle.renderer(scorer.schema)
     found = load_conversations(["embedded:helpsteer"], HELPSTEER).conversations
@@ -53,10 +53,10 @@ def our_turns(folder: Path, prompts: int, turns: int):
 
 def peer_turns(folder: Path, ordered: bool):
     import torch
-    from padded import BATCH, padded, rewards
+    from padded import BATCH, DEVICE, PRECISION, padded, rewards
     from transformers import LlamaForSequenceClassification
 
-    model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32).eval()
+    model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=PRECISION).eval().to(DEVICE)
     parts = [json.loads(line) for line in (folder / "turns.jsonl").open()]
     number = 0
 
@@ -120,7 +120,7 @@ def main() -> None:
             commands["vllm"] = [o.vllm, *commands["sorted"][1:-2], "vllm", scratch]
         if o.only:
             commands = {name: commands[name] for name in ("steerjax", *o.only.split(","))}
-        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
+        found = in_turn(commands, o.turns, {})
     said = {name: [np.array(turn.pop("predicted")) for turn in one["turns"]] for name, one in found.items()}
     for one in found.values():
         one["warm_up"].pop("predicted")

@@ -4,10 +4,11 @@
     python benchmarks/decoding.py --model SMOLLM2 --samples 8
 
 A turn answers the next --prompts prompts of HelpSteer (20 to 400 tokens; as many as --batch where it is not given) with
---tokens new tokens each, in float32, in batches of --batch. Nobody stops at an end of turn, so that all draw as many
-tokens; with --stop 1 all do, and transformers answers batches of prompts sorted by length. Texts are compared. The
-share of a plain read: what a step would take that reads all weights once with two threads, over what it takes. Our
-warm-up answers every turn's prompts, as a cache of another size (powers of two) is compiled anew, in seconds.
+--tokens new tokens each, in float32 (on a GPU in bfloat16), in batches of --batch. Nobody stops at an end of turn, so
+that all draw as many tokens; with --stop 1 all do, and transformers answers batches of prompts sorted by length. Texts
+are compared. The share of a plain read: what a step would take that reads all weights once with two threads, over what
+it takes. Our warm-up answers every turn's prompts, as a cache of another size (powers of two) is compiled anew, in
+seconds.
 
 With --samples, a turn draws so many answers to one prompt of 300 to 400 tokens: together, or each on its own (`apart`).
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from turns import add_options, in_turn, report, serve, workers
+from turns import add_options, in_turn, machine, report, serve, workers
 
 
 def our_turns(model: Path, folder: Path, o: argparse.Namespace, apart: bool = False):
@@ -37,7 +38,7 @@ def our_turns(model: Path, folder: Path, o: argparse.Namespace, apart: bool = Fa
     from steerjax.inference.steering import Sampling
     from steerjax.schema import HELPSTEER
 
-    bundle, count, turns = open_bundle(model, template="chatml", dtype="float32"), o.prompts, o.turns + 1
+    bundle, count, turns = open_bundle(model, template="chatml"), o.prompts, o.turns + 1
     engine = Engine(bundle, HELPSTEER, Sampling(max_new_tokens=o.tokens), o.samples or o.batch)
     if not o.stop:
         engine.stops.tokens.clear()
@@ -72,9 +73,10 @@ def our_turns(model: Path, folder: Path, o: argparse.Namespace, apart: bool = Fa
 
 def peer_turns(model: Path, folder: Path, batch: int, tokens: int, stop: bool):
     import torch
+    from padded import DEVICE, PRECISION
     from transformers import LlamaForCausalLM
 
-    llama = LlamaForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    llama = LlamaForCausalLM.from_pretrained(model, dtype=PRECISION).eval().to(DEVICE)
     turns = [json.loads(line) for line in (folder / "turns.jsonl").open()]
     llama.generation_config.eos_token_id = ends = turns[0]["ends"] if stop else None
 
@@ -84,7 +86,9 @@ def peer_turns(model: Path, folder: Path, batch: int, tokens: int, stop: bool):
         for row, prompt in enumerate(prompts):  # padded on the left
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
-        out = llama.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+        out = llama.generate(
+            ids.to(DEVICE), attention_mask=mask.to(DEVICE), max_new_tokens=tokens, do_sample=False, pad_token_id=0
+        )
         return [ended(row, ends or []) for row in out[:, longest:].tolist()]
 
     @torch.inference_mode()
@@ -163,7 +167,7 @@ def main() -> None:
             commands["apart"][0] = commands["steerjax"][0]
         if o.vllm:
             commands["vllm"][0] = o.vllm
-        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
+        found = in_turn(commands, o.turns, {})
     ids = {name: [turn.pop("ids") for turn in one["turns"]] for name, one in found.items()}
     for one in found.values():
         one["warm_up"].pop("ids")
@@ -173,7 +177,7 @@ def main() -> None:
     for peer in ids.keys() - {"steerjax"}:
         pairs = [(a, b) for x, y in zip(ids["steerjax"], ids[peer], strict=True) for a, b in zip(x, y, strict=True)]
         print(f"texts: {sum(a == b for a, b in pairs)} of {len(pairs)} are {peer}'s, token for token")
-    if o.samples:
+    if o.samples or "gpu" in machine():
         return
     with safe_open(o.model / "model.safetensors", "np") as file:
         size = 4 * sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 - no mapping

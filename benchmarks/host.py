@@ -21,21 +21,15 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from prepared import Steps, Task, make_task
 from turns import RESULTS, held_gib, machine, peak_gib
 
-from steerjax.chat.render import ChatConfig, make_renderer
-from steerjax.config import default_config, resolve
 from steerjax.data.loading import load_conversations, shared_prompts, split_by_prompt
 from steerjax.data.packing import epoch_rows, packing_statistics
 from steerjax.data.readers import iter_rows
 from steerjax.data.trees import grow
 from steerjax.errors import DataError
 from steerjax.objectives.objective import TRAIN
-from steerjax.parallel.mesh import MeshConfig, make_mesh
-from steerjax.training.input import make_feeder
-from steerjax.training.program import Program, make_objectives
-from steerjax.training.source import initial_parameters, with_source, with_vocabulary
-from steerjax.training.state import make_state
 
 
 def main() -> None:
@@ -48,15 +42,12 @@ def main() -> None:
     add("--rows-a-step", type=int, default=4)
     add("--turns", type=int, default=5, help="pairs of steps, after one that compiles")
     o = parser.parse_args()
-    config = default_config()
-    config.chat.update(tokenizer=o.tokenizer, template=o.template)
-    config.batch.update(rows=o.rows_a_step, row_length=o.row_length)
-    config.model.update(hidden_size=128, intermediate_size=256, num_layers=2, num_heads=2)
-    e, _ = with_source(resolve(config.to_dict()))
-    schema = e.data.make_schema()
-    renderer = make_renderer(ChatConfig(tokenizer=e.chat.tokenizer, template=o.template), schema)
-    e = with_vocabulary(e, renderer.tokenizer, None)
-    objectives = make_objectives(e, schema, renderer)
+    task = make_task(
+        chat={"tokenizer": o.tokenizer, "template": o.template},
+        batch={"rows": o.rows_a_step, "row_length": o.row_length},
+        model={"hidden_size": 128, "intermediate_size": 256, "num_layers": 2, "num_heads": 2},
+    )
+    schema, renderer, objectives = task.schema, task.renderer, task.objectives
     stages: dict[str, dict[str, float]] = {}
 
     def timed(name: str, stage: Callable):
@@ -89,7 +80,7 @@ def main() -> None:
         for part in objective.data.values():  # the benchmark trains no validation
             part.rows = part.rows or [(0.0,) * len(schema)]
         objective.check_data()
-    feeding = feed(e, schema, objectives, trees, rows, o.turns)
+    feeding = feed(task, trees, rows, o.turns)
     print("a step: {fixed:.1f} ms with one batch, {fed:.1f} with feeding; feeding alone {feed:.1f} ms, "
           "{tokens_a_second:,.0f} tokens/s".format(**feeding))  # fmt: skip
     value = {
@@ -127,39 +118,32 @@ def learnt(conversations: list, objective, renderer) -> tuple[list, int]:
     return found, left_out
 
 
-def feed(e, schema, objectives, trees, rows, turns: int) -> dict[str, float]:
+def feed(task: Task, trees, rows, turns: int) -> dict[str, float]:
     """Milliseconds of steps that are dispatched one ahead, as the loop does, and of feeding alone."""
-    mesh = make_mesh(MeshConfig())
-    feeder = make_feeder(trees, objectives, e.batch.row_length, mesh, e.batch.micro_batches)
-    program = Program(e, schema, objectives, mesh, feeder, 10**6)
-    size, count = e.batch.rows, max(1, min(4, len(rows) // e.batch.rows))
+    step, size = Steps(task, trees), task.experiment.batch.rows
+    count = max(1, min(4, len(rows) // size))
     batches = [rows[i * size : (i + 1) * size] for i in range(count)]
-    with jax.set_mesh(mesh):
-        whole, _ = initial_parameters(None, program.module, program.whole, schema.names, 0)
-        state = make_state(whole, program.abstract, program.optimizer, e.optimizer)
-        fixed = feeder(batches[0])
+    fixed = step.feed(batches[0])
 
-        def steps(batch: Callable) -> float:
-            nonlocal state
-            begun, pending = time.perf_counter(), None
-            for each in batches:
-                state, metrics = program.train_step(state, batch(each))
-                before, pending = pending, metrics
-                jax.device_get(before)
-            jax.device_get(pending)
-            return (time.perf_counter() - begun) / count * 1e3
-
-        steps(feeder)
-        pairs = [(steps(lambda _: fixed), steps(feeder)) for _ in range(turns)]
-        begun = time.perf_counter()
+    def steps(batch: Callable) -> float:
+        begun, pending = time.perf_counter(), None
         for each in batches:
-            jax.block_until_ready(feeder(each))
-        alone = (time.perf_counter() - begun) / count
+            before, pending = pending, step.dispatch(batch(each))
+            jax.device_get(before)
+        jax.device_get(pending)
+        return (time.perf_counter() - begun) / count * 1e3
+
+    steps(step.feed)
+    pairs = [(steps(lambda _: fixed), steps(step.feed)) for _ in range(turns)]
+    begun = time.perf_counter()
+    for each in batches:
+        jax.block_until_ready(step.feed(each))
+    alone = (time.perf_counter() - begun) / count
     added = [fed / one - 1 for one, fed in pairs]
     return {
         "fixed": statistics.median(one for one, _ in pairs), "fed": statistics.median(fed for _, fed in pairs),
         "added": {"median": statistics.median(added), "least": min(added), "greatest": max(added)},
-        "feed": alone * 1e3, "tokens_a_second": float(np.prod((size, e.batch.row_length)) / alone),
+        "feed": alone * 1e3, "tokens_a_second": float(np.prod((size, task.experiment.batch.row_length)) / alone),
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from turns import RESULTS, machine
 
 SHORT = 256  # tokens of a text
+VOCABULARY = 512  # ids that occur
 
 
 class Point(NamedTuple):
@@ -49,54 +50,40 @@ def size(axis: str, point: Point) -> int:
 
 def make_step(point: Point):
     """A function that does one step and returns its seconds; bytes as compiled; model FLOPs."""
-    import jax
+    from prepared import Steps, make_task
 
-    from steerjax.chat.render import make_renderer
-    from steerjax.config import default_config, resolve
     from steerjax.data.packing import pack
     from steerjax.data.trees import grow
     from steerjax.objectives.objective import TRAIN, VALIDATION
-    from steerjax.parallel.mesh import make_mesh
-    from steerjax.training.input import make_feeder
-    from steerjax.training.program import Program, make_objectives
-    from steerjax.training.source import initial_parameters, with_source
-    from steerjax.training.state import make_state
 
-    config, width = default_config(), point.width
-    config.model.update(num_layers=point.layers, hidden_size=width, intermediate_size=3 * width, vocab_size=512,
-                        num_heads=width // 64, num_kv_heads=width // 128)  # fmt: skip
-    config.batch.update(rows=point.rows, row_length=point.length)
-    config.optimizer.warmup_steps = 0
-    e, _ = with_source(resolve(config.to_dict()))
-    schema, mesh = e.data.make_schema(), make_mesh(e.mesh)
-    objectives = make_objectives(e, schema, make_renderer(e.chat, schema))
+    width = point.width
+    task = make_task(
+        model={"num_layers": point.layers, "hidden_size": width, "intermediate_size": 3 * width,
+               "num_heads": width // 64, "num_kv_heads": width // 128},
+        batch={"rows": point.rows, "row_length": point.length},
+        optimizer={"warmup_steps": 0},
+    )  # fmt: skip
+    objectives, schema = task.objectives, task.schema
     random, examples = np.random.default_rng(0), []
     for _ in range(point.rows * point.length // (point.text or point.length)):
-        tokens = random.integers(3, 512, point.text or point.length, np.int32)
+        tokens = random.integers(3, VOCABULARY, point.text or point.length, np.int32)
         ratings = {name: float(random.integers(5)) for name in schema.names}
         examples.append(objectives[0].example(TRAIN, tokens, len(tokens), ratings))
     objectives[0].example(VALIDATION, tokens, len(tokens), ratings)
     objectives[0].check_data()
     trees = grow(examples)
     rows = pack(trees, point.length)
-    feed = make_feeder(trees, objectives, point.length, mesh, 1)
-    with jax.set_mesh(mesh):
-        program = Program(e, schema, objectives, mesh, feed, 1000)
-        params, _ = initial_parameters(None, program.module, program.whole, schema.names, 0)
-        state = make_state(params, program.abstract, program.optimizer, e.optimizer)
-        batch = feed(rows)
-        compiled = program.train_step.lower(state, batch).compile()
-    stats = compiled.memory_analysis()
+    steps = Steps(task, trees)
+    batch = steps.feed(rows)
+    stats = steps.compile(batch).memory_analysis()
 
     def step() -> float:
-        nonlocal state
         begun = time.perf_counter()
-        state, metrics = compiled(state, batch)
-        float(metrics["loss"])
+        float(steps.dispatch(batch)["loss"])
         return time.perf_counter() - begun
 
     used = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return step, used + stats.temp_size_in_bytes, program.step_facts(rows, trees)["flops"]
+    return step, used + stats.temp_size_in_bytes, steps.facts(rows)["flops"]
 
 
 def slope(sizes, values) -> float:

@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
@@ -38,58 +39,40 @@ KEYS = ("turns", "rows")  # of the workers
 
 def our_turns(folder: Path, steps: int, rows: int, shared: bool):
     """Trees write steps.jsonl, the conversations of each step; a turn trains on the next."""
-    import jax
+    from prepared import Steps, make_task
 
-    from steerjax.chat.render import make_renderer
-    from steerjax.config import default_config, resolve
     from steerjax.data.batch import BatchPlan
     from steerjax.data.trees import grow
-    from steerjax.parallel.mesh import make_mesh
-    from steerjax.training.input import make_feeder, make_input
-    from steerjax.training.program import Program, make_objectives
-    from steerjax.training.source import initial_parameters, with_source
-    from steerjax.training.state import make_state
 
-    config = default_config()
-    config.objectives = ("sft",)
-    config.data.on_bad_row = "skip"  # what is too long
-    if (oasst := folder / "oasst.jsonl").exists():
-        config.data.train, config.sft.ratings, config.sft.threads = (str(oasst),), "none", "all"
-    config.model.source, config.chat.template = str(folder / "start"), "chatml"
-    config.batch.update(rows=rows, row_length=LENGTH, micro_batches=rows)
-    config.compute.attention_chunk = 256
-    config.optimizer.update(learning_rate=RATE, min_learning_rate=RATE, warmup_steps=0, beta1=BETAS[0], beta2=BETAS[1],
-                            epsilon=EPSILON, weight_decay=DECAY, clip_norm=0.0)  # fmt: skip
-    e, source = with_source(resolve(config.to_dict()))
-    schema, mesh = e.data.make_schema(), make_mesh(e.mesh)
-    renderer = make_renderer(e.chat, schema, source.template)
-    objectives = make_objectives(e, schema, renderer)
-    plan = make_input(e, objectives, renderer).plan
+    threads = (folder / "oasst.jsonl").exists()
+    task = make_task(
+        ("sft",),
+        data={"on_bad_row": "skip", **({"train": (str(folder / "oasst.jsonl"),)} if threads else {})},  # too long ones
+        sft={"ratings": "none", "threads": "all"} if threads else {},
+        model={"source": str(folder / "start")},
+        chat={"template": "chatml"},
+        batch={"rows": rows, "row_length": LENGTH, "micro_batches": rows},
+        optimizer={"learning_rate": RATE, "min_learning_rate": RATE, "warmup_steps": 0, "beta1": BETAS[0],
+                   "beta2": BETAS[1], "epsilon": EPSILON, "weight_decay": DECAY, "clip_norm": 0.0},
+    )  # fmt: skip
+    plan = task.input().plan
     if shared:
         write_steps(folder / "steps.jsonl", plan, steps)
     else:
         trees = tuple(grow([example])[0] for tree in plan.trees for example in tree.examples)
+        e = task.experiment
         apart = BatchPlan(trees, rows, LENGTH, e.train.seed)
         rows = round(rows * len(apart.epoch(0)) / len(plan.epoch(0)))
         plan = dataclasses.replace(apart, rows=rows)
         e = dataclasses.replace(e, batch=dataclasses.replace(e.batch, rows=rows, micro_batches=rows))
-    feed = make_feeder(plan.trees, objectives, LENGTH, mesh, rows)
-    with jax.set_mesh(mesh):
-        program = Program(e, schema, objectives, mesh, feed, steps)
-        params, _ = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
-        state = make_state(params, program.abstract, program.optimizer, e.optimizer, None)
-    number = 0
+        task = dataclasses.replace(task, experiment=e)
+    step, numbers = Steps(task, plan.trees, steps), itertools.count()
 
     def turn() -> dict:
-        nonlocal state, number
-        rows = plan.step_rows(number)
-        number += 1
-        batch = feed(rows)
-        with jax.set_mesh(mesh):
-            state, metrics = program.train_step(state, batch)
-            loss = float(metrics["loss"])
-        trained = float(batch.targets["sft"]["weights"].sum())
-        return {"loss": loss, "trained_tokens": trained, **program.step_facts(rows, plan.trees)}
+        rows = plan.step_rows(next(numbers))
+        batch = step.feed(rows)
+        loss = float(step.dispatch(batch)["loss"])
+        return {"loss": loss, "trained_tokens": float(batch.targets["sft"]["weights"].sum()), **step.facts(rows)}
 
     return turn
 
@@ -258,7 +241,7 @@ def main() -> None:
         commands["unshared"][0] = sys.executable
         if o.only:
             commands = {name: commands[name] for name in ("steerjax", *o.only.split(","))}
-        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
+        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""})
     data = "oasst" if o.oasst else "helpsteer"
     settings = {key: vars(o)[key] for key in ("layers", *KEYS)} | {"data": data}
     report(f"sft_{data}", found, "steerjax", "trained tokens", "trained_tokens", settings)

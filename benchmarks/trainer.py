@@ -9,17 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from padded import BATCH
+from padded import BATCH, DEVICE
 from transformers import Trainer, TrainerCallback
 
 
 def arguments(folder: Path, steps: int, micro_batches: int, batch: int = BATCH) -> dict:
-    """Those of any Trainer: float32 on the CPU, AdamW at a constant rate; nothing is clipped, saved or tracked."""
+    """Those of any Trainer: float32 on a CPU, bfloat16 on a GPU, AdamW at a constant rate; nothing is clipped, saved or
+    tracked."""
     from training import BETAS, DECAY, EPSILON, RATE
 
     return {
-        "output_dir": str(folder / "trainer"), "use_cpu": True, "bf16": False, "max_steps": steps,
-        "per_device_train_batch_size": batch, "gradient_accumulation_steps": micro_batches, "learning_rate": RATE,
+        "output_dir": str(folder / "trainer"), "use_cpu": DEVICE.type == "cpu", "bf16": DEVICE.type == "cuda",
+        "max_steps": steps, "per_device_train_batch_size": batch, "gradient_accumulation_steps": micro_batches,
+        "learning_rate": RATE,
         "lr_scheduler_type": "constant", "adam_beta1": BETAS[0], "adam_beta2": BETAS[1], "adam_epsilon": EPSILON,
         "weight_decay": DECAY, "max_grad_norm": 0.0, "logging_steps": 1,
         "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False,
@@ -74,16 +76,16 @@ def by_turns(make: type[Trainer], count: Callable[[dict], dict[str, float]], **g
     return turn
 
 
-def peer_turns(folder: Path) -> Callable[[], dict]:
-    """The reward model of start/ on the examples of steps.jsonl, 8 at once, grouped by length (of 400 at a time), and
-    gradients added up over about as many examples as a step of ours has."""
+def peer_turns(folder: Path, batch: int) -> Callable[[], dict]:
+    """The reward model of start/ on the examples of steps.jsonl, `batch` at once, grouped by length (within
+    50 batches), and gradients added up over about as many examples as a step of ours has."""
     from datasets import Dataset
     from transformers import AutoTokenizer, DataCollatorWithPadding, LlamaForSequenceClassification, TrainingArguments
 
     steps = [json.loads(line) for line in (folder / "steps.jsonl").open()]
     rows = [{"input_ids": e["tokens"], "labels": list(map(float, e["ratings"]))} for step in steps for e in step]
-    micro_batches = max(1, round(len(rows) / len(steps) / BATCH))
-    shared = arguments(folder, len(steps), micro_batches)
+    micro_batches = max(1, round(len(rows) / len(steps) / batch))
+    shared = arguments(folder, len(steps), micro_batches, batch)
 
     def count(inputs: dict) -> dict[str, float]:
         mask = inputs["attention_mask"]

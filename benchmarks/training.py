@@ -2,17 +2,18 @@
 
     python benchmarks/training.py --model SMOLLM2 [--peer PYTHON]
 
-A turn is an optimizer step (AdamW, float32) on the same examples of HelpSteer from the same weights, a model of
-SmolLM2's widths with --layers layers and five outputs. steerjax packs them into rows of 2048 tokens, with what they
-share written once. The peer is LlamaForSequenceClassification in batches of 8, padded to the longest of the batch: as
-the examples come (`padded`), or sorted by length within the step (`grouped`), gradients added up over the step: losses
-are compared step by step. `trainer` is transformers' Trainer as its users run it, which groups by length among 400
-examples.
+A turn is an optimizer step (AdamW) on the same examples of HelpSteer from the same weights, a model of SmolLM2's widths
+with --layers layers and five outputs: in float32 on a CPU, on a GPU in bfloat16 with float32 parameters. steerjax packs
+the examples into rows of 2048 tokens, with what they share written once. The peer is LlamaForSequenceClassification in
+batches of --peer-batch, padded to the longest of the batch: as the examples come (`padded`), or sorted by length within
+the step (`grouped`), gradients added up over the step: losses are compared step by step. `trainer` is transformers'
+Trainer as its users run it, which groups by length within 50 batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -20,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from turns import add_options, in_turn, report, serve, workers
 
-ROWS, LENGTH, ATTRIBUTES = 4, 2048, 5
+LENGTH, ATTRIBUTES = 2048, 5
 RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.98), 1e-8, 0.01
-KEYS = ("turns", "devices", "micro_batches", "chunk")  # of the workers
+KEYS = ("turns", "devices", "rows", "micro_batches", "chunk", "peer_batch")  # of the workers
 PEERS = ("padded", "grouped", "trainer")
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 
@@ -56,60 +57,38 @@ def first_layers(source: Path, folder: Path, layers: int, kind: str = "reward") 
 def our_turns(folder: Path, steps: int, options: argparse.Namespace):
     """Writes steps.jsonl, the examples of each step; a turn trains on the next."""
     import jax
-
-    from steerjax.chat.render import make_renderer
-    from steerjax.config import default_config, resolve
-    from steerjax.parallel.mesh import make_mesh
-    from steerjax.training.input import make_feeder, make_input
-    from steerjax.training.program import Program, make_objectives
-    from steerjax.training.source import initial_parameters, with_source
-    from steerjax.training.state import make_state
+    from prepared import Steps, make_task
 
     if options.devices > 1:
         jax.config.update("jax_num_cpu_devices", options.devices)
-    config = default_config()
-    config.model.source, config.chat.template = str(folder / "start"), "chatml"
-    config.batch.update(rows=ROWS, row_length=LENGTH, micro_batches=options.micro_batches)
-    config.compute.update(attention_chunk=options.chunk)
-    config.optimizer.update(learning_rate=RATE, min_learning_rate=RATE, warmup_steps=0, beta1=BETAS[0], beta2=BETAS[1],
-                            epsilon=EPSILON, weight_decay=DECAY, clip_norm=0.0, frozen_layers=0)  # fmt: skip
-    config.mesh.data = options.devices
-    e, source = with_source(resolve(config.to_dict()))
-    schema, mesh = e.data.make_schema(), make_mesh(e.mesh)
-    objectives = make_objectives(e, schema, make_renderer(e.chat, schema, source.template))
-    data = make_input(e, objectives, make_renderer(e.chat, schema, source.template))
-    feed = make_feeder(data.plan.trees, objectives, LENGTH, mesh, options.micro_batches)
-    with jax.set_mesh(mesh):
-        program = Program(e, schema, objectives, mesh, feed, steps)
-        params, _ = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
-        state = make_state(params, program.abstract, program.optimizer, e.optimizer, None)
+    task = make_task(
+        model={"source": str(folder / "start")},
+        chat={"template": "chatml"},
+        batch={"rows": options.rows, "row_length": LENGTH, "micro_batches": options.micro_batches},
+        compute={"attention_chunk": options.chunk},
+        optimizer={"learning_rate": RATE, "min_learning_rate": RATE, "warmup_steps": 0, "beta1": BETAS[0],
+                   "beta2": BETAS[1], "epsilon": EPSILON, "weight_decay": DECAY, "clip_norm": 0.0},
+        mesh={"data": options.devices},
+    )  # fmt: skip
+    plan = task.input().plan
+    step = Steps(task, plan.trees, steps)
     with (folder / "steps.jsonl").open("w") as file:
-        for step in range(steps):
-            examples = [data.plan.trees[part.tree].examples[i]
-                        for row in data.plan.step_rows(step) for part in row for i in part.examples]  # fmt: skip
-            rated = [objectives[0].data["train"].rows[example.number] for example in examples]
+        for number in range(steps):
+            examples = [plan.trees[part.tree].examples[i]
+                        for row in plan.step_rows(number) for part in row for i in part.examples]  # fmt: skip
+            rated = [task.objectives[0].data["train"].rows[example.number] for example in examples]
             said = [{"tokens": x.tokens.tolist(), "ratings": r} for x, r in zip(examples, rated, strict=True)]
             print(json.dumps(said), file=file)
-    number = 0
-
-    def turn() -> dict:
-        nonlocal state, number
-        rows = data.plan.step_rows(number)
-        with jax.set_mesh(mesh):
-            state, metrics = program.train_step(state, feed(rows))
-            loss = float(metrics["loss"])
-        number += 1
-        return {"loss": loss, **{k: float(v) for k, v in program.step_facts(rows, data.plan.trees).items()}}
-
-    return turn
+    numbers = itertools.count()
+    return lambda: step(plan.step_rows(next(numbers)))
 
 
-def peer_turns(folder: Path, grouped: bool):
+def peer_turns(folder: Path, grouped: bool, batch: int):
     import torch
-    from padded import BATCH, adamw, padded, rewards
+    from padded import DEVICE, adamw, padded, rewards
     from transformers import LlamaForSequenceClassification
 
-    model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32).train()
+    model = LlamaForSequenceClassification.from_pretrained(folder / "start", dtype=torch.float32).train().to(DEVICE)
     optimizer = adamw(model, RATE, BETAS, EPSILON, DECAY)
     steps = [json.loads(line) for line in (folder / "steps.jsonl").open()]
     number = 0
@@ -123,10 +102,12 @@ def peer_turns(folder: Path, grouped: bool):
         count = sum(r is not None for example in examples for r in example["ratings"])
         total = tokens = real = 0
         optimizer.zero_grad()
-        for first in range(0, len(examples), BATCH):
-            some = examples[first : first + BATCH]
+        for first in range(0, len(examples), batch):
+            some = examples[first : first + batch]
             ids, mask = padded([example["tokens"] for example in some])
-            ratings = torch.tensor([[float("nan") if r is None else r for r in e["ratings"]] for e in some])
+            ratings = torch.tensor(
+                [[float("nan") if r is None else r for r in e["ratings"]] for e in some], device=DEVICE
+            )
             errors = rewards(model, ids, mask) - ratings.nan_to_num()
             loss = torch.where(ratings.isnan(), 0.0, errors).square().sum() / count
             loss.backward()
@@ -145,8 +126,8 @@ def turn_of(name: str, folder: Path, options: argparse.Namespace):
     if name == "trainer":
         import trainer
 
-        return trainer.peer_turns(folder)
-    return peer_turns(folder, name == "grouped")
+        return trainer.peer_turns(folder, options.peer_batch)
+    return peer_turns(folder, name == "grouped", options.peer_batch)
 
 
 def main() -> None:
@@ -155,7 +136,9 @@ def main() -> None:
     add = parser.add_argument
     add("--layers", type=int, default=6)
     add("--devices", type=int, default=1, help="virtual CPU devices of steerjax, on the data axis")
+    add("--rows", type=int, default=4, help="packed rows of a step of steerjax")
     add("--micro-batches", type=int, default=4)
+    add("--peer-batch", type=int, default=8, help="texts that a peer computes at once")
     add("--chunk", type=int, default=256)
     add("--only", default=",".join(PEERS), help="some of the peers, with commas")
     o = parser.parse_args()
@@ -167,7 +150,7 @@ def main() -> None:
         folder = Path(scratch)
         first_layers(o.model, folder / "start", o.layers)
         commands = workers(__file__, o.only.split(",") if o.only else (), o, KEYS, scratch)
-        found = in_turn(commands, o.turns, {"JAX_PLATFORMS": "cpu"})
+        found = in_turn(commands, o.turns, {})
     settings = {key: vars(o)[key] for key in ("layers", *KEYS)}
     report("training", found, "steerjax", "unshared tokens", "unshared_tokens", settings)
     for name in found.keys() - {"steerjax", "trainer"}:  # the Trainer's steps have other examples

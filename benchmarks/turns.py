@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +26,8 @@ _VLLM = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_LOGGING_STREAM": "ext://sys.stderr",
 }  # fmt: skip
+# On a GPU several programs share the memory, and what one used is measured.
+_SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _PACKAGES = ("jax", "flax", "torch", "transformers", "trl", "vllm")
 
 
@@ -37,7 +40,8 @@ def serve(turn: Callable[[], Mapping]) -> None:
         begun = time.perf_counter()
         found = turn()
         seconds = time.perf_counter() - begun
-        print(json.dumps({"seconds": seconds, "peak_gib": peak_gib(), **found}), file=out, flush=True)
+        peak = _gpu_peak_gib() or peak_gib()
+        print(json.dumps({"seconds": seconds, "peak_gib": peak, **found}), file=out, flush=True)
 
 
 def add_options(parser: argparse.ArgumentParser, turns: int) -> None:
@@ -61,6 +65,14 @@ def peak_gib() -> float:
     return _status_gib("VmHWM")
 
 
+def _gpu_peak_gib() -> float:
+    """The same of a GPU's memory, by whichever library works there; 0 without one."""
+    jax, torch = (sys.modules.get(name) for name in ("jax", "torch"))
+    if jax and jax.default_backend() == "gpu":
+        return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
+    return torch.cuda.max_memory_allocated() / 2**30 if torch and torch.cuda.is_available() else 0.0
+
+
 def held_gib() -> float:
     """What this process holds in memory."""
     return _status_gib("VmRSS")
@@ -73,7 +85,8 @@ def _status_gib(key: str) -> float:
 
 def in_turn(workers: Mapping[str, Sequence[str]], turns: int, environment: Mapping[str, str]) -> dict[str, dict]:
     """Of each command what it says of itself and its turns, the first left out."""
-    environment = os.environ | _VLLM | {"PYTHONPATH": str(REPOSITORY), **environment}
+    path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | _VLLM | _SHARED | {"PYTHONPATH": path, **environment}
     running, found = {}, {}
     try:
         for name, command in workers.items():  # one gets ready after the other: a later one may read what it wrote
@@ -119,7 +132,8 @@ def ratios(found: Mapping[str, dict], ours: str, count: float | str = 1.0) -> di
 def report(
     benchmark: str, found: Mapping[str, dict], ours: str, unit: str, count: float | str, settings: Mapping
 ) -> None:
-    """Prints the table, and writes results/BENCHMARK.json. `count` of `unit` are done in a turn, see `rates`."""
+    """Prints the table, and writes results/BENCHMARK.json, on a GPU BENCHMARK_gpu.json. `count` of `unit` are done in a
+    turn, see `rates`."""
     over = ratios(found, ours, count)
     print(f"{'':28}{unit + '/s':>14}{'seconds a turn':>22}{'peak GiB':>10}   {ours} is")
     for name, one in found.items():
@@ -133,6 +147,7 @@ def report(
         rate = statistics.median(rates(one["turns"], count))
         print(f"{name:28}{rate:14.2f}{times:>22}{peak:10.2f}   {said}")
     RESULTS.mkdir(exist_ok=True)
+    benchmark += "_gpu" if _gpu() else ""
     value = {
         "benchmark": benchmark, "machine": machine(), "settings": settings, "unit": unit, "a turn": count,
         "ratios": over, "found": found,
@@ -144,8 +159,17 @@ def machine() -> dict:
     """Facts of the machine, without its name."""
     info = Path("/proc/cpuinfo")
     models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0],
-            "python": platform.python_version()}  # fmt: skip
+    cpu = models[0] if models else platform.machine()
+    found = {"cpu": cpu, "cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
+    return found | ({"gpu": gpu} if (gpu := _gpu()) else {})
+
+
+def _gpu() -> str:
+    """The name of the GPU; "" where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _version(name: str) -> str | None:

@@ -100,10 +100,11 @@ def abstract_parameters(module: nn.Module, mesh: Mesh, dtype=jnp.float32) -> dic
 
 
 def random_parameters(module: nn.Module, abstract: dict, seed: int) -> dict:
-    """Random parameters, every leaf made in its own shards; `abstract` may be a part of the module's tree."""
+    """Random parameters, every leaf made in its own shards and dtype; `abstract` may be a part of the module's tree."""
 
     def init(key):
-        return _part(meta.unbox(module.init(key, method="initialize")["params"]), abstract)
+        made = _part(meta.unbox(module.init(key, method="initialize")["params"]), abstract)
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), made, abstract)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))

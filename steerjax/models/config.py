@@ -116,8 +116,20 @@ class LlamaConfig:
     @property
     def block_parameters(self) -> int:
         """Parameters in the matrices of one layer, which a token is multiplied with."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_kv_heads)
-        return attention + 3 * self.hidden_size * self.intermediate_size
+        return sum(into * out for into, out in self._projections.values())
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Parameters in the adapters of one layer."""
+        adapted = [size for name, size in self._projections.items() if self.lora.adapts(name)]
+        return self.lora.rank * sum(into + out for into, out in adapted)
+
+    @property
+    def _projections(self) -> dict[str, tuple[int, int]]:
+        """Width in, width out."""
+        D, F = self.hidden_size, self.intermediate_size
+        q, kv = (heads * self.head_dim for heads in (self.num_heads, self.num_kv_heads))
+        return {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -37,15 +37,20 @@ def training_flops(
     """Model FLOPs of forward and backward pass.
 
     6 a token and parameter of the layers (2 forward, 4 backward), and 12 N H a layer for each (query, key) pair that
-    the mask allows. Frozen layers have no backward pass, and `cached` no forward pass either.
+    the mask allows. Frozen layers have no backward pass, and `cached` no forward pass either. With adapters the layers'
+    own parameters have no gradients, 2 less, and those of the adapters do.
 
     Args:
         tokens: without padding. attention_pairs: the sum of until[j] - j over them.
         head_outputs: width of the head times the share of tokens it reads, e.g. the vocabulary for a language model.
     """
-    layer = 6.0 * tokens * config.block_parameters + 12.0 * attention_pairs * config.num_heads * config.head_dim
-    layers = config.num_layers - frozen_layers + (0 if cached else frozen_layers / 3)
-    return layers * layer + 6.0 * tokens * config.hidden_size * head_outputs
+    whole = config.block_parameters + config.adapter_parameters
+    learnt = config.adapter_parameters if config.lora.rank else whole
+    pairs = attention_pairs * config.num_heads * config.head_dim
+    forward, backward = 2.0 * tokens * whole + 4.0 * pairs, 2.0 * tokens * (whole + learnt) + 8.0 * pairs
+    trained = config.num_layers - frozen_layers
+    layers = trained * (forward + backward) + (0 if cached else frozen_layers * forward)
+    return layers + 6.0 * tokens * config.hidden_size * head_outputs
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -1,11 +1,13 @@
 """Parameter and FLOP counts against published ones."""
 
+import dataclasses
+
 import jax
 import pytest
 
-from steerjax.models.config import LlamaConfig, RopeScaling
+from steerjax.models.config import LlamaConfig, LoraConfig, RopeScaling
 from steerjax.models.flops import peak_flops, training_flops
-from steerjax.models.llama import CausalLM
+from steerjax.models.llama import CausalLM, RewardModel
 
 pytestmark = pytest.mark.short
 
@@ -38,6 +40,17 @@ def test_training_flops_are_six_a_parameter_and_token_plus_attention():
     assert training_flops(config, tokens, pairs, head_outputs=32000) == by_hand
     # within 1% of 6 N T + causal attention with N all parameters but the embedding
     assert by_hand == pytest.approx(6 * tokens * (68_976_648_192 - 32000 * 8192) + 12 * pairs * 80 * 8192, rel=0.01)
+
+
+def test_with_adapters_their_gradients_are_computed_and_those_of_the_matrices_are_not():
+    config = PUBLISHED["llama-3.1-8b"][1]
+    adapted = dataclasses.replace(config, lora=LoraConfig(rank=32))
+    module = RewardModel(adapted, 1)
+    shapes = jax.eval_shape(lambda key: module.init(key, method="initialize"), jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    adapters = sum(leaf.size for path, leaf in leaves if "lora_" in jax.tree_util.keystr(path))
+    by_hand = 4 * 32 * config.block_parameters + 6 * adapters
+    assert training_flops(adapted, 1, 0) == by_hand
 
 
 def test_peaks():
