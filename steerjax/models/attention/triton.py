@@ -202,30 +202,71 @@ def _scale(head_dim: int) -> float:
     return head_dim**-0.5 * math.log2(math.e)
 
 
-def _call(kernel, name: str, tile: Tile, grid, inputs, outputs, interpret: bool):
-    """The kernel over its grid; inputs are arrays with their blocks, outputs shapes with theirs."""
-    arrays, specs = zip(*inputs, strict=True)
-    shapes, out_specs = zip(*outputs, strict=True)
-    params = None if interpret else gpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
+def _call(kernel, tile: Tile, grid: tuple[int, int, int], inputs, outputs, interpret: bool):
+    """The kernel over its grid: heads, blocks, rows. Inputs and outputs are arrays or shapes, with their parts."""
+    (arrays, in_specs), (shapes, out_specs) = (zip(*x, strict=True) for x in (inputs, outputs))
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes]
+    params = gpu.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     call = pl.pallas_call(
-        kernel, grid=grid, in_specs=list(specs), out_specs=list(out_specs), out_shape=list(shapes), name=name,
-        compiler_params=params, interpret=interpret,
+        kernel, grid=grid, in_specs=in_specs, out_specs=out_specs, out_shape=shapes, compiler_params=params,
+        interpret=interpret,
     )  # fmt: skip
     return call(*arrays)
 
 
-def _specs(q: Heads, k: Keys, until, own: int):
-    """Blocks of a program's grid (head, block, row): its own queries, all keys of its head, all until and window."""
-    (_, T, N, H), (_, S, K, _) = q.shape, k.shape
-    width, blocks = pl.next_power_of_2(H), T // own
-
-    def block(i):
-        return blocks - 1 - i  # the last first, which has most to do
-
-    queries = pl.BlockSpec((None, own, None, width), lambda h, i, b: (b, block(i), h, 0))
+def _by_queries(q: Heads, k: Keys, rows, visits: Visits, own: int):
+    """Grid and parts of a program with a block of one head's queries; the last first, which has most to do."""
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    width, last = pl.next_power_of_2(H), T // own - 1
+    queries = pl.BlockSpec((None, own, None, width), lambda h, i, b: (b, last - i, h, 0))
     keys = pl.BlockSpec((None, S, None, width), lambda h, i, b: (b, 0, jax.lax.div(h, N // K), 0))
-    numbers = pl.BlockSpec((None, None, own), lambda h, i, b: (b, h, block(i)))
-    return queries, keys, numbers
+    numbers = pl.BlockSpec((None, None, own), lambda h, i, b: (b, h, last - i))
+    visited = pl.BlockSpec((None, None, None, visits.shape[-1]), lambda h, i, b: (b, 0, last - i, 0))
+    return (N, last + 1, B), queries, keys, numbers, _whole(rows), visited
+
+
+def _whole(rows):
+    return jax.tree.map(lambda x: pl.BlockSpec((None, x.shape[1]), lambda h, i, b: (b, 0)), rows)
+
+
+def forward_pass(q, k, v, rows, visits, tile: Tile, interpret: bool) -> tuple[Heads, Float[Array, "B N T"]]:
+    """Output, and the log-sum-exp of the scores, both in powers of two. `rows` are until and window."""
+    B, T, N, H = q.shape
+    grid, queries, keys, numbers, whole, visited = _by_queries(q, k, rows, visits, tile.own)
+    inputs = (q, queries), (k, keys), (v, keys), (rows, whole), (visits, visited)
+    outputs = (q, queries), (jax.ShapeDtypeStruct((B, N, T), jnp.float32), numbers)
+    return _call(
+        functools.partial(_forward_kernel, head_dim=H, keys=tile.visited), tile, grid, inputs, outputs, interpret
+    )
+
+
+def queries_pass(q, k, v, rows, visits, gradient, lse, overlap, tile: Tile, interpret: bool) -> Heads:
+    """The gradient of q, from that of the output."""
+    grid, queries, keys, numbers, whole, visited = _by_queries(q, k, rows, visits, tile.own)
+    inputs = (q, queries), (k, keys), (v, keys), (rows, whole), (visits, visited)
+    inputs += (gradient, queries), (lse, numbers), (overlap, numbers)
+    return _call(
+        functools.partial(_queries_kernel, head_dim=q.shape[-1], keys=tile.visited),
+        tile,
+        grid,
+        inputs,
+        ((q, queries),),
+        interpret,
+    )[0]
+
+
+def keys_pass(q, k, v, rows, visits, gradient, lse, overlap, tile: Tile, interpret: bool) -> tuple[Keys, Keys]:
+    """The gradients of k and v; a program has all query heads that share its keys."""
+    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
+    width = pl.next_power_of_2(H)
+    queries = pl.BlockSpec((None, T, N // K, width), lambda h, j, b: (b, 0, h, 0))
+    keys = pl.BlockSpec((None, tile.own, None, width), lambda h, j, b: (b, j, h, 0))
+    numbers = pl.BlockSpec((None, N // K, T), lambda h, j, b: (b, h, 0))
+    visited = pl.BlockSpec((None, None, None, visits.shape[-1]), lambda h, j, b: (b, j, 0, 0))
+    inputs = (q, queries), (k, keys), (v, keys), (rows, _whole(rows)), (visits, visited)
+    inputs += (gradient, queries), (lse, numbers), (overlap, numbers)
+    kernel = functools.partial(_keys_kernel, head_dim=H, queries=tile.visited)
+    return _call(kernel, tile, (K, S // tile.own, B), inputs, ((k, keys), (v, keys)), interpret)
 
 
 def triton_attention(
@@ -247,52 +288,26 @@ def triton_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _attention(q, k, v, rows, plan, tiles, interpret):
-    return _forward(q, k, v, rows, plan, tiles, interpret)[0]
+    return forward(q, k, v, rows, plan, tiles, interpret)[0]
 
 
-def _row_specs(rows):
-    return jax.tree.map(lambda x: pl.BlockSpec((None, x.shape[1]), lambda h, i, b: (b, 0)), rows)
-
-
-def _forward(q, k, v, rows, plan, tiles, interpret):
-    (B, T, N, H), tile = q.shape, tiles.forward
-    queries, keys, numbers = _specs(q, k, rows[0], tile.own)
-    blocks = T // tile.own
-    visits = pl.BlockSpec((None, None, None, plan.forward.shape[-1]), lambda h, i, b: (b, 0, blocks - 1 - i, 0))
-    inputs = (q, queries), (k, keys), (v, keys), (rows, _row_specs(rows)), (plan.forward, visits)
-    outputs = (jax.ShapeDtypeStruct(q.shape, q.dtype), queries), (jax.ShapeDtypeStruct((B, N, T), jnp.float32), numbers)
-    kernel = functools.partial(_forward_kernel, head_dim=H, keys=tile.visited)
-    found = _call(kernel, "attention_forward", tile, (N, blocks, B), inputs, outputs, interpret)
+def forward(q, k, v, rows, plan: KernelPlan, tiles: Tiles, interpret: bool):
+    """Output, and what the backward pass needs."""
+    found = forward_pass(q, k, v, rows, plan.forward, tiles.forward, interpret)
     out, lse = (checkpoint_name(x, ATTENTION) for x in found)
     return out, (q, k, v, rows, plan, out, lse)
 
 
+def overlaps(out: Heads, gradient: Heads) -> Float[Array, "B N T"]:
+    """Of outputs and their gradients, which is what the gradients of a query's weights have in common."""
+    return (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+
+
 def _backward(tiles, interpret, saved, gradient):
     q, k, v, rows, plan, out, lse = saved
-    (B, T, N, H), (_, S, K, _) = q.shape, k.shape
-    overlap = jnp.einsum("BTNH,BTNH->BNT", out, gradient, preferred_element_type=jnp.float32)
-
-    tile = tiles.queries
-    queries, keys, numbers = _specs(q, k, rows[0], tile.own)
-    blocks = T // tile.own
-    visits = pl.BlockSpec((None, None, None, plan.queries.shape[-1]), lambda h, i, b: (b, 0, blocks - 1 - i, 0))
-    inputs = (q, queries), (k, keys), (v, keys), (rows, _row_specs(rows)), (plan.queries, visits)
-    inputs += (gradient, queries), (lse, numbers), (overlap, numbers)
-    kernel = functools.partial(_queries_kernel, head_dim=H, keys=tile.visited)
-    outputs = ((jax.ShapeDtypeStruct(q.shape, q.dtype), queries),)
-    (dq,) = _call(kernel, "attention_dq", tile, (N, blocks, B), inputs, outputs, interpret)
-
-    tile, group, width = tiles.keys, N // K, pl.next_power_of_2(H)
-    queries = pl.BlockSpec((None, T, group, width), lambda h, j, b: (b, 0, h, 0))
-    keys = pl.BlockSpec((None, tile.own, None, width), lambda h, j, b: (b, j, h, 0))
-    numbers = pl.BlockSpec((None, group, T), lambda h, j, b: (b, h, 0))
-    visits = pl.BlockSpec((None, None, None, plan.keys.shape[-1]), lambda h, j, b: (b, j, 0, 0))
-    inputs = (q, queries), (k, keys), (v, keys), (rows, _row_specs(rows)), (plan.keys, visits)
-    inputs += (gradient, queries), (lse, numbers), (overlap, numbers)
-    kernel = functools.partial(_keys_kernel, head_dim=H, queries=tile.visited)
-    outputs = [(jax.ShapeDtypeStruct(x.shape, x.dtype), keys) for x in (k, v)]
-    dk, dv = _call(kernel, "attention_dkv", tile, (K, S // tile.own, B), inputs, outputs, interpret)
-    return dq, dk, dv, None, None
+    rest = gradient, lse, overlaps(out, gradient)
+    dq = queries_pass(q, k, v, rows, plan.queries, *rest, tiles.queries, interpret)
+    return dq, *keys_pass(q, k, v, rows, plan.keys, *rest, tiles.keys, interpret), None, None
 
 
-_attention.defvjp(_forward, _backward)
+_attention.defvjp(forward, _backward)
