@@ -25,7 +25,7 @@ from steerjax.training.source import with_frozen_base, with_source
 
 # Part of a device's memory that a plan leaves free: the next batch, the evaluation's program, fragments.
 RESERVE = 0.05
-KERNELS = ("splash", "cudnn")  # of attention: a program's text does not say what they compute
+KERNELS = ("splash", "cudnn", "triton")  # of attention: a program's text does not say what they compute
 REMAT = ("none", "dots", "full")
 
 

@@ -15,12 +15,13 @@ from steerjax.errors import ConfigError
 from steerjax.models.attention.blockwise import block_plan, blockwise_attention
 from steerjax.models.attention.kernels import LANES, cudnn_attention, cudnn_bias, splash_attention, splash_plan
 from steerjax.models.attention.mask import Heads, Keys, Window, allowed, causal_attention
+from steerjax.models.attention.triton import BLOCK, choose_tiles, triton_attention, triton_plan
 from steerjax.parallel.rules import RULES, mesh_ways, partition_spec
 
 SPLASH_LARGEST = 16384**2  # pairs of a row; at 8 bytes each, 2 GiB
 (CONTEXT,) = RULES["length"]
 _ROWS, _HEADS, _PAIRS = ("batch", "length"), ("batch", "length", "activation_heads"), ("batch", None, "length")
-_MASK = {"chunked": (), "blockwise": _ROWS, "splash": _PAIRS, "cudnn": _PAIRS}
+_MASK = {"chunked": (), "blockwise": _ROWS, "splash": _PAIRS, "cudnn": _PAIRS, "triton": _PAIRS}
 
 
 @struct.dataclass
@@ -40,12 +41,18 @@ def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype, window: Wi
     Rows that cannot be cut as the back end and the mesh need (those to rate have any length) are `chunked`.
     """
     part = until.shape[1] // _context_size()
-    if name == "chunked" or part % {"splash": LANES, "cudnn": 2}.get(name, chunk) or not _divides(until.shape, _ROWS):
+    if (
+        name == "chunked"
+        or part % {"splash": LANES, "cudnn": 2, "triton": BLOCK}.get(name, chunk)
+        or not _divides(until.shape, _ROWS)
+    ):
         return Plan(until, window, None, "chunked", chunk)
 
     def local(until, window):
         if name == "blockwise":
             return block_plan(until, chunk, _start(part), part, window)
+        if name == "triton":
+            return triton_plan(until, choose_tiles(dtype), _start(part), part, window)
         mask = allowed(until, _start(part), part, window)
         return splash_plan(mask) if name == "splash" else cudnn_bias(mask, dtype)
 
@@ -67,6 +74,8 @@ def self_attention(q: Heads, k: Keys, v: Keys, plan: Plan) -> Heads:
                 return splash_attention(q, k, v, mask)
             case "cudnn":
                 return cudnn_attention(q, k, v, mask)
+            case "triton":
+                return triton_attention(q, k, v, until, window, mask, choose_tiles(q.dtype))
 
     if plan.name == "chunked" and (_context_size() == 1 or not _divides(q.shape, _HEADS)):
         return causal_attention(q, k, v, plan.until, plan.chunk, window=plan.window)  # XLA cuts rows and heads as well
@@ -136,10 +145,12 @@ def _unfit(name: str, platform: str, dtype: str, head_dim: int, length: int, chu
         ("splash", platform != "tpu", elsewhere),
         ("splash", part % LANES, f"{tokens} are no multiple of {LANES}"),
         ("splash", part * length > SPLASH_LARGEST, f"its mask of {part} x {length} tokens a row is too large"),
-        ("cudnn", platform in ("cpu", "tpu"), elsewhere),
-        ("cudnn", old, "it wants an Ampere GPU or a newer one"),
+        ("cudnn triton", platform in ("cpu", "tpu"), elsewhere),
+        ("cudnn triton", old, "it wants an Ampere GPU or a newer one"),
         ("cudnn", dtype not in ("bfloat16", "float16"), f"it computes in bfloat16, not in {dtype}"),
         ("cudnn", head_dim % 8 or head_dim > 128, f"head size {head_dim} is no multiple of 8 up to 128"),
         ("cudnn", part % 2, f"{tokens} are no even number"),
+        ("triton", head_dim > 128, f"head size {head_dim} is above 128"),
+        ("triton", part % BLOCK, f"{tokens} are no multiple of {BLOCK}"),
     )
-    return next((said for who, wrong, said in problems if who == name and wrong), None)
+    return next((said for who, wrong, said in problems if name in who.split() and wrong), None)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from steerjax.models.attention.mask import ATTENTION, Heads, Keys, Window
 
@@ -36,21 +36,35 @@ def block_plan(
     window: Window | None = None,
 ) -> BlockPlan:
     """The plan of rows; arguments of `mask.allowed`, multiples of `block`."""
-    B, S = until.shape
-    numbers = start // block + jnp.arange((length or S) // block)
-    first = numbers[:, None] * block  # queries first to end - 1, keys from k0 on
-    end, k0 = first + block, jnp.arange(0, S, block)
-    bounds = until.reshape(B, 1, S // block, block)
-    full = (k0 + block - 1 <= first) & (bounds.min(-1) >= end)
+    numbers, full, empty = block_kinds(until, (block, block), start, length, window)
+    keys = visiting_order(full, empty)
+    queries = jnp.broadcast_to(numbers, (len(until), len(numbers)))
+    return BlockPlan(*(x.astype(jnp.int32) for x in (queries, keys, full.sum(-1), (~empty).sum(-1))))
+
+
+def block_kinds(until, blocks: tuple[int, int], start=0, length=None, window: Window | None = None):
+    """Numbers of the blocks of queries [n], and which blocks of pairs are allowed throughout, and not at all [B n m].
+
+    `blocks` are tokens a block of queries and of keys; the other arguments are `block_plan`'s.
+    """
+    (B, S), (q, k) = until.shape, blocks
+    numbers = start // q + jnp.arange((length or S) // q)
+    first = numbers[:, None] * q  # queries first to end - 1, keys from k0 on
+    end, k0 = first + q, jnp.arange(0, S, k)
+    bounds = until.reshape(B, 1, S // k, k)
+    full = (k0 + k - 1 <= first) & (bounds.min(-1) >= end)
     empty = (k0 >= end) | (bounds.max(-1) <= first)
     if window is not None:
-        positions, reach = (x.reshape(B, S // block, block) for x in window)
-        positions = positions[:, numbers, None]
-        full &= positions.max(-1) < reach.min(-1)[:, None]
-        empty |= positions.min(-1) >= reach.max(-1)[:, None]
-    keys = jnp.argsort(jnp.where(full, 0, jnp.where(empty, 2, 1)), axis=-1, stable=True)
-    queries = jnp.broadcast_to(numbers, (B, len(numbers)))
-    return BlockPlan(*(x.astype(jnp.int32) for x in (queries, keys, full.sum(-1), (~empty).sum(-1))))
+        positions, reach = (x.reshape(B, S // size, size) for x, size in zip(window, blocks, strict=True))
+        positions, reach = positions[:, numbers, None], reach[:, None]
+        full &= positions.max(-1) < reach.min(-1)
+        empty |= positions.min(-1) >= reach.max(-1)
+    return numbers, full, empty
+
+
+def visiting_order(full: Bool[Array, "... m"], empty: Bool[Array, "... m"]) -> Int[Array, "... m"]:
+    """Numbers of blocks: those allowed throughout, then in part, each ascending, then not at all."""
+    return jnp.argsort(jnp.where(full, 0, jnp.where(empty, 2, 1)), axis=-1, stable=True)
 
 
 class _Row(NamedTuple):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from steerjax.models.attention import backends, make_plan, self_attention
 from steerjax.models.attention.kernels import cudnn_attention, splash_attention
+from steerjax.models.attention.triton import triton_attention
 
-NAMES = ("chunked", "blockwise", "splash", "cudnn")
+NAMES = ("chunked", "blockwise", "splash", "cudnn", "triton")
 
 
 class Node(NamedTuple):
@@ -107,8 +108,9 @@ def assert_equal(ours, expected):
 
 
 def kernels_anywhere(monkeypatch):
-    """The kernels for TPU and GPU as plain JAX: splash interpreted, cuDNN's arguments in their other implementation."""
-    monkeypatch.setattr(backends, "splash_attention", functools.partial(splash_attention, interpret=True))
+    """The kernels for TPU and GPU as plain JAX: ours and splash interpreted, cuDNN in its other implementation."""
+    for kernel in (splash_attention, triton_attention):
+        monkeypatch.setattr(backends, kernel.__name__, functools.partial(kernel, interpret=True))
     monkeypatch.setattr(backends, "cudnn_attention", functools.partial(cudnn_attention, implementation="xla"))
 
 
