@@ -95,7 +95,7 @@ def print_errors(model: str, T: int = 1024) -> None:
                 found = jax.jit(both(attention))(*(x.astype(dtype) for x in wide), until, plans)
                 errors = [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(found, exact, strict=True)]
                 text = ", ".join(f"{n} {e:.1e}" for n, e in zip(("out", "dq", "dk", "dv"), errors, strict=True))
-            except Exception as error:  # noqa: BLE001: the other lines are wanted
+            except Exception as error:
                 text = said(error)
             print(f"{model:5} {name:8} {jnp.dtype(dtype).name:9} {text}", flush=True)
 

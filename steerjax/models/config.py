@@ -168,8 +168,8 @@ class ComputeConfig:
             fastest on a CPU: what is computed again costs less than what is written), nothing (`full`).
         unroll: layers a step of the scan over layers.
         attention: `chunked` (dense, skips the future), `blockwise` (skips all that the mask forbids), or a kernel,
-            `splash` (TPU), `cudnn` or `triton` (GPU); all are one function. `auto` takes blockwise on CPU, splash on
-            TPU and cudnn on GPU where they fit, else chunked, and a run's summary says why.
+            `splash` (TPU), `triton` or `cudnn` (GPU); all are one function. `auto` takes blockwise on CPU, splash on
+            TPU, triton on GPU, and cudnn where that does not fit, else chunked; a run's summary says why.
         attention_chunk: queries a chunk (chunked) or block (blockwise), in tokens.
         loss_chunk: tokens of a row whose logits are held at a time (chat models).
         cache_frozen: run the frozen layers once over all data and keep their outputs in the host's memory.

@@ -61,7 +61,7 @@ def source(tmp_path_factory) -> str:
     return written(tmp_path_factory.mktemp("oasst") / "trees.jsonl", trees)
 
 
-@pytest.mark.parametrize("attention", ["chunked", "blockwise", "splash", "cudnn"])
+@pytest.mark.parametrize("attention", ["chunked", "blockwise", "splash", "cudnn", "triton"])
 @pytest.mark.parametrize("kind", ["reward", "chat", "chat, once a thread"])
 def test_whole_trees_equal_threads(source, kind, attention, monkeypatch):
     kernels_anywhere(monkeypatch)

@@ -41,11 +41,8 @@ def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype, window: Wi
     Rows that cannot be cut as the back end and the mesh need (those to rate have any length) are `chunked`.
     """
     part = until.shape[1] // _context_size()
-    if (
-        name == "chunked"
-        or part % {"splash": LANES, "cudnn": 2, "triton": BLOCK}.get(name, chunk)
-        or not _divides(until.shape, _ROWS)
-    ):
+    multiple = {"splash": LANES, "cudnn": 2, "triton": BLOCK}.get(name, chunk)
+    if name == "chunked" or part % multiple or not _divides(until.shape, _ROWS):
         return Plan(until, window, None, "chunked", chunk)
 
     def local(until, window):
@@ -122,10 +119,15 @@ def choose_backend(name: str, platform: str, dtype, head_dim: int, length: int, 
 
     Raises ConfigError: the named one cannot run this.
     """
-    own = {"cpu": "blockwise", "tpu": "splash"}.get(platform, "cudnn")
-    problem = _unfit(own if name == "auto" else name, platform, jnp.dtype(dtype).name, head_dim, length, chunk, context)
+    own = {"cpu": ("blockwise",), "tpu": ("splash",)}.get(platform, ("triton", "cudnn"))
+    names = own if name == "auto" else (name,)
+    fits = (platform, jnp.dtype(dtype).name, head_dim, length, chunk, context)
+    problems = {name: _unfit(name, *fits) for name in names}
     if name == "auto":
-        return Choice("chunked", f"not {own}: {problem}") if problem else Choice(own, f"made for {platform}")
+        said = "; ".join(f"not {name}: {problem}" for name, problem in problems.items() if problem)
+        first = next((name for name, problem in problems.items() if not problem), "chunked")
+        return Choice(first, said or f"made for {platform}")
+    problem = problems[name]
     if problem:
         raise ConfigError(f"config.compute.attention is '{name}': {problem}; cure: change that, or 'auto'")
     return Choice(name, "named in the config")
@@ -150,7 +152,7 @@ def _unfit(name: str, platform: str, dtype: str, head_dim: int, length: int, chu
         ("cudnn", dtype not in ("bfloat16", "float16"), f"it computes in bfloat16, not in {dtype}"),
         ("cudnn", head_dim % 8 or head_dim > 128, f"head size {head_dim} is no multiple of 8 up to 128"),
         ("cudnn", part % 2, f"{tokens} are no even number"),
-        ("triton", head_dim > 128, f"head size {head_dim} is above 128"),
+        ("triton", not 16 <= head_dim <= 128, f"head size {head_dim} is not from 16 to 128"),
         ("triton", part % BLOCK, f"{tokens} are no multiple of {BLOCK}"),
     )
     return next((said for who, wrong, said in problems if name in who.split() and wrong), None)

@@ -51,10 +51,10 @@ class KernelPlan(NamedTuple):
 
 
 def choose_tiles(dtype) -> Tiles:
-    """Fitted to an H100's registers and shared memory at head sizes up to 128."""
+    """The fastest of those tried on an H100 with rows of trees (benchmarks/attention_gpu.py)."""
     if jnp.dtype(dtype).itemsize > 2:
         return Tiles(Tile(64, 32), Tile(64, 32), Tile(64, 32))
-    return Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8), Tile(128, 64, 8))
+    return Tiles(Tile(64, 64, 4, 3), Tile(64, 64), Tile(64, 64))
 
 
 def triton_plan(

@@ -71,11 +71,12 @@ def test_the_arguments_for_cudnn_mean_the_mask(start, length):
 
 
 @pytest.mark.skipif(os.environ.get("STEERJAX_TEST_PLATFORM") != "gpu", reason="needs STEERJAX_TEST_PLATFORM=gpu")
-def test_cudnn_equals_the_definition_on_a_gpu():
+@pytest.mark.parametrize("name", ["triton", "cudnn"])
+def test_kernels_equal_the_definition_on_a_gpu(name):
     until, mask, real = random_rows(2, 256, longest=60, padding=40)
     q, k, v, weights = arrays(2, 256, N=4, K=2, H=64, dtype=jnp.bfloat16)
     weights = weights * real[:, :, None, None]
-    ours = values_and_gradients(functools.partial(attention, "cudnn", 64), q, k, v, weights, until)
+    ours = values_and_gradients(functools.partial(attention, name, 64), q, k, v, weights, until)
     expected = values_and_gradients(by_definition, *(x.astype(jnp.float32) for x in (q, k, v, weights)), mask)
     for a, b in zip(ours, expected, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.05, rtol=0.02)
@@ -92,9 +93,12 @@ def test_cudnn_equals_the_definition_on_a_gpu():
         ("tpu", jnp.bfloat16, 64, 4096, 2, "splash", ""),
         ("tpu", "bfloat16", 64, 320, 1, "chunked", "320 tokens"),
         ("tpu", "bfloat16", 64, 32768, 1, "chunked", "too large"),
-        ("gpu", "bfloat16", 128, 4096, 1, "cudnn", ""),
-        ("gpu", jnp.float32, 128, 4096, 1, "chunked", "float32"),
-        ("gpu", "bfloat16", 20, 4096, 1, "chunked", "head size 20"),
+        ("gpu", "bfloat16", 128, 4096, 1, "triton", ""),
+        ("gpu", jnp.float32, 128, 4096, 2, "triton", ""),
+        ("gpu", "bfloat16", 20, 4096, 1, "triton", ""),
+        ("gpu", "bfloat16", 128, 1000, 1, "cudnn", "1000 tokens"),
+        ("gpu", "bfloat16", 8, 4096, 1, "cudnn", "head size 8"),
+        ("gpu", jnp.float32, 256, 4096, 1, "chunked", "head size 256"),
     ],
 )
 def test_auto_takes_the_machines_back_end_or_says_why_not(platform, dtype, head_dim, length, context, name, why):
@@ -112,6 +116,7 @@ def test_auto_takes_the_machines_back_end_or_says_why_not(platform, dtype, head_
         ("blockwise", "cpu", 1000, "attention_chunk 256"),
         ("splash", "tpu", 1000, "1000 tokens"),
         ("cudnn", "gpu", 1023, "1023 tokens"),
+        ("triton", "gpu", 1000, "1000 tokens"),
     ],
 )
 def test_a_named_back_end_that_cannot_run_this_is_refused(name, platform, length, why):
@@ -120,11 +125,11 @@ def test_a_named_back_end_that_cannot_run_this_is_refused(name, platform, length
 
 
 def test_a_named_back_end_that_can_is_taken():
-    for name, platform in (("splash", "tpu"), ("cudnn", "gpu"), ("chunked", "tpu"), ("blockwise", "gpu")):
+    for name, platform in (("splash", "tpu"), ("triton", "gpu"), ("cudnn", "gpu"), ("chunked", "tpu")):
         assert choose_backend(name, platform, "bfloat16", 64, 1024, 256, 2).name == name
 
 
-def test_cudnn_wants_the_gpu_it_runs_on(monkeypatch):
+def test_the_kernels_want_a_newer_gpu(monkeypatch):
     class Volta:
         compute_capability = "7.0"
 
