@@ -82,6 +82,12 @@ def _each(stack: dict) -> tuple[dict, ...]:
     return tuple(jax.tree.map(operator.itemgetter(n), stack) for n in range(len(jax.tree.leaves(stack)[0])))
 
 
+def in_dtype(params: dict, dtype) -> dict:
+    """All but reward heads in the dtype of a computation, as the modules use them. Parts may have None for leaves."""
+    cast = functools.partial(jax.tree.map, lambda x: x.astype(dtype))
+    return {name: part if name.startswith("reward") else cast(part) for name, part in params.items()}
+
+
 class Context(NamedTuple):
     """What all layers share: RoPE's tables, and which token sees which, as a plan (packed rows) or mask (a cache).
 

@@ -10,6 +10,7 @@ import optax
 from flax import linen as nn
 
 from steerjax.data.batch import Batch
+from steerjax.models.llama import in_dtype
 from steerjax.objectives import Objective
 from steerjax.training.optimizer import join
 from steerjax.training.schedules import Schedule
@@ -51,11 +52,11 @@ def make_loss(module: nn.Module, objectives: Sequence[Objective], frozen_layers:
 
 
 def over_micro_batches(function, batch: Batch):
-    """The sum of a function's results over the micro-batches, the batch's leading dimension."""
+    """The sum of a function's results over the micro-batches, the batch's leading dimension; of several in float32."""
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens.shape[0] == 1:
         return function(first)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), jax.eval_shape(function, first))
     add = lambda carry, part: (jax.tree.map(jnp.add, carry, function(part)), None)  # noqa: E731
     return jax.lax.scan(add, zeros, batch)[0]
 
@@ -80,11 +81,15 @@ def make_train_step(
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             batch = batch._replace(noise=jax.random.split(key, batch.tokens.shape[:2]))
 
+        trained, frozen = state.params, state.frozen
+        if batch.tokens.shape[0] > 1:  # cast once, not in every micro-batch
+            trained, frozen = (in_dtype(part, module.compute.dtype) for part in (trained, frozen))
+
         def of_trained(trained, part):
-            return loss(join(trained, state.frozen), part, counts)
+            return loss(join(trained, frozen), part, counts)
 
         gradient = jax.value_and_grad(of_trained, has_aux=True)
-        (total, sums), gradients = over_micro_batches(lambda part: gradient(state.params, part), batch)
+        (total, sums), gradients = over_micro_batches(lambda part: gradient(trained, part), batch)
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(norm)
         learning_rate = schedule(state.step)

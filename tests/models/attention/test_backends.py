@@ -70,7 +70,7 @@ def test_the_arguments_for_cudnn_mean_the_mask(start, length):
     assert_equal(ours, values_and_gradients(by_definition, q, k, v, weights, mask[:, start : start + length]))
 
 
-@pytest.mark.skipif(os.environ.get("STEERJAX_TEST_PLATFORM") != "gpu", reason="needs STEERJAX_TEST_PLATFORM=gpu")
+@pytest.mark.skipif(os.environ.get("STEERJAX_TEST_PLATFORM") != "cuda", reason="needs STEERJAX_TEST_PLATFORM=cuda")
 @pytest.mark.parametrize("name", ["triton", "cudnn"])
 def test_kernels_equal_the_definition_on_a_gpu(name):
     until, mask, real = random_rows(2, 256, longest=60, padding=40)
