@@ -114,8 +114,8 @@ def kernels_anywhere(monkeypatch):
     monkeypatch.setattr(backends, "cudnn_attention", functools.partial(cudnn_attention, implementation="xla"))
 
 
-def block_kinds(mask: np.ndarray, block: int) -> np.ndarray:
-    """Of a row's mask [T S]: 0 where a block holds no allowed pair, 2 where all are, else 1."""
-    T, S = mask.shape
-    blocks = mask.reshape(T // block, block, S // block, block)
+def block_kinds(mask: np.ndarray, block: int | tuple[int, int]) -> np.ndarray:
+    """Of a row's mask [T S]: 0 where a block (of queries, of keys) holds no allowed pair, 2 where all are, else 1."""
+    (T, S), (q, k) = mask.shape, np.broadcast_to(block, 2)
+    blocks = mask.reshape(T // q, q, S // k, k)
     return blocks.any((1, 3)).astype(int) + blocks.all((1, 3))
