@@ -4,6 +4,7 @@ With a context axis a device has a part of each row's queries, and gathers only 
 by layer.
 """
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ from steerjax.errors import ConfigError
 from steerjax.models.attention.blockwise import block_plan, blockwise_attention
 from steerjax.models.attention.kernels import LANES, cudnn_attention, cudnn_bias, splash_attention, splash_plan
 from steerjax.models.attention.mask import Heads, Keys, Window, allowed, causal_attention
-from steerjax.models.attention.triton import BLOCK, choose_tiles, triton_attention, triton_plan
 from steerjax.parallel.rules import RULES, mesh_ways, partition_spec
 
+TRITON = "jax.experimental.pallas.triton"  # deprecated since jax 0.11.2
 SPLASH_LARGEST = 16384**2  # pairs of a row; at 8 bytes each, 2 GiB
 (CONTEXT,) = RULES["length"]
 _ROWS, _HEADS, _PAIRS = ("batch", "length"), ("batch", "length", "activation_heads"), ("batch", None, "length")
@@ -41,7 +42,7 @@ def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype, window: Wi
     Rows that cannot be cut as the back end and the mesh need (those to rate have any length) are `chunked`.
     """
     part = until.shape[1] // _context_size()
-    multiple = {"splash": LANES, "cudnn": 2, "triton": BLOCK}.get(name, chunk)
+    multiple = {"splash": LANES, "cudnn": 2, "triton": LANES}.get(name, chunk)
     if name == "chunked" or part % multiple or not _divides(until.shape, _ROWS):
         return Plan(until, window, None, "chunked", chunk)
 
@@ -49,6 +50,8 @@ def make_plan(name: str, until: Int[Array, "B T"], chunk: int, dtype, window: Wi
         if name == "blockwise":
             return block_plan(until, chunk, _start(part), part, window)
         if name == "triton":
+            from steerjax.models.attention.triton import choose_tiles, triton_plan
+
             return triton_plan(until, choose_tiles(dtype), _start(part), part, window)
         mask = allowed(until, _start(part), part, window)
         return splash_plan(mask) if name == "splash" else cudnn_bias(mask, dtype)
@@ -72,6 +75,8 @@ def self_attention(q: Heads, k: Keys, v: Keys, plan: Plan) -> Heads:
             case "cudnn":
                 return cudnn_attention(q, k, v, mask)
             case "triton":
+                from steerjax.models.attention.triton import choose_tiles, triton_attention
+
                 return triton_attention(q, k, v, until, window, mask, choose_tiles(q.dtype))
 
     if plan.name == "chunked" and (_context_size() == 1 or not _divides(q.shape, _HEADS)):
@@ -152,7 +157,8 @@ def _unfit(name: str, platform: str, dtype: str, head_dim: int, length: int, chu
         ("cudnn", dtype not in ("bfloat16", "float16"), f"it computes in bfloat16, not in {dtype}"),
         ("cudnn", head_dim % 8 or head_dim > 128, f"head size {head_dim} is no multiple of 8 up to 128"),
         ("cudnn", part % 2, f"{tokens} are no even number"),
+        ("triton", find_spec(TRITON) is None, f"this version of jax has no {TRITON}"),
         ("triton", not 16 <= head_dim <= 128, f"head size {head_dim} is not from 16 to 128"),
-        ("triton", part % BLOCK, f"{tokens} are no multiple of {BLOCK}"),
+        ("triton", part % LANES, f"{tokens} are no multiple of {LANES}"),
     )
     return next((said for who, wrong, said in problems if name in who.split() and wrong), None)

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int
 from steerjax.models.attention.blockwise import NEGATIVE, block_kinds, visiting_order
 from steerjax.models.attention.mask import ATTENTION, Heads, Keys, Window
 
-BLOCK = 128  # rows of whole numbers of these can be cut as the kernels want
 START, FULL, VISITED, NUMBERS = range(4)  # what stands where in `Visits`
 # The program's first query's place in its row, how many blocks are allowed throughout, how many at all, their numbers.
 Visits = Int[Array, "B ... 3+m"]
@@ -64,7 +63,7 @@ def triton_plan(
     length: int | None = None,
     window: Window | None = None,
 ) -> KernelPlan:
-    """The plan of rows; arguments of `mask.allowed`, multiples of BLOCK."""
+    """The plan of rows; arguments of `mask.allowed`, multiples of 128."""
 
     def visits(tile: Tile, turned: bool = False) -> Visits:
         blocks = (tile.visited, tile.own) if turned else (tile.own, tile.visited)

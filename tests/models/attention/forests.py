@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from steerjax.models.attention import backends, make_plan, self_attention
+from steerjax.models.attention import backends, make_plan, self_attention, triton
 from steerjax.models.attention.kernels import cudnn_attention, splash_attention
 from steerjax.models.attention.triton import triton_attention
 
@@ -109,13 +109,13 @@ def assert_equal(ours, expected):
 
 def kernels_anywhere(monkeypatch):
     """The kernels for TPU and GPU as plain JAX: ours and splash interpreted, cuDNN in its other implementation."""
-    for kernel in (splash_attention, triton_attention):
-        monkeypatch.setattr(backends, kernel.__name__, functools.partial(kernel, interpret=True))
+    for module, kernel in ((backends, splash_attention), (triton, triton_attention)):
+        monkeypatch.setattr(module, kernel.__name__, functools.partial(kernel, interpret=True))
     monkeypatch.setattr(backends, "cudnn_attention", functools.partial(cudnn_attention, implementation="xla"))
 
 
-def block_kinds(mask: np.ndarray, block: int) -> np.ndarray:
-    """Of a row's mask [T S]: 0 where a block holds no allowed pair, 2 where all are, else 1."""
-    T, S = mask.shape
-    blocks = mask.reshape(T // block, block, S // block, block)
+def block_kinds(mask: np.ndarray, block: int | tuple[int, int]) -> np.ndarray:
+    """Of a row's mask [T S]: 0 where a block (of queries, of keys) holds no allowed pair, 2 where all are, else 1."""
+    (T, S), (q, k) = mask.shape, np.broadcast_to(block, 2)
+    blocks = mask.reshape(T // q, q, S // k, k)
     return blocks.any((1, 3)).astype(int) + blocks.all((1, 3))
