@@ -4,9 +4,10 @@
 
 The step is that of `train`: a reward model with random weights, on packed rows of HelpSteer (the packaged ones), in the
 dtype of the machine (bfloat16 but on a CPU). `8B` has 8 of Llama 3 8B's 32 layers, as many as one device of 80 GB
-trains with AdamW; `8B adapters` is all of it, with rank 32 on every projection and the base in bfloat16. Each case has
-a process of its own. MFU is over the vendor's peak (steerjax/models/flops.py), and beside it stands what a product of
-two matrices of 8192 x 8192 reaches. Recomputation counts as no work. Writes results/mfu.json.
+trains with AdamW; `8B adapters` is all of it, with rank 32 on every projection and the base in bfloat16. The others
+have their layers unrolled: out of a loop, nothing is copied into stacks and out of them. Each case has a process of its
+own. MFU is over the vendor's peak (steerjax/models/flops.py), and beside it stands what a product of two matrices of
+8192 x 8192 reaches. Recomputation counts as no work. Writes results/mfu.json.
 """
 
 from __future__ import annotations
@@ -29,13 +30,19 @@ SHAPES = {
         "model": {"hidden_size": 576, "intermediate_size": 1536, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3,
                   "vocab_size": 49152},
         "batch": {"rows": 16, "micro_batches": 2},
+        "compute": {"unroll": 30},
     },
     "1B": {
         "model": {"hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32, "num_kv_heads": 8,
                   "vocab_size": 128256},
-        "batch": {"rows": 16, "micro_batches": 8},
+        "batch": {"rows": 16, "micro_batches": 4},
+        "compute": {"unroll": 16},
     },
-    "8B": {"model": _8B | {"num_layers": 8}, "batch": {"rows": 16, "micro_batches": 16}},
+    "8B": {
+        "model": _8B | {"num_layers": 8},
+        "batch": {"rows": 16, "micro_batches": 8},
+        "compute": {"unroll": 8},
+    },
     "8B adapters": {
         "model": _8B | {"num_layers": 32, "lora": {"rank": 32, "alpha": 64.0, "base_dtype": "bfloat16"}},
         "batch": {"rows": 16, "micro_batches": 8},
