@@ -122,25 +122,27 @@ def main() -> None:
                               stdout=subprocess.PIPE, text=True, check=False)  # fmt: skip
         return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
-    product = of("product", "")
+    product, found = of("product", ""), []
     print(f"a product of two matrices: {product:.0f} TFLOP/s")
-    found = [case for shape in o.shapes.split(",") for attention in o.attention.split(",")
-             if (case := show(of(shape, attention), shape, attention, product))]  # fmt: skip
-    value = {"benchmark": "mfu", "machine": machine(), "row_length": LENGTH, "product_tflops": product, "found": found}
-    (RESULTS / "mfu.json").write_text(json.dumps(value, indent=1) + "\n")
+    for shape in o.shapes.split(","):
+        for attention in o.attention.split(","):
+            if case := of(shape, attention):
+                found.append(case)
+            show(case, shape, attention, product)
+            value = {"benchmark": "mfu", "machine": machine(), "row_length": LENGTH, "product_tflops": product}
+            (RESULTS / "mfu.json").write_text(json.dumps(value | {"found": found}, indent=1) + "\n")
 
 
-def show(case: dict | None, shape: str, attention: str, product: float) -> dict | None:
+def show(case: dict | None, shape: str, attention: str, product: float) -> None:
     """Prints a line."""
     if case is None:
         print(f"{shape:12} {attention:10} failed", flush=True)
-        return None
+        return
     mfu = f"{case['mfu']:.1%}" if case["mfu"] else "-"
     print(f"{shape:12} {case['attention']:10} {statistics.median(case['seconds']) * 1e3:9.1f} ms a step "
           f"{case['tokens_a_second']:10,.0f} tokens/s (as if unshared {case['unshared_tokens_a_second']:10,.0f}) "
           f"{case['tflops']:7.1f} TFLOP/s, MFU {mfu}, of a product {case['tflops'] / product:.1%}, "
           f"{case['peak_gib']:.1f} GiB, first step {case['first_step']:.1f} s", flush=True)  # fmt: skip
-    return case
 
 
 if __name__ == "__main__":

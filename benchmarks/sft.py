@@ -10,7 +10,7 @@ turn of them.
 steerjax     --rows rows of 2048 tokens; what conversations share is written once
 unshared     steerjax, each conversation a text of its own, in as many rows as have about as many trained tokens
 trl          TRL's SFTTrainer, packing with its default strategy `bfd`, rows of 2048, as many as for `unshared`
-trl padded   the same, without packing: batches of 8 conversations
+trl padded   the same, without packing: batches of 8 conversations; 14 GiB, so only where --only names it
 padded       a loop in PyTorch over the very conversations of each step of `steerjax`, 8 at once, logits at trained
              tokens alone; losses are compared step by step
 
@@ -228,7 +228,7 @@ def main() -> None:
     add("--layers", type=int, default=6)
     add("--rows", type=int, default=2, help="packed rows of a step of steerjax")
     add("--oasst", type=Path, metavar="FILE", help="OpenAssistant's trees in place of HelpSteer")
-    add("--only", default="", help=f"steerjax and some of {', '.join(PEERS)}, with commas")
+    add("--only", default="unshared,trl,padded", help=f"steerjax and some of {', '.join(PEERS)}, with commas")
     o = parser.parse_args()
     if o.worker:
         serve(make_turn(o.worker[0], Path(o.worker[1]), o))

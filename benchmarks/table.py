@@ -12,7 +12,8 @@ from turns import REPOSITORY, RESULTS
 README = REPOSITORY / "benchmarks" / "README.md"
 BEGIN, END = "<!-- table.py -->\n", "<!-- end -->\n"
 _TRAINING, _ANNOTATION = "training.py --model SMOLLM2", "annotation.py --model SMOLLM2 --prompts 5 --only padded,sorted"
-_SFT, _DECODING = "sft.py --model SMOLLM2 --only trl,padded", "decoding.py --model SMOLLM2 --batch"
+_SFT, _DECODING = "sft.py --model SMOLLM2", "decoding.py --model SMOLLM2 --batch"
+_OASST = "sft.py --model SMOLLM2 --oasst TREES.jsonl --only trl,unshared"
 # results, worker, command, what it is, goal
 ROWS = (
     ("training", "padded", _TRAINING, "transformers in PyTorch, batches of 8, padded", "6"),
@@ -22,12 +23,14 @@ ROWS = (
     ("annotation", "sorted", _ANNOTATION, "the same, sorted by length", "2.5"),
     ("annotation_vllm", "vllm", "annotation.py --model SMOLLM2 --vllm PYTHON --only vllm", "vLLM, prefixes cached", ""),
     ("sft_helpsteer", "trl", _SFT, "TRL's SFTTrainer, packed (`bfd`)", "1.3"),
-    ("sft_helpsteer", "trl padded", _SFT, "TRL's SFTTrainer, batches of 8", ""),
     ("sft_helpsteer", "padded", _SFT, "a loop in PyTorch, batches of 8, logits of trained tokens alone", ""),
     ("sft_helpsteer", "unshared", _SFT, "steerjax, prompts not shared", ""),
+    ("sft_oasst", "trl", _OASST, "TRL's SFTTrainer, packed (`bfd`), all threads of the trees", ""),
+    ("sft_oasst", "unshared", _OASST, "steerjax, each thread written whole", ""),
     ("decoding_1", "transformers", f"{_DECODING} 1", "transformers' `generate`", "1.2"),
     ("decoding_8", "transformers", f"{_DECODING} 8 --vllm PYTHON", "transformers' `generate`", "1.5"),
     ("decoding_8", "vllm", f"{_DECODING} 8 --vllm PYTHON", "vLLM", ""),
+    ("decoding_8_stop", "transformers", f"{_DECODING} 8 --prompts 24 --stop 1", "`generate`, answers may end", ""),
     ("decoding_32", "transformers", f"{_DECODING} 32", "transformers' `generate`", "1.5"),
     ("decoding_8_samples", "apart", f"{_DECODING} 8 --samples 8 --tokens 32", "8 answers to a prompt, each alone", "2"),
 )  # fmt: skip
