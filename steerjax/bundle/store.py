@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import logging
 import operator
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from steerjax.errors import CheckpointError
@@ -32,6 +35,14 @@ def _unwarned() -> Iterator[None]:
         log.removeFilter(quiet)
 
 
+@epath.register_path_cls
+class _Literal(type(epath.Path())):
+    """A path whose own `[`, `*` and `?` are no pattern: Orbax looks for what the processes wrote with `glob`."""
+
+    def glob(self, pattern: str) -> Iterator[_Literal]:
+        return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
+
+
 class CheckpointStore:
     """Saves and restores train states; keeps the newest `keep_last` and the best by validation loss.
 
@@ -48,7 +59,7 @@ class CheckpointStore:
             best_mode="min",
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        self._manager = ocp.CheckpointManager(_Literal(directory.resolve()), options=options)
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint; None where there is none."""
