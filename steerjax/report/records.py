@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from steerjax.errors import DataError
+from steerjax.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -40,4 +41,4 @@ def own_losses(records: Iterable[Mapping], objective: str, weight: float = 1.0) 
 def write_json(path: Path, value: dict) -> None:
     """Writes plain data; a number that is not finite is null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    path.write_text(json.dumps(finite, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(finite, indent=2, ensure_ascii=False) + "\n")
