@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from steerjax.errors import reported_errors
-from steerjax.signals import raises_interrupt
+from steerjax.signals import INTERRUPTED, raises_interrupt
 
 MODEL = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id"
 
@@ -71,9 +71,10 @@ def open_model(folder: str, options: argparse.Namespace):
 
 @contextmanager
 def resumable_command() -> Iterator[None]:
-    """Errors as `reported_errors` prints them; an interrupt without a traceback."""
+    """Errors as `reported_errors` prints them; an interrupt without a traceback, with the status that shells give it."""
     try:
         with raises_interrupt(), reported_errors():
             yield
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+    except KeyboardInterrupt as stop:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(getattr(stop, "status", INTERRUPTED))

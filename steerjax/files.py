@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -11,22 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from steerjax.errors import WriteError
+from steerjax.errors import WriteError, machine_refusal
 from steerjax.signals import cleans_up
 
-_CURES = {
-    errno.ENOSPC: "free some space, and start again",
-    errno.EDQUOT: "free some space of your quota, and start again",
-    errno.EROFS: "a place that can be written",
-    errno.EACCES: "a place that you may write, or its owner gives you the right to",
-    errno.EPERM: "a place that you may write, or its owner gives you the right to",
-    errno.ENOTDIR: "move the file away that lies where a folder belongs, or name another place",
-    errno.EEXIST: "move the file away that lies where a folder belongs, or name another place",
-    errno.EISDIR: "move the folder away that lies where a file belongs, or name another place",
-    errno.EMFILE: "a higher limit of open files, `ulimit -n 4096`",
-    errno.ENFILE: "fewer programs at a time, as the machine's limit of open files is reached",
-    errno.ENAMETOOLONG: "a shorter name",
-}
 _NAME_BYTES = 255 - len(".") - len(".partial-") - 20  # of a name that a file system takes, with ours around it
 
 
@@ -37,10 +23,11 @@ def cannot_write(path: str | os.PathLike, *also: type[Exception]) -> Iterator[No
         yield
     except (OSError, *also) as error:
         number = getattr(error, "errno", None)
-        reason = error.strerror if number else str(error)
+        reason, cure = machine_refusal(error) or (
+            os.strerror(number) if number else str(error), "a place that can be written and has room",
+        )  # fmt: skip
         named = getattr(error, "filename", None)
-        where = f" ({named})" if named and os.fspath(path) not in os.fsdecode(named) else ""
-        cure = _CURES.get(number, "a place that can be written and has room")
+        where = f" ({os.fsdecode(named)})" if named and os.fspath(path) not in os.fsdecode(named) else ""
         raise WriteError(f"'{path}' cannot be written: {reason}{where}\n  cure: {cure}") from error
 
 

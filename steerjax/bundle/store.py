@@ -19,20 +19,15 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from steerjax.errors import CheckpointError
+from steerjax.files import cannot_write
 
 METRIC = "loss"
 CHUNK_BYTES = 64 << 20
 
 
-@contextlib.contextmanager
-def _unwarned() -> Iterator[None]:
-    """Orbax warns of a save without metrics; a run that was stopped saves so, and says it itself."""
-    log, quiet = logging.getLogger("absl"), lambda record: "tracked_metric" not in record.getMessage()
-    log.addFilter(quiet)
-    try:
-        yield
-    finally:
-        log.removeFilter(quiet)
+def _not_ours(record: logging.LogRecord) -> bool:
+    """Orbax warns of a save without metrics, and logs the stack of what it raises; what is of use in them we say."""
+    return not record.exc_info and "tracked_metric" not in record.getMessage()
 
 
 @epath.register_path_cls
@@ -58,6 +53,8 @@ class CheckpointStore:
             best_fn=loss,  # without it Orbax writes no metrics, and the policy sees none
             best_mode="min",
             enable_async_checkpointing=True,
+            # Made in the background, a folder that cannot be made is waited for, for 300 s.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         self._manager = ocp.CheckpointManager(_Literal(directory.resolve()), options=options)
 
@@ -77,7 +74,7 @@ class CheckpointStore:
             provenance=ocp.args.JsonSave(provenance),
         )
         metrics = None if validation_loss is None else {METRIC: validation_loss}
-        with _unwarned():
+        with self._writing():
             self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def restore(self, step: int, params, training) -> tuple:
@@ -97,22 +94,30 @@ class CheckpointStore:
             ) from error
         return found["params"], found["training"]
 
+    def check(self) -> None:
+        """Raises WriteError: what is saved in the background cannot be written."""
+        with self._writing():
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
-        """Blocks until everything is on disk. Raises CheckpointError: it cannot be written."""
-        try:
+        """Blocks until everything is on disk. Raises WriteError: it cannot be written."""
+        with self._writing():
             self._manager.wait_until_finished()
-        except (ValueError, OSError) as error:  # tensorstore's, of a full disk
-            cure = "free some space; the same command goes on from the last whole checkpoint"
-            raise CheckpointError(f"{self._manager.directory} cannot be written: {error}\n  cure: {cure}") from error
+
+    def _writing(self):
+        return cannot_write(self._manager.directory, ValueError)  # tensorstore's, of a full disk
 
     def __enter__(self) -> CheckpointStore:
+        logging.getLogger("absl").addFilter(_not_ours)
         return self
 
     def __exit__(self, error, *_) -> None:
         if error is not None and jax.process_count() > 1:
             return  # the others may be gone, and closing waits for them
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with contextlib.suppress(Exception) if error is not None else self._writing():
+            self._manager.wait_until_finished()
+            self._manager.close()
+        logging.getLogger("absl").removeFilter(_not_ours)
 
 
 def _chunks(path, _) -> ocp.SaveArgs:

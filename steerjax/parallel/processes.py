@@ -23,7 +23,7 @@ import jax
 from jax._src.distributed import State, global_state  # the store has no public name; Orbax reaches it so
 from jax.errors import JaxRuntimeError
 
-from steerjax.errors import ConfigError, SteerjaxError, TrainingError
+from steerjax.errors import ConfigError, SteerjaxError, TrainingError, machine_errors
 from steerjax.parallel.cluster import find_cluster, whole_number
 
 BEAT = 2.0  # seconds between signs of life
@@ -197,7 +197,8 @@ def connect(environment: Mapping[str, str] = os.environ) -> Iterator[Processes]:
         return
     processes = _start(arguments, environment)
     try:
-        yield processes
+        with machine_errors():
+            yield processes
         processes.finish()
     except BaseException as error:
         processes.fail(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from steerjax.files import write_text
+from steerjax.files import cannot_write, write_text
 from steerjax.report.records import read_metrics
 from steerjax.training.trackers import Trackers
 
@@ -36,7 +37,8 @@ class MetricsWriter:
             kept = []
         # The steps after the checkpoint are done again; their first records go, so that none stands twice.
         write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = self._path.open("a", buffering=1)
+        with cannot_write(self._path):
+            self._file = self._path.open("a", buffering=1)
         self._trackers = Trackers(trackers, workdir, resume_step, config)
 
     def write(self, step: int, split: str, values: Mapping[str, float | int | None]) -> None:
@@ -44,7 +46,8 @@ class MetricsWriter:
         if not self._active:
             return
         clean = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
+        with cannot_write(self._path):
+            self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
         self._trackers.log(step, split, {name: value for name, value in clean.items() if value is not None})
 
     def show(self, step: int, report: Path) -> None:
@@ -59,8 +62,10 @@ class MetricsWriter:
 
     def __exit__(self, error, *_) -> None:
         if self._active:
-            self._file.close()
             self._trackers.close(failed=error is not None)
+            # What could not be written is tried again here.
+            with contextlib.suppress(OSError) if error is not None else cannot_write(self._path):
+                self._file.close()
 
 
 class Progress:

@@ -265,6 +265,7 @@ def loop(
             state, metrics = run.program.train_step(state, run.feed(rows))
             step += 1
             processes.at(f"step {step}")
+            store.check()
             before, pending = pending, (step, rows, metrics, any_process(asked.is_set()))
             stop = before is not None and read(before)
 
