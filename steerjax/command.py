@@ -71,7 +71,7 @@ def open_model(folder: str, options: argparse.Namespace):
 
 @contextmanager
 def resumable_command() -> Iterator[None]:
-    """Errors as `reported_errors` prints them; an interrupt without a traceback, with the status that shells give it."""
+    """Errors as `reported_errors` prints them; an interrupt has no traceback, and the status that shells give it."""
     try:
         with raises_interrupt(), reported_errors():
             yield

@@ -10,6 +10,7 @@ import glob
 import logging
 import operator
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,9 +26,16 @@ METRIC = "loss"
 CHUNK_BYTES = 64 << 20
 
 
-def _not_ours(record: logging.LogRecord) -> bool:
-    """Orbax warns of a save without metrics, and logs the stack of what it raises; what is of use in them we say."""
-    return not record.exc_info and "tracked_metric" not in record.getMessage()
+def _of_use(record: logging.LogRecord) -> bool:
+    """Orbax warns of a save without metrics and of what a kill left, and logs the stack of what it raises as well."""
+    said = record.getMessage()
+    return not record.exc_info and "tracked_metric" not in said and "temporary directory" not in said
+
+
+def _unraisable_of_use(unraisable) -> None:
+    """Once a write has failed, Orbax closes the loop that tensorstore's other writes then report to."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 @epath.register_path_cls
@@ -45,6 +53,10 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path, keep_last: int):
+        # Both stay: Orbax's threads outlive a store that failed.
+        logging.getLogger("absl").addFilter(_of_use)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _unraisable_of_use
         loss = operator.itemgetter(METRIC)
         best = checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policies = [checkpoint_managers.LatestN(keep_last), best]
@@ -108,7 +120,6 @@ class CheckpointStore:
         return cannot_write(self._manager.directory, ValueError)  # tensorstore's, of a full disk
 
     def __enter__(self) -> CheckpointStore:
-        logging.getLogger("absl").addFilter(_not_ours)
         return self
 
     def __exit__(self, error, *_) -> None:
@@ -117,7 +128,6 @@ class CheckpointStore:
         with contextlib.suppress(Exception) if error is not None else self._writing():
             self._manager.wait_until_finished()
             self._manager.close()
-        logging.getLogger("absl").removeFilter(_not_ours)
 
 
 def _chunks(path, _) -> ocp.SaveArgs:
