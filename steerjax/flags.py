@@ -126,10 +126,18 @@ def _recipe(config: flags.FlagHolder) -> dict:
 
 
 def local_folder(path: str) -> Path:
-    """The folder of a run. Raises ConfigError: a remote path, which not all of a run's files can be written to."""
+    """The folder of a run.
+
+    Raises ConfigError: a remote path, which not all of a run's files can be written to; or a name that is not text, or
+    has a backslash, which tensorstore takes for a slash.
+    """
     if "://" in path:
         raise ConfigError(f"--workdir {path}: a remote path; cure: a local or mounted folder, copied when it is done")
-    return Path(path).absolute()
+    folder = Path(path).absolute()
+    whole = os.path.realpath(folder)  # where a link leads
+    if "\\" in whole or (not whole.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in whole)):
+        raise ConfigError(f"--workdir {whole!r}: checkpoints take no backslash and only UTF-8; cure: another name")
+    return folder
 
 
 def use_compile_cache(workdir: Path) -> None:

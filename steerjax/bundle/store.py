@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from steerjax.bundle.reader import CheckpointReader
 from steerjax.errors import CheckpointError
 from steerjax.files import cannot_write
 
@@ -40,7 +41,10 @@ def _unraisable_of_use(unraisable) -> None:
 
 @epath.register_path_cls
 class _Literal(type(epath.Path())):
-    """A path whose own `[`, `*` and `?` are no pattern: Orbax looks for what the processes wrote with `glob`."""
+    """A path whose own `[`, `*` and `?` are no pattern: Orbax looks for what the processes wrote with `glob`. It is
+    local, too, though its first folder be `/gs` or `/s3`, which etils takes for a bucket's address."""
+
+    _uri_scheme = None
 
     def glob(self, pattern: str) -> Iterator[_Literal]:
         return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
@@ -68,6 +72,7 @@ class CheckpointStore:
             # Made in the background, a folder that cannot be made is waited for, for 300 s.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
+        self._saved: int | None = None
         self._manager = ocp.CheckpointManager(_Literal(directory.resolve()), options=options)
 
     def latest_step(self) -> int | None:
@@ -86,6 +91,8 @@ class CheckpointStore:
             provenance=ocp.args.JsonSave(provenance),
         )
         metrics = None if validation_loss is None else {METRIC: validation_loss}
+        self.wait()
+        self._saved = step
         with self._writing():
             self._manager.save(step, args=args, metrics=metrics, force=True)
 
@@ -112,9 +119,15 @@ class CheckpointStore:
             self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Blocks until everything is on disk. Raises WriteError: it cannot be written."""
+        """Blocks until everything is on disk.
+
+        Raises WriteError: it cannot be written. CheckpointError: what was written cannot be opened.
+        """
         with self._writing():
             self._manager.wait_until_finished()
+        if self._saved is not None and jax.process_index() == 0:
+            CheckpointReader(Path(self._manager.directory) / str(self._saved))
+        self._saved = None
 
     def _writing(self):
         return cannot_write(self._manager.directory, ValueError)  # tensorstore's, of a full disk
@@ -125,9 +138,10 @@ class CheckpointStore:
     def __exit__(self, error, *_) -> None:
         if error is not None and jax.process_count() > 1:
             return  # the others may be gone, and closing waits for them
-        with contextlib.suppress(Exception) if error is not None else self._writing():
-            self._manager.wait_until_finished()
-            self._manager.close()
+        with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
+            self.wait()
+            with self._writing():
+                self._manager.close()
 
 
 def _chunks(path, _) -> ocp.SaveArgs:
