@@ -17,7 +17,7 @@ from steerjax.bundle import open_bundle
 from steerjax.bundle.describe import read_provenance
 from steerjax.bundle.store import CheckpointStore
 from steerjax.config import default_config, resolve
-from steerjax.errors import CheckpointError, ConfigError, TrainingError
+from steerjax.errors import CheckpointError, ConfigError, LockedError, TrainingError
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.report.records import read_metrics
 from steerjax.training import train as training
@@ -366,7 +366,7 @@ def test_a_validation_file_that_shares_prompts_is_used_and_said(recipe, tmp_path
 
 def test_two_runs_in_one_folder_are_refused(recipe, tmp_path):
     """The second would find no checkpoint yet and begin anew."""
-    with only_run(tmp_path, active=True), refused(CheckpointError, str(tmp_path), cure="--workdir"):
+    with only_run(tmp_path, active=True), refused(LockedError, str(tmp_path), f"process {os.getpid()}", cure="wait"):
         training.train(experiment(recipe, steps=3), tmp_path)
     training.train(experiment(recipe, steps=3), tmp_path)
 
