@@ -48,24 +48,20 @@ from steerjax.training.workdir import (
 
 
 def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -> dict[str, Evaluation]:
-    """`_train`, as the only run that writes the workdir, whatever it opens verified, unless the config says otherwise.
+    """Trains, or goes on where the workdir's newest whole checkpoint is, evaluates and reports.
 
-    Raises LockedError: another run trains there.
+    Returns:
+        Of each objective the evaluation of the last parameters on the validation split.
+
+    Raises:
+        SteerjaxError: bad config or data, a workdir of another experiment or in which another process trains, damage,
+            gradients that stay non-finite, processes that differ or do not come.
     """
     with only_run(workdir, active=processes.index == 0), unverified(not experiment.train.verify):
         return _train(experiment, workdir, processes)
 
 
 def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[str, Evaluation]:
-    """Trains, or goes on where the workdir's newest checkpoint is, evaluates and reports.
-
-    Returns:
-        Of each objective the evaluation of the last parameters on the validation split.
-
-    Raises:
-        SteerjaxError: bad config or data, a workdir of another experiment, gradients that stay non-finite, processes
-            that differ or do not come.
-    """
     main = processes.index == 0
     if main and experiment.train.plots:
         require_plots()
