@@ -82,10 +82,13 @@ def what_is_wrong(folder: Path, *, whole: bool = True, share: tuple[int, int] = 
 
 
 def folder_checksum(folder: Path) -> str:
-    """Tells folders apart: of a listed one its list's, which is not read again; of another that of all its files."""
+    """Tells folders apart: of a listed one its list's, whose files are not read again; of another that of all its files
+    but for names with a dot ahead, in which downloads keep their times.
+    """
     if (folder / LIST).is_file():
         return checksum(folder / LIST)[1]
-    return xxhash.xxh3_128_hexdigest(_text(checksums(folder)).encode())
+    hidden = [name for name in _names(folder) if name.startswith(".") or "/." in name]
+    return xxhash.xxh3_128_hexdigest(_text(checksums(folder, leave=hidden)).encode())
 
 
 def some(said: Iterable[str]) -> str:

@@ -48,8 +48,13 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
     _check_names(workdir)
     if path.exists():
         cure = f"delete it, if the recipe is still the same, or another --workdir (not {workdir})"
-        before = read_json(dict[str, Any], path, CheckpointError, cure)
-        _check_same(before, json.loads(experiment.to_json()), workdir)
+        _check_same(read_json(dict[str, Any], path, CheckpointError, cure), experiment, workdir)
+    for newest in steps_of(workdir / "checkpoints")[:1]:  # config.json may be gone, or edited as the recipe was
+        before = None
+        with contextlib.suppress(CheckpointError):  # a damaged one: see `set_damaged_aside`
+            before = read_provenance(newest).config
+        if before:
+            _check_same(before, experiment, workdir)
     write_text(path, experiment.to_json())
 
 
@@ -108,7 +113,8 @@ def _names_aside(step: Path) -> Iterator[Path]:
         yield step.with_name(f"{step.name}.damaged-{number}")
 
 
-def _check_same(old: dict, new: dict, workdir: Path) -> None:
+def _check_same(old: dict, experiment: Experiment, workdir: Path) -> None:
+    new = json.loads(experiment.to_json())
     if "task" in old:
         raise CheckpointError(f"'{workdir}' is a run of edition 1 of steerjax; cure: another --workdir")
     before, now = dict(_leaves(old)), dict(_leaves(new))
@@ -167,10 +173,9 @@ def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Proven
     """`now` with the changes of data, tokenizer and source since the checkpoint that were accepted.
 
     Raises:
-        CheckpointError: there are some, and the user has not accepted them; or the checkpoint is of another recipe.
+        CheckpointError: there are some, and the user has not accepted them.
     """
     before = read_provenance(checkpoint)
-    _check_same(before.config, json.loads(json.dumps(now.config)), checkpoint.parent.parent)
     changed = [source for source in now.data if before.data.get(source) != now.data[source]]
     if before.tokenizer.sha256 != now.tokenizer.sha256:
         changed.append(f"tokenizer {now.tokenizer.source}")
