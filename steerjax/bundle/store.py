@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import glob
 import logging
 import operator
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,8 +20,10 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import path as ocp_path
 
 from steerjax.bundle.reader import CheckpointReader
+from steerjax.checksums import write_list
 from steerjax.errors import CheckpointError
 from steerjax.files import cannot_write
 
@@ -50,6 +54,37 @@ class _Literal(type(epath.Path())):
         return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
 
 
+class _Listed(ocp_path.atomicity.AtomicRenameTemporaryPath):
+    """Orbax's folder of a step until it is whole, which then gets a list of checksums before its name.
+
+    Orbax calls it in the background, in process 0, when all processes have written. It does so for items as well.
+    """
+
+    async def finalize(self) -> None:
+        final = self._final_path
+        if not final.name.isdecimal():
+            return await super().finalize()
+        self._final_path = final.parent / f"{self.get().name}-listed"  # Orbax knows it for a temporary one
+        await super().finalize()
+        listed, self._final_path = Path(self._final_path), final
+        await asyncio.to_thread(write_list, listed)
+        listed.rename(final)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Knows at once what a save in the background failed of; Orbax itself waits for the other processes first, which
+    may take its whole 20 minutes."""
+
+    failure: BaseException | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:
+            self.failure = error
+            raise
+
+
 class CheckpointStore:
     """Saves and restores train states; keeps the newest `keep_last` and the best by validation loss.
 
@@ -71,9 +106,10 @@ class CheckpointStore:
             enable_async_checkpointing=True,
             # Made in the background, a folder that cannot be made is waited for, for 300 s.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            temporary_path_class=_Listed,
         )
         self._saved: int | None = None
-        self._manager = ocp.CheckpointManager(_Literal(directory.resolve()), options=options)
+        self._manager = _Manager(_Literal(directory.resolve()), options=options)
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint; None where there is none."""
@@ -105,24 +141,24 @@ class CheckpointStore:
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
-            cure = (
-                f"the config that the run was started with; or, if it is damaged, delete {step}: the run goes on before"
-            )
-            raise CheckpointError(
-                f"{self._manager.directory}/{step} cannot be restored: {error}\n  cure: {cure}"
-            ) from error
+            said, cure = f"{self._manager.directory}/{step} cannot be restored", "the config that the run began with"
+            raise CheckpointError(f"{said}: {error}\n  cure: {cure}") from error
         return found["params"], found["training"]
 
     def check(self) -> None:
         """Raises WriteError: what is saved in the background cannot be written."""
         with self._writing():
-            self._manager.check_for_errors()
+            if self._manager.failure is not None:
+                raise self._manager.failure
 
     def wait(self) -> None:
         """Blocks until everything is on disk.
 
         Raises WriteError: it cannot be written. CheckpointError: what was written cannot be opened.
         """
+        while self._manager.is_saving_in_progress():
+            self.check()
+            time.sleep(0.01)
         with self._writing():
             self._manager.wait_until_finished()
         if self._saved is not None and jax.process_index() == 0:
