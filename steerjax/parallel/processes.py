@@ -123,7 +123,8 @@ class Processes:
     def _end(self, why: str | None) -> None:
         """Ends this process, unless it is leaving; process 0, which holds the store, when the others could hear why."""
         if not self._leaving:
-            _say(f"error: {self._name} ends, because {why}")
+            if not why.startswith(f"{self._name} failed"):  # it has said so itself
+                _say(f"error: {self._name} ends, because {why}")
             if self.index == 0:
                 time.sleep(3 * BEAT)
             os._exit(1)
