@@ -85,12 +85,14 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     with reported_errors():
         try:
             return flags.FLAGS(_with_recipe(arguments))
-        except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
             said = " ".join(str(error).replace("\\n", " ").split()).removeprefix("flag ")
             if isinstance(error, AttributeError | KeyError):
                 said = _unknown_key(said, arguments)
             cure = "steerjax train --help lists flags and keys, with their types"
             raise ConfigError(f"{said}\n  cure: {cure}") from None
+        except SyntaxError as error:
+            raise ConfigError(f"--config: {error}; cure: a Python file with get_config()") from None
         except OSError as error:
             raise ConfigError(f"--config: {error}") from None
 
@@ -123,6 +125,9 @@ def _recipe(config: flags.FlagHolder) -> dict:
     except OSError as error:  # says what failed before it, whose last line says why
         why = str(error.__cause__ or error).splitlines()[-1].strip()
         raise ConfigError(f"--config: {why}; cure: a recipe's name, e.g. rm, or its path") from error
+    except AttributeError as error:
+        said = f"--config: get_config() returns {config.value!r:.80}, and a recipe is a ConfigDict"
+        raise ConfigError(f"{said}; cure: steerjax.config.default_config(), changed") from error
 
 
 def local_folder(path: str) -> Path:

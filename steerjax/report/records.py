@@ -6,18 +6,33 @@ from pathlib import Path
 
 import numpy as np
 
-from steerjax.errors import DataError
-
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a killed process left half written is dropped."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else (), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(f"broken JSON: {error}", file=str(path), line=number, cure="delete the line") from None
-    return records
+    """The records of a metrics.jsonl; damaged lines are left out."""
+    return [record for record in metrics_lines(path) if record]
+
+
+def metrics_lines(path: Path) -> list[dict | None]:
+    """The records of a metrics.jsonl, with None for a line that is none, as a damaged file has.
+
+    What a killed process left half written, at the end, is no line.
+    """
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
+    return [_record(line) for line in text.split("\n")[:-1]]
+
+
+def _record(line: str) -> dict | None:
+    try:
+        record = json.loads(line)
+        numbers = {key: value for key, value in record.items() if key != "split" and value is not None}
+        sound = type(record["step"]) is int and type(record["split"]) is str
+        return (
+            record
+            if sound and all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers.values())
+            else None
+        )
+    except (ValueError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def own_losses(records: Iterable[Mapping], objective: str, weight: float = 1.0) -> dict[str, np.ndarray]:

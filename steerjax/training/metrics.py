@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from steerjax.report.records import read_metrics
+from steerjax.report.records import metrics_lines
 from steerjax.training.trackers import Trackers
 
 
@@ -27,13 +27,16 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, resume_step: int, trackers: Sequence[str], config: Mapping, *, active: bool):
         self._active, self._path = active, workdir / "metrics.jsonl"
-        kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step]
+        found = metrics_lines(self._path)
+        kept = [record for record in found if record and record["step"] <= resume_step]
         self.evaluated = any(r["step"] == resume_step and r["split"] == "validation" for r in kept)
         if not active:
             return
-        if resume_step == 0 and self._path.exists():  # of a run that left no checkpoint
-            self._path.rename(self._path.with_name(f"metrics.{time.time_ns()}.jsonl"))
-            kept = []
+        if self._path.exists() and (resume_step == 0 or None in found):  # of a run that left no checkpoint, or damaged
+            old = self._path.rename(self._path.with_name(f"metrics.{time.time_ns()}.jsonl"))
+            kept = kept if resume_step else []
+            if None in found:
+                print(f"{self._path}: {found.count(None)} damaged lines are left out; the old file is {old.name}")
         # The steps after the checkpoint are done again; their first records go, so that none stands twice.
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
