@@ -5,6 +5,7 @@ each SOURCE reads: docs/formats.md.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 from collections import Counter
@@ -18,8 +19,8 @@ from steerjax.data.pairs import pairs_of
 from steerjax.data.readers import source_path
 from steerjax.data.statistics import format_statistics, statistics_of
 from steerjax.errors import ConfigError, DataError, reported_errors
+from steerjax.files import whole_file
 from steerjax.schema import SCHEMAS, make_schema, parse_scalar
-from steerjax.signals import cleans_up
 
 SOURCES = {  # a format of rows, or oasst -> its schema
     "helpsteer": "helpsteer", "helpsteer2": "helpsteer", "oasst": "oasst", "reference": "steerlm",
@@ -126,19 +127,11 @@ def _check(o: argparse.Namespace) -> None:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    """The file gets its name only when it is complete. Raises ConfigError: it cannot be written."""
-    unfinished = path.with_name(path.name + ".partial")
-    with cleans_up():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with gzip.GzipFile(unfinished, "wb", mtime=0) if path.suffix == ".gz" else unfinished.open("wb") as file:
-                file.writelines(line.encode() for line in lines)
-            unfinished.replace(path)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}; cure: name another file") from error
-        finally:
-            if unfinished.exists():
-                unfinished.unlink()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(whole_file(path, "wb"))
+        if path.suffix == ".gz":
+            file = stack.enter_context(gzip.GzipFile(path.name, "wb", mtime=0, fileobj=file))
+        file.writelines(line.encode() for line in lines)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from steerjax.errors import ConfigError, ModelError
+from steerjax.files import whole_folder
 from steerjax.hf.adapter import write_adapter
 from steerjax.hf.card import model_card
 from steerjax.hf.chat_template import chat_template
@@ -22,7 +22,6 @@ from steerjax.hf.description import Description
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, stacked_shapes, tensors
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from steerjax.hf.weights import FolderReader, check_finite, unfit
-from steerjax.signals import cleans_up
 
 # What a folder keeps when only its weights are written anew.
 _SIDE_FILES = (
@@ -115,19 +114,10 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises ModelError: `output` is there and not empty, or cannot be written.
     """
-    output = output.absolute()
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ModelError(f"'{output}' is there already\n  cure: another --output, or remove it")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    with cleans_up():
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            os.replace(partial, output)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"'{output}' cannot be written: {error}\n  cure: a writable place with room") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(output, SafetensorError) as folder:
+        yield folder
 
 
 def write_model(folder: Path, config: HuggingFaceConfig, reader, dtype: str, max_shard_size: str) -> None:

@@ -16,6 +16,7 @@ from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, usable_rows
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
+from steerjax.files import cannot_write, write_text
 from steerjax.typed import read_json
 
 
@@ -119,7 +120,7 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
                     output.listed.update(_whole_lines(lines))
         else:
             listing.unlink(missing_ok=True)  # of another job
-            beside(path, "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+            write_text(beside(path, "settings.json"), json.dumps(settings, indent=2) + "\n")
         yield output
         if not finished:
             partial.rename(path)
@@ -141,11 +142,9 @@ def appended(path: Path) -> Iterator[tuple[list[tuple[int, dict]], Callable[[Map
 @contextmanager
 def _locked(file: Path, output: Path) -> Iterator[IO[bytes]]:
     """Opens a file to be read and added to; errors name the output."""
-    try:
+    with cannot_write(output):
         file.parent.mkdir(parents=True, exist_ok=True)
         opened = file.open("ab+")
-    except OSError as error:
-        raise DataError(f"cannot write: {error}", file=str(output), cure="name a place that is writable") from None
     with opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,6 +181,7 @@ def _line(value: Any) -> bytes:
 
 
 def _write(file: IO[bytes], lines: Sequence[bytes]) -> None:
-    file.writelines(lines)
-    file.flush()
-    os.fsync(file.fileno())
+    with cannot_write(file.name):
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,10 +1,13 @@
 """The JSON files of a run and of an evaluation: metrics.jsonl read, results.json written."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+
+from steerjax.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -22,17 +25,13 @@ def metrics_lines(path: Path) -> list[dict | None]:
 
 
 def _record(line: str) -> dict | None:
-    try:
+    with contextlib.suppress(ValueError, KeyError, AttributeError, RecursionError):
         record = json.loads(line)
-        numbers = {key: value for key, value in record.items() if key != "split" and value is not None}
-        sound = type(record["step"]) is int and type(record["split"]) is str
-        return (
-            record
-            if sound and all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers.values())
-            else None
-        )
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        return None
+        numbers = [value for key, value in record.items() if key != "split" and value is not None]
+        finite = all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers)
+        if finite and type(record["step"]) is int and type(record["split"]) is str:
+            return record
+    return None
 
 
 def own_losses(records: Iterable[Mapping], objective: str, weight: float = 1.0) -> dict[str, np.ndarray]:
@@ -55,4 +54,4 @@ def own_losses(records: Iterable[Mapping], objective: str, weight: float = 1.0) 
 def write_json(path: Path, value: dict) -> None:
     """Writes plain data; a number that is not finite is null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    path.write_text(json.dumps(finite, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(finite, indent=2, ensure_ascii=False) + "\n")

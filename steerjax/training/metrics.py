@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from steerjax.files import write_text
 from steerjax.report.records import metrics_lines
 from steerjax.training.trackers import Trackers
 
@@ -38,9 +38,7 @@ class MetricsWriter:
             if None in found:
                 print(f"{self._path}: {found.count(None)} damaged lines are left out; the old file is {old.name}")
         # The steps after the checkpoint are done again; their first records go, so that none stands twice.
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self._path)
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self._path.open("a", buffering=1)
         self._trackers = Trackers(trackers, workdir, resume_step, config)
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from steerjax.errors import SteerjaxError
+from steerjax.files import write_text
 
 
 class Tracker(Protocol):
@@ -89,7 +90,7 @@ class WandB:
         path = workdir / "wandb_id"  # a resume goes on with the same run
         name = path.read_text().strip() if step and path.exists() else ""
         name = name or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        path.write_text(name + "\n")
+        write_text(path, name + "\n")
         options = {
             "dir": workdir, "id": name, "resume": "allow", "config": {}, "reinit": "create_new",
             "project": os.environ.get("WANDB_PROJECT") or "steerjax",

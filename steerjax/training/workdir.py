@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import filelock
 
@@ -18,10 +18,12 @@ from steerjax.chat.templates import named
 from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from steerjax.data.loading import file_hashes
 from steerjax.errors import CheckpointError, ModelError
+from steerjax.files import make_folder, whole_folder, write_text
 from steerjax.hf.description import Description
 from steerjax.objectives import Objective
 from steerjax.schema import Schema
 from steerjax.training.config import Experiment
+from steerjax.typed import read_json
 
 # What a second start may change: the machine, how long and how loudly it trains. All else would not be a resume.
 RESUME_MAY_CHANGE = ("mesh.", "compute.", "train.")
@@ -39,19 +41,13 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
         CheckpointError: names the first key that differs, or a file where the run will have a folder.
     """
     path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _check_names(workdir)
-        if path.exists():
-            _check_same(json.loads(path.read_text()), json.loads(experiment.to_json()), workdir)
-        new = path.with_name("config.json.partial")
-        new.write_text(experiment.to_json())
-        new.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"--workdir {workdir}: {error.strerror}; cure: a folder that can be written") from error
-    except json.JSONDecodeError as error:
+    make_folder(workdir)
+    _check_names(workdir)
+    if path.exists():
         cure = f"delete it, if the recipe is still the same, or another --workdir (not {workdir})"
-        raise CheckpointError(f"{path} is broken: {error}; cure: {cure}") from error
+        before = read_json(dict[str, Any], path, CheckpointError, cure)
+        _check_same(before, json.loads(experiment.to_json()), workdir)
+    write_text(path, experiment.to_json())
 
 
 def _check_names(workdir: Path) -> None:
@@ -165,15 +161,9 @@ def keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
 
     A copy that is not this tokenizer's, or not whole, as a full disk leaves one, is replaced.
     """
-    folder, new = workdir / "tokenizer", workdir / "tokenizer.partial"
+    folder = workdir / "tokenizer"
     with contextlib.suppress(ModelError):
         if load_tokenizer(folder).hash == tokenizer.hash:
             return
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
+    with whole_folder(folder) as new:
         copy_tokenizer(tokenizer, new)
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}; cure: free some space, and start again") from error
