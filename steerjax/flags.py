@@ -85,8 +85,8 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     with reported_errors():
         try:
             return flags.FLAGS(_with_recipe(arguments))
-        except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-            said = " ".join(str(error).replace("\\n", " ").split()).removeprefix("flag ")
+        except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+            said = _of_recipe(str(error)) or " ".join(str(error).replace("\\n", " ").split()).removeprefix("flag ")
             if isinstance(error, AttributeError | KeyError):
                 said = _unknown_key(said, arguments)
             cure = "steerjax train --help lists flags and keys, with their types"
@@ -95,6 +95,14 @@ def _parse_flags(arguments: list[str]) -> list[str]:
             raise ConfigError(f"--config: {error}; cure: a Python file with get_config()") from None
         except OSError as error:
             raise ConfigError(f"--config: {error}") from None
+
+
+def _of_recipe(said: str) -> str:
+    """What ml_collections says of a recipe that fails, without the traceback's text: where, and why."""
+    places = re.findall(r'File "(.+?)", line (\d+)', said)
+    if "parsing config file" not in said or not places:
+        return ""
+    return f"--config: {':'.join(places[-1])}: {said.strip().splitlines()[-1]}"
 
 
 def _unknown_key(said: str, arguments: list[str]) -> str:

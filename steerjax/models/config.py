@@ -93,7 +93,8 @@ class LlamaConfig:
                 f"model.window is {self.window}, and a {self.family} has none; cure: 0, or family mistral"
             )
         if self.head_dim % 2 or not self.head_dim:
-            raise ConfigError(f"model.head_dim is {self.head_dim}; cure: an even number, RoPE turns pairs")
+            sizes = f"of model.hidden_size {self.hidden_size} and model.num_heads {self.num_heads}"
+            raise ConfigError(f"model.head_dim is {self.head_dim}, {sizes}; cure: an even number, RoPE turns pairs")
 
     def architecture(self) -> LlamaConfig:
         """These fields alone, without those of a subclass."""
