@@ -1,4 +1,4 @@
-"""What is not finite is skipped and counted, or ends the command with a reason; it never reaches a rating or a report."""
+"""What is not finite is skipped and counted, or ends the command with a reason; no rating and no report has it."""
 
 import dataclasses
 import json
@@ -55,9 +55,9 @@ def test_parameters_beyond_float32_are_not_saved(experiment, tmp_path, tried):
     """The gradients are finite, and what the update makes is not."""
     e = experiment(optimizer={"learning_rate": 1000.0, "weight_decay": 1e30, "warmup_steps": 0, "schedule": "constant",
                               "min_learning_rate": 0.0},
-                   train={"steps": 1, "plots": False, "trackers": ()})  # fmt: skip
+                   train={"steps": 2, "plots": False, "trackers": ()})  # fmt: skip
     for workdir in (tmp_path / "run", tmp_path / "run"):  # again, too
-        with refused(TrainingError, "step 1", "not finite", cure="config.optimizer.learning_rate"):
+        with refused(TrainingError, "step 2", "not finite", cure="config.optimizer.learning_rate"):
             train(e, workdir)
         assert checkpoints(workdir) == []
     tried("number", "parameters beyond float32")
