@@ -29,6 +29,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,...",
         help="how devices are used, e.g. fsdp=2,tensor=4; default: each has a copy",
     )
+    add_verify_option(parser)
+
+
+def add_verify_option(parser: argparse.ArgumentParser) -> None:
+    words = "open models that differ from their checksums (checkpoints and exports have a list), and do not read twice"
+    parser.add_argument("--no-verify", action="store_true", help=words)
+
+
+@contextmanager
+def verified(options: argparse.Namespace) -> Iterator[None]:
+    """Models that are opened in the block are compared with their checksums, unless the options say otherwise."""
+    from steerjax.bundle.verify import unverified
+
+    with unverified(options.no_verify):
+        yield
 
 
 def add_row_options(parser: argparse.ArgumentParser, formats: bool = True) -> None:

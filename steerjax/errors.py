@@ -42,6 +42,10 @@ class CheckpointError(SteerjaxError):
     """A run's folder or checkpoint does not fit what was asked."""
 
 
+class LockedError(SteerjaxError):
+    """Another process writes what this one would."""
+
+
 class WriteError(SteerjaxError):
     """The machine refuses what is written: no space, no right, too many files, a file where a folder belongs."""
 

@@ -148,7 +148,7 @@ def _remove_leftovers(target: Path) -> None:
     """What killed processes left of the same target. One that lives holds its lock, on whichever machine."""
     for entry in os.scandir(target.parent):
         number = entry.name.removeprefix(_prefix(target)).removesuffix("-old")
-        if not entry.name.startswith(_prefix(target)) or not number.isdecimal() or _lives(int(number)):
+        if not entry.name.startswith(_prefix(target)) or not number.isdecimal() or lives(int(number)):
             continue
         with contextlib.suppress(OSError):
             descriptor = os.open(entry.path, os.O_RDONLY)
@@ -159,7 +159,7 @@ def _remove_leftovers(target: Path) -> None:
                 os.close(descriptor)
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
     """Whether another process of this machine has the number."""
     if process == os.getpid():
         return False

@@ -20,6 +20,7 @@ from steerjax.data.readers import source_path
 from steerjax.data.statistics import format_statistics, statistics_of
 from steerjax.errors import ConfigError, DataError, reported_errors
 from steerjax.files import whole_file
+from steerjax.locks import only_writer
 from steerjax.schema import SCHEMAS, make_schema, parse_scalar
 
 SOURCES = {  # a format of rows, or oasst -> its schema
@@ -69,6 +70,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _prepare(o: argparse.Namespace) -> None:
     _check(o)
+    with only_writer(o.output):
+        _write_all(o)
+
+
+def _write_all(o: argparse.Namespace) -> None:
     try:
         own = [(name, float(low), float(high)) for name, low, high in o.attribute]
     except ValueError as error:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import operator
@@ -14,7 +15,9 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import path as ocp_path
 
+from steerjax.checksums import write_list
 from steerjax.errors import CheckpointError
 
 METRIC = "loss"
@@ -32,6 +35,23 @@ def _unwarned() -> Iterator[None]:
         log.removeFilter(quiet)
 
 
+class _Listed(ocp_path.atomicity.AtomicRenameTemporaryPath):
+    """Orbax's folder of a step until it is whole, which then gets a list of checksums before its name.
+
+    Orbax calls it in the background, in process 0, when all processes have written. It does so for items as well.
+    """
+
+    async def finalize(self) -> None:
+        final = self._final_path
+        if not final.name.isdecimal():
+            return await super().finalize()
+        self._final_path = final.parent / f"{self.get().name}-listed"  # Orbax knows it for a temporary one
+        await super().finalize()
+        listed, self._final_path = Path(self._final_path), final
+        await asyncio.to_thread(write_list, listed)
+        listed.rename(final)
+
+
 class CheckpointStore:
     """Saves and restores train states; keeps the newest `keep_last` and the best by validation loss.
 
@@ -47,6 +67,7 @@ class CheckpointStore:
             best_fn=loss,  # without it Orbax writes no metrics, and the policy sees none
             best_mode="min",
             enable_async_checkpointing=True,
+            temporary_path_class=_Listed,
         )
         self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
 
@@ -78,12 +99,8 @@ class CheckpointStore:
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
-            cure = (
-                f"the config that the run was started with; or, if it is damaged, delete {step}: the run goes on before"
-            )
-            raise CheckpointError(
-                f"{self._manager.directory}/{step} cannot be restored: {error}\n  cure: {cure}"
-            ) from error
+            said, cure = f"{self._manager.directory}/{step} cannot be restored", "the config that the run began with"
+            raise CheckpointError(f"{said}: {error}\n  cure: {cure}") from error
         return found["params"], found["training"]
 
     def wait(self) -> None:

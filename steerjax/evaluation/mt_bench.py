@@ -120,9 +120,9 @@ def run(options: argparse.Namespace) -> Result | None:
 def _reward_judge(folder: str) -> str:
     """What the judgments of a reward model are kept under: one that is trained anew in its place is another."""
     from steerjax.bundle import locate
-    from steerjax.inference.annotation import model_digest
+    from steerjax.checksums import folder_checksum
 
-    return f"{folder} {model_digest(locate(folder))[:8]}"
+    return f"{folder} {folder_checksum(locate(folder))[:8]}"
 
 
 def check_options(o: argparse.Namespace):

@@ -1,7 +1,7 @@
 """The JSON files of a run and of an evaluation: metrics.jsonl read, results.json written."""
 
-import contextlib
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,27 +11,30 @@ from steerjax.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; damaged lines are left out."""
-    return [record for record in metrics_lines(path) if record]
+    """The records of a metrics.jsonl; lines that are none are left out, and said but for a half last one.
 
-
-def metrics_lines(path: Path) -> list[dict | None]:
-    """The records of a metrics.jsonl, with None for a line that is none, as a damaged file has.
-
-    What a killed process left half written, at the end, is no line.
+    A damaged line must not stop a run whose checkpoints are whole.
     """
-    text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
-    return [_record(line) for line in text.split("\n")[:-1]]
+    records, wrong = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1):
+        try:
+            records.append(_record(line))
+        except (ValueError, RecursionError):
+            wrong.append(number)
+    if wrong:
+        print(f"{path}:{wrong[0]}: {len(wrong)} lines that are no records are left out", file=sys.stderr)
+    return records
 
 
-def _record(line: str) -> dict | None:
-    with contextlib.suppress(ValueError, KeyError, AttributeError, RecursionError):
-        record = json.loads(line)
-        numbers = [value for key, value in record.items() if key != "split" and value is not None]
-        finite = all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers)
-        if finite and type(record["step"]) is int and type(record["split"]) is str:
-            return record
-    return None
+def _record(line: bytes) -> dict:
+    """Raises ValueError: no JSON object with a step, a split, and numbers or null."""
+    record = json.loads(line.decode())
+    if not (isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("split"), str)):
+        raise ValueError
+    for key, value in record.items():
+        if key != "split" and value is not None and (type(value) not in (int, float) or not abs(value) < 1e300):
+            raise ValueError
+    return record
 
 
 def own_losses(records: Iterable[Mapping], objective: str, weight: float = 1.0) -> dict[str, np.ndarray]:

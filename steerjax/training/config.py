@@ -86,7 +86,8 @@ class TrainConfig:
         keep_last: how many of the newest checkpoints are kept; the best by validation loss is kept beside them.
         plots: draw the report's plots (needs matplotlib).
         trackers: where the figures also go; `wandb` is Weights & Biases (needs the extra `wandb`).
-        accept_changes: resume although data or tokenizer have changed; checkpoints record it.
+        accept_changes: resume although data, tokenizer or source model have changed; checkpoints record it.
+        verify: compare checkpoint and source model with their checksums when they are opened.
     """
 
     epochs: Annotated[float, Field(ge=0, le=1_000_000)] = 1.0
@@ -99,6 +100,7 @@ class TrainConfig:
     plots: bool = True
     trackers: TrackerNames = ("tensorboard",)
     accept_changes: bool = False
+    verify: bool = True
 
     def __post_init__(self):
         if not self.steps and not self.epochs:

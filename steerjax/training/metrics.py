@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from steerjax.files import write_text
-from steerjax.report.records import metrics_lines
+from steerjax.files import copy_file, write_text
+from steerjax.report.records import read_metrics
 from steerjax.training.trackers import Trackers
 
 
@@ -27,20 +27,23 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, resume_step: int, trackers: Sequence[str], config: Mapping, *, active: bool):
         self._active, self._path = active, workdir / "metrics.jsonl"
-        found = metrics_lines(self._path)
-        kept = [record for record in found if record and record["step"] <= resume_step]
+        found = read_metrics(self._path)
+        kept = [record for record in found if record["step"] <= resume_step]
         self.evaluated = any(r["step"] == resume_step and r["split"] == "validation" for r in kept)
         if not active:
             return
-        if self._path.exists() and (resume_step == 0 or None in found):  # of a run that left no checkpoint, or damaged
-            old = self._path.rename(self._path.with_name(f"metrics.{time.time_ns()}.jsonl"))
-            kept = kept if resume_step else []
-            if None in found:
-                print(f"{self._path}: {found.count(None)} damaged lines are left out; the old file is {old.name}")
+        if resume_step == 0 and self._path.exists():  # of a run that left no checkpoint
+            self._path.rename(self._aside())
+            kept = []
+        elif self._path.exists() and len(found) < self._path.read_bytes().count(b"\n"):  # damaged
+            copy_file(self._path, self._aside())
         # The steps after the checkpoint are done again; their first records go, so that none stands twice.
         write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = self._path.open("a", buffering=1)
         self._trackers = Trackers(trackers, workdir, resume_step, config)
+
+    def _aside(self) -> Path:
+        return self._path.with_name(f"metrics.{time.time_ns()}.jsonl")
 
     def write(self, step: int, split: str, values: Mapping[str, float | int | None]) -> None:
         """Adds a record. `step` counts finished updates."""

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.bundle.describe import output_names
 from steerjax.bundle.store import CheckpointStore
+from steerjax.bundle.verify import unverified
 from steerjax.chat.render import make_renderer
 from steerjax.data.batch import Feeder, evaluation_steps
 from steerjax.data.loading import write_skipped
@@ -36,19 +37,31 @@ from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import initial_parameters, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
 from steerjax.training.trackers import TRACKERS
-from steerjax.training.workdir import check_same_inputs, claim_workdir, keep_tokenizer, make_provenance, only_run
+from steerjax.training.workdir import (
+    check_same_inputs,
+    claim_workdir,
+    keep_tokenizer,
+    make_provenance,
+    only_run,
+    set_damaged_aside,
+)
 
 
 def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -> dict[str, Evaluation]:
-    """Trains, or goes on where the workdir's newest checkpoint is, evaluates and reports.
+    """Trains, or goes on where the workdir's newest whole checkpoint is, evaluates and reports.
 
     Returns:
         Of each objective the evaluation of the last parameters on the validation split.
 
     Raises:
-        SteerjaxError: bad config or data, a workdir of another experiment, gradients that stay non-finite, processes
-            that differ or do not come.
+        SteerjaxError: bad config or data, a workdir of another experiment or in which another process trains, damage,
+            gradients that stay non-finite, processes that differ or do not come.
     """
+    with only_run(workdir, active=processes.index == 0), unverified(not experiment.train.verify):
+        return _train(experiment, workdir, processes)
+
+
+def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[str, Evaluation]:
     main = processes.index == 0
     if main and experiment.train.plots:
         require_plots()
@@ -91,10 +104,13 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
             "cure: a folder that all machines share"
         )
 
+    checkpoints = workdir / "checkpoints"
+    with jax.set_mesh(mesh):
+        any_process = make_any(mesh)
+        set_damaged_aside(checkpoints, processes, lambda one: bool(any_process(one)), verify=e.train.verify)
     with (
-        only_run(workdir, active=main),
         jax.set_mesh(mesh),
-        CheckpointStore(workdir / "checkpoints", e.train.keep_last) as store,
+        CheckpointStore(checkpoints, e.train.keep_last) as store,
     ):
         # ---- State: (1) resume, or start from (2) a source's parameters or (3) random ones
         newest = store.latest_step()
@@ -107,7 +123,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         if newest is None:
             whole, new_head = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
         else:
-            provenance = check_same_inputs(workdir / "checkpoints" / str(step), provenance, e.train.accept_changes)
+            provenance = check_same_inputs(checkpoints / str(step), provenance, e.train.accept_changes)
             whole, rest = store.restore(step, program.whole, program.abstract.rest())
         if main:
             keep_tokenizer(renderer.tokenizer, workdir)
@@ -127,7 +143,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         if main:
             print(summary_text(summary), flush=True)
             if newest is not None:
-                print(f"resumed at step {step} of {steps} from {workdir / 'checkpoints'}", flush=True)
+                print(f"resumed at step {step} of {steps} from {checkpoints}", flush=True)
 
         # ---- Loop
         if step < steps:

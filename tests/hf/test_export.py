@@ -513,3 +513,25 @@ def test_transformers_loads_the_export(kind, tmp_path):
     np.testing.assert_array_equal(logits[1], logits[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template
+
+
+def test_an_export_names_no_folder_of_its_maker(tmp_path):
+    folder = write_folder(tmp_path / "source", TINY, random_tensors(TINY))
+    more = {"base_model": "/home/me/runs/old/checkpoints/4", "data": {"/home/me/rows.jsonl": "00", "hub:a/b": "11"}}
+    imported(folder, tmp_path / "run", **more, config={"chat": {"system_prompt": "/no_think"}})
+    export(str(tmp_path / "run"), tmp_path / "out")
+    text = (tmp_path / "out" / "steerjax.json").read_text()
+    said = json.loads(text)["provenance"]
+    assert "/home" not in text
+    assert str(tmp_path) not in text
+    assert (said["base_model"], said["data"]) == ("old/checkpoints/4", {"rows.jsonl": "00", "hub:a/b": "11"})
+    assert said["config"] == {"chat": {"system_prompt": "/no_think"}}
+
+
+def test_a_copied_tokenizer_config_names_no_code(tmp_path):
+    """transformers would ask to run it, and it is not beside the weights."""
+    folder = write_folder(tmp_path / "source", TINY, random_tensors(TINY))
+    config = {"model_max_length": 99, "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    export(str(folder), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"model_max_length": 99}

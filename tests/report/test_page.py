@@ -11,7 +11,7 @@ from steerjax.errors import SteerjaxError
 from steerjax.report.page import comparison_sentences, few_rows_note, format_table, write_page, write_report
 from steerjax.report.plots import plot_losses, require_plots
 from steerjax.report.preferences import preference_result, write_preference_report
-from steerjax.report.records import metrics_lines, own_losses, read_metrics, write_json
+from steerjax.report.records import own_losses, read_metrics, write_json
 from steerjax.report.results import evaluate_predictions, lowest
 from steerjax.schema import HELPSTEER, STEERLM, Attribute, Schema, make_schema
 from tests.refusals import refused
@@ -217,7 +217,6 @@ def test_report_of_an_empty_split(tmp_path):
 def test_a_line_of_metrics_that_is_no_record_is_left_out(tmp_path, line):
     sound = b'{"step": 1, "split": "train", "loss": null}'
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([sound, line, sound, b""]))
-    assert metrics_lines(tmp_path / "metrics.jsonl") == [json.loads(sound), None, json.loads(sound)]
     assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(sound)] * 2
 
 
