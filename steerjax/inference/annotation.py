@@ -11,7 +11,6 @@ from steerjax.checksums import folder_checksum
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes
 from steerjax.data.readers import source_format
-from steerjax.errors import DataError
 from steerjax.inference.job import InputRow, beside, carried, input_rows, progress, resumable
 from steerjax.inference.scorer import (
     Chunk,
@@ -82,10 +81,7 @@ def _annotated(rows: Sequence[InputRow], chunk: Chunk, scorer: Scorer) -> list[d
     """The output rows of a chunk."""
     new = {key: {} for key in chunk.refused}
     for (place, turn), values in zip(chunk.examples, scorer.score(chunk), strict=True):
-        try:
-            new[place, turn] = predicted_keys(values, scorer.schema)
-        except DataError as error:
-            raise error.at(rows[place].conversation.file, rows[place].conversation.line) from None
+        new[place, turn] = predicted_keys(values, scorer.schema)
     out = [row.carried | {"turns": [*row.carried["turns"]], "id": row.conversation.id} for row in rows]
     for (place, turn), keys in new.items():
         old = out[place]["turns"][turn].items()

@@ -174,14 +174,20 @@ class Run:
     def evaluate(
         self, state: TrainState, processes: Processes = ALONE, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Evaluation] | None:
-        """Every objective on the validation split; None where `stop`, asked before each step, said so."""
+        """Every objective on the validation split; None where `stop`, asked before each step, said so.
+
+        Raises FloatingPointError: an output is not finite.
+        """
         collected = []
         for rows in evaluation_steps(self.data.validation_rows, self.experiment.batch.evaluated):
             if stop():
                 return None
             processes.at("evaluation")
             outputs = self.program.evaluation_step(state.params, state.frozen, self.feed_validation(rows))
-            collected.append(([self.feed_validation.build.layout(row) for row in rows], jax.device_get(outputs)))
+            outputs = jax.device_get(outputs)
+            if not all(np.isfinite(x).all() for x in jax.tree.leaves(outputs)):
+                raise FloatingPointError("what the model says of the validation split is not finite")
+            collected.append(([self.feed_validation.build.layout(row) for row in rows], outputs))
         return {
             o.name: o.evaluate([(layouts, outputs[o.name]) for layouts, outputs in collected])
             for o in self.program.objectives
@@ -249,16 +255,20 @@ def loop(
         if done % max(1, e.train.log_every) == 0 or done == run.steps:
             writer.write(done, "train", record)
         progress.step(done, f"loss {record['loss']:.4f}, {record['examples_per_second']:.1f} examples/s")
-        if metrics["bad_in_row"] >= e.optimizer.max_bad_steps:
-            raise TrainingError(
-                f"step {done}: gradients were not finite {metrics['bad_in_row']} steps in a row; "
-                f"{'no checkpoint was' if store.latest_step() is None else f'step {store.latest_step()} is'} saved\n"
-                "  cure: a lower config.optimizer.learning_rate, or float32 (config.compute.dtype)"
-            )
+        if metrics["bad_in_row"] >= min(e.optimizer.max_bad_steps, run.steps):
+            raise not_finite(done, f"gradients were not finite {metrics['bad_in_row']} steps in a row")
         return bool(stop)
 
+    def not_finite(step: int, what: str) -> TrainingError:
+        saved = "no checkpoint was" if store.latest_step() is None else f"step {store.latest_step()} is"
+        cure = "a lower config.optimizer.learning_rate, or float32 (config.compute.dtype)"
+        return TrainingError(f"step {step}: {what}; {saved} saved\n  cure: {cure}")
+
     def evaluate(write: bool = True, **options) -> dict[str, Evaluation] | None:
-        found = run.evaluate(state, processes, **options)
+        try:
+            found = run.evaluate(state, processes, **options)
+        except FloatingPointError as error:
+            raise not_finite(step, str(error)) from None
         if write and found:
             loss = run.loss(found)
             each = {f"{name}/loss": one.loss for name, one in found.items()} if len(found) > 1 else {}
@@ -344,6 +354,9 @@ def report(run: Run, evaluation: dict[str, Evaluation], summary, workdir: Path, 
     """Prints the result and writes report/, a folder in it for each objective where there are several."""
     e, objectives = run.experiment, run.program.objectives
     records = read_metrics(workdir / "metrics.jsonl")
+    if bad := max((record.get("bad_steps") or 0 for record in records), default=0):
+        summary = summary | {"skipped steps": f"{bad} of {run.steps}, whose loss or gradients were not finite"}
+        print(f"\nskipped steps: {summary['skipped steps']}")
     for o in objectives:
         folder = workdir / "report" / o.name if len(objectives) > 1 else workdir / "report"
         print("\n" + o.report(evaluation[o.name], folder if e.train.plots else None, records, summary, e.to_json()))

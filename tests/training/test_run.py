@@ -266,8 +266,8 @@ def test_first_predictions_lie_near_the_mean(recipe, tmp_path):
 
 def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
     e = experiment(recipe)
-    bad = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, learning_rate=1e30, clip_norm=0.0,
-                                                               warmup_steps=0, max_bad_steps=3))  # fmt: skip
+    heavy = {"regression": dataclasses.replace(e.objective["regression"], weight=1e30)}
+    bad = dataclasses.replace(e, objective=heavy, optimizer=dataclasses.replace(e.optimizer, max_bad_steps=3))
     with refused(TrainingError, "3 steps", cure="config.optimizer.learning_rate"):
         training.train(bad, tmp_path)
 
