@@ -30,6 +30,14 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("Any flag works or is refused in one sentence", "test_config_fuzz.py", ("flag",)),
     ("Any model folder opens as it is meant or is refused with file and key", "test_folder_fuzz.py", ("model folder",)),
     ("No NaN or infinity reaches a rating, a report or a checkpoint", "test_numbers.py", ("number",)),
+    (
+        "One of four processes that fails is named within 60 s, all end, and the run goes on to the same bits",
+        "test_four_processes.py",
+        ("one of four processes",),
+    ),
+    ("A full disk loses no checkpoint, and the run goes on to the same bits", "test_machine.py", ("full disk",)),
+    ("What cannot be written is one sentence, and leaves nothing half", "test_machine.py", ("output refused",)),
+    ("Any name in a path works or is refused at the door", "test_names.py", ("name in a path",)),
     ("Memory and descriptors stay level", "test_leaks.py", ("steps trained", "rows annotated")),
 )
 

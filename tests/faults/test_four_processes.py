@@ -1,10 +1,9 @@
 """Four processes of a run, and one that fails in each way: it is named, all end, and the run goes on to the same bits.
 
-STEERJAX_SLOW=1 python -m pytest -s tests/faults/test_four_processes.py prints how long each took.
+STEERJAX_SLOW=1 python -m pytest tests/faults/test_four_processes.py prints how long each took.
 """
 
 import json
-import os
 import re
 import signal
 import sys
@@ -92,10 +91,9 @@ def inject(group: Group, workdir: Path, what: str, victim: int) -> float:
     return time.monotonic()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="minutes; only with STEERJAX_SLOW=1")
+@pytest.mark.faults
 @pytest.mark.parametrize(("what", "victim"), FAULTS)
-def test_one_of_four_fails(runs, whole, what, victim, capsys):
+def test_one_of_four_fails(runs, whole, tried, what, victim, capsys):
     workdir = runs.folder / f"{what}{victim}" / "run"
     with runs.start(workdir, victim, what if what in ("slow", "data", "disk") else "") as group:
         since = inject(group, workdir, what, victim)
@@ -120,5 +118,6 @@ def test_one_of_four_fails(runs, whole, what, victim, capsys):
             np.testing.assert_array_equal(ours[name], value, err_msg=name)
         losses = [[(r["step"], r["loss"]) for r in read_metrics(w / "metrics.jsonl")] for w in (workdir, whole)]
         assert losses[0] == losses[1]
+    tried("one of four processes", what)
     with capsys.disabled():
         print(f"\n{what} of process {victim}: named and all ended within {took:.0f} s, exit statuses {statuses}")

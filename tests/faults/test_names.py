@@ -115,9 +115,8 @@ def test_commands_under_a_strange_name(tmp_path, capsys):
     assert check_commands(folder, capsys) == 4
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1")
-def test_commands_and_runs_under_every_name(tmp_path, capsys):
+@pytest.mark.faults
+def test_commands_and_runs_under_every_name(tmp_path, tried, capsys):
     works = 0
     for name in NAMES:
         (folder := tmp_path / name).mkdir()
@@ -129,8 +128,8 @@ def test_commands_and_runs_under_every_name(tmp_path, capsys):
         except SteerjaxError as error:
             print(f"refused: {error}")
             says(error)
-    with capsys.disabled():
-        print(f"\n{works} of {5 * len(NAMES)} commands work under {len(NAMES)} names, the rest are refused")
+    tried("name in a path", "works", works)
+    tried("name in a path", "refused", 5 * len(NAMES) - works)
 
 
 def test_names_that_checkpoints_do_not_take_are_refused_at_the_door(tmp_path):
