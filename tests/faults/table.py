@@ -37,6 +37,11 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ),
     ("A full disk loses no checkpoint, and the run goes on to the same bits", "test_machine.py", ("full disk",)),
     ("What cannot be written is one sentence, and leaves nothing half", "test_machine.py", ("output refused",)),
+    (
+        "A command that is asked to end goes on to the same output, and leaves nothing half",
+        "test_interrupted_commands.py",
+        ("command interrupted",),
+    ),
     ("Any name in a path works or is refused at the door", "test_names.py", ("name in a path",)),
     ("Memory and descriptors stay level", "test_leaks.py", ("steps trained", "rows annotated")),
 )
