@@ -84,7 +84,7 @@ def main(folder: str, *sizes: str) -> None:
         mount(disk, f"size={size}k")
         status, said, seconds = status_of(train, run, disk / "run")
         sound = saved(disk / "run")
-        mount(disk, "remount", "size=100m")
+        subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
         again, words, _ = status_of(train, run, disk / "run")
         found = {"size": int(size), "status": status, "said": said, "seconds": seconds, "saved": sound, "again": again}
         print(json.dumps(found | {"words": words, "same": again == 0 and same(disk / "run", whole)}), flush=True)
