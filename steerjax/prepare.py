@@ -22,6 +22,7 @@ from steerjax.errors import ConfigError, DataError, reported_errors
 from steerjax.files import whole_file
 from steerjax.locks import only_writer
 from steerjax.schema import SCHEMAS, make_schema, parse_scalar
+from steerjax.signals import cleans_up
 
 SOURCES = {  # a format of rows, or oasst -> its schema
     "helpsteer": "helpsteer", "helpsteer2": "helpsteer", "oasst": "oasst", "reference": "steerlm",
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _prepare(o: argparse.Namespace) -> None:
     _check(o)
-    with only_writer(o.output):
+    with cleans_up(), only_writer(o.output):
         _write_all(o)
 
 

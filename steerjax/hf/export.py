@@ -24,6 +24,7 @@ from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, stacked_shapes
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from steerjax.hf.weights import FolderReader, check_finite, unfit
 from steerjax.locks import only_writer
+from steerjax.signals import cleans_up
 
 CARD = "README.md"  # people edit it and nothing reads it, so it is not listed
 # What a folder keeps when only its weights are written anew.
@@ -117,7 +118,7 @@ def new_folder(output: Path) -> Iterator[Path]:
 
     Raises ModelError: `output` is there and not empty. WriteError, LockedError: it cannot be written, or another does.
     """
-    with only_writer(output):
+    with cleans_up(), only_writer(output):
         if output.exists() and not (output.is_dir() and not any(output.iterdir())):
             raise ModelError(f"'{output}' is there already\n  cure: another --output, or remove it")
         with whole_folder(output, SafetensorError) as folder:
