@@ -56,13 +56,13 @@ def folders(tmp_path_factory) -> list[Path]:
     reward = SMALL | CLASSIFIER
     reward_folder = write_folder(root / "reward", reward, random_tensors(reward), shards=2)
     attributes = [{"name": name, "low": 0.0, "high": 4.0, "meaning": "m"} for name in LABELS]
-    said = {"kind": "reward", "template": "chatml", "attributes": attributes, "system_prompt": None, "readout": "last",
+    said = {"kind": "reward", "template": "chatml", "attributes": attributes, "readout": "last", "system_prompt": None,
             "default_ratings": {"helpfulness": 4.0}, "provenance": {"base_model": "random"}, "steerjax": "0"}  # fmt: skip
     (reward_folder / "steerjax.json").write_text(json.dumps(said))
     chat = write_folder(root / "chat", SMALL, random_tensors(SMALL))
     adapter = write_folder(root / "adapter", SMALL, {
-        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{letter}.weight": np.ones(shape, np.float32)
-        for layer in range(2) for letter, shape in (("A", (2, 8)), ("B", (8, 2)))
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{a}.weight": np.ones(shape, np.float32)
+        for layer in range(2) for a, shape in (("A", (2, 8)), ("B", (8, 2)))
     })  # fmt: skip
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
     (adapter / "config.json").unlink()
