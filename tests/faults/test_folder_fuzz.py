@@ -56,8 +56,9 @@ def folders(tmp_path_factory) -> list[Path]:
     reward = SMALL | CLASSIFIER
     reward_folder = write_folder(root / "reward", reward, random_tensors(reward), shards=2)
     attributes = [{"name": name, "low": 0.0, "high": 4.0, "meaning": "m"} for name in LABELS]
-    said = {"kind": "reward", "template": "chatml", "attributes": attributes, "readout": "last", "system_prompt": None,
-            "default_ratings": {"helpfulness": 4.0}, "provenance": {"base_model": "random"}, "steerjax": "0"}  # fmt: skip
+    said = {"kind": "reward", "template": "chatml", "attributes": attributes, "readout": "last",
+            "system_prompt": None, "default_ratings": {"helpfulness": 4.0}, "provenance": {"base_model": "random"},
+            "steerjax": "0"}  # fmt: skip
     (reward_folder / "steerjax.json").write_text(json.dumps(said))
     chat = write_folder(root / "chat", SMALL, random_tensors(SMALL))
     adapter = write_folder(root / "adapter", SMALL, {
