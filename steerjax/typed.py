@@ -58,6 +58,8 @@ def typed(kind: type[T], value: Any, where: str, error: type[SteerjaxError]) -> 
     try:  # by way of JSON, whose strict rules take a list for a tuple and a whole number for a float, and no more
         return _adapter(kind).validate_json(_json(value))
     except pydantic.ValidationError as found:
+        if found.errors()[0]["type"] == "json_invalid":
+            raise error(f"{where} is nested too deeply; cure: lists and mappings of a few levels") from None
         raise error(_message(found.errors(include_url=False)[0], kind, where)) from None
     except (TypeError, ValueError, RecursionError) as problem:
         where, problem = _not_plain(value, where, problem)

@@ -285,6 +285,10 @@ def loop(
     if owed or step == run.steps:
         evaluation = evaluate(write=not writer.evaluated)
     any_process = make_any(run.program.mesh)
+    one = NamedSharding(run.program.mesh, PartitionSpec())
+    are_finite = jax.jit(
+        lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all(), out_shardings=one
+    )
     with stop_on_signals() as asked:
         while step < run.steps:
             rows = run.data.plan.step_rows(step)
@@ -303,6 +307,8 @@ def loop(
                     evaluation = evaluate(stop=lambda: bool(any_process(asked.is_set())))
                     stop = evaluation is None
                 if stop or checkpoint:
+                    if not are_finite(state.params):
+                        raise not_finite(step, "parameters are not finite")
                     processes.barrier(f"save step {step}")
                     loss = None if stop else run.loss(evaluation)
                     store.save(state.whole(), state.rest(), step, provenance, loss)

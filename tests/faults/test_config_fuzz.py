@@ -71,7 +71,7 @@ def test_every_key_with_every_hostile_value(tried):
 def test_mutated_configs(tried, seed, count):
     draw, found = random.Random(seed), Counter()
     for _ in range(count):
-        found[outcome(mutated(BASE, draw, draw.randrange(1, 6)), "config.", "model.")] += 1
+        found[outcome(mutated(BASE, draw, draw.randrange(1, 6)), "config.", "model.", "config is nested")] += 1
     for kind, number in found.items():
         tried("config", f"several mutations: {kind}", number)
 

@@ -15,9 +15,11 @@ import tokenizers
 
 from steerjax.bundle import describe
 from steerjax.bundle.reader import open_reader
-from steerjax.errors import SteerjaxError
+from steerjax.chat.tokenizer import load_tokenizer
+from steerjax.errors import ModelError, SteerjaxError
 from tests.faults.mutations import mutated_json
 from tests.hf_folders import CLASSIFIER, LABELS, TINY, random_tensors, write_folder
+from tests.refusals import refused
 
 SECONDS, MIB = 10.0, 400  # of an opening; of all of them together, above what the first took
 CHATML = (
@@ -56,13 +58,14 @@ def folders(tmp_path_factory) -> list[Path]:
     reward = SMALL | CLASSIFIER
     reward_folder = write_folder(root / "reward", reward, random_tensors(reward), shards=2)
     attributes = [{"name": name, "low": 0.0, "high": 4.0, "meaning": "m"} for name in LABELS]
-    said = {"kind": "reward", "template": "chatml", "attributes": attributes, "system_prompt": None, "readout": "last",
-            "default_ratings": {"helpfulness": 4.0}, "provenance": {"base_model": "random"}, "steerjax": "0"}  # fmt: skip
+    said = {"kind": "reward", "template": "chatml", "attributes": attributes, "readout": "last",
+            "system_prompt": None, "default_ratings": {"helpfulness": 4.0}, "provenance": {"base_model": "random"},
+            "steerjax": "0"}  # fmt: skip
     (reward_folder / "steerjax.json").write_text(json.dumps(said))
     chat = write_folder(root / "chat", SMALL, random_tensors(SMALL))
     adapter = write_folder(root / "adapter", SMALL, {
-        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{letter}.weight": np.ones(shape, np.float32)
-        for layer in range(2) for letter, shape in (("A", (2, 8)), ("B", (8, 2)))
+        f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{a}.weight": np.ones(shape, np.float32)
+        for layer in range(2) for a, shape in (("A", (2, 8)), ("B", (8, 2)))
     })  # fmt: skip
     (adapter / "model.safetensors").rename(adapter / "adapter_model.safetensors")
     (adapter / "config.json").unlink()
@@ -125,3 +128,20 @@ def test_mutated_folders(folders, tried, seed, count):
     for (name, outcome), times in found.items():
         tried("model folder", f"{re.sub(r'-0.*2', '', name)}: {outcome}", times)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MIB * 1024
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "BPE", "vocab": {}, "merges": []},
+        {"type": "WordLevel", "vocab": {}, "unk_token": "x"},
+        {"type": "Unigram", "vocab": [["b", 0.0]], "unk_id": None},
+    ],
+    ids=lambda model: model["type"],
+)
+def test_a_tokenizer_without_a_vocabulary(folders, tried, tmp_path, model):
+    raw = json.loads((folders[1] / "tokenizer.json").read_text()) | {"added_tokens": [], "pre_tokenizer": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw | {"decoder": None, "model": model}))
+    with refused(ModelError, "tokenizer.json"):
+        load_tokenizer(tmp_path)
+    tried("model folder", "tokenizer.json without a vocabulary")
