@@ -106,7 +106,7 @@ def test_one_of_four_fails(runs, whole, tried, what, victim, capsys):
         outputs = [group.output(i) for i in range(4)]
     assert all(status in (1, 2) for status in statuses), (statuses, outputs)
     for i in left:
-        named = rf"error: .*process {victim} of 4|error: process {i} of 4 .*process {victim}\b"
+        named = rf"error: .*process {victim} of 4|error: process {i} of 4\b.*process {victim}\b"
         assert re.search(named, outputs[i]), outputs[i]
         assert not [words for words in STACKS if words in outputs[i]], outputs[i]
     if what != "data":  # which is refused before anything is there
