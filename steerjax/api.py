@@ -26,8 +26,9 @@ Ratings = dict[str, float]
 
 
 def load(
-    path: str | Path, *, template: str | None = None, schema: str | None = None, mesh: str = "", dtype: str = "auto"
-) -> Model:
+    path: str | Path, *, template: str | None = None, schema: str | None = None, mesh: str = "", dtype: str = "auto",
+    verify: bool = True,
+) -> Model:  # fmt: skip
     """Opens a run, a checkpoint, a Hugging Face folder or a hub id.
 
     Args:
@@ -36,13 +37,16 @@ def load(
         schema: of a chat model that names no attributes: helpsteer, oasst or steerlm (which it is without).
         mesh: how the parameters lie on the devices, as `fsdp=2,tensor=4`; all devices on the data axis where empty.
         dtype: of the computation: float32, bfloat16, or auto (float32 on a CPU, bfloat16 elsewhere).
+        verify: compare a checkpoint or an export with its checksums.
 
-    Raises SteerjaxError: nothing to open there; says what cures it.
+    Raises SteerjaxError: nothing to open there, or damage; says what cures it.
     """
     from steerjax.bundle import open_bundle
+    from steerjax.bundle.verify import unverified
     from steerjax.parallel.mesh import parse_mesh
 
-    return Model(open_bundle(path, parse_mesh(mesh), template=template, dtype=dtype), schema)
+    with unverified(not verify):
+        return Model(open_bundle(path, parse_mesh(mesh), template=template, dtype=dtype), schema)
 
 
 def connect(

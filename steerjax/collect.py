@@ -16,6 +16,7 @@ from pathlib import Path
 
 from steerjax.command import resumable_command
 from steerjax.errors import ConfigError
+from steerjax.locks import only_writer
 from steerjax.schema import SCHEMAS, Schema, make_schema
 
 
@@ -55,7 +56,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    with resumable_command():
+    with resumable_command(), only_writer(options.output):
         {"tasks": tasks, "ratings": ratings}[options.what](options)
 
 

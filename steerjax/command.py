@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from steerjax.errors import reported_errors
-from steerjax.signals import raises_interrupt
+from steerjax.signals import INTERRUPTED, raises_interrupt
 
 MODEL = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id"
 
@@ -29,6 +29,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="AXIS=N,...",
         help="how devices are used, e.g. fsdp=2,tensor=4; default: each has a copy",
     )
+    add_verify_option(parser)
+
+
+def add_verify_option(parser: argparse.ArgumentParser) -> None:
+    words = "open models that differ from their checksums (checkpoints and exports have a list), and do not read twice"
+    parser.add_argument("--no-verify", action="store_true", help=words)
+
+
+@contextmanager
+def verified(options: argparse.Namespace) -> Iterator[None]:
+    """Models that are opened in the block are compared with their checksums, unless the options say otherwise."""
+    from steerjax.bundle.verify import unverified
+
+    with unverified(options.no_verify):
+        yield
 
 
 def add_row_options(parser: argparse.ArgumentParser, formats: bool = True) -> None:
@@ -71,9 +86,10 @@ def open_model(folder: str, options: argparse.Namespace):
 
 @contextmanager
 def resumable_command() -> Iterator[None]:
-    """Errors as `reported_errors` prints them; an interrupt without a traceback."""
+    """Errors as `reported_errors` prints them; an interrupt has no traceback, and the status that shells give it."""
     try:
         with raises_interrupt(), reported_errors():
             yield
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
+    except KeyboardInterrupt as stop:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(getattr(stop, "status", INTERRUPTED))

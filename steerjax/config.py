@@ -8,6 +8,7 @@ takes these values as they are and checks nothing.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 from steerjax.data.config import Texts
@@ -17,6 +18,7 @@ from steerjax.training.config import GROUPS, Experiment
 from steerjax.typed import STRICT, typed
 
 
+@functools.cache
 def _recipe() -> type:
     """A dataclass of every group; of objectives that are not chosen too, so that no mistake stays hidden."""
     groups = GROUPS | {name: find_objective(name).Config for name in OBJECTIVES}

@@ -10,11 +10,12 @@ one suite side by side, with paired differences to the first.
 """
 
 import argparse
+import contextlib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerjax.command import resumable_command
+from steerjax.command import resumable_command, verified
 from steerjax.errors import ConfigError
 
 SUITES = {  # module of `evaluation` -> what its report is called
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         suite.add_options(parser)
         options = parser.parse_args(arguments)
         require_plots()
-        result = suite.run(options)
+        with verified(options) if "no_verify" in options else contextlib.nullcontext():
+            result = suite.run(options)
         if result is None:  # it was only to say what it would do
             return
         write_result(options.output, name, SUITES[name], vars(options), result)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from steerjax.command import add_verify_option, verified
 from steerjax.errors import ConfigError, DataError, reported_errors
 from steerjax.schema import SCHEMAS, parse_label, parse_scalar
 
@@ -37,6 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what a chat model is asked for where a request names nothing; '' is no ratings")  # fmt: skip
     add("--evaluation", action="append", default=[], metavar="DIR", type=Path,
         help="an output of evaluate of this model, for the card's model-index; repeatable")  # fmt: skip
+    add_verify_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -131,7 +133,7 @@ def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parse_arguments(arguments))
-    with reported_errors():
+    with reported_errors(), verified(argparse.Namespace(no_verify=options.pop("no_verify"))):
         export(options.pop("checkpoint"), output := options.pop("output"), **options)
     print(f"wrote {output}")
 

@@ -85,14 +85,24 @@ def _parse_flags(arguments: list[str]) -> list[str]:
     with reported_errors():
         try:
             return flags.FLAGS(_with_recipe(arguments))
-        except (flags.Error, AttributeError, KeyError, TypeError) as error:
-            said = " ".join(str(error).replace("\\n", " ").split()).removeprefix("flag ")
+        except (flags.Error, AttributeError, LookupError, TypeError, ValueError) as error:
+            said = _of_recipe(str(error)) or " ".join(str(error).replace("\\n", " ").split()).removeprefix("flag ")
             if isinstance(error, AttributeError | KeyError):
                 said = _unknown_key(said, arguments)
             cure = "steerjax train --help lists flags and keys, with their types"
             raise ConfigError(f"{said}\n  cure: {cure}") from None
+        except SyntaxError as error:
+            raise ConfigError(f"--config: {error}; cure: a Python file with get_config()") from None
         except OSError as error:
             raise ConfigError(f"--config: {error}") from None
+
+
+def _of_recipe(said: str) -> str:
+    """What ml_collections says of a recipe that fails, without the traceback's text: where, and why."""
+    places = re.findall(r'File "(.+?)", line (\d+)', said)
+    if "parsing config file" not in said or not places:
+        return ""
+    return f"--config: {':'.join(places[-1])}: {said.strip().splitlines()[-1]}"
 
 
 def _unknown_key(said: str, arguments: list[str]) -> str:
@@ -123,13 +133,24 @@ def _recipe(config: flags.FlagHolder) -> dict:
     except OSError as error:  # says what failed before it, whose last line says why
         why = str(error.__cause__ or error).splitlines()[-1].strip()
         raise ConfigError(f"--config: {why}; cure: a recipe's name, e.g. rm, or its path") from error
+    except AttributeError as error:
+        said = f"--config: get_config() returns {config.value!r:.80}, and a recipe is a ConfigDict"
+        raise ConfigError(f"{said}; cure: steerjax.config.default_config(), changed") from error
 
 
 def local_folder(path: str) -> Path:
-    """The folder of a run. Raises ConfigError: a remote path, which not all of a run's files can be written to."""
+    """The folder of a run.
+
+    Raises ConfigError: a remote path, which not all of a run's files can be written to; or a name that is not text, or
+    has a backslash, which tensorstore takes for a slash.
+    """
     if "://" in path:
         raise ConfigError(f"--workdir {path}: a remote path; cure: a local or mounted folder, copied when it is done")
-    return Path(path).absolute()
+    folder = Path(path).absolute()
+    whole = os.path.realpath(folder)  # where a link leads
+    if "\\" in whole or (not whole.isprintable() and any(0xD800 <= ord(letter) < 0xE000 for letter in whole)):
+        raise ConfigError(f"--workdir {whole!r}: checkpoints take no backslash and only UTF-8; cure: another name")
+    return folder
 
 
 def use_compile_cache(workdir: Path) -> None:

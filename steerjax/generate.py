@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steerjax.command import MODEL, add_model_options, add_row_options, resumable_command
+from steerjax.command import MODEL, add_model_options, add_row_options, resumable_command, verified
 from steerjax.errors import ConfigError
 from steerjax.schema import SCHEMAS
 
@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_options(options)
         from steerjax.inference.session import Session
 
-        session = Session(options)
+        with verified(options):
+            session = Session(options)
         if options.prompt is None:
             session.answer_file()
         else:

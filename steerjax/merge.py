@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from steerjax.command import add_verify_option, verified
 from steerjax.errors import ConfigError, reported_errors
 
 
@@ -30,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of what is written")
     add("--max-shard-size", default="5GB", metavar="SIZE", help="of a safetensors file; default 5GB")
     add("--template", help="of Hugging Face folders that do not name it")
+    add_verify_option(parser)
     options = parser.parse_args(arguments)
-    with reported_errors():
+    with reported_errors(), verified(options):
         merge(options)
     print(f"wrote {options.output}")
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import itertools
 import sys
-from pathlib import Path
 
 from absl import flags
 
+from steerjax.files import write_text
 from steerjax.flags import run_experiment
 
 
@@ -34,7 +34,7 @@ def plan(experiment, topology_name: str, search: bool, text: str | None) -> int:
         print(compile.attempt_text(attempt, machine) + "\n", flush=True)
     changes, _, last = attempts[-1]
     if text:
-        Path(text).write_text(last.text)
+        write_text(text, last.text)
     print(compile.verdict_text(attempts, machine))
     return 0 if not changes and last.fits(machine.chip.hbm_bytes) else 1
 

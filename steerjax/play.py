@@ -53,15 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         asked = {name: getattr(o, name) for name in ("temperature", "seed", "max_new_tokens")}
         sampling = typed(Sampling, asked, "options", ConfigError)
+        verify = not o.no_verify
         if o.server:
             known = {"like": o.model, "template": o.template, "schema": o.schema, "attempts": 2}
             chat = connect(o.server, model=o.server_model, **known)
         else:
-            chat = load(o.model, template=o.template, schema=o.schema, mesh=o.mesh, dtype=o.dtype)
+            chat = load(o.model, template=o.template, schema=o.schema, mesh=o.mesh, dtype=o.dtype, verify=verify)
         if not chat.attributes_known:
             cure = f"--schema NAME{', or --model, the folder that it serves' if o.server else ''}"
             raise ModelError(f"{chat!r} does not say which attributes it takes\n  cure: {cure}")
-        judge = load(o.reward_model, mesh=o.mesh, dtype=o.dtype) if o.reward_model else None
+        judge = load(o.reward_model, mesh=o.mesh, dtype=o.dtype, verify=verify) if o.reward_model else None
         player = Player(chat, judge)
         with contextlib.closing(player):
             serve(player, sampling, o.host, o.port)

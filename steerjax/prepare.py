@@ -5,6 +5,7 @@ each SOURCE reads: docs/formats.md.
 """
 
 import argparse
+import contextlib
 import gzip
 import json
 from collections import Counter
@@ -18,6 +19,8 @@ from steerjax.data.pairs import pairs_of
 from steerjax.data.readers import source_path
 from steerjax.data.statistics import format_statistics, statistics_of
 from steerjax.errors import ConfigError, DataError, reported_errors
+from steerjax.files import whole_file
+from steerjax.locks import only_writer
 from steerjax.schema import SCHEMAS, make_schema, parse_scalar
 from steerjax.signals import cleans_up
 
@@ -68,6 +71,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _prepare(o: argparse.Namespace) -> None:
     _check(o)
+    with cleans_up(), only_writer(o.output):
+        _write_all(o)
+
+
+def _write_all(o: argparse.Namespace) -> None:
     try:
         own = [(name, float(low), float(high)) for name, low, high in o.attribute]
     except ValueError as error:
@@ -126,19 +134,11 @@ def _check(o: argparse.Namespace) -> None:
 
 
 def _write(path: Path, lines: Iterable[str]) -> None:
-    """The file gets its name only when it is complete. Raises ConfigError: it cannot be written."""
-    unfinished = path.with_name(path.name + ".partial")
-    with cleans_up():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with gzip.GzipFile(unfinished, "wb", mtime=0) if path.suffix == ".gz" else unfinished.open("wb") as file:
-                file.writelines(line.encode() for line in lines)
-            unfinished.replace(path)
-        except OSError as error:
-            raise ConfigError(f"cannot write {path}: {error.strerror}; cure: name another file") from error
-        finally:
-            if unfinished.exists():
-                unfinished.unlink()
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(whole_file(path, "wb"))
+        if path.suffix == ".gz":
+            file = stack.enter_context(gzip.GzipFile(path.name, "wb", mtime=0, fileobj=file))
+        file.writelines(line.encode() for line in lines)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,10 @@ def _words(hint: Any) -> str:
     """What a key takes, in a user's words."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _words(parts[0])
+        limits = [limit for part in parts[1:] for limit in getattr(part, "metadata", ())]
+        most = [f"at most {limit.le:,}" for limit in limits if hasattr(limit, "le")]
+        most += [f"less than {limit.lt:,}" for limit in limits if hasattr(limit, "lt")]
+        return ", ".join([_words(parts[0]), *most])
     if origin is typing.Literal:
         return " | ".join(map(str, parts))
     if origin is tuple:

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM. What a command would lose decides: nothing, then it ends at once; steps, then it saves first."""
+"""Ctrl-C and SIGTERM, which mean the same. What a command would lose decides: nothing, then it ends at once; something,
+then it saves or cleans up first. A second signal leaves at once. Exit statuses: docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -8,98 +9,147 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give it
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SAME = (
+    1.0  # seconds in which a second SIGTERM is the first: `timeout` and schedulers send it to a process and its group
+)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A command was asked to end; `status` is the exit status that shells give such an end."""
+
+    def __init__(self, number: int = signal.SIGINT):
+        self.number, self.status = number, 128 + number
+        super().__init__(signal.Signals(number).name)
 
 
 @contextlib.contextmanager
 def ends_at_once() -> Iterator[None]:
     """While the block runs, Ctrl-C ends the process as SIGTERM does: at any point of an import or a compilation, and
     without a traceback. A caller's own handler stays, and so does an ignored Ctrl-C (`command &` in a script)."""
-    with _handled(signal.SIG_DFL, only=signal.default_int_handler):
+    change = _main_thread() and signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    if change:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
         yield
+    finally:
+        if change and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager
 def raises_interrupt() -> Iterator[None]:
-    """Within `ends_at_once`: Ctrl-C is KeyboardInterrupt, for a block that has something to close."""
-    with _handled(signal.default_int_handler, only=signal.SIG_DFL):
+    """Within `ends_at_once`: either signal raises Interrupted, for a block that has something to close."""
+
+    def stop(number, _):
+        raise Interrupted(number)
+
+    with _heeded(stop):
         yield
 
 
 @contextlib.contextmanager
 def cleans_up() -> Iterator[None]:
-    """Within `ends_at_once`: Ctrl-C lets a block clean up (its `finally`s run), then does what it would have done."""
+    """Within `ends_at_once`: a signal lets a block clean up (its `finally`s run), then does what it would have done."""
+    change = _ends_at_once()
     try:
         with raises_interrupt():
             yield
-    except KeyboardInterrupt:
-        signal.raise_signal(signal.SIGINT)
+    except Interrupted as stop:
+        if change:
+            signal.raise_signal(stop.number)
         raise
-
-
-@contextlib.contextmanager
-def _handled(handler, only) -> Iterator[None]:
-    change = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == only
-    if change:
-        signal.signal(signal.SIGINT, handler)
-    try:
-        yield
-    finally:
-        if change and signal.getsignal(signal.SIGINT) == handler:
-            signal.signal(signal.SIGINT, only)
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[threading.Event]:
     """An event that SIGTERM (a preempted machine sends one some 30 seconds ahead) and Ctrl-C set while the block runs.
 
-    A second Ctrl-C does what Ctrl-C did before the block; where it ended the process, it does so even while Python
-    waits for a compilation.
+    In a program of one's own a second Ctrl-C does what Ctrl-C did before the block.
     """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    if not _main_thread():
         yield event
+    elif _ends_at_once():
+        with _heeded(lambda *_: event.set()):
+            yield event
+    else:
+        known = {number: signal.getsignal(number) for number in SIGNALS}
+        before = {number: handler for number, handler in known.items() if handler not in (signal.SIG_IGN, None)}
+
+        def stop(*_) -> None:
+            event.set()
+            signal.signal(signal.SIGINT, known[signal.SIGINT])
+
+        try:
+            for number in before:
+                signal.signal(number, stop)
+            yield event
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _ends_at_once() -> bool:
+    """Whether a signal would end the process here, so that a handler may take its place."""
+    return _main_thread() and all(
+        signal.getsignal(number) in (signal.SIG_DFL, *([signal.SIG_IGN] if number == signal.SIGINT else []))
+        for number in SIGNALS
+    )
+
+
+@contextlib.contextmanager
+def _heeded(handler: Callable) -> Iterator[None]:
+    """Where signals would end the process the first goes to the handler; a second ends it, though Python be busy."""
+    if not _ends_at_once():
+        yield
         return
 
-    def stop(number, _) -> None:
-        event.set()
-        if not watched:
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    def watch() -> None:  # Python calls `stop` only when the main thread is back from what it waits for
-        interrupts = 0
+    def watch() -> None:  # Python calls a handler only when the main thread is back from what it waits for
+        first = None
         while number := os.read(read, 1):
-            interrupts += number[0] == signal.SIGINT
-            if interrupts > 1:
-                os._exit(INTERRUPTED)
+            if first is None:
+                first = number, time.monotonic()
+            elif number[0] == signal.SIGINT or first[0] != number or time.monotonic() - first[1] > _SAME:
+                os._exit(128 + number[0])
 
-    heeded = [signal.SIGTERM, *([signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else [])]
-    before = {signal.SIGINT: signal.getsignal(signal.SIGINT)}
-    before |= {number: signal.signal(number, stop) for number in heeded}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) == signal.SIG_DFL]
     read, write = os.pipe()
     os.set_blocking(write, False)
-    watched = before[signal.SIGINT] == signal.SIG_DFL
     thread = threading.Thread(target=watch, daemon=True)
-    if watched:
-        woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-        thread.start()
+    called = []
+
+    def once(number, frame) -> None:
+        if not called:
+            called.append(number)
+            handler(number, frame)
+
+    woken = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    thread.start()
     try:
-        yield event
+        for number in heeded:
+            signal.signal(number, once)
+        yield
     finally:
         for number in heeded:
-            signal.signal(number, before[number])
-        if watched:
-            signal.set_wakeup_fd(woken)
+            signal.signal(number, signal.SIG_DFL)
+        signal.set_wakeup_fd(woken)
         os.close(write)
-        if watched:
-            thread.join()
+        thread.join()
         os.close(read)
 
 
 def outlive_readers() -> None:
-    """What is printed to a pipe whose reader is gone is lost, no more: in `train | tee log` Ctrl-C ends tee as well."""
+    """What is printed to a pipe whose reader is gone is lost, no more: in `train | tee log` Ctrl-C ends tee as well. So
+    is what a full disk does not take of a log."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         with contextlib.suppress(AttributeError, OSError):  # replaced by a caller, or closed
@@ -117,4 +167,6 @@ class _Outliving(io.FileIO):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            return len(data)
+        except OSError:  # the disk of a log is full
             return len(data)

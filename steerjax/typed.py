@@ -11,10 +11,11 @@ import os
 import re
 import typing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import pydantic.dataclasses
+from pydantic import AfterValidator, Field
 
 from steerjax.errors import SteerjaxError
 
@@ -26,6 +27,25 @@ STRICT = pydantic.ConfigDict(extra="forbid", strict=True)
 # Declares the rows of a file as a class, of whose keys only those that are read are checked.
 row_type = pydantic.dataclasses.dataclass(frozen=True, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
 
+# Numbers from outside. Whole ones fit an int32 and others a float32, as on devices; a size is of an array's dimension.
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Size = Annotated[int, Field(ge=1, le=2**24)]
+SizeOrNone = Annotated[int, Field(ge=0, le=2**24)]  # 0 is what follows from the others
+Number = Annotated[int, Field(ge=1, le=10_000)]  # of what is made one by one
+NotNegative = Annotated[float, Field(ge=0, le=1e30)]
+PositiveFloat = Annotated[float, Field(gt=0, le=1e30)]
+
+
+@AfterValidator
+def _name(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a NUL character, which no name of a file has; cure: remove it")
+    return text
+
+
+Name = Annotated[str, _name]  # of a file or folder
+
 _adapter = functools.cache(pydantic.TypeAdapter)
 
 
@@ -36,11 +56,29 @@ def typed(kind: type[T], value: Any, where: str, error: type[SteerjaxError]) -> 
         error: names the first key that is wrong (after `where`: `config`, a file), its value, what is expected, a cure.
     """
     try:  # by way of JSON, whose strict rules take a list for a tuple and a whole number for a float, and no more
-        return _adapter(kind).validate_json(json.dumps(value))
+        return _adapter(kind).validate_json(_json(value))
     except pydantic.ValidationError as found:
+        if found.errors()[0]["type"] == "json_invalid":
+            raise error(f"{where} is nested too deeply; cure: lists and mappings of a few levels") from None
         raise error(_message(found.errors(include_url=False)[0], kind, where)) from None
     except (TypeError, ValueError, RecursionError) as problem:
+        where, problem = _not_plain(value, where, problem)
         raise error(f"{where} is no plain data: {problem}; cure: numbers, texts, lists and mappings") from None
+
+
+def _not_plain(value: Any, where: str, problem: Exception) -> tuple[str, Exception]:
+    """The first key that JSON has no form for, with the reason."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, part in parts if where.count(".") < 20 else ():
+        try:
+            _json(part)
+        except (TypeError, ValueError, RecursionError) as found:
+            return _not_plain(part, f"{where}.{key}", found)
+    return where, problem
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()  # half a surrogate, which no text has, ends here
 
 
 def separated(value: Any) -> Any:

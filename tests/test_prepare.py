@@ -253,7 +253,7 @@ def test_killed_half_way(tmp_path, repository):
     environment = os.environ | {"PYTHONPATH": str(repository)}
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl.partial"]
+    assert {path.name.split("-")[0] for path in tmp_path.iterdir()} == {".out.jsonl.partial", ".out.jsonl.lock"}
     main(arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]
     assert len(lines(output)) == 429

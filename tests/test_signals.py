@@ -46,13 +46,14 @@ def test_an_ignored_ctrl_c_stays_ignored():
     assert end(start(program, ignored=True), signal.SIGINT, signal.SIGINT) == (0, "False\n", "")
 
 
-def test_what_is_half_written_is_removed_before_ctrl_c_ends_the_process(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_half_written_is_removed_before_a_signal_ends_the_process(tmp_path, sent):
     program = (
         "import time, pathlib\nfrom steerjax.signals import ends_at_once\nfrom steerjax.hf.export import new_folder\n"
         f"with ends_at_once(), new_folder(pathlib.Path({str(tmp_path / 'model')!r})) as folder:\n"
         "    (folder / 'config.json').write_text('{}'); print('ready'); time.sleep(60)"
     )
-    assert end(start(program), signal.SIGINT) == (-signal.SIGINT, "", "")
+    assert end(start(program), sent) == (-sent, "", "")
     assert not list(tmp_path.iterdir())
 
 
@@ -65,14 +66,46 @@ def test_the_first_signal_asks(sent):
     assert end(start(program), sent) == (0, "saved\n", "")
 
 
-@pytest.mark.parametrize("sent", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGINT, signal.SIGINT)])
-def test_a_second_ctrl_c_leaves_at_once(sent):
+@pytest.mark.parametrize("block", ["stop_on_signals", "raises_interrupt"])
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ((signal.SIGINT, signal.SIGINT), 130),
+        ((signal.SIGTERM, signal.SIGINT), 130),
+        ((signal.SIGINT, signal.SIGTERM), 143),
+    ],
+)
+def test_a_second_signal_leaves_at_once(block, sent, status):
+    """Though Python never comes back to call a handler."""
     program = (
-        "from steerjax.signals import ends_at_once, stop_on_signals\n"
-        f"with ends_at_once(), stop_on_signals() as asked:\n    print('ready'); {BUSY}"
+        f"from steerjax.signals import ends_at_once, {block}\n"
+        f"with ends_at_once(), {block}():\n    print('ready'); {BUSY}"
     )
-    status, out, error = end(start(program), *sent)
-    assert (status, out, error) == (128 + signal.SIGINT, "", "")
+    process = start(program)
+    time.sleep(0.5)  # until it is busy
+    assert end(process, *sent) == (status, "", "")
+
+
+def test_sigterm_sent_to_a_process_and_to_its_group_is_one():
+    """As `timeout` does it."""
+    program = (
+        "import time\nfrom steerjax.signals import ends_at_once, stop_on_signals\n"
+        "with ends_at_once(), stop_on_signals() as asked:\n"
+        "    print('ready'); asked.wait(); time.sleep(1); print('saved')"
+    )
+    assert end(start(program), signal.SIGTERM, signal.SIGTERM) == (0, "saved\n", "")
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_can_go_on_says_so(sent, status):
+    program = (
+        "import time\nfrom steerjax.command import resumable_command\nfrom steerjax.signals import ends_at_once\n"
+        "with ends_at_once(), resumable_command():\n    print('ready'); time.sleep(60)"
+    )
+    found, out, error = end(start(program), sent)
+    assert (found, out) == (status, "")
+    assert "the same command goes on" in error
+    assert "Traceback" not in error
 
 
 def test_within_a_program_of_ones_own_the_second_is_its_interrupt():

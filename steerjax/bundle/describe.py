@@ -8,9 +8,11 @@ from typing import Any, Literal
 import pydantic.dataclasses
 
 from steerjax.bundle.reader import is_checkpoint
+from steerjax.bundle.verify import checked_folder, checked_step, is_step, newest_sound
 from steerjax.chat.source_template import source_template
 from steerjax.chat.templates import TEMPLATES, Template, get_template
 from steerjax.chat.tokenizer import Tokenizer, load_tokenizer
+from steerjax.checksums import LIST, what_is_wrong
 from steerjax.errors import CheckpointError, ModelError
 from steerjax.hf.adapter import AdapterReader, folder_config, is_adapter
 from steerjax.hf.config_json import HuggingFaceConfig
@@ -50,7 +52,9 @@ class Provenance:
     config: dict[str, Any]  # the resolved experiment
     rated_attributes: tuple[str, ...] | None = None  # those of a reward model that had ratings to learn from
     default_ratings: dict[str, float] | None = None
-    accepted: tuple[str, ...] = ()  # changes of data or tokenizer between two starts that the user accepted
+    accepted: tuple[str, ...] = ()  # changes of data, tokenizer or source between two starts that the user accepted
+    source_checksum: str = ""  # of the source model's files, `checksums.folder_checksum`
+    checksums: bool = False  # the checkpoint has a list of them (`bundle.verify`); without it, it is damaged
     edition: Literal[2] = EDITION  # of the checkpoint's form
 
 
@@ -70,21 +74,21 @@ def read_provenance(directory: Path) -> Provenance:
 def locate(path: str | Path) -> Path:
     """The folder that a user means: `checkpoints/STEP` of a run (the newest, given the run), or a Hugging Face folder.
 
-    Raises ModelError, CheckpointError: nothing of the kind there; says what was looked for.
+    It is what was written (`bundle.verify`); of a run the newest checkpoint that is. Raises ModelError,
+    CheckpointError: damage, or nothing of the kind there; says what was looked for.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        return resolve_source(str(path))
-    if is_checkpoint(folder):
-        return folder
+        return checked_folder(resolve_source(str(path)))
+    if is_checkpoint(folder) or (is_step(folder) and folder.absolute().parent.name == "checkpoints"):
+        return checked_step(folder)
     for checkpoints in (folder / "checkpoints", folder):
-        steps = [step for step in checkpoints.glob("*") if step.name.isdigit() and is_checkpoint(step)]
-        if steps:
-            return max(steps, key=lambda step: int(step.name))
+        if newest := newest_sound(checkpoints):
+            return newest
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(f"the run '{folder}' has no whole checkpoint yet; cure: let it train to its first one")
     if (folder / "config.json").is_file() or is_adapter(folder):
-        return folder
+        return checked_folder(folder)
     if any(folder.glob("*.safetensors")):
         raise ModelError(f"'{folder}' has no config.json\n  cure: give a whole Hugging Face folder")
     said = f"'{folder}' is neither a run (checkpoints/STEP) nor a Hugging Face folder (config.json)"
@@ -133,6 +137,9 @@ def _run_tokenizer(directory: Path, said: TokenizerSource) -> Tokenizer:
     """The copy beside the checkpoints, else where the run had it from; the hash must be the run's."""
     copy = directory.absolute().parent.parent / "tokenizer"
     source = copy if copy.is_dir() else said.source
+    if (copy / LIST).exists() and (problem := what_is_wrong(copy)):
+        cure = "the command that trained the run, which writes it anew; or delete it, where the source is still there"
+        raise CheckpointError(f"'{copy}' is damaged: {problem}\n  cure: {cure}")
     try:
         tokenizer = load_tokenizer(source)
     except ModelError as error:

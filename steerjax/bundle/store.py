@@ -5,31 +5,84 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import glob
 import logging
 import operator
+import os
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import path as ocp_path
 
+from steerjax.bundle.reader import CheckpointReader
+from steerjax.checksums import write_list
 from steerjax.errors import CheckpointError
+from steerjax.files import cannot_write
 
 METRIC = "loss"
 CHUNK_BYTES = 64 << 20
 
 
-@contextlib.contextmanager
-def _unwarned() -> Iterator[None]:
-    """Orbax warns of a save without metrics; a run that was stopped saves so, and says it itself."""
-    log, quiet = logging.getLogger("absl"), lambda record: "tracked_metric" not in record.getMessage()
-    log.addFilter(quiet)
-    try:
-        yield
-    finally:
-        log.removeFilter(quiet)
+def _of_use(record: logging.LogRecord) -> bool:
+    """Orbax warns of a save without metrics and of what a kill left, and logs the stack of what it raises as well."""
+    said = record.getMessage()
+    return not record.exc_info and "tracked_metric" not in said and "temporary directory" not in said
+
+
+def _unraisable_of_use(unraisable) -> None:
+    """Once a write has failed, Orbax closes the loop that tensorstore's other writes then report to."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+@epath.register_path_cls
+class _Literal(type(epath.Path())):
+    """A path whose own `[`, `*` and `?` are no pattern: Orbax looks for what the processes wrote with `glob`. It is
+    local, too, though its first folder be `/gs` or `/s3`, which etils takes for a bucket's address."""
+
+    _uri_scheme = None
+
+    def glob(self, pattern: str) -> Iterator[_Literal]:
+        return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
+
+
+class _Listed(ocp_path.atomicity.AtomicRenameTemporaryPath):
+    """Orbax's folder of a step until it is whole, which then gets a list of checksums before its name.
+
+    Orbax calls it in the background, in process 0, when all processes have written. It does so for items as well.
+    """
+
+    async def finalize(self) -> None:
+        final = self._final_path
+        if not final.name.isdecimal():
+            return await super().finalize()
+        self._final_path = final.parent / f"{self.get().name}-listed"  # Orbax knows it for a temporary one
+        await super().finalize()
+        listed, self._final_path = Path(self._final_path), final
+        await asyncio.to_thread(write_list, listed)
+        listed.rename(final)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Knows at once what a save in the background failed of; Orbax itself waits for the other processes first, which
+    may take its whole 20 minutes."""
+
+    failure: BaseException | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except BaseException as error:
+            self.failure = error
+            raise
 
 
 class CheckpointStore:
@@ -39,6 +92,10 @@ class CheckpointStore:
     """
 
     def __init__(self, directory: Path, keep_last: int):
+        # Both stay: Orbax's threads outlive a store that failed.
+        logging.getLogger("absl").addFilter(_of_use)
+        if sys.unraisablehook is sys.__unraisablehook__:
+            sys.unraisablehook = _unraisable_of_use
         loss = operator.itemgetter(METRIC)
         best = checkpoint_managers.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         policies = [checkpoint_managers.LatestN(keep_last), best]
@@ -47,8 +104,12 @@ class CheckpointStore:
             best_fn=loss,  # without it Orbax writes no metrics, and the policy sees none
             best_mode="min",
             enable_async_checkpointing=True,
+            # Made in the background, a folder that cannot be made is waited for, for 300 s.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+            temporary_path_class=_Listed,
         )
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
+        self._saved: int | None = None
+        self._manager = _Manager(_Literal(directory.resolve()), options=options)
 
     def latest_step(self) -> int | None:
         """Step of the newest whole checkpoint; None where there is none."""
@@ -66,7 +127,9 @@ class CheckpointStore:
             provenance=ocp.args.JsonSave(provenance),
         )
         metrics = None if validation_loss is None else {METRIC: validation_loss}
-        with _unwarned():
+        self.wait()
+        self._saved = step
+        with self._writing():
             self._manager.save(step, args=args, metrics=metrics, force=True)
 
     def restore(self, step: int, params, training) -> tuple:
@@ -78,21 +141,32 @@ class CheckpointStore:
         try:
             found = self._manager.restore(step, args=args)
         except (ValueError, KeyError, OSError) as error:
-            cure = (
-                f"the config that the run was started with; or, if it is damaged, delete {step}: the run goes on before"
-            )
-            raise CheckpointError(
-                f"{self._manager.directory}/{step} cannot be restored: {error}\n  cure: {cure}"
-            ) from error
+            said, cure = f"{self._manager.directory}/{step} cannot be restored", "the config that the run began with"
+            raise CheckpointError(f"{said}: {error}\n  cure: {cure}") from error
         return found["params"], found["training"]
 
+    def check(self) -> None:
+        """Raises WriteError: what is saved in the background cannot be written."""
+        with self._writing():
+            if self._manager.failure is not None:
+                raise self._manager.failure
+
     def wait(self) -> None:
-        """Blocks until everything is on disk. Raises CheckpointError: it cannot be written."""
-        try:
+        """Blocks until everything is on disk.
+
+        Raises WriteError: it cannot be written. CheckpointError: what was written cannot be opened.
+        """
+        while self._manager.is_saving_in_progress():
+            self.check()
+            time.sleep(0.01)
+        with self._writing():
             self._manager.wait_until_finished()
-        except (ValueError, OSError) as error:  # tensorstore's, of a full disk
-            cure = "free some space; the same command goes on from the last whole checkpoint"
-            raise CheckpointError(f"{self._manager.directory} cannot be written: {error}\n  cure: {cure}") from error
+        if self._saved is not None and jax.process_index() == 0:
+            CheckpointReader(Path(self._manager.directory) / str(self._saved))
+        self._saved = None
+
+    def _writing(self):
+        return cannot_write(self._manager.directory, ValueError)  # tensorstore's, of a full disk
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -100,8 +174,10 @@ class CheckpointStore:
     def __exit__(self, error, *_) -> None:
         if error is not None and jax.process_count() > 1:
             return  # the others may be gone, and closing waits for them
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with contextlib.suppress(Exception) if error is not None else contextlib.nullcontext():
+            self.wait()
+            with self._writing():
+                self._manager.close()
 
 
 def _chunks(path, _) -> ocp.SaveArgs:

@@ -28,7 +28,7 @@ from steerjax.chat.tokenizer import HIDE, WORD_JOINER, Tokenizer, any_of, broken
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import DataError
 from steerjax.schema import Schema, format_label
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, Name
 
 Label = Mapping[str, float]
 
@@ -40,7 +40,7 @@ class ChatConfig:
     """How a conversation becomes tokens."""
 
     # A folder or file; "auto" is that of config.model.source, or for a random model the one in the package.
-    tokenizer: str = "auto"
+    tokenizer: Name = "auto"
     # "source" is what config.model.source was trained with, or its tokenizer's own (docs/formats.md).
     template: Literal["extra_id", "chatml", "llama3", "llama2", "source"] = "extra_id"
     system_prompt: str = "default"  # for conversations without one; "default" is the template's own

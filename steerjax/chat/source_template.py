@@ -34,8 +34,8 @@ def source_template(folder: Path, tokenizer: Tokenizer) -> Template:
 
     Raises ModelError: there is none, it raises, or no `Template` writes what it writes; says what differed.
     """
-    text, tokens = _read(folder)
     try:
+        text, tokens = _read(folder)
         if not isinstance(text, str):
             raise _Uncut("there is none")
         theirs = _compiled(text, tokens)
@@ -60,10 +60,14 @@ def _read(folder: Path) -> tuple[Any, dict[str, str]]:
     tokens = {key: value for key, value in said.items() if key.endswith("_token") and value}
     tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
     if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text(encoding="utf-8"), tokens
+        try:
+            return file.read_text(encoding="utf-8"), tokens
+        except ValueError as error:
+            raise _Uncut(f"{file.name} is no UTF-8 ({error})") from None
     text = said.get("chat_template")
     if isinstance(text, list):  # several, by name
-        text = {entry["name"]: entry["template"] for entry in text}.get("default")
+        named = [entry for entry in text if isinstance(entry, dict) and entry.get("name") == "default"]
+        text = named[-1].get("template") if named else None
     return text, tokens
 
 

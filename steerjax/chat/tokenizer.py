@@ -80,7 +80,11 @@ class Tokenizer:
             elif plain := part.replace(HIDE, ""):
                 # As `encode`, without finding each token's place in the text, and without the interpreter's lock.
                 given = ["\n" + plain if head else plain]
-                (encoding,) = self.backend.encode_batch_fast(given, add_special_tokens=False)
+                try:
+                    (encoding,) = self.backend.encode_batch_fast(given, add_special_tokens=False)
+                except Exception as error:  # the library raises nothing narrower
+                    cure = "a tokenizer with an unknown token, or with all bytes"
+                    raise ModelError(f"the tokenizer cannot encode {plain[:40]!r} ({error})\n  cure: {cure}") from None
                 found = encoding.ids
                 if tuple(found[: len(head)]) != head:
                     raise ModelError(
@@ -177,7 +181,11 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
                     raise ModelError(f"'{file}': the {key[:3]}_token '{string}' is no token\n  cure: correct it")
     if path.suffix == ".model" and any(side.add_bos_token for side in sides.values()):
         known["opening"] = (known["bos_id"],)
-    return Tokenizer(**_facts(known["backend"]) | known, files=(path, *files))
+    try:
+        facts = _facts(known["backend"])
+    except Exception as error:  # no vocabulary, or none for a letter or a line's end
+        raise ModelError(f"'{path}' cannot encode a text ({error})\n  cure: {_AGAIN}") from None
+    return Tokenizer(**facts | known, files=(path, *files))
 
 
 def _facts(backend: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from steerjax.collection.tasks import Key, Rated
 from steerjax.data.loading import write_skipped
 from steerjax.errors import DataError
 from steerjax.evaluation.suite import Result, figure_table
+from steerjax.files import write_text
 from steerjax.report.figures import UNIT, Columns, Figure, figures, mean_of
 from steerjax.report.page import text_table
 from steerjax.report.plots import BLUE, GREY, new_figure
@@ -30,13 +31,12 @@ def report(folder: Path, key: Key, found: Collected, rule: Rule) -> Result:
 
     Agreement is that of all ratings, whatever the rule keeps. Raises DataError: the rule keeps no answer.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     rows, dropped, more = chosen(key, found, rule)
     if not rows:
         said = ", ".join(f"{n} {what}" for what, n in dropped.items())
         raise DataError(f"no answer is left: {said}", cure="more raters, or a weaker rule")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / ROWS).write_bytes(lines.encode("utf-8", "backslashreplace"))
+    write_text(folder / ROWS, lines, errors="backslashreplace")
     write_skipped(folder / SKIPPED, found.skipped)
     names = list(found.ratings)
     raters = sorted({rater for each in found.ratings.values() for rater in each}, key=_natural)

@@ -16,6 +16,7 @@ from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import Skipped
 from steerjax.data.readers import source_format
 from steerjax.errors import DataError
+from steerjax.files import write_text
 from steerjax.inference.job import InputRow, carried, input_rows
 from steerjax.report.records import write_json
 from steerjax.schema import Attribute, Attributes, Schema
@@ -113,12 +114,11 @@ def write_project(folder: Path, key: Key) -> None:
     if (folder / KEY).exists() and (there := read_key(folder / KEY)).project != key.project:
         cure = "name another --output, or remove the folder if nobody rates that project"
         raise DataError(f"the key of another project, {there.project}", file=str(folder / KEY), cure=cure)
-    folder.mkdir(parents=True, exist_ok=True)
     said = {name: {"conversation": task.conversation, "sources": task.sources} for name, task in key.tasks.items()}
     write_json(folder / KEY, {"project": key.project, "attributes": key.schema.to_json(), "tasks": said})
     tasks = [{"data": task_data(name, task)} for name, task in key.tasks.items()]
-    (folder / TASKS).write_text(json.dumps(tasks, indent=1, ensure_ascii=True) + "\n", encoding="utf-8")
-    (folder / CONFIG).write_text(labelling_config(key.schema), encoding="utf-8")
+    write_text(folder / TASKS, json.dumps(tasks, indent=1, ensure_ascii=True) + "\n")
+    write_text(folder / CONFIG, labelling_config(key.schema))
 
 
 def read_key(path: Path) -> Key:

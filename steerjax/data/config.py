@@ -6,7 +6,7 @@ import pydantic.dataclasses
 from pydantic import BeforeValidator, Field
 
 from steerjax.schema import Schema, make_schema
-from steerjax.typed import STRICT, separated
+from steerjax.typed import STRICT, Name, Size, separated
 
 
 def _entries(value: Any) -> Any:
@@ -16,7 +16,7 @@ def _entries(value: Any) -> Any:
 
 
 Entries = Annotated[tuple[tuple[str | float | int, ...], ...], BeforeValidator(_entries)]
-Texts = Annotated[tuple[str, ...], BeforeValidator(separated), Field(strict=False)]
+Texts = Annotated[tuple[Name, ...], BeforeValidator(separated), Field(strict=False)]
 Format = Literal[
     "auto",
     "helpsteer",
@@ -49,25 +49,32 @@ class DataConfig:
     attributes: Entries = ()
     on_bad_row: Literal["error", "skip"] = "error"  # error stops; skip counts them, and lists them in skipped.jsonl
     on_duplicate: Literal["keep", "skip"] = "keep"  # rows that equal an earlier one; HelpSteer has some by design
-    split_seed: int = 0  # which prompts are held out; apart from `train.seed`, so that runs share them
+    # which prompts are held out; apart from `train.seed`, so that runs share them
+    split_seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
 
     def make_schema(self) -> Schema:
         """The attributes that are rated, in the order of the reward head. Raises ConfigError: a bad entry."""
         return make_schema(self.schema, self.attributes)
 
 
+MOST_TOKENS = 2**26  # of a step: a gigabyte of whole numbers in the host's memory
+
+
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class BatchConfig:
     """Packed rows: each holds several texts, up to its length."""
 
-    rows: Annotated[int, Field(ge=1)] = 8  # packed rows of a step, over all devices
-    row_length: Annotated[int, Field(ge=1)] = 2560  # tokens of a packed row
-    micro_batches: Annotated[int, Field(ge=1)] = 1  # parts that a step is computed in, to save memory; same result
-    evaluation_rows: Annotated[int, Field(ge=0)] = 0  # packed rows of a step of evaluation; 0 is rows / micro_batches
+    rows: Annotated[int, Field(ge=1, le=2**17)] = 8  # packed rows of a step, over all devices
+    row_length: Size = 2560  # tokens of a packed row
+    micro_batches: Size = 1  # parts that a step is computed in, to save memory; same result
+    # packed rows of a step of evaluation; 0 is rows / micro_batches
+    evaluation_rows: Annotated[int, Field(ge=0, le=2**17)] = 0
 
     def __post_init__(self):
         if self.rows % self.micro_batches:
             raise ValueError(f"rows {self.rows} in {self.micro_batches} micro_batches; cure: a divisor of rows")
+        if (tokens := max(self.rows, self.evaluated) * self.row_length) > MOST_TOKENS:
+            raise ValueError(f"{tokens} tokens a step; cure: at most {MOST_TOKENS}, by fewer rows or a less row_length")
 
     @property
     def evaluated(self) -> int:

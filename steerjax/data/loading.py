@@ -11,6 +11,7 @@ from typing import Any
 from steerjax.data.conversation import Conversation
 from steerjax.data.readers import hub_dataset, read_conversations, source_path
 from steerjax.errors import ConfigError, DataError
+from steerjax.files import write_text
 from steerjax.schema import Schema
 
 Read = Callable[[str], Iterable[tuple[int, Any]]]  # source -> (line, row or DataError)
@@ -87,7 +88,7 @@ def usable_rows(
 def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:
     """One JSON object a line."""
     lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in skipped)
-    Path(path).write_bytes(lines.encode("utf-8", "backslashreplace"))  # half a surrogate pair as JSON's own escape
+    write_text(path, lines, errors="backslashreplace")  # half a surrogate pair as JSON's own escape
 
 
 def file_hashes(sources: Sequence[str]) -> dict[str, str]:

@@ -50,7 +50,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Result:
-    from steerjax.inference.annotation import model_digest
+    from steerjax.checksums import folder_checksum
     from steerjax.inference.scorer import open_scorer, predict, reading_schema
 
     o, scorer = options, open_scorer(options.model, options)
@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> Result:
         ]  # fmt: skip
 
     settings = {
-        "suite": "attributes", "model": model_digest(scorer.description.path), "attributes": schema.to_json(),
+        "suite": "attributes", "model": folder_checksum(scorer.description.path), "attributes": schema.to_json(),
         "data": file_hashes(o.data), "train_data": file_hashes(o.train_data), "row_length": scorer.row_length,
         **{key: vars(o)[key] for key in ("format", "template", "dtype", "on_bad_row")},
     }  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from steerjax.errors import ConfigError, DataError
 from steerjax.evaluation.suite import RESULTS, Result, read_rows, write_result
+from steerjax.files import make_folder
 from steerjax.report.figures import Difference, Figure, differences
 from steerjax.report.page import text_table
 from steerjax.report.plots import plot_compared
@@ -35,7 +36,7 @@ def compare(folders: Sequence[Path], output: Path) -> None:
     shared = [key for key in found[names[0]] if all(key in each for each in found.values())]
     if not shared:
         raise ConfigError(f"--compare of {', '.join(names)}: no figure is in all; cure: the same scores or attributes")
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output)
     plots = {"compared.png": "Every figure that differs, with 95% intervals"}
     plot_compared({name: {key: found[name][key] for key in shared} for name in names}, output / "compared.png")
     if hasattr(suite, "plot_compared"):

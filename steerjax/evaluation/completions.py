@@ -108,7 +108,7 @@ def scored_rows(
 
     Raises SteerjaxError: a row in another layout, no reward model, weights that do not fit, a score that is not finite.
     """
-    from steerjax.inference.annotation import model_digest
+    from steerjax.checksums import folder_checksum
     from steerjax.inference.job import input_rows
     from steerjax.inference.scorer import open_scorer
 
@@ -126,7 +126,7 @@ def scored_rows(
     scores = scalars(options.scalar, scorer.schema)
     settings = {
         "suite": options.suite, "data": [*file_hashes(options.data).values()],
-        "model": model_digest(scorer.description.path), "attributes": scorer.schema.to_json(),
+        "model": folder_checksum(scorer.description.path), "attributes": scorer.schema.to_json(),
         "row_length": scorer.row_length, "rows": scorer.rows,
         **{key: vars(options)[key] for key in ("scalar", "template", "dtype", "on_bad_row")},
     }  # fmt: skip

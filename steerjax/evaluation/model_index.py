@@ -139,12 +139,12 @@ def _named(suite: str, figures: Collection[str]) -> Iterator[tuple[str, str, str
 def _check_model(folder: Path, given: str | None, model: Path) -> None:
     """Of the model's bytes where the suite keeps their digest, else of its path where that is still there."""
     from steerjax.bundle import locate
-    from steerjax.inference.annotation import model_digest
+    from steerjax.checksums import folder_checksum
 
     settings = folder / f"{ROWS}.settings.json"
     digest = json.loads(settings.read_text(encoding="utf-8")).get("model") if settings.exists() else None
     if digest:
-        same = digest == model_digest(model)
+        same = digest == folder_checksum(model)
     else:
         same = not given or not Path(given).exists() or locate(given).resolve() == model.resolve()
     if not same:

@@ -38,6 +38,7 @@ from steerjax.evaluation.mt_bench_judge import (
     scored_call,
 )
 from steerjax.evaluation.suite import ROWS, Result
+from steerjax.files import write_text
 from steerjax.inference.server import RefusedRequest
 from steerjax.inference.steering import Sampling
 from steerjax.report.figures import UNIT, Columns, figures, mean_of
@@ -112,16 +113,16 @@ def run(options: argparse.Namespace) -> Result | None:
     _check_failed(failed, judgments, path, o.on_refusal)
     weights = parse_scalar(o.scalar, schema) if o.scalar else None
     rows = result_rows(questions, answers, judgments, name, reward, weights)
-    (o.output / ROWS).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(o.output / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
     return report(rows, judgments, answers, reward, o)
 
 
 def _reward_judge(folder: str) -> str:
     """What the judgments of a reward model are kept under: one that is trained anew in its place is another."""
     from steerjax.bundle import locate
-    from steerjax.inference.annotation import model_digest
+    from steerjax.checksums import folder_checksum
 
-    return f"{folder} {model_digest(locate(folder))[:8]}"
+    return f"{folder} {folder_checksum(locate(folder))[:8]}"
 
 
 def check_options(o: argparse.Namespace):
@@ -291,7 +292,6 @@ def report(
             table.append([group, *cells, between, str(whole.count)])
         text += ["", *text_table(table, "<>>>>>")]
     notes = _notes(judgments, answers, reward, o, len(rows))
-    o.output.mkdir(parents=True, exist_ok=True)
     plot_radar({model: {key: figure.to_json() for key, figure in found.items()}}, o.output / RADAR, heading)
     summary = {
         "model": model, "judge": judge, "questions": f"{len(rows)} of {o.questions}",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from steerjax.evaluation.steering_answers import Answer
+from steerjax.files import write_text
 from steerjax.report.page import fenced, html_page
 from steerjax.schema import Schema
 
@@ -71,8 +72,8 @@ def write_pages(
     if len(shown) > QUESTIONS:
         note += f" The first {QUESTIONS} of {len(shown)} questions."
     shown = shown[:QUESTIONS]
-    (folder / HTML).write_text(_html(shown, note), encoding="utf-8", errors="backslashreplace")
-    (folder / MARKDOWN).write_text(_markdown(shown, note), encoding="utf-8", errors="backslashreplace")
+    write_text(folder / HTML, _html(shown, note), errors="backslashreplace")
+    write_text(folder / MARKDOWN, _markdown(shown, note), errors="backslashreplace")
     what = "the same question at low and high ratings, side by side"
     return {HTML: what, MARKDOWN: f"{what}, as text"}
 

@@ -66,8 +66,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     """Writes answers, plots and pages. Raises SteerjaxError: options that do not fit, rows that are no answers."""
+    from steerjax.checksums import folder_checksum
     from steerjax.data.loading import file_hashes
-    from steerjax.inference.annotation import model_digest
 
     o = options
     _check(o)
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> Result:
     grade, which = flesch_kincaid()
     settings = {
         "suite": "steerability", "answers": file_hashes([source])[source],
-        "reward_model": model_digest(scorer.description.path) if scorer else None,
+        "reward_model": folder_checksum(scorer.description.path) if scorer else None,
         "ranges": [[a.name, a.low, a.high] for a in space.attributes], "neutral": neutral, "grade": which,
         "row_length": o.row_length, "dtype": o.dtype, "template": o.template, "reward_template": o.reward_template,
     }  # fmt: skip

@@ -12,6 +12,7 @@ from typing import Any
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.readers import iter_rows, source_format, typed_rows
 from steerjax.errors import ConfigError, DataError, ModelError
+from steerjax.files import write_text
 from steerjax.hf.description import Description
 from steerjax.inference.steering import Setting, label_of, swept
 from steerjax.schema import Attribute, Schema, round_rating
@@ -133,7 +134,6 @@ def generate_answers(o: argparse.Namespace, about: Description | None) -> tuple[
     if about is None and not (o.schema or o.grid):
         raise ConfigError("which attributes the server's model takes is not known; cure: --grid, --schema or --model")
     folder = Path(o.output)
-    folder.mkdir(parents=True, exist_ok=True)
     prompts, answers = folder / PROMPTS, folder / ANSWERS
     fixed = {"prompt": None, "input": str(prompts), "output": str(answers), "sweep": [], "combinations": None,
              "replace_answer": False, "samples": 1, "top_k": None, "top_p": 1.0, "format": "auto"}  # fmt: skip
@@ -142,7 +142,7 @@ def generate_answers(o: argparse.Namespace, about: Description | None) -> tuple[
     if len(session.settings) < 2:
         raise ConfigError(f"--grid {' '.join(o.grid)}: asks for nothing but the neutral request; cure: other ratings")
     chosen = _prompts(o, session.schema)
-    prompts.write_text("".join(json.dumps(c.to_json()) + "\n" for c in chosen), encoding="utf-8")
+    write_text(prompts, "".join(json.dumps(c.to_json()) + "\n" for c in chosen))
     made = f"{len(chosen)} prompts of {o.prompts} x {len(session.settings)} requests"
     print(f"{made}: {len(chosen) * len(session.settings)} answers")
     session.answer_file()

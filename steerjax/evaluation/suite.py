@@ -75,7 +75,6 @@ def figure_table(found: Mapping[str, Figure], names: Sequence[str] | None = None
 
 def write_result(folder: Path, name: str, title: str, options: Mapping[str, Any], result: Result) -> None:
     """results.json, report.md and report.html."""
-    folder.mkdir(parents=True, exist_ok=True)
     given = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
     found = {figure: value.to_json() for figure, value in result.figures.items()}
     said = {

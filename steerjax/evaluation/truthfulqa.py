@@ -82,9 +82,9 @@ class Question:
 def run(options: argparse.Namespace) -> Result:
     """Raises SteerjaxError: no questions, a model that is no chat model, or options that do not fit it."""
     from steerjax.bundle import describe
+    from steerjax.checksums import folder_checksum
     from steerjax.command import open_model
     from steerjax.data.loading import file_hashes
-    from steerjax.inference.annotation import model_digest
     from steerjax.inference.likelihood import LikelihoodScorer
 
     o, questions = options, read_questions(options.data)
@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> Result:
     scorer = LikelihoodScorer(bundle, row_length=o.row_length, rows=o.rows)
     write = Prompts(bundle.renderer(schema), o.prompt, label)
     settings = {
-        "suite": "truthfulqa", "data": file_hashes([o.data])[o.data], "model": model_digest(scorer.description.path),
+        "suite": "truthfulqa", "data": file_hashes([o.data])[o.data], "model": folder_checksum(scorer.description.path),
         "label": label, "rows": scorer.rows, "row_length": scorer.row_length,
         **{key: vars(o)[key] for key in ("prompt", "limit", "template", "dtype")},
     }  # fmt: skip

@@ -16,9 +16,8 @@ from steerjax.hf.config_json import HuggingFaceConfig, read_config
 from steerjax.hf.description import read_about
 from steerjax.hf.keys import CAUSAL_LM, CLASSIFIER, HEAD, adapter_tensors
 from steerjax.hf.weights import FolderReader, TensorReader, check_finite, check_tensors, file_headers, resolve_source
-from steerjax.models.config import LlamaConfig, LoraConfig, PositiveFloat
-from steerjax.models.families.family import Positive
-from steerjax.typed import read_json, typed
+from steerjax.models.config import LlamaConfig, LoraConfig
+from steerjax.typed import PositiveFloat, Size, read_json, typed
 
 FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _MERGE = "merge it with PEFT's merge_and_unload, and give the merged folder"
@@ -36,7 +35,7 @@ class _Said:
     base_model_name_or_path: str
     peft_type: Literal["LORA"]
     task_type: Literal["SEQ_CLS", "CAUSAL_LM"]
-    r: Positive
+    r: Size
     lora_alpha: PositiveFloat = 8.0
     lora_dropout: float = 0.0
     use_rslora: bool = False

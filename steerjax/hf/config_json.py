@@ -18,8 +18,7 @@ from steerjax.errors import ConfigError, ModelError
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER
 from steerjax.models.config import LlamaConfig, RopeScaling
 from steerjax.models.families import FAMILIES
-from steerjax.models.families.family import Number
-from steerjax.typed import STRICT, read_json, typed
+from steerjax.typed import STRICT, Number, read_json, typed
 
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names, and ours
 

@@ -1,6 +1,7 @@
 """What is known of a model besides its arrays, in memory and in an export's `steerjax.json`."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,24 @@ class Description:
 
     def to_json(self) -> dict[str, Any]:
         """What `read_about` reads."""
-        kept = ("kind", "system_prompt", "readout", "default_ratings", "provenance")
+        kept = ("kind", "system_prompt", "readout", "default_ratings")
         attributes = self.schema.to_json() if self.schema else None
         template = named(self.template)
         template = template if isinstance(template, str) else dataclasses.asdict(template)
-        said = {"template": template, "attributes": attributes, "steerjax": __version__}
-        return {name: getattr(self, name) for name in kept} | said
+        said = {"template": template, "attributes": attributes, "steerjax": __version__, "checksums": True}
+        return {name: getattr(self, name) for name in kept} | {"provenance": _without_folders(self.provenance)} | said
+
+
+def _without_folders(value: Any) -> Any:
+    """Plain data in which an absolute path is its last name, of a checkpoint the last three: others do not have it."""
+    if isinstance(value, Mapping):
+        return {_without_folders(key): _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    if not isinstance(value, str) or not re.fullmatch(r"(/|~/)[^\n]*/[^\n]*", value):
+        return value
+    parts = Path(value).parts
+    return "/".join(parts[-3:] if parts[-2] == "checkpoints" else parts[-1:])
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -59,6 +72,7 @@ class About:
     default_ratings: dict[str, float] | None = None
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
     steerjax: str = ""
+    checksums: bool = False  # the folder has a list of them
 
     @property
     def schema(self) -> Schema | None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
+from steerjax.checksums import write_list
 from steerjax.errors import ConfigError, ModelError
+from steerjax.files import whole_folder
 from steerjax.hf.adapter import write_adapter
 from steerjax.hf.card import model_card
 from steerjax.hf.chat_template import chat_template
@@ -22,8 +23,10 @@ from steerjax.hf.description import Description
 from steerjax.hf.keys import BARE, CAUSAL_LM, CLASSIFIER, Tensor, stacked_shapes, tensors
 from steerjax.hf.tokenizer_files import special_strings, special_tokens, stop_tokens, write_tokenizer
 from steerjax.hf.weights import FolderReader, check_finite, unfit
+from steerjax.locks import only_writer
 from steerjax.signals import cleans_up
 
+CARD = "README.md"  # people edit it and nothing reads it, so it is not listed
 # What a folder keeps when only its weights are written anew.
 _SIDE_FILES = (
     "*token*.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*", "generation_config.json",
@@ -78,7 +81,7 @@ def export_model(
             _write_json(folder / "generation_config.json", ids | {"eos_token_id": stop_tokens(tokenizer, template)})
         _write_json(folder / "steerjax.json", description.to_json())
         card = model_card(description, evaluation=evaluation, name=output.name, results=results)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _check_servable(description: Description, reader, ids: Mapping) -> None:
@@ -106,28 +109,30 @@ def convert_folder(source: Path, output: Path, *, dtype: str, max_shard_size: st
     with new_folder(output) as folder:
         write_model(folder, config, reader, dtype, max_shard_size)
         for file in (file for pattern in _SIDE_FILES for file in source.glob(pattern)):
-            shutil.copyfile(file, folder / file.name)
+            _copy(file, folder / file.name)
 
 
 @contextlib.contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when the block ends well; otherwise nothing is left.
+    """A folder beside `output` that takes its name, listed, when the block ends well; otherwise nothing is left.
 
-    Raises ModelError: `output` is there and not empty, or cannot be written.
+    Raises ModelError: `output` is there and not empty. WriteError, LockedError: it cannot be written, or another does.
     """
-    output = output.absolute()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ModelError(f"'{output}' is there already\n  cure: another --output, or remove it")
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    with cleans_up():
-        try:
-            partial.mkdir(parents=True)
-            yield partial
-            os.replace(partial, output)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"'{output}' cannot be written: {error}\n  cure: a writable place with room") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    with cleans_up(), only_writer(output):
+        if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+            raise ModelError(f"'{output}' is there already\n  cure: another --output, or remove it")
+        with whole_folder(output, SafetensorError) as folder:
+            yield folder
+            write_list(folder, leave=(CARD,))
+
+
+def _copy(source: Path, path: Path) -> None:
+    """A side file; without `auto_map`, which names code that is not beside it."""
+    said = json.loads(source.read_text(encoding="utf-8")) if source.name == "tokenizer_config.json" else {}
+    if "auto_map" in said:
+        _write_json(path, {key: value for key, value in said.items() if key != "auto_map"})
+    else:
+        shutil.copyfile(source, path)
 
 
 def write_model(folder: Path, config: HuggingFaceConfig, reader, dtype: str, max_shard_size: str) -> None:

@@ -1,18 +1,16 @@
 """What `steerjax annotate` does: chunks of rows in, the same rows with predicted ratings out."""
 
 import argparse
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 from steerjax.bundle import describe
+from steerjax.checksums import folder_checksum
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes
 from steerjax.data.readers import source_format
-from steerjax.errors import DataError
 from steerjax.inference.job import InputRow, beside, carried, input_rows, progress, resumable
 from steerjax.inference.scorer import (
     Chunk,
@@ -42,7 +40,7 @@ def annotate(options: argparse.Namespace, number: int, parts: int) -> None:
     begin, end = (min(total, -(-total // size) * n // parts * size) for n in (number - 1, number))
     settings = {
         "command": "annotate", "source": o.input, "input": file_hashes([o.input])[o.input], "chunk_rows": size,
-        "model": model_digest(scorer.description.path), "attributes": scorer.schema.to_json(),
+        "model": folder_checksum(scorer.description.path), "attributes": scorer.schema.to_json(),
         "row_length": scorer.row_length, "rows": scorer.rows, "part": f"{number}/{parts}",
         **{key: vars(o)[key] for key in ("turns", "format", "template", "dtype")},
     }  # fmt: skip
@@ -83,25 +81,9 @@ def _annotated(rows: Sequence[InputRow], chunk: Chunk, scorer: Scorer) -> list[d
     """The output rows of a chunk."""
     new = {key: {} for key in chunk.refused}
     for (place, turn), values in zip(chunk.examples, scorer.score(chunk), strict=True):
-        try:
-            new[place, turn] = predicted_keys(values, scorer.schema)
-        except DataError as error:
-            raise error.at(rows[place].conversation.file, rows[place].conversation.line) from None
+        new[place, turn] = predicted_keys(values, scorer.schema)
     out = [row.carried | {"turns": [*row.carried["turns"]], "id": row.conversation.id} for row in rows]
     for (place, turn), keys in new.items():
         old = out[place]["turns"][turn].items()
         out[place]["turns"][turn] = {k: v for k, v in old if k not in ("predicted_ratings", "predicted_label")} | keys
     return out
-
-
-def model_digest(folder: Path) -> str:
-    """Tells models apart: the name, size, and a sample of the bytes of every file."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size}:".encode())
-        with path.open("rb") as file:
-            for place in (0, size // 2, max(0, size - 65536)):
-                file.seek(place)
-                digest.update(file.read(65536))
-    return digest.hexdigest()

@@ -1,22 +1,26 @@
 """What annotate and generate share: rows in, and an output that the next run goes on with after any interruption."""
 
-import fcntl
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
 from tqdm import tqdm
 
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, usable_rows
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
-from steerjax.typed import read_json
+from steerjax.files import cannot_write, write_text
+from steerjax.locks import only_writer
+from steerjax.typed import read_json, typed
+
+WRITTEN = "written"  # key of OUTPUT.settings.json: bytes and checksum (XXH3-128) of rows and of what was left out
 
 
 @dataclass(frozen=True)
@@ -78,22 +82,65 @@ class Output:
     path: Path
     finished: bool  # nothing is left to do
     file: IO[bytes]
-    done: int  # rows that are written
-    listed: set[bytes]  # lines of OUTPUT.skipped.jsonl
+    settings: dict[str, Any]
+    done: int = 0  # rows that are written
+    listed: set[bytes] = field(default_factory=set)  # lines of OUTPUT.skipped.jsonl
+    written: dict[str, "_Sum"] = field(default_factory=lambda: {"rows": _Sum(), "skipped": _Sum()})
 
     def add(self, first: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows from number `first` on, but for those that are there already; on disk when this returns."""
         new = [_line(row) for row in rows[self.done - first :]]
-        _write(self.file, new)
+        self._write(self.file, "rows", new)
         self.done += len(new)
 
     def skip(self, entries: Iterable[Skipped]) -> None:
         """Lists what was left out, once."""
         new = [line for line in dict.fromkeys(_line(asdict(entry)) for entry in entries) if line not in self.listed]
         if new:
-            with beside(self.path, "skipped.jsonl").open("ab") as file:
-                _write(file, new)
+            with cannot_write(self.path):
+                file = beside(self.path, "skipped.jsonl").open("ab")
+            with file:
+                self._write(file, "skipped", new)
             self.listed.update(new)
+
+    def record(self) -> None:
+        """Writes OUTPUT.settings.json: what the output depends on, and the checksums of what is written."""
+        written = {name: one.said() for name, one in self.written.items()}
+        write_text(beside(self.path, "settings.json"), json.dumps(self.settings | {WRITTEN: written}, indent=2) + "\n")
+
+    def _write(self, file: IO[bytes], name: str, lines: Sequence[bytes]) -> None:
+        _write(file, lines)
+        for line in lines:
+            self.written[name].add(line)
+        self.record()
+
+
+class _Sum:
+    """The checksum of a file that is added to."""
+
+    def __init__(self):
+        self._size, self._sum = 0, xxhash.xxh3_128()
+
+    def add(self, content: bytes) -> None:
+        self._size += len(content)
+        self._sum.update(content)
+
+    def said(self) -> tuple[int, str]:
+        return self._size, self._sum.hexdigest()
+
+    def read(self, file: IO[bytes], said: tuple[int, str] | None, whole: bool) -> Iterator[bytes]:
+        """The lines of a file, which are `said`; what a killed process wrote behind them is cut off.
+
+        Raises DataError: they are others; or there are more, where the file is `whole`.
+        """
+        if said is not None and not whole and os.fstat(file.fileno()).st_size > said[0]:
+            file.truncate(said[0])
+        for line in file if whole else _whole_lines(file):
+            self.add(line)
+            yield line
+        if said not in (None, self.said()):
+            cure = "put it back, or remove it and its settings.json, and start again"
+            raise DataError("is not what was written: its checksum differs", file=file.name, cure=cure)
 
 
 @contextmanager
@@ -101,69 +148,68 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
     """Opens an output, for one process, with what an earlier run has written; `settings` are all that it depends on.
 
     The lines stand in OUTPUT.partial until the block ends without an error, so a file called OUTPUT is whole.
-    Raises DataError: an output that was made with other settings, or that another process is writing; not writable.
+    Raises DataError: an output that was made with other settings, or was changed since. LockedError: another process
+    is writing it. WriteError.
     """
     if path.suffix != ".jsonl":
         raise DataError("lines are added to a plain .jsonl file only", file=str(path), cure="name it .jsonl")
-    finished, partial, listing = path.exists(), beside(path, "partial"), beside(path, "skipped.jsonl")
-    if finished and not beside(path, "settings.json").exists():  # it may be the input
-        wrong = f"a file that we did not write is there, or {beside(path, 'settings.json')} is gone"
-        raise DataError(wrong, file=str(path), cure="name another output")
-    with _locked(path if finished else partial, path) as file:
-        file.seek(0)
-        output = Output(path, finished, file, sum(1 for _ in (file if finished else _whole_lines(file))), set())
-        if output.done or finished:
-            _check_settings(path, settings)
-            if listing.exists():
-                with listing.open("ab+") as lines:
-                    output.listed.update(_whole_lines(lines))
-        else:
-            listing.unlink(missing_ok=True)  # of another job
-            beside(path, "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-        yield output
-        if not finished:
-            partial.rename(path)
+    with only_writer(path):
+        finished, partial, listing = path.exists(), beside(path, "partial"), beside(path, "skipped.jsonl")
+        if finished and not beside(path, "settings.json").exists():  # it may be the input
+            wrong = f"a file that we did not write is there, or {beside(path, 'settings.json')} is gone"
+            raise DataError(wrong, file=str(path), cure="name another output")
+        with _opened(path if finished else partial, path) as file:
+            file.seek(0)
+            output = Output(path, finished, file, dict(settings))
+            if finished or any(_whole_lines(file)):
+                said = _check_settings(path, settings)
+                file.seek(0)
+                output.done = sum(1 for _ in output.written["rows"].read(file, said.get("rows"), finished))
+                if listing.exists() or said.get("skipped", (0, ""))[0]:
+                    with _opened(listing, path) as lines:
+                        lines.seek(0)
+                        output.listed.update(output.written["skipped"].read(lines, said.get("skipped"), finished))
+            else:
+                listing.unlink(missing_ok=True)  # of another job
+                output.record()
+            yield output
+            if not finished:
+                with cannot_write(path):
+                    partial.rename(path)
 
 
 @contextmanager
 def appended(path: Path) -> Iterator[tuple[list[tuple[int, dict]], Callable[[Mapping[str, Any]], None]]]:
     """For one process: (line, row) of what a file has, in any order, and what adds a row: on disk when it returns.
 
-    Raises DataError: another process is writing it, it is not writable, or a line that is no JSON object.
+    Raises DataError: a line that is no JSON object. LockedError: another process is writing it. WriteError.
     """
-    with _locked(path, path) as file:
+    with only_writer(path), _opened(path, path) as file:
         rows = list(iter_rows(str(path))) if list(_whole_lines(file)) else []
         if broken := [row for _, row in rows if isinstance(row, DataError)]:
             raise broken[0]
         yield rows, lambda row: _write(file, [_line(row)])
 
 
-@contextmanager
-def _locked(file: Path, output: Path) -> Iterator[IO[bytes]]:
-    """Opens a file to be read and added to; errors name the output."""
-    try:
+def _opened(file: Path, output: Path) -> IO[bytes]:
+    """A file to be read and added to; errors name the output."""
+    with cannot_write(output):
         file.parent.mkdir(parents=True, exist_ok=True)
-        opened = file.open("ab+")
-    except OSError as error:
-        raise DataError(f"cannot write: {error}", file=str(output), cure="name a place that is writable") from None
-    with opened:
-        try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            cure = "wait for it, or name another output"
-            raise DataError("another process is writing it", file=str(output), cure=cure) from None
-        yield opened
+        return file.open("ab+")
 
 
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
+    """Bytes and checksums that are recorded; none by an older steerjax."""
     cure = "name another output, remove the old one, or run with the settings that it was made with"
     then = read_json(dict[str, Any], beside(path, "settings.json"), DataError, cure)
+    written = typed(dict[str, tuple[int, str]], then.pop(WRITTEN, {}), str(beside(path, "settings.json")), DataError)
     now = json.loads(json.dumps(settings))  # which makes lists of tuples
     if differing := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
         key = differing[0]
         values = f"{key}: then {then.get(key)!r}, now {now.get(key)!r}"
         message = f"was made with other settings: {', '.join(differing)} ({values})"
         raise DataError(message, file=str(path), cure=cure)
+    return written
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
@@ -182,6 +228,7 @@ def _line(value: Any) -> bytes:
 
 
 def _write(file: IO[bytes], lines: Sequence[bytes]) -> None:
-    file.writelines(lines)
-    file.flush()
-    os.fsync(file.fileno())
+    with cannot_write(file.name):
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())

@@ -111,11 +111,17 @@ class Scorer:
         return Chunk(tuple(places), trees, self._packed.pack(trees), refused)
 
     def score(self, chunk: Chunk) -> np.ndarray:
-        """Predicted ratings, float32 [E, A], attributes in the order of `schema`."""
+        """Predicted ratings, float32 [E, A], attributes in the order of `schema`.
+
+        Raises ModelError: one is not finite.
+        """
         predicted = np.zeros((len(chunk.examples), len(self.schema)), np.float32)
         for layout, output in self._packed.run(chunk.trees, chunk.rows):
             for example, place in layout.ends:
                 predicted[example.number] = output[place, self._outputs]
+        if len(bad := np.argwhere(~np.isfinite(predicted))):
+            said = f"'{self.description.path}' predicts {predicted[*bad[0]]} for {self.schema.names[bad[0][1]]}"
+            raise ModelError(f"{said}, one of {len(bad)} ratings\n  cure: check the model, or use another --dtype")
         return predicted
 
 
@@ -147,12 +153,6 @@ def assistant_turns(conversation: Conversation) -> list[int]:
 
 
 def predicted_keys(predicted: np.ndarray, schema: Schema) -> dict:
-    """What a turn says about a prediction [A]: the shortest decimals that are these float32 numbers, and the label.
-
-    Raises DataError: one is not finite.
-    """
+    """What a turn says about a prediction [A]: the shortest decimals that are these float32 numbers, and the label."""
     ratings = {name: float(str(value)) for name, value in zip(schema.names, predicted, strict=True)}
-    for name, value in ratings.items():
-        if not np.isfinite(value):
-            raise DataError(f"the model predicts {value}", field=name, cure="check the model, or use another --dtype")
     return {"predicted_ratings": ratings, "predicted_label": format_label(ratings, schema)}

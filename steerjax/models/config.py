@@ -10,11 +10,8 @@ from pydantic import BeforeValidator, Field
 
 from steerjax.errors import ConfigError
 from steerjax.models.families import FAMILIES
-from steerjax.models.families.family import Positive
-from steerjax.typed import STRICT, separated
+from steerjax.typed import STRICT, Count, Name, Number, Positive, PositiveFloat, Size, SizeOrNone, separated
 
-Count = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Target = Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"]
 Targets = Annotated[tuple[Target, ...], BeforeValidator(separated), Field(strict=False)]
 
@@ -42,7 +39,7 @@ class LoraConfig:
             bfloat16 lose nothing by it.
     """
 
-    rank: Count = 0  # 0 trains the model itself, without adapters
+    rank: SizeOrNone = 0  # 0 trains the model itself, without adapters
     alpha: PositiveFloat = 16.0  # what the adapters add is multiplied by alpha / rank
     targets: Targets = ("all-linear",)
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -66,13 +63,13 @@ class LlamaConfig:
     when a run begins).
     """
 
-    vocab_size: Count = 0  # rows of the embedding; 0 takes the tokenizer's
-    hidden_size: Positive = 256  # D, width of a hidden state
-    intermediate_size: Positive = 768  # F, width of the feed-forward layer
-    num_layers: Positive = 4  # L, layers
-    num_heads: Positive = 4  # N, query heads
-    num_kv_heads: Count = 2  # K, key-value heads; 0 is as many as query heads
-    head_dim: Count = 0  # H, width of a head; 0 is hidden_size / num_heads
+    vocab_size: SizeOrNone = 0  # rows of the embedding; 0 takes the tokenizer's
+    hidden_size: Size = 256  # D, width of a hidden state
+    intermediate_size: Size = 768  # F, width of the feed-forward layer
+    num_layers: Number = 4  # L, layers
+    num_heads: Number = 4  # N, query heads
+    num_kv_heads: Annotated[int, Field(ge=0, le=10_000)] = 2  # K, key-value heads; 0 is as many as query heads
+    head_dim: SizeOrNone = 0  # H, width of a head; 0 is hidden_size / num_heads
     max_position_embeddings: Positive = 4096  # longest text, in tokens
     rope_theta: PositiveFloat = 10_000.0  # base of RoPE's wave lengths
     rope_scaling: RopeScaling = RopeScaling()
@@ -96,7 +93,8 @@ class LlamaConfig:
                 f"model.window is {self.window}, and a {self.family} has none; cure: 0, or family mistral"
             )
         if self.head_dim % 2 or not self.head_dim:
-            raise ConfigError(f"model.head_dim is {self.head_dim}; cure: an even number, RoPE turns pairs")
+            sizes = f"of model.hidden_size {self.hidden_size} and model.num_heads {self.num_heads}"
+            raise ConfigError(f"model.head_dim is {self.head_dim}, {sizes}; cure: an even number, RoPE turns pairs")
 
     def architecture(self) -> LlamaConfig:
         """These fields alone, without those of a subclass."""
@@ -143,7 +141,7 @@ class ModelConfig(LlamaConfig):
             ratings better than its last layers, which are about the next token.
     """
 
-    source: str = "random"
+    source: Name = "random"
     keep_layers: Count = 0
 
 
@@ -177,8 +175,8 @@ class ComputeConfig:
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "dots", "full"] = "dots"
-    unroll: Positive = 1
+    unroll: Number = 1
     attention: Literal["auto", "chunked", "blockwise", "splash", "cudnn", "triton"] = "auto"
-    attention_chunk: Positive = 256
-    loss_chunk: Positive = 256
+    attention_chunk: Size = 256
+    loss_chunk: Size = 256
     cache_frozen: bool = False

@@ -28,6 +28,6 @@ def predicted_schema(objectives: Mapping[str, Any], schema: Schema) -> Schema:
 def find_objective(name: str) -> type[Objective]:
     """The class of an objective. Raises ConfigError: there is none of that name."""
     if name not in OBJECTIVES:
-        raise ConfigError(f"config.objectives: there is no '{name}'; cure: one of {', '.join(OBJECTIVES)}")
+        raise ConfigError(f"config.objectives: there is no {name!r:.80}; cure: one of {', '.join(OBJECTIVES)}")
     module, cls = OBJECTIVES[name].split(":")
     return getattr(importlib.import_module(module), cls)

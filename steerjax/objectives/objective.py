@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
 import pydantic.dataclasses
 from flax import linen as nn
-from pydantic import Field
 
 from steerjax.chat.render import Renderer
 from steerjax.data.batch import Batch
@@ -20,10 +19,9 @@ from steerjax.data.trees import Example
 from steerjax.errors import DataError
 from steerjax.report.records import own_losses
 from steerjax.schema import Attribute, Schema
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, NotNegative
 
 TRAIN, VALIDATION = "train", "validation"
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sums = Mapping[str, tuple[jax.Array, jax.Array]]  # metric -> (sum, count), float32
 
 
@@ -37,7 +35,7 @@ class ObjectiveConfig:
             `config.data`.
     """
 
-    weight: Weight = 1.0
+    weight: NotNegative = 1.0
     train: Texts = ()
     validation: Texts = ()
     format: Format = "auto"

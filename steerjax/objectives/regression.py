@@ -5,19 +5,18 @@ Source: HelpSteer, arXiv 2311.09528, section 4; NeMo-Aligner averages over micro
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 import pydantic.dataclasses
 from jaxtyping import Array, Float
-from pydantic import Field
 
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig, Weight
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig
 from steerjax.schema import Schema
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, NotNegative, PositiveFloat
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -33,10 +32,8 @@ class RegressionConfig(ObjectiveConfig):
     """
 
     average: Literal["ratings", "examples"] = "ratings"  # what the loss is the mean of
-    stretch: Annotated[float, Field(gt=0, allow_inf_nan=False)] = (
-        1.0  # how much further than the ratings the targets are from their mean
-    )
-    attribute_weights: Mapping[str, Weight] = field(default_factory=dict)  # attribute -> weight; 1 where not named
+    stretch: PositiveFloat = 1.0  # how much further than the ratings the targets are from their mean
+    attribute_weights: Mapping[str, NotNegative] = field(default_factory=dict)  # attribute -> weight; 1 where not named
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that is not rated, or none above 0."""

@@ -150,7 +150,6 @@ class SFT(Objective):
             from steerjax.report.page import fenced, write_page
             from steerjax.report.plots import plot_losses
 
-            folder.mkdir(parents=True, exist_ok=True)
             plot_losses(self.losses(records), folder / "loss.png", "nats a token")
             parts = ["# SFT on the validation split", fenced(text), "![Loss against the step](loss.png)"]
             write_page(folder, parts, summary, config_text)

@@ -21,9 +21,9 @@ def find_cluster(environment: Mapping[str, str]) -> dict | None:
     if missing := [name for name in PLAIN if not environment.get(name)]:
         if len(missing) < len(PLAIN):
             raise ConfigError(f"{', '.join(missing)} not set; cure: set all three of {', '.join(PLAIN)}, or none")
-        if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_NODELIST" in environment:
+        if whole_number(environment, "SLURM_NTASKS", 1, "1") > 1 and "SLURM_STEP_NODELIST" in environment:
             return {"local_device_ids": _slurm_devices(environment)}
-        several = int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1 or _on_tpu_pod(environment)
+        several = whole_number(environment, "OMPI_COMM_WORLD_SIZE", 1, "1") > 1 or _on_tpu_pod(environment)
         return {} if several else None
     address = environment["STEERJAX_COORDINATOR"]
     if not re.fullmatch(r".+:\d+", address):
@@ -47,7 +47,7 @@ def _slurm_devices(environment: Mapping[str, str]) -> list[int]:
         return []
     if not tasks.isdecimal() or gpus % int(tasks):
         raise ConfigError(f"{tasks} Slurm tasks on a node cannot share its {gpus} GPUs; cure: one task a node or a GPU")
-    each, local = gpus // int(tasks), int(environment["SLURM_LOCALID"])
+    each, local = gpus // int(tasks), whole_number(environment, "SLURM_LOCALID", 0)
     return list(range(local * each, (local + 1) * each))
 
 
@@ -60,7 +60,7 @@ def _on_tpu_pod(environment: Mapping[str, str]) -> bool:
         return False
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES", "")
     if hosts or environment.get("TPU_SKIP_MDS_QUERY"):
-        return "," in hosts or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
+        return "," in hosts or whole_number(environment, "MEGASCALE_NUM_SLICES", 1, "1") > 1
     try:  # Cloud TPU VMs are told by their metadata server only
         return GceTpuCluster.is_env_present() and GceTpuCluster.get_process_count() > 1
     except (OSError, ImportError):  # no such server, or no `requests`, which jax[tpu] brings

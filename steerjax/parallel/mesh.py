@@ -19,9 +19,9 @@ AXES = ("data", "fsdp", "tensor", "context")
 
 
 def _size(value: int) -> int:
-    if value == -1 or value >= 1:
+    if value == -1 or 1 <= value <= 2**20:
         return value
-    raise ValueError("no size of an axis; cure: at least 1, or -1 for all devices that are left")
+    raise ValueError("no size of an axis; cure: at least 1 and at most 1048576, or -1 for all devices that are left")
 
 
 Size = Annotated[int, AfterValidator(_size)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from steerjax.files import make_folder, whole_file, write_text
 from steerjax.report.plots import plot_correlations, plot_losses, plot_predictions, require_plots
 from steerjax.report.results import LOG_LENGTH, MEAN_RATING, MODEL, EvaluationResult, lowest, mean_metric
 
@@ -139,7 +140,7 @@ def write_report(
     """
     require_plots()
     directory, names = Path(directory), result.schema.names
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     for plot in _PLOTS:  # not all are part of every report
         (directory / plot).unlink(missing_ok=True)
     plot_predictions(result, directory / "predictions.png")
@@ -147,7 +148,7 @@ def write_report(
         plot_losses(losses, directory / "loss.png", unit)
     if len(names) > 1:
         plot_correlations(result, directory / "correlations.png")
-    with (directory / "predictions.jsonl").open("w", encoding="utf-8") as file:
+    with whole_file(directory / "predictions.jsonl") as file:
         for example, *rows in zip(result.ids, result.ratings.tolist(), result.predicted.tolist(), strict=True):
             human, predicted = (
                 {name: x if math.isfinite(x) else None for name, x in zip(names, row, strict=True)} for row in rows
@@ -188,10 +189,10 @@ def write_page(folder: Path, parts: Sequence[str], summary: Mapping[str, str], s
     text = "\n\n".join(filter(None, [*parts, facts and f"## Data and computation\n\n{facts}"])) + "\n"
     code = fenced(settings, "json")
     more = f"\n<details>\n<summary>Settings</summary>\n\n{code}\n\n</details>\n"
-    (folder / REPORT).write_text(text + more, encoding="utf-8")
+    write_text(folder / REPORT, text + more)
     body = _rendered(text, folder) + f"<details><summary>Settings</summary>{_rendered(code, folder)}</details>"
     heading = parts[0].lstrip("# ")
-    (folder / PAGE).write_text(html_page(heading, body, _PAGE_STYLE), encoding="utf-8", errors="backslashreplace")
+    write_text(folder / PAGE, html_page(heading, body, _PAGE_STYLE), errors="backslashreplace")
 
 
 def _rendered(text: str, folder: Path) -> str:

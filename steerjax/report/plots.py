@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from steerjax.errors import SteerjaxError
+from steerjax.files import whole_file
 from steerjax.report.results import EvaluationResult, attribute_correlations, whole
 from steerjax.schema import Attribute
 
@@ -45,7 +46,8 @@ def new_figure(path: str | Path, width: float, height: float, title: str | None 
         figure = Figure(figsize=(width, height), layout="constrained")
         figure.suptitle(title)
         yield figure
-        figure.savefig(path, format="png")
+        with whole_file(path, "wb") as file:
+            figure.savefig(file, format="png")
 
 
 def plot_losses(losses: Mapping[str, np.ndarray], path: str | Path, unit: str) -> None:

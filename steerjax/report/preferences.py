@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from steerjax.files import whole_file
 from steerjax.report.page import bullets, write_page
 from steerjax.report.plots import plot_calibration, plot_losses
 
@@ -79,11 +80,10 @@ def write_preference_report(
     config_text: str, unit: str = "nats a pair",
 ) -> None:  # fmt: skip
     """The report, `pairs.jsonl` and the plots; arguments as `page.write_report`'s."""
-    directory.mkdir(parents=True, exist_ok=True)
     plot_calibration(*calibration(result.scores @ [1.0, -1.0]), directory / "calibration.png")
     if losses:
         plot_losses(losses, directory / "loss.png", unit)
-    with (directory / "pairs.jsonl").open("w", encoding="utf-8") as file:
+    with whole_file(directory / "pairs.jsonl") as file:
         for name, (chosen, rejected), strength in zip(result.ids, result.scores, result.strengths, strict=True):
             row = {"id": name, "chosen": float(chosen), "rejected": float(rejected), "strength": float(strength)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,23 +1,40 @@
 """The JSON files of a run and of an evaluation: metrics.jsonl read, results.json written."""
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from steerjax.errors import DataError
+from steerjax.files import write_text
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line that a killed process left half written is dropped."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else (), start=1):
+    """The records of a metrics.jsonl; lines that are none are left out, and said but for a half last one.
+
+    A damaged line must not stop a run whose checkpoints are whole.
+    """
+    records, wrong = [], []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else (), start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(f"broken JSON: {error}", file=str(path), line=number, cure="delete the line") from None
+            records.append(_record(line))
+        except (ValueError, RecursionError):
+            wrong.append(number)
+    if wrong:
+        print(f"{path}:{wrong[0]}: {len(wrong)} lines that are no records are left out", file=sys.stderr)
     return records
+
+
+def _record(line: bytes) -> dict:
+    """Raises ValueError: no JSON object with a step, a split, and numbers or null."""
+    record = json.loads(line.decode())
+    if not (isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("split"), str)):
+        raise ValueError
+    for key, value in record.items():
+        if key != "split" and value is not None and (type(value) not in (int, float) or not abs(value) < 1e300):
+            raise ValueError
+    return record
 
 
 def own_losses(records: Iterable[Mapping], objective: str, weight: float = 1.0) -> dict[str, np.ndarray]:
@@ -40,4 +57,4 @@ def own_losses(records: Iterable[Mapping], objective: str, weight: float = 1.0) 
 def write_json(path: Path, value: dict) -> None:
     """Writes plain data; a number that is not finite is null."""
     finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    path.write_text(json.dumps(finite, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(finite, indent=2, ensure_ascii=False) + "\n")

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import pydantic.dataclasses
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from steerjax.chat.render import ChatConfig
-from steerjax.data.config import BatchConfig, DataConfig, Texts
+from steerjax.data.config import BatchConfig, DataConfig
 from steerjax.models.config import ComputeConfig, HeadConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.training.trackers import TRACKERS
-from steerjax.typed import STRICT, separated
+from steerjax.typed import STRICT, Count, NotNegative, Positive, PositiveFloat, separated
 
-Count = Annotated[int, Field(ge=0)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 TrackerNames = Annotated[tuple[Literal[*TRACKERS], ...], BeforeValidator(separated), Field(strict=False)]
+
+
+@AfterValidator
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"no regular expression ({error}); cure: correct it, or escape it with a backslash") from None
+    return text
+
+
+Patterns = Annotated[tuple[Annotated[str, _pattern], ...], BeforeValidator(separated), Field(strict=False)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -42,7 +53,7 @@ class OptimizerConfig:
             propagated back through them; 0 freezes neither.
     """
 
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3  # the highest of the schedule
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = 1e-3  # the highest of the schedule
     min_learning_rate: NotNegative = 0.0  # where `cosine` ends
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: Count = 10  # steps in which the rate rises from 0 to learning_rate
@@ -50,12 +61,12 @@ class OptimizerConfig:
     weight_decay: NotNegative = 0.1
     beta1: Beta = 0.9  # decay of Adam's mean of the gradients
     beta2: Beta = 0.98  # decay of Adam's mean of their squares
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8  # added to the root of the mean of squares
+    epsilon: PositiveFloat = 1e-8  # added to the root of the mean of squares
     clip_norm: NotNegative = 1.0
     first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
-    max_bad_steps: Annotated[int, Field(ge=1)] = 5
-    frozen: Texts = ()
-    frozen_layers: Count = 0
+    max_bad_steps: Positive = 5
+    frozen: Patterns = ()
+    frozen_layers: Annotated[int, Field(ge=0, le=10_000)] = 0
 
     def __post_init__(self):
         if self.min_learning_rate > self.learning_rate:
@@ -75,19 +86,21 @@ class TrainConfig:
         keep_last: how many of the newest checkpoints are kept; the best by validation loss is kept beside them.
         plots: draw the report's plots (needs matplotlib).
         trackers: where the figures also go; `wandb` is Weights & Biases (needs the extra `wandb`).
-        accept_changes: resume although data or tokenizer have changed; checkpoints record it.
+        accept_changes: resume although data, tokenizer or source model have changed; checkpoints record it.
+        verify: compare checkpoint and source model with their checksums when they are opened.
     """
 
-    epochs: NotNegative = 1.0
+    epochs: Annotated[float, Field(ge=0, le=1_000_000)] = 1.0
     steps: Count = 0  # length of the run; 0 follows from epochs
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     log_every: Count = 1
     evaluate_every: Count = 0
     checkpoint_every: Count = 0
-    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_last: Positive = 2
     plots: bool = True
     trackers: TrackerNames = ("tensorboard",)
     accept_changes: bool = False
+    verify: bool = True
 
     def __post_init__(self):
         if not self.steps and not self.epochs:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from steerjax.files import cannot_write, copy_file, write_text
 from steerjax.report.records import read_metrics
 from steerjax.training.trackers import Trackers
 
@@ -27,26 +28,32 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, resume_step: int, trackers: Sequence[str], config: Mapping, *, active: bool):
         self._active, self._path = active, workdir / "metrics.jsonl"
-        kept = [record for record in read_metrics(self._path) if record["step"] <= resume_step]
+        found = read_metrics(self._path)
+        kept = [record for record in found if record["step"] <= resume_step]
         self.evaluated = any(r["step"] == resume_step and r["split"] == "validation" for r in kept)
         if not active:
             return
         if resume_step == 0 and self._path.exists():  # of a run that left no checkpoint
-            self._path.rename(self._path.with_name(f"metrics.{time.time_ns()}.jsonl"))
+            self._path.rename(self._aside())
             kept = []
+        elif self._path.exists() and len(found) < self._path.read_bytes().count(b"\n"):  # damaged
+            copy_file(self._path, self._aside())
         # The steps after the checkpoint are done again; their first records go, so that none stands twice.
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, self._path)
-        self._file = self._path.open("a", buffering=1)
+        write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        with cannot_write(self._path):
+            self._file = self._path.open("a", buffering=1)
         self._trackers = Trackers(trackers, workdir, resume_step, config)
+
+    def _aside(self) -> Path:
+        return self._path.with_name(f"metrics.{time.time_ns()}.jsonl")
 
     def write(self, step: int, split: str, values: Mapping[str, float | int | None]) -> None:
         """Adds a record. `step` counts finished updates."""
         if not self._active:
             return
         clean = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
+        with cannot_write(self._path):
+            self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
         self._trackers.log(step, split, {name: value for name, value in clean.items() if value is not None})
 
     def show(self, step: int, report: Path) -> None:
@@ -61,8 +68,10 @@ class MetricsWriter:
 
     def __exit__(self, error, *_) -> None:
         if self._active:
-            self._file.close()
             self._trackers.close(failed=error is not None)
+            # What could not be written is tried again here.
+            with contextlib.suppress(OSError) if error is not None else cannot_write(self._path):
+                self._file.close()
 
 
 class Progress:

@@ -71,7 +71,8 @@ def make_train_step(
 ):
     """(state, batch [M, B/M, ...]) -> (state, metrics).
 
-    A step whose gradients are not finite changes only the counters. Dropout follows from seed, step, row and place.
+    A step whose loss or gradients are not finite changes only the counters. Dropout follows from seed, step, row and
+    place.
     """
     loss = make_loss(module, objectives, frozen_layers)
 
@@ -91,7 +92,7 @@ def make_train_step(
         gradient = jax.value_and_grad(of_trained, has_aux=True)
         (total, sums), gradients = over_micro_batches(lambda part: gradient(trained, part), batch)
         norm = optax.tree.norm(gradients)
-        good = jnp.isfinite(norm)
+        good = jnp.isfinite(norm) & jnp.isfinite(total)
         learning_rate = schedule(state.step)
         updates, moments = optimizer.update(gradients, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)

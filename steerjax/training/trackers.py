@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
 
 from steerjax.errors import SteerjaxError
+from steerjax.files import write_text
 
 
 class Tracker(Protocol):
@@ -45,24 +47,35 @@ class TensorBoard:
         pass
 
     def __init__(self, workdir: Path, step: int, config: Mapping):
-        from tensorboardX import SummaryWriter
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
 
-        self._writer = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        # Its SummaryWriter writes in a thread that dies of a full disk, and then waits for it for ever.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._summary, self._event = summary, event_pb2.Event
+        self._file = event_file_writer.EventsWriter(str(workdir / "tensorboard" / "events"))
+        # What an interrupted start has of later steps is hidden.
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._file.write_event(self._event(step=step + 1, wall_time=time.time(), session_log=start))
         indented = json.dumps(config, indent=2).replace("\n", "\n    ")
-        self._writer.add_text("config", f"    {indented}", step)  # four spaces: code, in Markdown
+        self._write(step, [summary.text("config", f"    {indented}")])  # four spaces: code, in Markdown
+
+    def _write(self, step: int, summaries: Iterable) -> None:
+        for each in summaries:
+            self._file.write_event(self._event(step=step, wall_time=time.time(), summary=each))
+        self._file.flush()
 
     def log(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
+        self._write(step, [self._summary.scalar(f"{split}/{name}", value) for name, value in values.items()])
 
     def show(self, step: int, pictures: Mapping[str, Path]) -> None:
         from matplotlib.image import imread
 
-        for name, path in pictures.items():
-            self._writer.add_image(name, imread(path), step, dataformats="HWC")
+        read = {name: imread(path) for name, path in pictures.items()}
+        self._write(step, [self._summary.image(name, array, dataformats="HWC") for name, array in read.items()])
 
     def close(self, *, failed: bool) -> None:
-        self._writer.close()
+        self._file.close()
 
 
 class WandB:
@@ -89,7 +102,7 @@ class WandB:
         path = workdir / "wandb_id"  # a resume goes on with the same run
         name = path.read_text().strip() if step and path.exists() else ""
         name = name or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        path.write_text(name + "\n")
+        write_text(path, name + "\n")
         options = {
             "dir": workdir, "id": name, "resume": "allow", "config": {}, "reinit": "create_new",
             "project": os.environ.get("WANDB_PROJECT") or "steerjax",

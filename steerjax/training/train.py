@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.bundle.describe import output_names
 from steerjax.bundle.store import CheckpointStore
+from steerjax.bundle.verify import unverified
 from steerjax.chat.render import make_renderer
 from steerjax.data.batch import Feeder, evaluation_steps
 from steerjax.data.loading import write_skipped
@@ -36,19 +37,31 @@ from steerjax.training.program import Program, make_objectives
 from steerjax.training.source import initial_parameters, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
 from steerjax.training.trackers import TRACKERS
-from steerjax.training.workdir import check_same_inputs, claim_workdir, keep_tokenizer, make_provenance, only_run
+from steerjax.training.workdir import (
+    check_same_inputs,
+    claim_workdir,
+    keep_tokenizer,
+    make_provenance,
+    only_run,
+    set_damaged_aside,
+)
 
 
 def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -> dict[str, Evaluation]:
-    """Trains, or goes on where the workdir's newest checkpoint is, evaluates and reports.
+    """Trains, or goes on where the workdir's newest whole checkpoint is, evaluates and reports.
 
     Returns:
         Of each objective the evaluation of the last parameters on the validation split.
 
     Raises:
-        SteerjaxError: bad config or data, a workdir of another experiment, gradients that stay non-finite, processes
-            that differ or do not come.
+        SteerjaxError: bad config or data, a workdir of another experiment or in which another process trains, damage,
+            gradients that stay non-finite, processes that differ or do not come.
     """
+    with only_run(workdir, active=processes.index == 0), unverified(not experiment.train.verify):
+        return _train(experiment, workdir, processes)
+
+
+def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[str, Evaluation]:
     main = processes.index == 0
     if main and experiment.train.plots:
         require_plots()
@@ -91,10 +104,13 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
             "cure: a folder that all machines share"
         )
 
+    checkpoints = workdir / "checkpoints"
+    with jax.set_mesh(mesh):
+        any_process = make_any(mesh)
+        set_damaged_aside(checkpoints, processes, lambda one: bool(any_process(one)), verify=e.train.verify)
     with (
-        only_run(workdir, active=main),
         jax.set_mesh(mesh),
-        CheckpointStore(workdir / "checkpoints", e.train.keep_last) as store,
+        CheckpointStore(checkpoints, e.train.keep_last) as store,
     ):
         # ---- State: (1) resume, or start from (2) a source's parameters or (3) random ones
         newest = store.latest_step()
@@ -107,7 +123,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         if newest is None:
             whole, new_head = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
         else:
-            provenance = check_same_inputs(workdir / "checkpoints" / str(step), provenance, e.train.accept_changes)
+            provenance = check_same_inputs(checkpoints / str(step), provenance, e.train.accept_changes)
             whole, rest = store.restore(step, program.whole, program.abstract.rest())
         if main:
             keep_tokenizer(renderer.tokenizer, workdir)
@@ -127,7 +143,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         if main:
             print(summary_text(summary), flush=True)
             if newest is not None:
-                print(f"resumed at step {step} of {steps} from {workdir / 'checkpoints'}", flush=True)
+                print(f"resumed at step {step} of {steps} from {checkpoints}", flush=True)
 
         # ---- Loop
         if step < steps:
@@ -158,14 +174,20 @@ class Run:
     def evaluate(
         self, state: TrainState, processes: Processes = ALONE, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, Evaluation] | None:
-        """Every objective on the validation split; None where `stop`, asked before each step, said so."""
+        """Every objective on the validation split; None where `stop`, asked before each step, said so.
+
+        Raises FloatingPointError: an output is not finite.
+        """
         collected = []
         for rows in evaluation_steps(self.data.validation_rows, self.experiment.batch.evaluated):
             if stop():
                 return None
             processes.at("evaluation")
             outputs = self.program.evaluation_step(state.params, state.frozen, self.feed_validation(rows))
-            collected.append(([self.feed_validation.build.layout(row) for row in rows], jax.device_get(outputs)))
+            outputs = jax.device_get(outputs)
+            if not all(np.isfinite(x).all() for x in jax.tree.leaves(outputs)):
+                raise FloatingPointError("what the model says of the validation split is not finite")
+            collected.append(([self.feed_validation.build.layout(row) for row in rows], outputs))
         return {
             o.name: o.evaluate([(layouts, outputs[o.name]) for layouts, outputs in collected])
             for o in self.program.objectives
@@ -233,16 +255,20 @@ def loop(
         if done % max(1, e.train.log_every) == 0 or done == run.steps:
             writer.write(done, "train", record)
         progress.step(done, f"loss {record['loss']:.4f}, {record['examples_per_second']:.1f} examples/s")
-        if metrics["bad_in_row"] >= e.optimizer.max_bad_steps:
-            raise TrainingError(
-                f"step {done}: gradients were not finite {metrics['bad_in_row']} steps in a row; "
-                f"{'no checkpoint was' if store.latest_step() is None else f'step {store.latest_step()} is'} saved\n"
-                "  cure: a lower config.optimizer.learning_rate, or float32 (config.compute.dtype)"
-            )
+        if metrics["bad_in_row"] >= min(e.optimizer.max_bad_steps, run.steps):
+            raise not_finite(done, f"gradients were not finite {metrics['bad_in_row']} steps in a row")
         return bool(stop)
 
+    def not_finite(step: int, what: str) -> TrainingError:
+        saved = "no checkpoint was" if store.latest_step() is None else f"step {store.latest_step()} is"
+        cure = "a lower config.optimizer.learning_rate, or float32 (config.compute.dtype)"
+        return TrainingError(f"step {step}: {what}; {saved} saved\n  cure: {cure}")
+
     def evaluate(write: bool = True, **options) -> dict[str, Evaluation] | None:
-        found = run.evaluate(state, processes, **options)
+        try:
+            found = run.evaluate(state, processes, **options)
+        except FloatingPointError as error:
+            raise not_finite(step, str(error)) from None
         if write and found:
             loss = run.loss(found)
             each = {f"{name}/loss": one.loss for name, one in found.items()} if len(found) > 1 else {}
@@ -259,12 +285,17 @@ def loop(
     if owed or step == run.steps:
         evaluation = evaluate(write=not writer.evaluated)
     any_process = make_any(run.program.mesh)
+    one = NamedSharding(run.program.mesh, PartitionSpec())
+    are_finite = jax.jit(
+        lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all(), out_shardings=one
+    )
     with stop_on_signals() as asked:
         while step < run.steps:
             rows = run.data.plan.step_rows(step)
             state, metrics = run.program.train_step(state, run.feed(rows))
             step += 1
             processes.at(f"step {step}")
+            store.check()
             before, pending = pending, (step, rows, metrics, any_process(asked.is_set()))
             stop = before is not None and read(before)
 
@@ -276,6 +307,8 @@ def loop(
                     evaluation = evaluate(stop=lambda: bool(any_process(asked.is_set())))
                     stop = evaluation is None
                 if stop or checkpoint:
+                    if not are_finite(state.params):
+                        raise not_finite(step, "parameters are not finite")
                     processes.barrier(f"save step {step}")
                     loss = None if stop else run.loss(evaluation)
                     store.save(state.whole(), state.rest(), step, provenance, loss)
@@ -327,6 +360,9 @@ def report(run: Run, evaluation: dict[str, Evaluation], summary, workdir: Path, 
     """Prints the result and writes report/, a folder in it for each objective where there are several."""
     e, objectives = run.experiment, run.program.objectives
     records = read_metrics(workdir / "metrics.jsonl")
+    if bad := max((record.get("bad_steps") or 0 for record in records), default=0):
+        summary = summary | {"skipped steps": f"{bad} of {run.steps}, whose loss or gradients were not finite"}
+        print(f"\nskipped steps: {summary['skipped steps']}")
     for o in objectives:
         folder = workdir / "report" / o.name if len(objectives) > 1 else workdir / "report"
         print("\n" + o.report(evaluation[o.name], folder if e.train.plots else None, records, summary, e.to_json()))

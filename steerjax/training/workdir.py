@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-
-import filelock
+from typing import Any
 
 from steerjax import __version__
 from steerjax.bundle.describe import Provenance, TokenizerSource, output_names, read_provenance
+from steerjax.bundle.verify import damage, say, steps_of
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import named
 from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
+from steerjax.checksums import LIST, folder_checksum, what_is_wrong, write_list
 from steerjax.data.loading import file_hashes
 from steerjax.errors import CheckpointError, ModelError
+from steerjax.files import cannot_write, make_folder, whole_folder, write_text
 from steerjax.hf.description import Description
+from steerjax.locks import only_writer
 from steerjax.objectives import Objective
+from steerjax.parallel.processes import Processes
 from steerjax.schema import Schema
 from steerjax.training.config import Experiment
+from steerjax.typed import read_json
 
 # What a second start may change: the machine, how long and how loudly it trains. All else would not be a resume.
 RESUME_MAY_CHANGE = ("mesh.", "compute.", "train.")
@@ -39,19 +44,18 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
         CheckpointError: names the first key that differs, or a file where the run will have a folder.
     """
     path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        _check_names(workdir)
-        if path.exists():
-            _check_same(json.loads(path.read_text()), json.loads(experiment.to_json()), workdir)
-        new = path.with_name("config.json.partial")
-        new.write_text(experiment.to_json())
-        new.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"--workdir {workdir}: {error.strerror}; cure: a folder that can be written") from error
-    except json.JSONDecodeError as error:
+    make_folder(workdir)
+    _check_names(workdir)
+    if path.exists():
         cure = f"delete it, if the recipe is still the same, or another --workdir (not {workdir})"
-        raise CheckpointError(f"{path} is broken: {error}; cure: {cure}") from error
+        _check_same(read_json(dict[str, Any], path, CheckpointError, cure), experiment, workdir)
+    for newest in steps_of(workdir / "checkpoints")[:1]:  # config.json may be gone, or edited as the recipe was
+        before = None
+        with contextlib.suppress(CheckpointError):  # a damaged one: see `set_damaged_aside`
+            before = read_provenance(newest).config
+        if before:
+            _check_same(before, experiment, workdir)
+    write_text(path, experiment.to_json())
 
 
 def _check_names(workdir: Path) -> None:
@@ -64,28 +68,53 @@ def _check_names(workdir: Path) -> None:
             raise CheckpointError(f"{workdir / name} is a folder, and the run has a file there; cure: {_ELSEWHERE}")
 
 
-@contextlib.contextmanager
-def only_run(workdir: Path, *, active: bool) -> Iterator[None]:
+def only_run(workdir: Path, *, active: bool) -> contextlib.AbstractContextManager[None]:
     """While it lasts no other process trains in the folder; only process 0 of a run, the `active` one, asks.
 
-    Raises CheckpointError: one does, e.g. a run that was stopped and is still saving.
+    Raises LockedError: one does, e.g. a run that was stopped and is still saving.
     """
-    lock = filelock.FileLock(workdir / ".lock", timeout=0)
-    try:
-        if active:
-            lock.acquire()
-    except filelock.Timeout:
-        said = f"--workdir {workdir}: another process trains there, or still saves"
-        raise CheckpointError(f"{said}; cure: wait until it has ended, or another --workdir") from None
-    except NotImplementedError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
+    return only_writer(workdir, workdir / ".lock") if active else contextlib.nullcontext()
 
 
-def _check_same(old: dict, new: dict, workdir: Path) -> None:
+def set_damaged_aside(
+    checkpoints: Path, processes: Processes, any_process: Callable[[bool], bool], *, verify: bool
+) -> None:
+    """Renames checkpoints that are damaged to STEP.damaged, so that the run goes on from the newest that is not.
+
+    Of each every process reads its share. That newest one is read whole, and those before it as far as the run opens
+    them. Raises CheckpointError: all are damaged.
+    """
+    sound, damaged = None, []
+    for step in steps_of(checkpoints):
+        problem = damage(step, whole=verify and sound is None, share=(processes.index, processes.count))
+        if problem:
+            say(f"'{step}' is damaged: {problem}")
+        if any_process(bool(problem)):
+            damaged.append(step)
+        else:
+            sound = sound or step
+    if damaged and sound is None:
+        cure = f"copy it again, or delete '{checkpoints}' to begin anew"
+        raise CheckpointError(f"'{damaged[0]}' is damaged, and no other checkpoint of the run is whole\n  cure: {cure}")
+    if processes.index == 0:
+        for step in damaged:
+            aside = next(name for name in _names_aside(step) if not name.exists())
+            with cannot_write(aside):
+                step.rename(aside)
+            say(f"'{step}' is '{aside.name}' now; the run goes on from {sound.name}")
+        if sound and verify and not (sound / LIST).exists():
+            say(f"'{sound}' has no checksums, as an older steerjax wrote it: it cannot be verified")
+    processes.barrier("damaged checkpoints are set aside")
+
+
+def _names_aside(step: Path) -> Iterator[Path]:
+    yield step.with_name(f"{step.name}.damaged")
+    for number in itertools.count(2):
+        yield step.with_name(f"{step.name}.damaged-{number}")
+
+
+def _check_same(old: dict, experiment: Experiment, workdir: Path) -> None:
+    new = json.loads(experiment.to_json())
     if "task" in old:
         raise CheckpointError(f"'{workdir}' is a run of edition 1 of steerjax; cure: another --workdir")
     before, now = dict(_leaves(old)), dict(_leaves(new))
@@ -134,12 +163,14 @@ def make_provenance(
         base_model=e.model.source,
         data=file_hashes(e.sources()),
         config=e.to_dict(),
+        source_checksum=folder_checksum(source.path) if source and e.train.verify else "",
+        checksums=True,
         **facts,
     )
 
 
 def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Provenance:
-    """`now` with the changes of data and tokenizer since the checkpoint that were accepted.
+    """`now` with the changes of data, tokenizer and source since the checkpoint that were accepted.
 
     Raises:
         CheckpointError: there are some, and the user has not accepted them.
@@ -150,6 +181,8 @@ def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Proven
         changed.append(f"tokenizer {now.tokenizer.source}")
     if before.template != now.template:
         changed.append("the source's chat template")
+    if before.source_checksum and now.source_checksum not in ("", before.source_checksum):
+        changed.append(f"the source model {now.base_model}")
     if changed and not accept:
         raise CheckpointError(
             f"{checkpoint} was trained on other content of {', '.join(changed)}\n"
@@ -165,15 +198,10 @@ def keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:
 
     A copy that is not this tokenizer's, or not whole, as a full disk leaves one, is replaced.
     """
-    folder, new = workdir / "tokenizer", workdir / "tokenizer.partial"
+    folder = workdir / "tokenizer"
     with contextlib.suppress(ModelError):
-        if load_tokenizer(folder).hash == tokenizer.hash:
+        if load_tokenizer(folder).hash == tokenizer.hash and not what_is_wrong(folder):
             return
-    try:
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
+    with whole_folder(folder) as new:
         copy_tokenizer(tokenizer, new)
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be written: {error}; cure: free some space, and start again") from error
+        write_list(new)

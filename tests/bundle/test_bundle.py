@@ -13,6 +13,7 @@ import pytest
 
 from steerjax.bundle import describe, locate, open_bundle
 from steerjax.bundle.build import abstract_parameters, random_parameters, stored_parameters
+from steerjax.checksums import LIST, write_list
 from steerjax.errors import CheckpointError, ConfigError, ModelError
 from steerjax.export import export
 from steerjax.hf.config_json import read_config
@@ -190,6 +191,7 @@ def test_a_run_that_was_moved_keeps_its_tokenizer(reward, tmp_path):
 def edit_provenance(run, **changes) -> None:
     file = run / "checkpoints" / "7" / "provenance" / "metadata"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    write_list(run / "checkpoints" / "7")
 
 
 def test_missing_things_are_named(reward, tmp_path):
@@ -230,6 +232,7 @@ def test_a_run_of_the_first_edition_is_refused_in_one_sentence(reward, tmp_path)
     run = shutil.copytree(reward[0] / "run", tmp_path / "run")
     said = run / "checkpoints" / "7" / "provenance" / "metadata"
     said.write_text(json.dumps({"steerjax": "0.1", "kind": "reward", "config": {"task": "reward"}}))
+    (run / "checkpoints" / "7" / LIST).unlink()
     for use in (describe, open_bundle, lambda path: export(str(path), tmp_path / "out")):
         with refused(CheckpointError, str(run / "checkpoints" / "7"), "edition 1", cure="train again"):
             use(run)
@@ -240,14 +243,17 @@ def test_contradictions_are_refused(reward, tmp_path):
     out = shutil.copytree(reward[0] / "out", tmp_path / "out")
     about = json.loads((out / "steerjax.json").read_text())
     (out / "steerjax.json").write_text(json.dumps(about | {"attributes": about["attributes"][::-1]}))
+    write_list(out)
     with refused(ModelError, str(out), "steerjax.json", "config.json", cure="export again"):
         describe(out)
     (out / "steerjax.json").write_text(json.dumps(about | {"provenance": {"tokenizer": "mine"}}))
+    write_list(out)
     with refused(ModelError, str(out / "steerjax.json"), "provenance.tokenizer", "mine"):
         describe(out)
     shutil.copyfile(reward[0] / "out" / "steerjax.json", out / "steerjax.json")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"vocab_size": 4095}))
+    write_list(out)
     with refused(ModelError, str(out), "tokenizer", "4096", "embedding", "4095"):
         describe(out)
 

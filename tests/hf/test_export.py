@@ -16,7 +16,7 @@ import pytest
 from steerjax.bundle import describe
 from steerjax.bundle.build import abstract_parameters
 from steerjax.chat.templates import TEMPLATES
-from steerjax.errors import ConfigError, ModelError, SteerjaxError
+from steerjax.errors import ConfigError, ModelError, SteerjaxError, WriteError
 from steerjax.export import export, main
 from steerjax.hf.config_json import read_config
 from steerjax.hf.description import read_about
@@ -149,7 +149,8 @@ def test_a_reward_model_folder(tmp_path):
     )
     export(str(checkpoint), tmp_path / "out", **OPTIONS)
     assert set(leftovers(tmp_path / "out")) == {
-        "README.md", "chat_template.jinja", "config.json", "model.safetensors", "special_tokens_map.json",
+        "README.md", "chat_template.jinja", "checksums.json", "config.json", "model.safetensors",
+        "special_tokens_map.json",
         "steerjax.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
     }  # fmt: skip
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -340,7 +341,7 @@ def test_outputs_that_cannot_be_written(tmp_path, monkeypatch):
     for output in ("full", "full/file", "source"):
         with refused(ModelError, str(tmp_path / output), cure="another --output"):
             export(source, tmp_path / output, **OPTIONS)
-    with refused(ModelError, str(tmp_path / "full" / "file" / "below"), "Not a directory"):
+    with refused(WriteError, str(tmp_path / "full" / "file" / "below"), cure="move the file away"):
         export(source, tmp_path / "full" / "file" / "below", **OPTIONS)
     (tmp_path / "empty").mkdir()
     export(source, tmp_path / "empty", **OPTIONS)
@@ -352,7 +353,7 @@ def test_outputs_that_cannot_be_written(tmp_path, monkeypatch):
         raise safetensors.SafetensorError("IoError: No space left on device")
 
     monkeypatch.setattr(safetensors.numpy, "save_file", no_room)
-    with refused(ModelError, str(tmp_path / "out"), "No space left on device"):
+    with refused(WriteError, str(tmp_path / "out"), "No space left on device"):
         export(source, tmp_path / "out", **OPTIONS)
     assert leftovers(tmp_path) == ["empty", "full", "source"]
 
@@ -367,9 +368,9 @@ def test_a_killed_export_does_not_look_whole(tmp_path, monkeypatch):
     )
     killed = subprocess.run([sys.executable, "-c", code], env=environment(), check=False)
     assert killed.returncode == -9
-    (left,) = set(leftovers(tmp_path)) - {"source"}
-    assert left.startswith(".out.partial-")
+    assert {name.split("-")[0] for name in leftovers(tmp_path)} == {".out.lock", ".out.partial", "source"}
     export(str(source), tmp_path / "out", **OPTIONS)
+    assert leftovers(tmp_path) == ["out", "source"]
 
 
 def test_sizes_and_dtypes_that_are_none(tmp_path):
@@ -513,3 +514,25 @@ def test_transformers_loads_the_export(kind, tmp_path):
     np.testing.assert_array_equal(logits[1], logits[0])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template
+
+
+def test_an_export_names_no_folder_of_its_maker(tmp_path):
+    folder = write_folder(tmp_path / "source", TINY, random_tensors(TINY))
+    more = {"base_model": "/home/me/runs/old/checkpoints/4", "data": {"/home/me/rows.jsonl": "00", "hub:a/b": "11"}}
+    imported(folder, tmp_path / "run", **more, system_prompt="/no_think")
+    export(str(tmp_path / "run"), tmp_path / "out")
+    text = (tmp_path / "out" / "steerjax.json").read_text()
+    said = json.loads(text)["provenance"]
+    assert "/home" not in text
+    assert str(tmp_path) not in text
+    assert (said["base_model"], said["data"]) == ("old/checkpoints/4", {"rows.jsonl": "00", "hub:a/b": "11"})
+    assert said["system_prompt"] == "/no_think"
+
+
+def test_a_copied_tokenizer_config_names_no_code(tmp_path):
+    """transformers would ask to run it, and it is not beside the weights."""
+    folder = write_folder(tmp_path / "source", TINY, random_tensors(TINY))
+    config = {"model_max_length": 99, "auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    export(str(folder), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"model_max_length": 99}

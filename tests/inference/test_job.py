@@ -11,8 +11,9 @@ import textwrap
 
 import pytest
 
-from steerjax.errors import DataError
-from steerjax.inference.job import carried, resumable
+from steerjax.data.loading import Skipped
+from steerjax.errors import DataError, LockedError, WriteError
+from steerjax.inference.job import beside, carried, resumable
 from tests.refusals import refused
 
 pytestmark = pytest.mark.short
@@ -55,9 +56,37 @@ def test_rows_in_order_and_nothing_called_output_before_the_end(tmp_path):
 def test_goes_on_after_a_last_line_that_is_not_whole(tmp_path, cut):
     path, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     assert run(path, until=12) == 0
+    if cut:  # as an older steerjax left it, which recorded no checksums
+        settings = path.with_name("out.jsonl.settings.json")
+        settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "written"}))
     data = partial.read_bytes()
     partial.write_bytes(data[: len(data) - cut] if cut else data + b'{"id": 12, "te')
     assert run(path) == (12 if cut == 0 else data[: len(data) - cut].count(b"\n"))
+    assert read(path) == ROWS
+
+
+@pytest.mark.parametrize("until", [12, 30])
+def test_an_output_that_was_changed_is_refused(tmp_path, until):
+    """A flipped bit, a line that was removed, doubled or added: of rows and of what was left out."""
+    path = tmp_path / "out.jsonl"
+    with contextlib.suppress(Stopped), resumable(path, SETTINGS) as output:
+        output.skip([Skipped("in.jsonl", line, "why") for line in range(5)])
+        output.add(0, ROWS[:until])
+        if until < 30:
+            raise Stopped
+    files = [path if until == 30 else beside(path, "partial"), beside(path, "skipped.jsonl")]
+    for file in files:
+        whole = file.read_bytes()
+        lines = whole.splitlines(keepends=True)
+        flipped = bytearray(whole)
+        flipped[len(whole) // 2] ^= 1
+        changed = [bytes(flipped), b"".join(lines[:3] + lines[4:]), b"".join([lines[1], *lines]), b"".join(lines[:-1])]
+        for content in changed:
+            file.write_bytes(content)
+            with refused(DataError, file.name, "checksum", cure="remove"):
+                run(path)
+        file.write_bytes(whole)
+    assert run(path) == until
     assert read(path) == ROWS
 
 
@@ -107,14 +136,14 @@ def test_settings_alone_are_no_output(tmp_path):
 def test_refusals(tmp_path):
     path = tmp_path / "out.jsonl"
     with resumable(path, SETTINGS) as output:
-        with refused(DataError, str(path), "process", cure="another output"):
+        with refused(LockedError, str(path), f"process {os.getpid()} on", cure="another place"):
             run(path)
         with pytest.raises(ValueError):
             output.add(0, [{"score": float("nan")}])
     with refused(DataError, str(path) + ".gz", cure=".jsonl"):
         run(tmp_path / "out.jsonl.gz")
     (tmp_path / "file").write_text("")
-    with refused(DataError, str(tmp_path / "file" / "out.jsonl")):
+    with refused(WriteError, str(tmp_path / "file" / "out.jsonl"), cure="move the file away"):
         run(tmp_path / "file" / "out.jsonl")
 
 

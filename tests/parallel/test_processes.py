@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -316,3 +317,65 @@ def test_a_failed_look_at_the_store_ends_nothing(monkeypatch, failures, said):
     one._watch_others()
     assert left == [1]
     assert said in output[0]
+
+
+class SilentStore(FailingStore):
+    """Answers twice, then no more, as a process 0 that was stopped."""
+
+    def key_value_dir_get(self, folder):
+        self.failures -= 1
+        if self.failures < 0:
+            time.sleep(60)
+        return []
+
+
+def test_a_process_0_that_answers_nothing_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "BEAT", 0.01)
+    monkeypatch.setattr(processes, "LOST", 0.1)
+    output, left = [], []
+    monkeypatch.setattr(processes, "_say", output.append)
+    monkeypatch.setattr(processes.os, "_exit", left.append)
+    one = Processes(State())
+    one.index, one.count, one._client = 1, 2, SilentStore(2)
+    threading.Thread(target=one._watch_others, daemon=True).start()
+    one._watch_first()
+    assert left == [1]
+    assert one._answers == 2
+    assert "process 0 did not answer" in output[0]
+
+
+class Signs(FailingStore):
+    """A store that has these signs of life, and what is told."""
+
+    def __init__(self, *signs):
+        self.signs, self.told = signs, []
+
+    def key_value_set(self, key, value, **_):
+        self.told.append(value)
+
+    def key_value_dir_get(self, folder):
+        return [(f"{folder}{i}", sign) for i, sign in enumerate(self.signs)]
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (("9/6/step 6", "9/5/step 5", "9/6/step 6"), r"process 1 of 3 \(last at 'step 5'\) did not get on"),
+        (("9/6/step 6", "8/5/step 5", "9/6/step 6"), r"process 1 of 3 \(last at 'step 5'\) gave no sign of life"),
+        (("9/6/step 6", "9/6/step 6", "9/6/step 6"), ""),  # all are busy with the same
+        (("9/6/step 6", "9/5/step 5", "9/7/step 7"), ""),  # one gets on
+    ],
+)
+def test_one_that_stays_behind_is_named(monkeypatch, second, said):
+    """Of three, seen twice within a hundred seconds; the limit of a wait is fifty."""
+    clock = iter((0.0, 100.0))
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(clock))
+    one, seen = Processes(State(), 50), {}
+    one.count, one._client = 3, Signs("8/6/step 6", "8/5/step 5", "8/6/step 6")
+    if not said and second[1].endswith("6"):
+        one._client.signs = ("8/6/step 6",) * 3
+    one._find_lost(seen)
+    one._client.signs = second
+    one._find_lost(seen)
+    assert len(one._client.told) == bool(said)
+    assert re.search(said, "".join(one._client.told))

@@ -205,9 +205,25 @@ def test_report_of_an_empty_split(tmp_path):
     assert (tmp_path / "predictions.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"garbage", b"", b"[]", b"3", b"null", b"\0\0\0", b'{"step": 2}', b'{"split": "train"}', b"\xff\xfe",
+        b'{"step": "2", "split": "train"}', b'{"step": 2, "split": "train", "loss": "low"}',
+        b'{"step": 2, "split": "train", "loss": NaN}', b'{"step": 2, "split": "train", "loss": 1' + b"0" * 400 + b"}",
+        b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_line_of_metrics_that_is_no_record_is_left_out(tmp_path, line):
+    sound = b'{"step": 1, "split": "train", "loss": null}'
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([sound, line, sound, b""]))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(sound)] * 2
+
+
 def test_losses(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    lines = ['{"step": 1, "split": "train"}', '{"step": 2, "split": "train"}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"st']))
+    assert read_metrics(tmp_path / "metrics.jsonl") == [json.loads(line) for line in lines]
     assert read_metrics(tmp_path / "missing.jsonl") == []
     write_json(tmp_path / "metrics.json", {"a": [float("nan"), 1.5, float("inf")]})
     assert json.loads((tmp_path / "metrics.json").read_text()) == {"a": [None, 1.5, None]}

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,12 +19,15 @@ from steerjax.bundle import open_bundle
 from steerjax.bundle.describe import read_provenance
 from steerjax.bundle.store import CheckpointStore
 from steerjax.config import default_config, resolve
-from steerjax.errors import CheckpointError, ConfigError, TrainingError
+from steerjax.errors import CheckpointError, ConfigError, LockedError, TrainingError
+from steerjax.models.config import ModelConfig
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.report.records import read_metrics
 from steerjax.training import train as training
 from steerjax.training.workdir import claim_workdir, only_run
+from tests.faults.damage import damage
 from tests.refusals import refused, says
+from tests.reward_models import reward_folder
 
 TIMES = (
     "examples_per_second", "tokens_per_second", "unshared_tokens_per_second", "model_tflops_per_second_per_device",
@@ -262,8 +267,8 @@ def test_first_predictions_lie_near_the_mean(recipe, tmp_path):
 
 def test_gradients_that_stay_infinite_stop_the_run(recipe, tmp_path):
     e = experiment(recipe)
-    bad = dataclasses.replace(e, optimizer=dataclasses.replace(e.optimizer, learning_rate=1e30, clip_norm=0.0,
-                                                               warmup_steps=0, max_bad_steps=3))  # fmt: skip
+    heavy = {"regression": dataclasses.replace(e.objective["regression"], weight=1e30)}
+    bad = dataclasses.replace(e, objective=heavy, optimizer=dataclasses.replace(e.optimizer, max_bad_steps=3))
     with refused(TrainingError, "3 steps", cure="config.optimizer.learning_rate"):
         training.train(bad, tmp_path)
 
@@ -349,6 +354,87 @@ def test_a_resume_on_other_data_is_refused_or_recorded(recipe, tmp_path):
     assert "rows.jsonl" in accepted
 
 
+def inverted(rows):
+    """The same rows with the ratings turned around."""
+    return [{k: 4 - v if isinstance(v, int) else v for k, v in row.items()} for row in rows]
+
+
+def test_a_resume_on_other_inputs_is_refused(recipe, tmp_path):
+    """Inverted ratings; a recipe, or a config.json of the workdir, with another key; a validation file; all refused."""
+    path, run = edited(recipe, tmp_path, lambda rows: rows), tmp_path / "run"
+    rows = (tmp_path / "rows.jsonl").read_text()
+    (tmp_path / "held_out.jsonl").write_text(rows)
+
+    def go(steps, **changes):
+        e = experiment(path, steps=steps)
+        data = dataclasses.replace(e.data, validation=(str(tmp_path / "held_out.jsonl"),))
+        training.train(dataclasses.replace(e, data=data, **changes), run)
+
+    go(4)
+    for name in ("rows.jsonl", "held_out.jsonl"):
+        changed = inverted(map(json.loads, rows.splitlines()))
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with refused(CheckpointError, name, cure="--config.train.accept_changes=True"):
+            go(6)
+        (tmp_path / name).write_text(rows)
+    e = experiment(path, steps=6)
+    faster = dataclasses.replace(e.optimizer, learning_rate=1.0)
+    with refused(CheckpointError, "config.optimizer.learning_rate", cure="--workdir"):
+        go(6, optimizer=faster)
+    said = json.loads((run / "config.json").read_text())
+    said["optimizer"]["learning_rate"] = 1.0
+    (run / "config.json").write_text(json.dumps(said))  # as the other recipe would have it
+    with refused(CheckpointError, "config.optimizer.learning_rate", cure="--workdir"):
+        go(6, optimizer=faster)
+    (run / "config.json").unlink()
+    with refused(CheckpointError, "config.optimizer.learning_rate", cure="--workdir"):
+        go(6, optimizer=faster)
+    go(6)
+
+
+def test_a_resume_on_another_source_model_is_refused_or_recorded(recipe, tmp_path):
+    model, run = reward_folder(tmp_path / "model"), tmp_path / "run"
+    (model / "steerjax.json").write_text('{"kind": "reward", "template": "extra_id"}')
+
+    def go(steps, **train):
+        e = experiment(recipe, steps=steps, **train)
+        training.train(dataclasses.replace(e, model=ModelConfig(source=str(model))), run)
+
+    go(4)
+    file = model / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1  # of the last tensor, far from the blocks that were sampled
+    file.write_bytes(content)
+    with refused(CheckpointError, "source model", str(model), cure="--config.train.accept_changes=True"):
+        go(5)
+    go(5, accept_changes=True)
+    (accepted,) = read_provenance(run / "checkpoints" / "5").accepted
+    assert "source model" in accepted
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_one_without_damage(recipe, tmp_path, capfd):
+    """Bit for bit, from the checkpoint before."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    training.train(experiment(recipe, steps=12), whole)
+    shutil.copytree(whole, run)
+    damage(max((run / "checkpoints" / "12" / "training").rglob("d/*"), key=lambda p: p.stat().st_size), "flip", 0)
+    (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes() + b"garbage\n[]\n\0\0{}\n\xff\n{}\n")
+    training.train(experiment(recipe, steps=12), run)
+    said = capfd.readouterr()
+    assert "12' is damaged: training/" in said.err
+    assert "resumed at step 8" in said.out
+    assert sorted(p.name for p in (run / "checkpoints").iterdir() if p.is_dir()) == ["12", "12.damaged", "8"]
+    mine, theirs = (flat(parameters(each)) for each in (run, whole))
+    for name in mine.keys() | theirs.keys():
+        np.testing.assert_array_equal(mine[name], theirs[name], err_msg=name)
+    assert len(list(run.glob("metrics.*.jsonl"))) == 1  # with the lines that are no records
+    assert records(run) == records(whole)
+
+
+def flat(tree) -> dict:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def test_records_of_a_run_without_a_checkpoint_are_kept_aside(recipe, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss": 7.0}\n')
     training.train(experiment(recipe, steps=3, checkpoint_every=0), tmp_path)
@@ -366,7 +452,7 @@ def test_a_validation_file_that_shares_prompts_is_used_and_said(recipe, tmp_path
 
 def test_two_runs_in_one_folder_are_refused(recipe, tmp_path):
     """The second would find no checkpoint yet and begin anew."""
-    with only_run(tmp_path, active=True), refused(CheckpointError, str(tmp_path), cure="--workdir"):
+    with only_run(tmp_path, active=True), refused(LockedError, str(tmp_path), f"process {os.getpid()}", cure="wait"):
         training.train(experiment(recipe, steps=3), tmp_path)
     training.train(experiment(recipe, steps=3), tmp_path)
 

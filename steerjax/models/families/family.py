@@ -2,15 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic.dataclasses
-from pydantic import Field
 
-from steerjax.typed import STRICT
-
-Positive = Annotated[int, Field(ge=1)]
-Number = Annotated[int, Field(ge=1, le=10_000)]  # of what is made one by one
+from steerjax.typed import STRICT, Number, Positive, Size
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -20,13 +16,13 @@ class Keys:
     null is what follows from the others. Each is a field of `LlamaConfig` (hf/config_json.py has the names).
     """
 
-    vocab_size: Positive
-    hidden_size: Positive
-    intermediate_size: Positive
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
     num_hidden_layers: Number
     num_attention_heads: Number
     num_key_value_heads: Number | None = None
-    head_dim: Positive | None = None
+    head_dim: Size | None = None
     max_position_embeddings: Positive = 2048
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False

@@ -4,8 +4,8 @@ from typing import Literal
 
 import pydantic.dataclasses
 
-from steerjax.models.families.family import Family, Keys, Number, Positive
-from steerjax.typed import STRICT
+from steerjax.models.families.family import Family, Keys
+from steerjax.typed import STRICT, Number, Positive
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)

@@ -4,8 +4,8 @@ from typing import Literal
 
 import pydantic.dataclasses
 
-from steerjax.models.families.family import Family, Keys, Number, Positive
-from steerjax.typed import STRICT
+from steerjax.models.families.family import Family, Keys
+from steerjax.typed import STRICT, Number, Positive
 
 # Of a model whose layers all see everything, as those up to Qwen3-32B do.
 NO_WINDOW = {"use_sliding_window": (False,)}

@@ -4,15 +4,15 @@ from typing import Literal
 
 import pydantic.dataclasses
 
-from steerjax.models.families.family import Family, Keys, Number, Positive
+from steerjax.models.families.family import Family, Keys
 from steerjax.models.families.qwen2 import NO_WINDOW, WINDOW_KEYS
-from steerjax.typed import STRICT
+from steerjax.typed import STRICT, Number, Positive, Size
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class Qwen3Keys(Keys):
     num_key_value_heads: Number | None = 32
-    head_dim: Positive | None = 128
+    head_dim: Size | None = 128
     max_position_embeddings: Positive = 32768
     mlp_bias: Literal[False] = False
 

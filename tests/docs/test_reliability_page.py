@@ -1,0 +1,17 @@
+"""docs/reliability.md gives the counts that the suite measured, and names tests that are there."""
+
+from tests.faults.table import BEGIN, END, PAGE, PROMISES, REPOSITORY, read, table_text
+
+
+def test_the_page_has_the_counts_of_the_results():
+    assert PAGE.read_text().partition(BEGIN)[2].partition(END)[0] == table_text(), "python -m tests.faults.table"
+
+
+def test_every_promise_has_a_test_that_counts_its_doors():
+    for promise, test, doors in PROMISES:
+        text = (REPOSITORY / "tests" / "faults" / test).read_text()
+        assert all(f'"{door}"' in text for door in doors), promise
+
+
+def test_nothing_that_was_tried_failed():
+    assert [row for row in read() if row[3]] == []
