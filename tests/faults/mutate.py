@@ -31,7 +31,7 @@ def mutated_json(value: Any, random: Random, changes: int = 2) -> Any:
         parent, key = random.choice(places)
         kind = random.randrange(8)
         if kind < 3:
-            parent[key] = random.choice(VALUES)
+            parent[key] = copy.deepcopy(random.choice(VALUES))
         elif kind == 3 and parent is not holder:
             del parent[key]
         elif kind == 4 and isinstance(parent, dict):

@@ -153,7 +153,7 @@ def test_an_interrupt_ends_it_at_once(tmp_path, number):
         started = time.monotonic()
         process.send_signal(number)
         said = process.communicate(timeout=10)[1].decode()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 8  # of the 600 that it would wait
     assert process.returncode != 0
     assert "Traceback" not in said
 
