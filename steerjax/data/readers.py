@@ -145,16 +145,15 @@ class _Unpacked(gzip.GzipFile):
     """Gzip's, which ends where a small file would fill the memory."""
 
     def read(self, size: int | None = -1) -> bytes:
-        return self._checked(super().read(self._most() if size is None or size < 0 else size))
+        if size is not None and size >= 0:
+            return self._checked(super().read(size))
+        return b"".join(iter(lambda: self.read(1 << 20), b""))
 
     def readline(self, size: int | None = -1) -> bytes:
         return self._checked(super().readline(size))
 
-    def _most(self) -> int:
-        return (64 << 20) + _SWELLS * os.fstat(self.fileno()).st_size
-
     def _checked(self, data: bytes) -> bytes:
-        if self.tell() >= self._most():
+        if self.tell() > (16 << 20) + _SWELLS * os.fstat(self.fileno()).st_size:
             cure = "look at what gunzip makes of it, and name that file"
             raise DataError(f"unpacks to more than {_SWELLS} times its size", cure=cure)
         return data
