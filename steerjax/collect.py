@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerjax.command import resumable_command
+from steerjax.command import KEY, resumable_command
 from steerjax.errors import ConfigError
 from steerjax.locks import only_writer
 from steerjax.schema import SCHEMAS, Schema, make_schema
@@ -29,7 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = commands.add_parser("tasks", help="answers -> a Label Studio project").add_argument
     add("--input", metavar="FILE", help="prompts, which models answer: a file, hub:... or embedded:...")
     add("--model", action="append", default=[], metavar="DIR", help="one that answers; repeatable")
-    add("--server", action="append", default=[], metavar="URL", help="the same; repeatable")
+    add("--server", action="append", default=[], metavar="URL", help=f"the same; repeatable; {KEY}")
     add("--samples", type=int, default=1, metavar="N", help="answers of each to a prompt; default 1")
     add("--answers", action="append", default=[], metavar="FILE", help="answers that are there already; repeatable")
     add("--schema", choices=SCHEMAS, help="what is rated; default: what the first model says, else helpsteer")

@@ -10,6 +10,8 @@ from steerjax.signals import INTERRUPTED, raises_interrupt
 
 MODEL = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id"
 
+KEY = "the key in OPENAI_API_KEY is sent there, if there is one, and not to where it redirects"
+
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument

@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steerjax.command import MODEL, add_model_options, add_row_options, resumable_command, verified
+from steerjax.command import KEY, MODEL, add_model_options, add_row_options, resumable_command, verified
 from steerjax.errors import ConfigError
 from steerjax.schema import SCHEMAS
 
@@ -51,7 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--quality", metavar="NAME", help="what is best there; default quality, helpfulness or the first attribute")
     add("--replace-answer", action="store_true", help="drop answers that rows end with; each prompt is answered once")
     add("--schema", choices=SCHEMAS, help="attributes of a model that does not name them")
-    add("--server", metavar="URL", help="e.g. http://localhost:8000; --model is then the folder it serves")
+    add("--server", metavar="URL", help=f"e.g. http://localhost:8000, and --model the folder it serves; {KEY}")
     add("--server-model", metavar="NAME", help="which of the server's models; default: the only one")
     add_row_options(parser)
     add_model_options(parser)

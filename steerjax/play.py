@@ -11,7 +11,7 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 
-from steerjax.command import MODEL, add_model_options
+from steerjax.command import KEY, MODEL, add_model_options
 from steerjax.errors import ConfigError, ModelError, reported_errors
 from steerjax.schema import SCHEMAS
 from steerjax.signals import raises_interrupt
@@ -24,7 +24,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", metavar="DIR", help=MODEL)
     add("--reward-model", metavar="DIR", help="rates the answers")
-    add("--server", metavar="URL", help="e.g. http://localhost:8000; --model is then the folder it serves")
+    add("--server", metavar="URL", help=f"e.g. http://localhost:8000, and --model the folder it serves; {KEY}")
     add("--server-model", metavar="NAME", help="which of the server's models; default: the only one")
     add("--schema", choices=SCHEMAS, help="attributes of a model that does not name them")
     add("--host", default="127.0.0.1", help="0.0.0.0 opens the page to the network; there is no password")

@@ -7,13 +7,14 @@ tokens but where a tokenizer joins characters across a boundary: white space bef
 ordinary text to it.
 
 A person's or a model's text never becomes a control token, whatever it spells: where the tokenizer can be told, its
-tokens are those of ordinary text (`HIDE`); where not, U+2060 breaks the control string.
+tokens are those of ordinary text (`HIDE`); where not, U+2060 breaks the control string, or where the tokenizer drops
+that, another mark.
 """
 
 from __future__ import annotations
 
 import os
-from bisect import bisect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -32,6 +33,7 @@ from steerjax.typed import STRICT, Name
 
 Label = Mapping[str, float]
 
+_MARKS = (WORD_JOINER, " ", "_", "")  # in turn, as a tokenizer may drop one; the last replaces the string
 _RECENT = 256  # texts whose tokens are kept: the rows of a prompt mostly stand together
 
 
@@ -222,33 +224,66 @@ class Renderer:
         except UnicodeEncodeError as error:
             message, cure = f"not a text: a lone surrogate at character {error.start}", "repair the file's encoding"
             raise DataError(message, field=field, cure=cure) from None
-        return self._as_text(self.template.stripped(text, role))
+        try:
+            return self._as_text(self.template.stripped(text, role))
+        except DataError as error:
+            raise error.but(field=field) from None
 
     @cached_property
     def _as_text(self) -> Callable[[str], str]:
         return lru_cache(_RECENT)(self._hidden)
 
     def _hidden(self, text: str) -> str:
-        """`text` with `HIDE` or U+2060 inside whatever would become a control token or spell one."""
+        """`text` with `HIDE` or a mark inside whatever would become a control token or spell one: in time that grows
+        as its length.
+
+        The tokens decide, as no search of a text finds what a tokenizer makes of it. Where a hidden text is one
+        still, what its tokens spell is written in its place, where a search finds all.
+        """
         spelt, told = any_of(self._controls), self.tokenizer.told
-        if not spelt.search(text) and not spelt.search(self.tokenizer.normalized(text)):
+        if self.tokenizer.transparent and not spelt.search(text) and not spelt.search(self.tokenizer.normalized(text)):
             return text
         text = spelt.sub(lambda found: broken(found[0], HIDE if found[0] in told else WORD_JOINER), text)
-        settled = ""
-        # What the tokenizer's normalisation makes of a text no search of it finds: the tokens decide.
-        while self._is_control(text):
-            end = bisect(range(1, len(text)), False, key=lambda n: self._is_control(text[:n])) + 1
-            head, last = text[: end - 1], text[end - 1]
-            mark = next((mark for mark in (WORD_JOINER, " ") if not self._is_control(head + mark + last)), None)
-            settled += head + (mark or "\ufffd")
-            text = text[end - 1 :] if mark else text[end:]
-        return settled + text
+        for mark in _MARKS:
+            said = self._control_said(text)
+            if said is None:
+                return text
+            text = self._watched.sub(lambda found, mark=mark: broken(found[0], mark), said)
+        if self._control_said(text) is None:
+            return text
+        cure = "remove the row, or use a tokenizer that does not make control tokens of other text"
+        raise DataError("holds a control string that no mark breaks", cure=cure)
 
-    def _is_control(self, text: str) -> bool:
-        """Whether the tokens of a text are or spell a control string that the tokenizer cannot be told of."""
-        untold = self._controls - self.tokenizer.told
-        ids = self.tokenizer.encode(text, continuation=True, controls=self.template.control_strings)
-        return bool(untold and any_of(untold).search(self.tokenizer.decode(ids, continuation=True)))
+    def _control_said(self, text: str) -> str | None:
+        """What the tokens of a text spell, if they are or spell a control string; else None."""
+        ids = self._text_ids(text)
+        said = self.tokenizer.decode(ids, continuation=True)
+        if self._control_ids.isdisjoint(ids) and not (self._untold and self._untold.search(said)):
+            return None
+        return said.replace(self.tokenizer.unknown, "\ufffd") if self.tokenizer.unknown else said
+
+    def _text_ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, continuation=True, controls=self.template.control_strings)
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(map(self.tokenizer.token_id, self._controls - {self.tokenizer.unknown})) - {None}
+
+    @cached_property
+    def _untold(self) -> re.Pattern[str] | None:
+        """What the tokens of control strings spell that the tokenizer cannot be told of."""
+        untold = self._controls - self.tokenizer.told - {self.tokenizer.unknown}
+        return any_of(untold | self._spelt(untold)) if untold else None
+
+    @cached_property
+    def _watched(self) -> re.Pattern[str]:
+        watched = self._controls - {self.tokenizer.unknown}
+        return any_of(watched | self._spelt(watched))
+
+    def _spelt(self, strings: frozenset[str]) -> frozenset[str]:
+        """As their tokens spell them, e.g. with spaces between."""
+        said = (self.tokenizer.decode(self._text_ids(broken(s, HIDE)), continuation=True).strip() for s in strings)
+        return frozenset(said) - {"", self.tokenizer.unknown}
 
     @cached_property
     def _controls(self) -> frozenset[str]:

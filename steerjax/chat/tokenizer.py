@@ -40,8 +40,8 @@ def any_of(strings: frozenset[str]) -> re.Pattern[str]:
 
 
 def broken(string: str, mark: str = WORD_JOINER) -> str:
-    """`string` as a text may contain it: with `mark` after its first character."""
-    return string[0] + mark + string[1:] if len(string) > 1 else "\ufffd"
+    """`string` as a text may contain it: with `mark` after its first character, or where there is no room, U+FFFD."""
+    return string[0] + mark + string[1:] if mark and len(string) > 1 else "\ufffd"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -118,6 +118,43 @@ class Tokenizer:
         for kind, string, to in self._plain_normalizer:
             text = text.replace(string, to) if kind == "Replace" else text and to + text
         return text
+
+    @cached_property
+    def unknown(self) -> str | None:
+        """What decodes a character that has no token."""
+        model = self._state["model"]
+        return model["vocab"][model["unk_id"]][0] if model.get("unk_id") is not None else model.get("unk_token")
+
+    @cached_property
+    def _state(self) -> dict[str, Any]:
+        """What tokenizer.json would hold."""
+        return json.loads(self.backend.to_str())
+
+    @cached_property
+    def transparent(self) -> bool:
+        """Whether the tokens of a text surely spell its normalised form, and are control tokens only where that has a
+        control string: byte-level BPE, and SentencePiece's as `convert` writes it. Other tokenizers drop characters,
+        spell bytes, or compare tokens as they are normalised.
+        """
+        state = self._state
+        model, before, after = state["model"], state["pre_tokenizer"], state["decoder"]
+        steps = before.get("pretokenizers", [before]) if before else []
+        if model["type"] != "BPE" or self._plain_normalizer is None or any(
+            model.get(key) for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        ) or any(step.get("behavior") == "Removed" for step in steps):  # fmt: skip
+            return False
+        kinds = {step["type"] for step in steps}
+        if kinds and kinds <= {"ByteLevel", "Split", "Digits"} and "ByteLevel" in kinds:
+            return bool(after) and after["type"] == "ByteLevel" and self._has_all_bytes
+        spelt = any(re.fullmatch("<0x..>", "".join(pair)) for pair in model["merges"])  # a byte, by text
+        return kinds <= {"Metaspace"} and bool(model.get("unk_token")) and not (spelt or model.get("ignore_merges"))
+
+    @cached_property
+    def _has_all_bytes(self) -> bool:
+        """A byte that has no token is dropped."""
+        from tokenizers import pre_tokenizers
+
+        return self._state["model"]["vocab"].keys() >= set(pre_tokenizers.ByteLevel.alphabet())
 
     @cached_property
     def _plain_normalizer(self) -> list[tuple[str, str, str]] | None:

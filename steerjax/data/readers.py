@@ -7,6 +7,7 @@ import functools
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -25,7 +26,9 @@ Rows = Iterator[tuple[int, Row | DataError]]
 
 EMBEDDED = ("helpsteer", "helpsteer2")
 _SAMPLES = Path(__file__).with_name("samples")
-_SEPARATOR = re.compile(r"sep=(.)\r?\n")
+_SEPARATOR = re.compile(r'sep=([^"\r\n])\r?\n')
+_LONGEST = 16 << 20  # bytes of a line: millions of tokens, and as objects they may take twenty times as much
+_SWELLS = 100  # times that a packed file may grow; text grows tenfold
 _TEXT_COLUMNS = ("id", "prompt", "response", "system", "instruction", "input", "output")
 
 
@@ -89,8 +92,12 @@ def source_path(source: str) -> Path | None:
             return _SAMPLES / f"{name}.jsonl.gz"
         raise DataError(f"no embedded sample '{name}'", file=source, cure=f"use one of: {', '.join(EMBEDDED)}")
     path = Path(source)
-    if not path.is_file():
-        what = "this is a folder" if path.is_dir() else "no such file"
+    try:
+        found = path.is_file()
+    except ValueError as error:  # a NUL in the name
+        raise DataError(f"no such file: {error}", file=repr(source), cure="name a file") from None
+    if not found:
+        what = "this is a folder" if path.is_dir() else "this is no plain file" if path.exists() else "no such file"
         raise DataError(what, file=source, cure="name a file, embedded:NAME, or hub:ID for a dataset of the hub")
     return path
 
@@ -121,7 +128,7 @@ def _file_rows(path: Path, extension: str, source: str) -> Rows:
     try:
         with path.open("rb") as file:
             if file.peek(2)[:2] == b"\x1f\x8b":  # gzip's, whatever the name says
-                file = gzip.GzipFile(fileobj=file)
+                file = _Unpacked(fileobj=file)
             if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # Excel's "Unicode text"
                 file = io.BufferedReader(io.BytesIO(file.read().decode("utf-16").encode("utf-8")))
             for line, row in _FILE_READERS[extension](file):
@@ -132,6 +139,24 @@ def _file_rows(path: Path, extension: str, source: str) -> Rows:
         raise error.at(source, error.line) from error
     except (OSError, EOFError, zlib.error, UnicodeError) as error:
         raise DataError(f"cannot read: {error}", file=source, cure="copy or download the file again") from error
+
+
+class _Unpacked(gzip.GzipFile):
+    """Gzip's, which ends where a small file would fill the memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size >= 0:
+            return self._checked(super().read(size))
+        return b"".join(iter(lambda: self.read(1 << 20), b""))
+
+    def readline(self, size: int | None = -1) -> bytes:
+        return self._checked(super().readline(size))
+
+    def _checked(self, data: bytes) -> bytes:
+        if self.tell() > (16 << 20) + _SWELLS * os.fstat(self.fileno()).st_size:
+            cure = "look at what gunzip makes of it, and name that file"
+            raise DataError(f"unpacks to more than {_SWELLS} times its size", cure=cure)
+        return data
 
 
 def _decode(raw: bytes) -> str:
@@ -169,8 +194,13 @@ def _json_rows(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     if file.peek(16).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
         yield from enumerate(_parse(file.read()), start=1)
         return
-    for line, raw in enumerate(file, start=1):
-        if raw.strip():
+    for line, raw in enumerate(iter(functools.partial(file.readline, _LONGEST + 1), b""), start=1):
+        if len(raw) > _LONGEST:
+            while raw and not raw.endswith(b"\n"):
+                raw = file.readline(_LONGEST)
+            what = f"a line of more than {_LONGEST >> 20} MiB"
+            yield line, DataError(what, cure="break the line where a row ends, or remove the row")
+        elif raw.strip():
             try:
                 yield line, _parse(raw)
             except DataError as error:
@@ -222,12 +252,22 @@ def _table_rows(file: IO[bytes]) -> Rows:
     raw = file.read()
     try:
         if raw.startswith(b"PAR1"):
-            table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw)).read()
+            table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(raw))
+            names, batches = table.schema_arrow.names, table.iter_batches(1024)
+        elif raw.startswith(b"ARROW1"):
+            table = pyarrow.ipc.open_file(raw)
+            names, batches = table.schema.names, map(table.get_batch, range(table.num_record_batches))
         else:
-            table = (pyarrow.ipc.open_file if raw.startswith(b"ARROW1") else pyarrow.ipc.open_stream)(raw).read_all()
-        _object((name, None) for name in table.column_names)
-        batches = table.to_batches(max_chunksize=1024)
-        yield from enumerate((_plain(row) for batch in batches for row in batch.to_pylist()), start=1)
+            batches = pyarrow.ipc.open_stream(raw)
+            names = batches.schema.names
+        _object((name, None) for name in names)
+
+        def sliced():
+            for batch in batches:
+                batch.validate(full=True)  # a damaged offset ends the process elsewhere
+                yield from (batch.slice(start, 1024) for start in range(0, batch.num_rows, 1024))
+
+        yield from enumerate((_plain(row) for part in sliced() for row in part.to_pylist()), start=1)
     except (pyarrow.ArrowException, UnicodeDecodeError, OverflowError) as error:  # the last: a date past year 9999
         raise DataError(f"broken table: {error}", cure="write the file again, e.g. with pyarrow") from error
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steerjax.command import MODEL, add_model_options
+from steerjax.command import KEY, MODEL, add_model_options
 from steerjax.errors import ConfigError, ModelError
 from steerjax.evaluation.mt_bench_answers import ANSWERS, Answers, Question, answered, read_answers, read_questions
 from steerjax.evaluation.mt_bench_judge import (
@@ -58,7 +58,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--questions", required=True, metavar="FILE", help="FastChat's question.jsonl, or rows like its")
     add("--references", metavar="FILE", help="answers to judge math, reasoning and coding by: FastChat's gpt-4.jsonl")
     add("--model", metavar="DIR", help=MODEL)
-    add("--server", metavar="URL", help="answers, e.g. http://localhost:8000; --model then says what its model knows")
+    add(
+        "--server",
+        metavar="URL",
+        help=f"answers, e.g. http://localhost:8000; --model then says what its model knows; {KEY}",
+    )
     add("--server-model", metavar="NAME", help="default: the one model that it serves")
     add("--attributes", default="", metavar="NAME=N,...", help="asked for in both turns; as steerjax generate takes it")
     add("--schema", choices=SCHEMAS, help="of a model that does not name it")
@@ -69,7 +73,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, default=1024, metavar="N", help="an answer is cut there; default 1024, FastChat's"
     )
     add("--batch-size", type=int, default=8, metavar="N", help="answers at a time, or requests; default 8")
-    add("--judge", required=True, metavar="URL_OR_DIR", help="an OpenAI-compatible server, or a reward model's folder")
+    add(
+        "--judge",
+        required=True,
+        metavar="URL_OR_DIR",
+        help=f"an OpenAI-compatible server ({KEY}), or a reward model's folder",
+    )
     add("--judge-model", metavar="NAME", help="default: the one model that the server has")
     add("--judge-workers", type=int, default=8, metavar="N", help="calls at a time; default 8")
     add("--judge-timeout", type=float, default=600, metavar="SECONDS", help="of one try of eight; default 600")

@@ -11,10 +11,10 @@ import functools
 import json
 import math
 import re
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,36 +132,30 @@ class LanguageJudge:
         sampling = Sampling(max_new_tokens=max_tokens)
         self._server = Server(url, model, Schema(()), sampling, workers=workers, timeout=timeout)
         self.name, self._workers, self._max_tokens = self._server.model, workers, max_tokens
-        self._lock = threading.Lock()
 
     def judged(self, calls: Sequence[Call]) -> Iterator[tuple[Call, dict | ModelError]]:
         """Judgments as they come, or why there is none. Ends early where the server seems to be gone."""
-        self._failures, self._gone, pool = 0, False, ThreadPoolExecutor(self._workers)
-        running = {pool.submit(self._judged, call): call for call in calls}
+        left, running, failures = deque(calls), {}, 0
         try:
-            for future in as_completed(running):  # also what is on its way when the server goes
-                if (found := future.result()) is not None:
-                    yield running[future], found
+            while True:
+                while left and len(running) < self._workers and failures < _GIVE_UP:
+                    call = left.popleft()
+                    asked = Conversation((Turn("user", call.user),), call.system)
+                    running[self._server.submit(self._server.prepare(asked, [{}], 1))] = call
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    call, error = running.pop(future), future.exception()
+                    if error:
+                        failures += not isinstance(error, RefusedRequest)
+                        yield call, error
+                        continue
+                    failures, (answer,) = 0, future.result()
+                    said = {"judgment": answer.text, "score": parse_rating(answer.text), "finish": answer.finish}
+                    yield call, said | {"max_tokens": self._max_tokens}
         finally:
-            self._gone = True
-            pool.shutdown(wait=False, cancel_futures=True)
-
-    def _judged(self, call: Call) -> dict | ModelError | None:
-        """None: the server seems to be gone, and is not asked."""
-        if self._gone:
-            return None
-        try:
-            asked = Conversation((Turn("user", call.user),), call.system)
-            (answer,) = self._server.answers(self._server.prepare(asked, [{}], 1))
-        except ModelError as error:
-            with self._lock:
-                self._failures += not isinstance(error, RefusedRequest)
-                self._gone |= self._failures >= _GIVE_UP
-            return error
-        with self._lock:
-            self._failures = 0
-        said = {"judgment": answer.text, "score": parse_rating(answer.text), "finish": answer.finish}
-        return said | {"max_tokens": self._max_tokens}
+            for future in running:
+                future.cancel()
 
 
 class RewardJudge:

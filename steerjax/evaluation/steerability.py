@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from steerjax.command import MODEL, add_scoring_options
+from steerjax.command import KEY, MODEL, add_scoring_options
 from steerjax.errors import ConfigError, DataError
 from steerjax.evaluation.pages import request_words, write_pages
 from steerjax.evaluation.steering_answers import (
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input", metavar="FILE", help="what generate, or annotate after it, wrote, in place of --prompts")
     add("--model", metavar="DIR", help=f"the chat model: {MODEL}; with --input for its attributes alone")
-    add("--server", metavar="URL", help="answers in place of --model, e.g. http://localhost:8000")
+    add("--server", metavar="URL", help=f"answers in place of --model, e.g. http://localhost:8000; {KEY}")
     add("--server-model", metavar="NAME", help="default: the one model that it serves")
     add("--reward-model", metavar="DIR", help="rates the answers")
     add("--prompts", default="embedded:helpsteer2", metavar="FILE", help="held-out ones; default embedded:helpsteer2")

@@ -14,7 +14,7 @@ from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes, load_conversations
 from steerjax.data.readers import source_format
-from steerjax.errors import DataError
+from steerjax.errors import DataError, ModelError
 from steerjax.inference.answerer import open_answerer
 from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
 from steerjax.inference.steering import (
@@ -82,7 +82,14 @@ class Session:
             output.skip(skipped)
             done = output.done // each
             with tqdm(total=len(rows) * each, initial=output.done, unit="row", disable=None) as bar:
-                for row, answers in zip(rows[done:], self.backend.run([r.request for r in rows], done), strict=True):
+                answered = self.backend.run([row.request for row in rows], done)
+                for row in rows[done:]:
+                    try:
+                        answers = next(answered)
+                    except ModelError as error:
+                        kept = f"{output.done} answers are kept, and the same command goes on from there"
+                        place = f"{row.conversation.file}:{row.conversation.line}"
+                        raise ModelError(f"{kept}: {place}: {error}") from None
                     output.add(done * each, [*self._answered(row, answers)])
                     bar.update(output.done - bar.n)
                     done += 1

@@ -61,7 +61,8 @@ def test_text_is_text(tokenizers, nfkc, llama_hf, name, template, string, where)
         rendered = render.render(talked, LABELS)
         assert markers(tokenizer, template, rendered.tokens) == innocent, kind
         assert markers(tokenizer, template, render.reward_tokens(talked, 1)[0]) == rated, kind
-        assert text.strip() in rendered.text.replace(WORD_JOINER, ""), kind  # nothing else is changed
+        written = rendered.text.replace(WORD_JOINER, "")  # nothing else is changed, unless it is by the tokenizer
+        assert text.strip() in written or tokenizer.decode(tokenizer.encode(text)).strip() in written, kind
         assert render.broken(talked) == (WORD_JOINER in rendered.text), kind
         if name == "gpt2":  # this tokenizer can be told
             assert WORD_JOINER not in rendered.text, kind

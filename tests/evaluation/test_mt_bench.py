@@ -1,12 +1,12 @@
 """MT-Bench against FastChat's prompts, ratings and means; the whole command against made-up servers that fail."""
 
+import asyncio
 import contextlib
 import hashlib
 import io
 import json
 import os
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -161,7 +161,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # between two tries
+    monkeypatch.setattr("anyio.sleep", lambda _: asyncio.sleep(0))  # between two tries
     server = FakeServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server

@@ -1,8 +1,8 @@
 """The client of an OpenAI-compatible server, against a made-up one."""
 
+import asyncio
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # between two tries
+    monkeypatch.setattr("anyio.sleep", lambda _: asyncio.sleep(0))  # between two tries
     server = FakeServer()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
