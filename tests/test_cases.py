@@ -331,7 +331,7 @@ def a_broken_line_of_metrics():
     run_train("broken", **{"data.train": ("resume_before.jsonl",)})
     with Path("broken/metrics.jsonl").open("a") as file:
         file.write("{\n")
-    refused(lambda: run_train("broken", **{"data.train": ("resume_before.jsonl",)}), "metrics.jsonl:4")
+    run_train("broken", **{"data.train": ("resume_before.jsonl",)})  # its checkpoints are whole: it goes on
 
 
 def rows_that_are_all_too_long_to_evaluate():

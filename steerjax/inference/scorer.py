@@ -31,6 +31,7 @@ class Chunk:
     """Conversations made ready for the model; a turn is named by (its conversation's place in the chunk, its own)."""
 
     examples: tuple[tuple[int, int], ...]  # E turns
+    sources: tuple[tuple[str, int], ...]  # file and line of each; "" where there is none
     trees: tuple[Tree, ...]
     rows: Mapping[int, Sequence[Row]]  # by row length
     refused: Mapping[tuple[int, int], Skipped]  # turns without a prediction
@@ -108,7 +109,8 @@ class Scorer:
                 examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))
                 places.append((place, turn))
         trees = grow(examples)
-        return Chunk(tuple(places), trees, self._packed.pack(trees), refused)
+        sources = tuple((conversations[place].file, conversations[place].line) for place, _ in places)
+        return Chunk(tuple(places), sources, trees, self._packed.pack(trees), refused)
 
     def score(self, chunk: Chunk) -> np.ndarray:
         """Predicted ratings, float32 [E, A], attributes in the order of `schema`.
@@ -121,7 +123,9 @@ class Scorer:
                 predicted[example.number] = output[place, self._outputs]
         if len(bad := np.argwhere(~np.isfinite(predicted))):
             said = f"'{self.description.path}' predicts {predicted[*bad[0]]} for {self.schema.names[bad[0][1]]}"
-            raise ModelError(f"{said}, one of {len(bad)} ratings\n  cure: check the model, or use another --dtype")
+            where = "{}:{}: ".format(*source) if (source := chunk.sources[bad[0][0]])[0] else ""
+            cure = "check the model, or use another --dtype"
+            raise ModelError(f"{where}{said}, one of {len(bad)} ratings\n  cure: {cure}")
         return predicted
 
 

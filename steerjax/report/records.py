@@ -32,7 +32,7 @@ def _record(line: bytes) -> dict:
     if not (isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("split"), str)):
         raise ValueError
     for key, value in record.items():
-        if key != "split" and value is not None and (type(value) not in (int, float) or not abs(value) < 1e300):
+        if key != "split" and value is not None and (type(value) not in (int, float) or abs(value) > 1e308):
             raise ValueError
     return record
 

@@ -15,6 +15,7 @@ from steerjax.evaluation.suite import read_rows
 from steerjax.report.figures import differences, figures
 from steerjax.schema import HELPSTEER, SCALAR_WEIGHTS, Attribute, Schema
 from tests.evaluation.benchmark_rows import SUITES, made_rows
+from tests.helpers import as_killed
 from tests.hf_folders import LABELS
 from tests.refusals import refused, says
 from tests.reward_models import reward_folder, write_rows
@@ -293,9 +294,7 @@ def test_the_command_resumes_and_says_what_is_not_there(suite, models, tmp_path,
     assert (output / "sections.png").stat().st_size > 10_000
     assert (output / "matrix.png").exists() == (suite == "rm_bench")
 
-    (output / "rows.jsonl").rename(output / "rows.jsonl.partial")  # as after a kill in the third line
-    with (output / "rows.jsonl.partial").open("r+b") as file:
-        file.truncate(sum(len(line) for line in file.readlines()[:2]) + 9)
+    as_killed(output / "rows.jsonl", 2, b'{"half')
     evaluate(suite, models[0], data, output)
     assert read_rows(output) == kept
     says(refusal(suite, models[0], data, output, "--scalar", "verbosity"), "scalar", "verbosity")

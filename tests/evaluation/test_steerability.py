@@ -13,6 +13,7 @@ from steerjax.evaluate import main
 from steerjax.evaluation import steerability
 from steerjax.evaluation.text_measures import flesch_kincaid, text_measures
 from steerjax.schema import HELPSTEER
+from tests.helpers import as_killed
 from tests.hf_folders import TINY, random_tensors, write_folder
 from tests.inference.test_server import FakeServer
 from tests.refusals import says
@@ -117,10 +118,8 @@ def test_a_grid_is_answered_rated_and_resumed(chat, reward, prompts, tmp_path, m
 
     # Killed while it answered, then while it rated: the same figures, and nothing is done twice.
     kept = {name: (output / name).read_bytes() for name in ("answers.jsonl", "rows.jsonl")}
-    for name, lines in kept.items():
-        (output / name).unlink()
-        cut = b"".join(lines.splitlines(keepends=True)[:7]) + b'{"half'
-        (output / f"{name}.partial").write_bytes(cut)
+    for name in kept:
+        as_killed(output / name, 7, b'{"half')
     assert evaluate(output, *words)["figures"] == whole["figures"]
     assert {name: (output / name).read_bytes() for name in kept} == kept
     says(refusal(output, *words, "--seed", 3), "answers.jsonl", "seed")
@@ -187,7 +186,7 @@ def test_a_reward_model_that_predicts_nan(answers, reward, tmp_path, monkeypatch
     monkeypatch.setattr(score, lambda self, chunk: [[float("nan")] * 5] * len(chunk.examples))
     monkeypatch.setattr("steerjax.inference.scorer.np.concatenate", lambda parts: parts[-1])
     message = refusal(tmp_path / "out", "--input", answers, "--reward-model", reward, "--template", "extra_id")
-    says(message, f"{answers}:2", "helpfulness", "nan", cure="model")
+    says(message, f"{answers}:2", "helpfulness", "NaN", cure="model")
 
 
 def test_own_attributes(tmp_path, capsys):

@@ -18,6 +18,7 @@ from steerjax.evaluation.truthfulqa import Prompts, Question, columns, measure, 
 from steerjax.inference.likelihood import LikelihoodScorer, continuation
 from steerjax.report.figures import figures
 from steerjax.schema import HELPSTEER
+from steerjax.signals import INTERRUPTED
 from tests.hf_folders import EMBEDDED
 from tests.refusals import refused, says
 from tests.reward_models import chat_folder, read_rows, reward_folder, write_rows
@@ -248,8 +249,9 @@ def test_command_is_resumed(folder, data, tmp_path, monkeypatch, capsys):
         return real(questions, *rest)
 
     monkeypatch.setattr(truthfulqa, "scored", dies)
-    with pytest.raises(SystemExit, match="goes on from here"):
+    with pytest.raises(SystemExit, match=f"^{INTERRUPTED}$"):
         evaluate(*words, "--output", tmp_path / "out")
+    assert "goes on from here" in capsys.readouterr().err
     assert len(read_rows(tmp_path / "out/rows.jsonl.partial")) == 8
     monkeypatch.setattr(truthfulqa, "scored", lambda questions, *rest: real(questions, *rest))
     evaluate(*words, "--output", tmp_path / "out")

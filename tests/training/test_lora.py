@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from steerjax import export, merge
 from steerjax.bundle import locate, open_bundle
 from steerjax.bundle.reader import open_reader
+from steerjax.checksums import write_list
 from steerjax.config import default_config, resolve
 from steerjax.data.packing import pack
 from steerjax.data.trees import grow
@@ -245,6 +246,7 @@ def test_an_adapter_is_a_model_and_a_source(source, tmp_path):
     ):
         config.write_text(json.dumps(whole | said))
         save_file(kept, weights)
+        write_list(adapter)
         with refused(ModelError, fact, cure=cure):
             open_bundle(adapter)
     weights.write_bytes(weights.read_bytes()[:-8])
