@@ -3,6 +3,7 @@ then it saves or cleans up first. A second signal leaves at once. Exit statuses:
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -14,9 +15,8 @@ from collections.abc import Callable, Iterator
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give it
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_SAME = (
-    1.0  # seconds in which a second SIGTERM is the first: `timeout` and schedulers send it to a process and its group
-)
+# Seconds in which a second SIGTERM is the first: `timeout` and schedulers send it to a process and its group.
+_SAME = 1.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,6 +39,7 @@ def ends_at_once() -> Iterator[None]:
     finally:
         if change and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            atexit.register(signal.signal, signal.SIGINT, signal.SIG_DFL)  # else jax's own clean-up is a traceback
 
 
 @contextlib.contextmanager

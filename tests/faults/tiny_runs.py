@@ -93,16 +93,19 @@ def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
-def differences(workdir: Path, expected: Path) -> list[str]:
-    """What of a finished run is not as in the other: records, files, arrays bit for bit, leftovers."""
+def differences(workdir: Path, expected: Path, unevaluated: bool = False) -> list[str]:
+    """What of a finished run is not as in the other: records, files, arrays bit for bit, leftovers.
+
+    A kill in its removal may leave a checkpoint more. One that a signal caused has no validation loss; if it is the
+    best (`unevaluated`), it goes when it is old.
+    """
     found = []
     if records(workdir) != records(expected):
         found.append("records of metrics.jsonl")
     found += sorted(files(workdir) ^ files(expected))
     here, there = ({path.name for path in (run / "checkpoints").iterdir()} for run in (workdir, expected))
-    found += [
-        f"checkpoint {name} is missing" for name in there - here
-    ]  # one more may be left, of a kill in its removal
+    wanted = sorted(there, key=int)[-2:] if unevaluated else there
+    found += [f"checkpoint {name} is missing" for name in wanted if name not in here]
     ours, theirs = (arrays(run / "checkpoints" / str(STEPS)) for run in (workdir, expected))
     found += sorted(ours.keys() ^ theirs.keys())
     found += [name for name in ours.keys() & theirs.keys() if ours[name].tobytes() != theirs[name].tobytes()]
