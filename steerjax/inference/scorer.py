@@ -125,9 +125,12 @@ class Scorer:
         return predicted
 
 
-def open_scorer(folder: str, options: argparse.Namespace) -> Scorer:
-    """With `command.add_scoring_options`. Raises SteerjaxError: no such model, or options that do not fit it."""
-    return Scorer(open_model(folder, options), row_length=options.row_length, rows=options.rows)
+def open_scorer(model: str | Description, options: argparse.Namespace) -> Scorer:
+    """Of a folder or its description, with `command.add_scoring_options`.
+
+    Raises SteerjaxError: no such model, or options that do not fit it.
+    """
+    return Scorer(open_model(model, options), row_length=options.row_length, rows=options.rows)
 
 
 def predict(
