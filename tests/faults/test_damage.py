@@ -2,6 +2,7 @@
 call decide; of a sample the commands themselves."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import random
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from steerjax import annotate
-from steerjax.bundle import describe, locate, open_bundle
+from steerjax.bundle import describe, locate, open_bundle, verify
 from steerjax.bundle.build import abstract_parameters
 from steerjax.bundle.store import CheckpointStore
 from steerjax.chat.tokenizer import load_tokenizer
@@ -34,6 +35,7 @@ from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.processes import ALONE
 from steerjax.report.records import read_metrics
 from steerjax.training.metrics import MetricsWriter
+from steerjax.training.source import with_source
 from steerjax.training.workdir import claim_workdir, keep_tokenizer, set_damaged_aside
 from tests.faults.damage import damage, damageable
 from tests.hf_folders import provenance
@@ -219,6 +221,32 @@ def test_no_damage_is_believed(written, tried, capsys, flips, truncations):
         tried(door, kind, count, count if kind.endswith(BELIEVED) else 0)
     capsys.readouterr()
     assert not believed, believed
+
+
+def test_a_command_reads_a_model_once(written, tmp_path, monkeypatch, capsys):
+    read, rows = [], tmp_path / "in.jsonl"
+    rows.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
+    compare, run, out = verify.what_is_wrong, str(written.run), str(written.out)
+
+    def compared(folder: Path, **how) -> str:
+        read.append(folder.name)
+        return compare(folder, **how)
+
+    monkeypatch.setattr(verify, "what_is_wrong", compared)
+    rate = [f"--input={rows}", f"--output={tmp_path / 'out.jsonl'}"]
+    trained = dataclasses.replace(written.experiment.model, source=out)
+    for use, expected in (
+        (lambda: annotate.main([f"--model={run}", *rate]), ["5"]),
+        (lambda: annotate.main([f"--model={run}", "--no-verify", *rate]), []),
+        (lambda: export(run, tmp_path / "one"), ["5"]),
+        (lambda: export(out, tmp_path / "two"), ["out"]),
+        (lambda: export(out, tmp_path / "three", scalar="helpfulness"), ["out"]),
+        (lambda: export(out, tmp_path / "four", verify=False), []),
+        (lambda: with_source(dataclasses.replace(written.experiment, model=trained)), ["out"]),
+    ):
+        read.clear()
+        use()
+        assert read == expected
 
 
 def opened(run: Path, out: Path, written: Written) -> None:
