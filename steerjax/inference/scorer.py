@@ -31,6 +31,7 @@ class Chunk:
     """Conversations made ready for the model; a turn is named by (its conversation's place in the chunk, its own)."""
 
     examples: tuple[tuple[int, int], ...]  # E turns
+    files: tuple[str, ...]  # of each "file:line: ", "" where it is of none
     trees: tuple[Tree, ...]
     rows: Mapping[int, Sequence[Row]]  # by row length
     refused: Mapping[tuple[int, int], Skipped]  # turns without a prediction
@@ -91,7 +92,7 @@ class Scorer:
 
         Raises DataError: a turn that cannot be rendered, unless `skip` refuses it. One that is too long is refused.
         """
-        places, examples, refused, longest = [], [], {}, self._packed.longest
+        places, files, examples, refused, longest = [], [], [], {}, self._packed.longest
         for place, turn in ((place, turn) for place, wanted in enumerate(turns) for turn in wanted):
             conversation = conversations[place]
             try:
@@ -107,8 +108,9 @@ class Scorer:
             else:
                 examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))
                 places.append((place, turn))
+                files.append(f"{conversation.file}:{conversation.line}: " if conversation.file else "")
         trees = grow(examples)
-        return Chunk(tuple(places), trees, self._packed.pack(trees), refused)
+        return Chunk(tuple(places), tuple(files), trees, self._packed.pack(trees), refused)
 
     def score(self, chunk: Chunk) -> np.ndarray:
         """Predicted ratings, float32 [E, A], attributes in the order of `schema`.
@@ -120,7 +122,8 @@ class Scorer:
             for example, place in layout.ends:
                 predicted[example.number] = output[place, self._outputs]
         if len(bad := np.argwhere(~np.isfinite(predicted))):
-            said = f"'{self.description.path}' predicts {predicted[*bad[0]]} for {self.schema.names[bad[0][1]]}"
+            (example, output), model = bad[0], self.description.path
+            said = f"{chunk.files[example]}'{model}' predicts {predicted[*bad[0]]} for {self.schema.names[output]}"
             raise ModelError(f"{said}, one of {len(bad)} ratings\n  cure: check the model, or use another --dtype")
         return predicted
 
