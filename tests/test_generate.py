@@ -18,6 +18,7 @@ from steerjax.inference.session import prompt_of, sampling_of
 from steerjax.schema import HELPSTEER, STEERLM
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 from tests.refusals import refused, says
+from tests.reward_models import killed
 
 DEFAULTS = {"helpfulness": 4, "coherence": 4}
 
@@ -92,9 +93,8 @@ def test_file_to_file(model, prompts, tmp_path, capsys):
         generate(model, *arguments[:-1], 6)
 
     # Stopped after 17 rows and in the middle of a line, another batch size: the same file.
-    output.rename(tmp_path / "whole.jsonl")
     lines = before.splitlines(keepends=True)
-    (tmp_path / "out.jsonl.partial").write_bytes(b"".join(lines[:17]) + lines[17][:9])
+    killed(output, b"".join(lines[:17]) + lines[17][:9])
     generate(model, *arguments, "--batch-size", 1)
     assert output.read_bytes() == before
 

@@ -191,14 +191,12 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
 def appended(path: Path) -> Iterator[tuple[list[tuple[int, dict]], Callable[[Mapping[str, Any]], None]]]:
     """For one process: (line, row) of what a file has, in any order, and what adds a row: on disk when it returns.
 
-    Raises DataError: a line that is no JSON object. LockedError: another process is writing it. WriteError.
+    Raises DataError: a line that is no JSON object, or not what was written. LockedError: another process is writing
+    it. WriteError.
     """
     with only_writer(path), _opened(path, path) as file:
-        rows = (
-            [(line, _checked(row, path, line)) for line, row in iter_rows(str(path))]
-            if list(_whole_lines(file))
-            else []
-        )
+        found = iter_rows(str(path)) if list(_whole_lines(file)) else ()
+        rows = [(line, _checked(row, path, line)) for line, row in found]
         yield rows, lambda row: _write(file, [_line(with_own(row))])
 
 

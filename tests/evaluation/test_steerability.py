@@ -16,7 +16,7 @@ from steerjax.schema import HELPSTEER
 from tests.hf_folders import TINY, random_tensors, write_folder
 from tests.inference.test_server import FakeServer
 from tests.refusals import says
-from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
+from tests.reward_models import killed, read_rows, reward_folder, some_conversations, write_rows
 
 
 def evaluate(output, *words) -> dict:
@@ -118,9 +118,7 @@ def test_a_grid_is_answered_rated_and_resumed(chat, reward, prompts, tmp_path, m
     # Killed while it answered, then while it rated: the same figures, and nothing is done twice.
     kept = {name: (output / name).read_bytes() for name in ("answers.jsonl", "rows.jsonl")}
     for name, lines in kept.items():
-        (output / name).unlink()
-        cut = b"".join(lines.splitlines(keepends=True)[:7]) + b'{"half'
-        (output / f"{name}.partial").write_bytes(cut)
+        killed(output / name, b"".join(lines.splitlines(keepends=True)[:7]) + b'{"half')
     assert evaluate(output, *words)["figures"] == whole["figures"]
     assert {name: (output / name).read_bytes() for name in kept} == kept
     says(refusal(output, *words, "--seed", 3), "answers.jsonl", "seed")
