@@ -14,7 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerjax.command import MODEL, add_scoring_options, resumable_command, verified
+from steerjax.command import MODEL, add_scoring_options, resumable_command
 from steerjax.errors import ConfigError
 
 
@@ -38,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ConfigError(f"--chunk-rows {options.chunk_rows}; cure: at least 1, or 0 for the default")
         from steerjax.inference.annotation import annotate
 
-        with verified(options):
-            annotate(options, number, parts)
+        annotate(options, number, parts)
 
 
 def parse_part(text: str) -> tuple[int, int]:

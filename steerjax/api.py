@@ -42,11 +42,9 @@ def load(
     Raises SteerjaxError: nothing to open there, or damage; says what cures it.
     """
     from steerjax.bundle import open_bundle
-    from steerjax.bundle.verify import unverified
     from steerjax.parallel.mesh import parse_mesh
 
-    with unverified(not verify):
-        return Model(open_bundle(path, parse_mesh(mesh), template=template, dtype=dtype), schema)
+    return Model(open_bundle(path, parse_mesh(mesh), template=template, dtype=dtype, verify=verify), schema)
 
 
 def connect(

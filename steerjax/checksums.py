@@ -1,15 +1,17 @@
 """Checksums of what is written, against damage (XXH3-128, as fast as memory); provenance has SHA-256, against exchange.
 
-A listed folder holds `checksums.json`: size and checksum of each of its files.
+A listed folder holds `checksums.json`: size and checksum of each of its files. A line of a file that is added to has
+its own.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import xxhash
@@ -18,6 +20,7 @@ from steerjax.errors import SteerjaxError
 from steerjax.typed import STRICT, typed
 
 LIST = "checksums.json"
+OWN = "xxh3"  # key of a line's checksum
 SMALL = 1 << 20  # bytes of a file that is read at once, even where only sizes are compared
 _BLOCK = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
@@ -79,6 +82,19 @@ def what_is_wrong(folder: Path, *, whole: bool = True, share: tuple[int, int] = 
         with ThreadPoolExecutor(_THREADS) as pool:
             said = list(filter(None, pool.map(lambda name: _differs(folder / name, name, listed[name]), mine)))
     return some(said)
+
+
+def with_own(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own checksum in it."""
+    return {**row, OWN: xxhash.xxh3_64_hexdigest(json.dumps(row).encode())}
+
+
+def without_own(row: dict[str, Any]) -> dict[str, Any]:
+    """What `with_own` was given; of one that has no checksum, all. Raises ValueError: it is another one's."""
+    bare = {key: value for key, value in row.items() if key != OWN}
+    if OWN in row and row != with_own(bare):
+        raise ValueError("it does not have its checksum")
+    return bare
 
 
 def folder_checksum(folder: Path) -> str:

@@ -39,15 +39,6 @@ def add_verify_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help=words)
 
 
-@contextmanager
-def verified(options: argparse.Namespace) -> Iterator[None]:
-    """Models that are opened in the block are compared with their checksums, unless the options say otherwise."""
-    from steerjax.bundle.verify import unverified
-
-    with unverified(options.no_verify):
-        yield
-
-
 def add_row_options(parser: argparse.ArgumentParser, formats: bool = True) -> None:
     """`formats`: rows may be in any of docs/formats.md."""
     add = parser.add_argument
@@ -78,12 +69,20 @@ def add_packing_options(parser: argparse.ArgumentParser, longer: str) -> None:
     add("--rows", type=int, default=0, metavar="N", help="packed rows a step; default 1 on a CPU, 8 a device elsewhere")
 
 
-def open_model(folder: str, options: argparse.Namespace):
-    """The `Bundle` of a folder on the mesh of the options."""
+def describe_model(folder: str, options: argparse.Namespace):
+    """The `Description` of a folder."""
+    from steerjax.bundle import describe
+
+    return describe(folder, template=options.template, verify=not options.no_verify)
+
+
+def open_model(model, options: argparse.Namespace):
+    """The `Bundle` of a folder, or of its `Description`, on the mesh of the options."""
     from steerjax.bundle import open_bundle
     from steerjax.parallel.mesh import parse_mesh
 
-    return open_bundle(folder, parse_mesh(options.mesh), template=options.template, dtype=options.dtype)
+    how = {"template": options.template, "dtype": options.dtype, "verify": not options.no_verify}
+    return open_bundle(model, parse_mesh(options.mesh), **how)
 
 
 @contextmanager

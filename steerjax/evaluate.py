@@ -10,12 +10,11 @@ one suite side by side, with paired differences to the first.
 """
 
 import argparse
-import contextlib
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerjax.command import resumable_command, verified
+from steerjax.command import resumable_command
 from steerjax.errors import ConfigError
 
 SUITES = {  # module of `evaluation` -> what its report is called
@@ -62,8 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         suite.add_options(parser)
         options = parser.parse_args(arguments)
         require_plots()
-        with verified(options) if "no_verify" in options else contextlib.nullcontext():
-            result = suite.run(options)
+        result = suite.run(options)
         if result is None:  # it was only to say what it would do
             return
         write_result(options.output, name, SUITES[name], vars(options), result)

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerjax.command import add_verify_option, verified
+from steerjax.command import add_verify_option
 from steerjax.errors import ConfigError, DataError, reported_errors
 from steerjax.schema import SCHEMAS, parse_label, parse_scalar
 
@@ -54,12 +54,14 @@ def export(
     schema: str | None = None,
     default_ratings: str | None = None,
     evaluation: Sequence[Path] = (),
+    verify: bool = True,
 ) -> None:
     """Exports a checkpoint, or writes a Hugging Face folder anew.
 
     The card's `model-index` has the run's last validation and what the folders of `evaluation` say.
     `scalar` makes one score of a reward model's attributes.
     `template`, `schema` and `default_ratings` are for a plain chat model, which gets our chat template by them.
+    `verify`: as `steerjax.bundle.locate`.
     Raises SteerjaxError: see `steerjax.hf.export`, or options that do not fit the model.
     """
     from steerjax.bundle import describe, locate
@@ -70,7 +72,7 @@ def export(
     from steerjax.hf.lora import folded
     from steerjax.hf.scalar import ScalarReader, scalar_description
 
-    folder, sizes = locate(checkpoint), {"dtype": dtype, "max_shard_size": max_shard_size}
+    folder, sizes = locate(checkpoint, verify=verify), {"dtype": dtype, "max_shard_size": max_shard_size}
     plain = not (adapter or is_checkpoint(folder) or is_adapter(folder))
     if plain and template is schema is default_ratings is scalar is None:
         if evaluation:
@@ -79,7 +81,8 @@ def export(
             )
         convert_folder(folder, output, **sizes)
         return
-    about = describe(checkpoint, template=template)
+    # It is verified; and a folder's provenance has the name that the user gave it.
+    about = describe(folder if is_checkpoint(folder) else checkpoint, template=template, verify=False)
     if schema or default_ratings is not None:
         own = about.schema or SCHEMAS.get(schema)
         if about.kind != "chat" or (schema and own != SCHEMAS[schema]):
@@ -133,7 +136,8 @@ def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parse_arguments(arguments))
-    with reported_errors(), verified(argparse.Namespace(no_verify=options.pop("no_verify"))):
+    options["verify"] = not options.pop("no_verify")
+    with reported_errors():
         export(options.pop("checkpoint"), output := options.pop("output"), **options)
     print(f"wrote {output}")
 

@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from steerjax.command import KEY, MODEL, add_model_options, add_row_options, resumable_command, verified
+from steerjax.command import KEY, MODEL, add_model_options, add_row_options, resumable_command
 from steerjax.errors import ConfigError
 from steerjax.schema import SCHEMAS
 
@@ -64,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_options(options)
         from steerjax.inference.session import Session
 
-        with verified(options):
-            session = Session(options)
+        session = Session(options)
         if options.prompt is None:
             session.answer_file()
         else:

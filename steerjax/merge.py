@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerjax.command import add_verify_option, verified
+from steerjax.command import add_verify_option, describe_model
 from steerjax.errors import ConfigError, reported_errors
 
 
@@ -33,21 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--template", help="of Hugging Face folders that do not name it")
     add_verify_option(parser)
     options = parser.parse_args(arguments)
-    with reported_errors(), verified(options):
+    with reported_errors():
         merge(options)
     print(f"wrote {options.output}")
 
 
 def merge(o: argparse.Namespace) -> None:
     """Raises SteerjaxError: weights that make no model, or models that are not of one kind."""
-    from steerjax.bundle import describe
     from steerjax.bundle.reader import open_reader
     from steerjax.hf.export import export_model
     from steerjax.hf.lora import folded
     from steerjax.hf.merge import MergedReader, check_mergeable
 
     weights = merge_weights(len(o.models), o.factor, o.weights)
-    found = [describe(model, template=o.template) for model in o.models]
+    found = [describe_model(model, o) for model in o.models]
     models, readers = zip(*(folded(model, open_reader(model.path)) for model in found), strict=True)
     check_mergeable(models, readers)
     merged = {"merged": {str(model.path): weight for model, weight in zip(models, weights, strict=True)}}

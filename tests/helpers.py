@@ -1,16 +1,11 @@
 """Tiny models and made-up examples that several tests share."""
 
-import json
-from pathlib import Path
-
 import jax
 import numpy as np
-import xxhash
 from flax.core import meta
 
 from steerjax.data.batch import Batch, RowBuilder
 from steerjax.data.trees import Example
-from steerjax.inference.job import WRITTEN, beside
 from steerjax.models.config import LlamaConfig
 from steerjax.objectives import Setting
 from steerjax.objectives.objective import TRAIN
@@ -111,13 +106,3 @@ def assert_trees_close(actual, expected, rtol: float, atol: float = 0.0) -> None
         assert worst <= limit, f"{jax.tree_util.keystr(path)}: differs by {worst}, limit {limit}"
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
-
-
-def as_killed(output: Path, lines: int, rest: bytes = b"") -> None:
-    """A finished output as a command leaves it that is killed when it has recorded so many lines and written `rest`."""
-    kept = b"".join(output.read_bytes().splitlines(keepends=True)[:lines])
-    output.unlink()
-    beside(output, "partial").write_bytes(kept + rest)
-    settings = json.loads(beside(output, "settings.json").read_text())
-    settings[WRITTEN]["rows"] = len(kept), xxhash.xxh3_128_hexdigest(kept)
-    beside(output, "settings.json").write_text(json.dumps(settings))

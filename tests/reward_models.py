@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from steerjax.data.conversation import Conversation, Turn
+from steerjax.inference.job import beside
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 
 SENTENCE = "the model answers with care and says what it knows about rivers trees winds and very old stones"
@@ -55,3 +57,13 @@ def write_rows(path: Path, rows) -> Path:
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def killed(output: Path, content: bytes) -> None:
+    """Leaves a finished output as a kill does that came when this was written; its whole lines are recorded."""
+    whole, settings = content[: content.rfind(b"\n") + 1], beside(output, "settings.json")
+    said = json.loads(settings.read_text())
+    said["written"]["rows"] = [len(whole), xxhash.xxh3_128_hexdigest(whole)]
+    settings.write_text(json.dumps(said))
+    output.unlink()
+    beside(output, "partial").write_bytes(content)

@@ -16,9 +16,8 @@ from steerjax.evaluation import attributes
 from steerjax.report.records import read_metrics
 from steerjax.schema import STEERLM
 from steerjax.training.train import train
-from tests.helpers import as_killed
 from tests.refusals import says
-from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
+from tests.reward_models import killed, read_rows, reward_folder, some_conversations, write_rows
 
 SHORT = ("--row-length", "256")
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
@@ -192,7 +191,7 @@ def test_an_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
     words = ("--suite", "attributes", "--model", workdir, "--data", validation, "--output", tmp_path / "out", *SHORT)
     evaluate(*words)
     rows = (tmp_path / "out/rows.jsonl").read_bytes()
-    as_killed(tmp_path / "out/rows.jsonl", 12, b'{"half')
+    killed(tmp_path / "out/rows.jsonl", rows[: len(rows) // 2])
     evaluate(*words)
     assert (tmp_path / "out/rows.jsonl").read_bytes() == rows
     says(refusal(*words, "--dtype", "bfloat16"), "rows.jsonl", "dtype", cure="another output")

@@ -16,9 +16,9 @@ from steerjax.errors import DataError
 from steerjax.generate import main, parse_arguments
 from steerjax.inference.session import prompt_of, sampling_of
 from steerjax.schema import HELPSTEER, STEERLM
-from tests.helpers import as_killed
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 from tests.refusals import refused, says
+from tests.reward_models import killed
 
 DEFAULTS = {"helpfulness": 4, "coherence": 4}
 
@@ -93,7 +93,8 @@ def test_file_to_file(model, prompts, tmp_path, capsys):
         generate(model, *arguments[:-1], 6)
 
     # Stopped after 17 rows and in the middle of a line, another batch size: the same file.
-    as_killed(output, 17, b'{"half')
+    lines = before.splitlines(keepends=True)
+    killed(output, b"".join(lines[:17]) + lines[17][:9])
     generate(model, *arguments, "--batch-size", 1)
     assert output.read_bytes() == before
 

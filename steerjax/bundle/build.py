@@ -44,22 +44,25 @@ class Bundle:
 
 
 def open_bundle(
-    path: str | Path,
+    path: str | Path | Description,
     mesh: MeshConfig | None = None,
     *,
     template: str | None = None,
     dtype: str = "auto",
     attention: str = "auto",
+    verify: bool = True,
 ) -> Bundle:
     """Opens a run, a checkpoint, a Hugging Face folder or a hub id, each process reading only what its devices hold.
 
-    Without a `mesh` all devices are on the data axis. `template` is for a folder that does not say how it was trained;
-    `dtype` (of the computation) and `attention` are `ComputeConfig`'s.
+    One that `describe` has found and verified is opened by its description. Without a `mesh` all devices are on the
+    data axis. `template` is for a folder that does not say how it was trained; `dtype` (of the computation) and
+    `attention` are `ComputeConfig`'s; `verify`: as `locate`.
 
     Raises SteerjaxError: nothing to open there, or weights that do not fit their description.
     """
     config = typed(ComputeConfig, {"dtype": dtype, "attention": attention}, "compute", ConfigError)
-    about, devices = describe(path, template=template), make_mesh(mesh or MeshConfig())
+    about = path if isinstance(path, Description) else describe(path, template=template, verify=verify)
+    devices = make_mesh(mesh or MeshConfig())
     compute, _ = resolve_compute(config, about.model, _ROW_LENGTH, devices)
     module = build_module(about.kind, about.model, compute, len(output_names(about)), stored_head(about))
     params = stored_parameters(about, abstract_parameters(module, devices, compute.dtype))

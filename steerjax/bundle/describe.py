@@ -71,38 +71,39 @@ def read_provenance(directory: Path) -> Provenance:
     return read_json(Provenance, file, CheckpointError, cure)
 
 
-def locate(path: str | Path) -> Path:
+def locate(path: str | Path, *, verify: bool = True) -> Path:
     """The folder that a user means: `checkpoints/STEP` of a run (the newest, given the run), or a Hugging Face folder.
 
-    It is what was written (`bundle.verify`); of a run the newest checkpoint that is. Raises ModelError,
-    CheckpointError: damage, or nothing of the kind there; says what was looked for.
+    It is what was written, unless `verify` is False (`bundle.verify`); of a run the newest checkpoint that is. Raises
+    ModelError, CheckpointError: damage, or nothing of the kind there; says what was looked for.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        return checked_folder(resolve_source(str(path)))
+        return checked_folder(resolve_source(str(path)), verify)
     if is_checkpoint(folder) or (is_step(folder) and folder.absolute().parent.name == "checkpoints"):
-        return checked_step(folder)
+        return checked_step(folder, verify)
     for checkpoints in (folder / "checkpoints", folder):
-        if newest := newest_sound(checkpoints):
+        if newest := newest_sound(checkpoints, verify):
             return newest
     if (folder / "checkpoints").is_dir():
         raise CheckpointError(f"the run '{folder}' has no whole checkpoint yet; cure: let it train to its first one")
     if (folder / "config.json").is_file() or is_adapter(folder):
-        return checked_folder(folder)
+        return checked_folder(folder, verify)
     if any(folder.glob("*.safetensors")):
         raise ModelError(f"'{folder}' has no config.json\n  cure: give a whole Hugging Face folder")
     said = f"'{folder}' is neither a run (checkpoints/STEP) nor a Hugging Face folder (config.json)"
     raise ModelError(f"{said}\n  cure: give --workdir of a training, one of its checkpoints, or a model's folder")
 
 
-def describe(path: str | Path, *, template: str | None = None) -> Description:
+def describe(path: str | Path, *, template: str | None = None, verify: bool = True) -> Description:
     """Everything about a model but its arrays.
 
     `path` is a run's folder (its newest checkpoint), `checkpoints/STEP`, a Hugging Face folder or a hub id. `template`
     is for a folder that does not say how it was trained; "source" is what it says, else its tokenizer's own.
+    `verify`: as `locate`.
     Raises SteerjaxError: what is missing and what cures it.
     """
-    folder = locate(path)
+    folder = locate(path, verify=verify)
     if is_checkpoint(folder):
         said = read_provenance(folder)
         model, tokenizer, schema = said.model, _run_tokenizer(folder, said.tokenizer), Schema(said.attributes)

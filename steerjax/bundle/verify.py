@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
-from contextvars import ContextVar
 from pathlib import Path
 
 from steerjax.bundle.reader import is_checkpoint
@@ -14,18 +11,6 @@ from steerjax.checksums import LIST, what_is_wrong
 from steerjax.errors import CheckpointError, ModelError
 
 ABOUT = "steerjax.json"
-_off: ContextVar[bool] = ContextVar("off", default=False)
-_sound: set[tuple] = set()  # states of folders that were read in this process
-
-
-@contextlib.contextmanager
-def unverified(off: bool = True) -> Iterator[None]:
-    """What is opened in the block is not compared with its checksums."""
-    token = _off.set(off)
-    try:
-        yield
-    finally:
-        _off.reset(token)
 
 
 def is_step(directory: Path) -> bool:
@@ -61,23 +46,26 @@ def say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def checked_step(step: Path) -> Path:
-    """A checkpoint that was asked for itself. Raises CheckpointError: it is damaged; names one that is not."""
-    if problem := _problem(step):
+def checked_step(step: Path, verify: bool) -> Path:
+    """A checkpoint that was asked for itself; without `verify` nothing of it is compared with its checksums.
+
+    Raises CheckpointError: it is damaged; names one that is not.
+    """
+    if problem := _problem(step, verify):
         whole = next((other for other in steps_of(step.parent) if other != step and not damage(other)), None)
         cure = f"'{whole}', the newest that is whole" if whole else "none of the run is whole; copy it again, or train"
         raise CheckpointError(f"'{step}' is damaged: {problem}\n  cure: {cure}")
     return step
 
 
-def newest_sound(checkpoints: Path) -> Path | None:
+def newest_sound(checkpoints: Path, verify: bool) -> Path | None:
     """A run's newest checkpoint that is whole; says so of each that is passed over. None where it has none at all.
 
     Raises CheckpointError: all are damaged.
     """
     steps, first = steps_of(checkpoints), ""
     for step in steps:
-        if not (problem := _problem(step)):
+        if not (problem := _problem(step, verify)):
             return step
         first = first or f"'{step}' is damaged: {problem}"
         say(f"'{step}' is damaged and passed over: {problem}")
@@ -86,9 +74,9 @@ def newest_sound(checkpoints: Path) -> Path | None:
     return None
 
 
-def checked_folder(folder: Path) -> Path:
+def checked_folder(folder: Path, verify: bool) -> Path:
     """A Hugging Face folder. Raises ModelError: it differs from its list, which only an export has."""
-    if _off.get() or _seen(folder):
+    if not verify:
         return folder
     problem = ""
     if (folder / LIST).exists():
@@ -98,30 +86,16 @@ def checked_folder(folder: Path) -> Path:
     if problem:
         cure = "export it again, or --no-verify if the change is yours"
         raise ModelError(f"'{folder}' is not what was exported: {problem}\n  cure: {cure}")
-    _sound.add(_state(folder))
     return folder
 
 
-def _problem(step: Path) -> str:
-    if _off.get():
+def _problem(step: Path, verify: bool) -> str:
+    if not verify:
         return "" if is_checkpoint(step) else "params or provenance is missing"
-    if _seen(step):
-        return ""
-    if problem := damage(step):
-        return problem
-    if not (step / LIST).exists():
+    problem = damage(step)
+    if not problem and not (step / LIST).exists():
         say(f"'{step}' has no checksums, as an older steerjax wrote it: it cannot be verified")
-    _sound.add(_state(step))
-    return ""
-
-
-def _seen(folder: Path) -> bool:
-    return _state(folder) in _sound
-
-
-def _state(folder: Path) -> tuple:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return folder.resolve(), *((path.name, (s := path.stat()).st_size, s.st_mtime_ns, s.st_ino) for path in files)
+    return problem
 
 
 def _says_listed(folder: Path) -> bool:

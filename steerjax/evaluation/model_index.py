@@ -146,7 +146,7 @@ def _check_model(folder: Path, given: str | None, model: Path) -> None:
     if digest:
         same = digest == folder_checksum(model)
     else:
-        same = not given or not Path(given).exists() or locate(given).resolve() == model.resolve()
+        same = not given or not Path(given).exists() or locate(given, verify=False).resolve() == model.resolve()
     if not same:
         raise ConfigError(
             f"--evaluation {folder}: it is of another model ({given}) than {model}; cure: evaluate --model {model}"

@@ -39,6 +39,7 @@ from steerjax.evaluation.mt_bench_judge import (
 )
 from steerjax.evaluation.suite import ROWS, Result
 from steerjax.files import write_text
+from steerjax.hf.description import Description
 from steerjax.inference.server import RefusedRequest
 from steerjax.inference.steering import Sampling
 from steerjax.report.figures import UNIT, Columns, figures, mean_of
@@ -98,9 +99,9 @@ def run(options: argparse.Namespace) -> Result | None:
 
     Raises SteerjaxError: options or files that do not fit; a model or a judge fails; no judgment has a rating.
     """
-    o, schema = options, check_options(options)
-    questions, reward = read_questions(o.questions, o.references, schema is None), schema is not None
-    name, judge = _reward_judge(o.judge) if reward else o.judge_model, None
+    o, about = options, check_options(options)
+    questions, reward = read_questions(o.questions, o.references, about is None), about is not None
+    name, judge = _reward_judge(o.judge, about) if reward else o.judge_model, None
     if not (reward or o.dry_run):
         judge = LanguageJudge(
             o.judge, o.judge_model, workers=o.judge_workers, timeout=o.judge_timeout, max_tokens=o.judge_max_tokens
@@ -117,25 +118,24 @@ def run(options: argparse.Namespace) -> Result | None:
         print(judge_plan(questions, answers, path, name, reward, o), flush=True)
     calls, model = _calls(questions, answers, reward, o), next(iter(answers.values()))["model"]
     if reward and None in kept_judgments(path, calls, name, None, model)[0]:
-        judge = RewardJudge(o.judge, o)
+        judge = RewardJudge(o.judge, about, o)
     judgments, failed = kept_judgments(path, calls, name, judge, model)
     _check_failed(failed, judgments, path, o.on_refusal)
-    weights = parse_scalar(o.scalar, schema) if o.scalar else None
+    weights = _weights(o, about) if about else None
     rows = result_rows(questions, answers, judgments, name, reward, weights)
     write_text(o.output / ROWS, "".join(json.dumps(row) + "\n" for row in rows))
     return report(rows, judgments, answers, reward, o)
 
 
-def _reward_judge(folder: str) -> str:
+def _reward_judge(folder: str, about: Description) -> str:
     """What the judgments of a reward model are kept under: one that is trained anew in its place is another."""
-    from steerjax.bundle import locate
     from steerjax.checksums import folder_checksum
 
-    return f"{folder} {folder_checksum(locate(folder))[:8]}"
+    return f"{folder} {folder_checksum(about.path)[:8]}"
 
 
-def check_options(o: argparse.Namespace):
-    """The schema of a judge that is a reward model; None for a server. Raises SteerjaxError: options do not fit."""
+def check_options(o: argparse.Namespace) -> Description | None:
+    """A judge that is a reward model; None for a server. Raises SteerjaxError: options do not fit."""
     served = o.judge.startswith(("http://", "https://"))
     for holds, message in (
         (o.model or o.server, "neither --model nor --server; cure: one of them answers"),
@@ -151,12 +151,21 @@ def check_options(o: argparse.Namespace):
     if served:
         return None
     from steerjax.bundle import describe
+
+    about = describe(o.judge, template=o.judge_template, verify=not o.no_verify)
+    _weights(o, about)
+    return about
+
+
+def _weights(o: argparse.Namespace, judge: Description) -> tuple[str, dict[str, float]] | None:
+    """The score's name and the attributes' weights.
+
+    Raises SteerjaxError: the judge is no reward model, or has other attributes.
+    """
     from steerjax.inference.scorer import model_schema
 
-    schema = model_schema(describe(o.judge, template=o.judge_template))
-    if o.scalar:
-        parse_scalar(o.scalar, schema)
-    return schema
+    schema = model_schema(judge)
+    return parse_scalar(o.scalar, schema) if o.scalar else None
 
 
 # ---- judgments

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import DataError, ModelError
+from steerjax.hf.description import Description
 from steerjax.inference.job import appended, progress
 from steerjax.inference.server import RefusedRequest, Server
 from steerjax.inference.steering import Sampling
@@ -161,11 +162,11 @@ class LanguageJudge:
 class RewardJudge:
     """A reward model of ours: its rating of each attribute. Raises ModelError: it is none."""
 
-    def __init__(self, folder: str, options: argparse.Namespace):
+    def __init__(self, folder: str, about: Description, options: argparse.Namespace):
         from steerjax.inference.scorer import open_scorer
 
         self.name = folder
-        self._scorer = open_scorer(folder, argparse.Namespace(**vars(options) | {"template": options.judge_template}))
+        self._scorer = open_scorer(about, options)
 
     def judged(self, calls: Sequence[Call]) -> Iterator[tuple[Call, dict | ModelError]]:
         """A row each; `scores` are None for an empty answer and one too long for the model."""

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from steerjax.command import KEY, MODEL, add_scoring_options
+from steerjax.command import KEY, MODEL, add_scoring_options, describe_model
 from steerjax.errors import ConfigError, DataError
 from steerjax.evaluation.pages import request_words, write_pages
 from steerjax.evaluation.steering_answers import (
@@ -73,9 +73,7 @@ def run(options: argparse.Namespace) -> Result:
     _check(o)
     about = None
     if o.model:
-        from steerjax.bundle import describe
-
-        about = describe(o.model, template=o.template)
+        about = describe_model(o.model, o)
     source, made = (o.input, []) if o.input else generate_answers(o, about)
     answers, scorer = list(read_answers(source)), None
     if o.reward_model:

@@ -137,7 +137,7 @@ def generate_answers(o: argparse.Namespace, about: Description | None) -> tuple[
     prompts, answers = folder / PROMPTS, folder / ANSWERS
     fixed = {"prompt": None, "input": str(prompts), "output": str(answers), "sweep": [], "combinations": None,
              "replace_answer": False, "samples": 1, "top_k": None, "top_p": 1.0, "format": "auto"}  # fmt: skip
-    session = Session(argparse.Namespace(**(vars(o) | fixed)))
+    session = Session(argparse.Namespace(**(vars(o) | fixed)), about)
     session.settings = grid_of(o.grid, session.settings[0], session.schema, session.defaults)
     if len(session.settings) < 2:
         raise ConfigError(f"--grid {' '.join(o.grid)}: asks for nothing but the neutral request; cure: other ratings")

@@ -81,9 +81,8 @@ class Question:
 
 def run(options: argparse.Namespace) -> Result:
     """Raises SteerjaxError: no questions, a model that is no chat model, or options that do not fit it."""
-    from steerjax.bundle import describe
     from steerjax.checksums import folder_checksum
-    from steerjax.command import open_model
+    from steerjax.command import describe_model, open_model
     from steerjax.data.loading import file_hashes
     from steerjax.inference.likelihood import LikelihoodScorer
 
@@ -93,8 +92,9 @@ def run(options: argparse.Namespace) -> Result:
     if o.attributes and o.prompt == "plain":
         raise ConfigError("--attributes with --prompt plain, which writes no label; cure: --prompt chat or few_shot")
     questions = questions[: o.limit or None]
-    label, schema = requested(o, describe(o.model, template=o.template))
-    bundle = open_model(o.model, o)
+    about = describe_model(o.model, o)
+    label, schema = requested(o, about)
+    bundle = open_model(about, o)
     scorer = LikelihoodScorer(bundle, row_length=o.row_length, rows=o.rows)
     write = Prompts(bundle.renderer(schema), o.prompt, label)
     settings = {

@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 
-from steerjax.bundle import describe
 from steerjax.checksums import folder_checksum
+from steerjax.command import describe_model
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes
 from steerjax.data.readers import source_format
@@ -26,7 +26,8 @@ from steerjax.inference.scorer import (
 def annotate(options: argparse.Namespace, number: int, parts: int) -> None:
     """Looks at all rows, so that no bad one is found after hours, then rates part `number` (from 1) of `parts`."""
     o, skipped = options, []
-    schema = reading_schema(model_schema(describe(o.model, template=o.template)))
+    about = describe_model(o.model, o)
+    schema = reading_schema(model_schema(about))
 
     def read(row: dict, line: int) -> InputRow:
         conversation = conversation_from_row(row, schema, source_format(o.input, o.format), rated=False)
@@ -35,7 +36,7 @@ def annotate(options: argparse.Namespace, number: int, parts: int) -> None:
         return InputRow(conversation, carried(row) if own else conversation.to_json())
 
     total = sum(1 for _ in input_rows(o.input, read, skipped, on_bad_row=o.on_bad_row))
-    scorer = open_scorer(o.model, o)
+    scorer = open_scorer(about, o)
     size = o.chunk_rows or 128 * scorer.rows
     begin, end = (min(total, -(-total // size) * n // parts * size) for n in (number - 1, number))
     settings = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from steerjax.chat.templates import get_template
-from steerjax.command import open_model
+from steerjax.command import describe_model, open_model
 from steerjax.errors import ConfigError, ModelError
 from steerjax.inference.steering import Setting, parse_attributes
 from steerjax.schema import SCHEMAS, Schema
@@ -70,21 +70,18 @@ def of_server(
     return Answerer(server, found, known, about.default_ratings if about else None)
 
 
-def open_answerer(options: argparse.Namespace) -> Answerer:
-    """What --server or else --model answers with.
+def open_answerer(options: argparse.Namespace, about: Description | None = None) -> Answerer:
+    """What --server or else --model, which `about` describes, answers with.
 
     Raises ModelError: no model of ours says which attributes it takes, and some are asked for.
     """
-    o, about = options, None
-    if o.model:
-        from steerjax.bundle import describe
-
-        about = describe(o.model, template=o.template)
+    o = options
+    about = about or (describe_model(o.model, o) if o.model else None)
     if o.server:
         return of_server(o.server, o.server_model, about, schema=o.schema, template=o.template)
     if about.schema is None and not o.schema and any(vars(o).get(k) for k in ("attributes", "sweep", "combinations")):
         raise ModelError(f"'{o.model}' does not say which attributes it takes\n  cure: --schema")
-    return of_bundle(open_model(o.model, o), o.schema)
+    return of_bundle(open_model(about, o), o.schema)
 
 
 def _schema(about: Description | None, preset: str | None) -> tuple[bool, Schema]:

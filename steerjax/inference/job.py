@@ -9,18 +9,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import pydantic
 import xxhash
 from tqdm import tqdm
 
+from steerjax.checksums import with_own, without_own
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped, usable_rows
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
 from steerjax.files import cannot_write, write_text
 from steerjax.locks import only_writer
-from steerjax.typed import read_json, typed
+from steerjax.typed import STRICT, read_json, typed
 
-WRITTEN = "written"  # key of OUTPUT.settings.json: bytes and checksum (XXH3-128) of rows and of what was left out
+WRITTEN = "written"  # key of OUTPUT.settings.json: `Written`
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,14 @@ class Output:
         self.record()
 
 
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class Written:
+    """Bytes and checksum (XXH3-128) of rows and of what was left out; None in an output of an older steerjax."""
+
+    rows: tuple[int, str] | None
+    skipped: tuple[int, str] | None
+
+
 class _Sum:
     """The checksum of a file that is added to."""
 
@@ -131,16 +141,17 @@ class _Sum:
     def read(self, file: IO[bytes], said: tuple[int, str] | None, whole: bool) -> Iterator[bytes]:
         """The lines of a file, which are `said`; what a killed process wrote behind them is cut off.
 
-        Raises DataError: they are others; or there are more, where the file is `whole`.
+        Raises DataError: they are others; or there are more, where the file is `whole`. Then the file stays as it is.
         """
-        if said is not None and not whole and os.fstat(file.fileno()).st_size > said[0]:
-            file.truncate(said[0])
-        for line in file if whole else _whole_lines(file):
+        file.seek(0)
+        for line in _first_lines(file, said[0]) if said else file if whole else _whole_lines(file):
             self.add(line)
             yield line
-        if said not in (None, self.said()):
+        if said not in (None, self.said()) or (whole and file.read(1)):
             cure = "put it back, or remove it and its settings.json, and start again"
             raise DataError("is not what was written: its checksum differs", file=file.name, cure=cure)
+        if said and not whole:
+            file.truncate(said[0])
 
 
 @contextmanager
@@ -163,12 +174,10 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
             output = Output(path, finished, file, dict(settings))
             if finished or any(_whole_lines(file)):
                 said = _check_settings(path, settings)
-                file.seek(0)
-                output.done = sum(1 for _ in output.written["rows"].read(file, said.get("rows"), finished))
-                if listing.exists() or said.get("skipped", (0, ""))[0]:
+                output.done = sum(1 for _ in output.written["rows"].read(file, said.rows, finished))
+                if listing.exists() or (said.skipped and said.skipped[0]):
                     with _opened(listing, path) as lines:
-                        lines.seek(0)
-                        output.listed.update(output.written["skipped"].read(lines, said.get("skipped"), finished))
+                        output.listed.update(output.written["skipped"].read(lines, said.skipped, finished))
             else:
                 listing.unlink(missing_ok=True)  # of another job
                 output.record()
@@ -182,13 +191,22 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
 def appended(path: Path) -> Iterator[tuple[list[tuple[int, dict]], Callable[[Mapping[str, Any]], None]]]:
     """For one process: (line, row) of what a file has, in any order, and what adds a row: on disk when it returns.
 
-    Raises DataError: a line that is no JSON object. LockedError: another process is writing it. WriteError.
+    Raises DataError: a line that is no JSON object, or not what was written. LockedError: another process is writing
+    it. WriteError.
     """
     with only_writer(path), _opened(path, path) as file:
-        rows = list(iter_rows(str(path))) if list(_whole_lines(file)) else []
-        if broken := [row for _, row in rows if isinstance(row, DataError)]:
-            raise broken[0]
-        yield rows, lambda row: _write(file, [_line(row)])
+        found = iter_rows(str(path)) if list(_whole_lines(file)) else ()
+        rows = [(line, _checked(row, path, line)) for line, row in found]
+        yield rows, lambda row: _write(file, [_line(with_own(row))])
+
+
+def _checked(row: dict | DataError, path: Path, line: int) -> dict:
+    try:
+        if isinstance(row, DataError):
+            raise row
+        return without_own(row)
+    except ValueError as error:
+        raise DataError(str(error), file=str(path), line=line, cure="remove the line, and it is made again") from None
 
 
 def _opened(file: Path, output: Path) -> IO[bytes]:
@@ -198,11 +216,12 @@ def _opened(file: Path, output: Path) -> IO[bytes]:
         return file.open("ab+")
 
 
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    """Bytes and checksums that are recorded; none by an older steerjax."""
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> Written:
+    """What is recorded of what is written."""
     cure = "name another output, remove the old one, or run with the settings that it was made with"
     then = read_json(dict[str, Any], beside(path, "settings.json"), DataError, cure)
-    written = typed(dict[str, tuple[int, str]], then.pop(WRITTEN, {}), str(beside(path, "settings.json")), DataError)
+    where = f"{beside(path, 'settings.json')}: {WRITTEN}"
+    written = typed(Written, then.pop(WRITTEN), where, DataError) if WRITTEN in then else Written(None, None)
     now = json.loads(json.dumps(settings))  # which makes lists of tuples
     if differing := sorted(key for key in then.keys() | now.keys() if then.get(key) != now.get(key)):
         key = differing[0]
@@ -210,6 +229,13 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> dict[str, tuple[
         message = f"was made with other settings: {', '.join(differing)} ({values})"
         raise DataError(message, file=str(path), cure=cure)
     return written
+
+
+def _first_lines(file: IO[bytes], size: int) -> Iterator[bytes]:
+    """Those of a file's first bytes."""
+    while size > 0 and (line := file.readline(size)):
+        size -= len(line)
+        yield line
 
 
 def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:

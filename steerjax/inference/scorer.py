@@ -31,7 +31,7 @@ class Chunk:
     """Conversations made ready for the model; a turn is named by (its conversation's place in the chunk, its own)."""
 
     examples: tuple[tuple[int, int], ...]  # E turns
-    sources: tuple[tuple[str, int], ...]  # file and line of each; "" where there is none
+    files: tuple[str, ...]  # of each "file:line: ", "" where it is of none
     trees: tuple[Tree, ...]
     rows: Mapping[int, Sequence[Row]]  # by row length
     refused: Mapping[tuple[int, int], Skipped]  # turns without a prediction
@@ -92,7 +92,7 @@ class Scorer:
 
         Raises DataError: a turn that cannot be rendered, unless `skip` refuses it. One that is too long is refused.
         """
-        places, examples, refused, longest = [], [], {}, self._packed.longest
+        places, files, examples, refused, longest = [], [], [], {}, self._packed.longest
         for place, turn in ((place, turn) for place, wanted in enumerate(turns) for turn in wanted):
             conversation = conversations[place]
             try:
@@ -108,9 +108,9 @@ class Scorer:
             else:
                 examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))
                 places.append((place, turn))
+                files.append(f"{conversation.file}:{conversation.line}: " if conversation.file else "")
         trees = grow(examples)
-        sources = tuple((conversations[place].file, conversations[place].line) for place, _ in places)
-        return Chunk(tuple(places), sources, trees, self._packed.pack(trees), refused)
+        return Chunk(tuple(places), tuple(files), trees, self._packed.pack(trees), refused)
 
     def score(self, chunk: Chunk) -> np.ndarray:
         """Predicted ratings, float32 [E, A], attributes in the order of `schema`.
@@ -122,16 +122,18 @@ class Scorer:
             for example, place in layout.ends:
                 predicted[example.number] = output[place, self._outputs]
         if len(bad := np.argwhere(~np.isfinite(predicted))):
-            said = f"'{self.description.path}' predicts {predicted[*bad[0]]} for {self.schema.names[bad[0][1]]}"
-            where = "{}:{}: ".format(*source) if (source := chunk.sources[bad[0][0]])[0] else ""
-            cure = "check the model, or use another --dtype"
-            raise ModelError(f"{where}{said}, one of {len(bad)} ratings\n  cure: {cure}")
+            (example, output), model = bad[0], self.description.path
+            said = f"{chunk.files[example]}'{model}' predicts {predicted[*bad[0]]} for {self.schema.names[output]}"
+            raise ModelError(f"{said}, one of {len(bad)} ratings\n  cure: check the model, or use another --dtype")
         return predicted
 
 
-def open_scorer(folder: str, options: argparse.Namespace) -> Scorer:
-    """With `command.add_scoring_options`. Raises SteerjaxError: no such model, or options that do not fit it."""
-    return Scorer(open_model(folder, options), row_length=options.row_length, rows=options.rows)
+def open_scorer(model: str | Description, options: argparse.Namespace) -> Scorer:
+    """Of a folder or its description, with `command.add_scoring_options`.
+
+    Raises SteerjaxError: no such model, or options that do not fit it.
+    """
+    return Scorer(open_model(model, options), row_length=options.row_length, rows=options.rows)
 
 
 def predict(

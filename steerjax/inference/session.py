@@ -15,6 +15,7 @@ from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes, load_conversations
 from steerjax.data.readers import source_format
 from steerjax.errors import DataError, ModelError
+from steerjax.hf.description import Description
 from steerjax.inference.answerer import open_answerer
 from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
 from steerjax.inference.steering import (
@@ -36,10 +37,10 @@ _DIALOGUES = {"turns", "messages", "conversations", "instruction", "completion"}
 class Session:
     """What the options ask for: a model or a server, settings, sampling. Raises SteerjaxError where they do not fit."""
 
-    def __init__(self, options: argparse.Namespace):
+    def __init__(self, options: argparse.Namespace, about: Description | None = None):
         o = self.options = options
         self.sampling = sampling_of(o)
-        answerer = open_answerer(o)
+        answerer = open_answerer(o, about)
         self.schema, self.defaults = answerer.schema, answerer.defaults
         self.settings = swept(o.attributes, o.sweep, self.schema)
         self.combinations: list[Setting] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from steerjax.checksums import without_own
 from steerjax.files import write_text
 
 
@@ -27,10 +28,11 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def _record(line: bytes) -> dict:
-    """Raises ValueError: no JSON object with a step, a split, and numbers or null."""
+    """Raises ValueError: no JSON object with a step, a split, and numbers or null; or not as it was written."""
     record = json.loads(line.decode())
     if not (isinstance(record, dict) and type(record.get("step")) is int and isinstance(record.get("split"), str)):
         raise ValueError
+    record = without_own(record)
     for key, value in record.items():
         if key != "split" and value is not None and (type(value) not in (int, float) or abs(value) > 1e308):
             raise ValueError

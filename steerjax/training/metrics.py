@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from steerjax.checksums import with_own
 from steerjax.files import cannot_write, copy_file, write_text
 from steerjax.report.records import read_metrics
 from steerjax.training.trackers import Trackers
@@ -20,7 +21,8 @@ from steerjax.training.trackers import Trackers
 class MetricsWriter:
     """Writes records of one step; only process 0 has one that writes.
 
-    `metrics.jsonl` has a JSON object a line with `step` and `split`; a value that is not finite is null.
+    `metrics.jsonl` has a JSON object a line with `step` and `split`, and the line's checksum; a value that is not
+    finite is null.
 
     Attributes:
         evaluated: the step that the run goes on from has a record of its evaluation.
@@ -39,7 +41,7 @@ class MetricsWriter:
         elif self._path.exists() and len(found) < self._path.read_bytes().count(b"\n"):  # damaged
             copy_file(self._path, self._aside())
         # The steps after the checkpoint are done again; their first records go, so that none stands twice.
-        write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_text(self._path, "".join(map(_line, kept)))
         with cannot_write(self._path):
             self._file = self._path.open("a", buffering=1)
         self._trackers = Trackers(trackers, workdir, resume_step, config)
@@ -53,7 +55,7 @@ class MetricsWriter:
             return
         clean = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
         with cannot_write(self._path):
-            self._file.write(json.dumps({"step": step, "split": split, **clean}) + "\n")
+            self._file.write(_line({"step": step, "split": split, **clean}))
         self._trackers.log(step, split, {name: value for name, value in clean.items() if value is not None})
 
     def show(self, step: int, report: Path) -> None:
@@ -104,6 +106,10 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+def _line(record: Mapping) -> str:
+    return json.dumps(with_own(record)) + "\n"
 
 
 def duration(seconds: float) -> str:

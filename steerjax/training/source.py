@@ -29,7 +29,7 @@ def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]
     """
     e, source = experiment, None
     if e.model.source != "random":
-        source = describe(e.model.source, template=e.chat.template)
+        source = describe(e.model.source, template=e.chat.template, verify=e.train.verify)
         e = dataclasses.replace(e, model=_with_architecture(e.model, source.model))
     e = with_frozen_base(e)
     if e.chat.tokenizer == "auto":

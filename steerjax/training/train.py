@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.bundle.describe import output_names
 from steerjax.bundle.store import CheckpointStore
-from steerjax.bundle.verify import unverified
 from steerjax.chat.render import make_renderer
 from steerjax.data.batch import Feeder, evaluation_steps
 from steerjax.data.loading import write_skipped
@@ -57,7 +56,7 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         SteerjaxError: bad config or data, a workdir of another experiment or in which another process trains, damage,
             gradients that stay non-finite, processes that differ or do not come.
     """
-    with only_run(workdir, active=processes.index == 0), unverified(not experiment.train.verify):
+    with only_run(workdir, active=processes.index == 0):
         return _train(experiment, workdir, processes)
 
 

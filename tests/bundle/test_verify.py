@@ -9,7 +9,6 @@ import pytest
 
 from steerjax.bundle import locate
 from steerjax.bundle.store import CheckpointStore
-from steerjax.bundle.verify import unverified
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.checksums import LIST
 from steerjax.errors import CheckpointError, ModelError
@@ -97,8 +96,7 @@ def test_damage_of_an_export_is_refused(written, tmp_path):
     (out / ".gitattributes").write_text("")
     assert locate(out) == out
     (out / "steerjax.json").write_text((out / "steerjax.json").read_text().replace("extra_id", "chatml"))
-    with unverified():
-        assert locate(out) == out
+    assert locate(out, verify=False) == out
 
 
 def test_damage_of_a_runs_tokenizer_is_refused_and_a_resume_mends_it(written, tmp_path):

@@ -15,10 +15,9 @@ from steerjax.evaluation.suite import read_rows
 from steerjax.report.figures import differences, figures
 from steerjax.schema import HELPSTEER, SCALAR_WEIGHTS, Attribute, Schema
 from tests.evaluation.benchmark_rows import SUITES, made_rows
-from tests.helpers import as_killed
 from tests.hf_folders import LABELS
 from tests.refusals import refused, says
-from tests.reward_models import reward_folder, write_rows
+from tests.reward_models import killed, reward_folder, write_rows
 
 # What the benchmarks' own code gives for `made_rows` (benchmarks/oracles/reward_bench.py), Ties as the repository's.
 GOLDEN = {
@@ -294,7 +293,8 @@ def test_the_command_resumes_and_says_what_is_not_there(suite, models, tmp_path,
     assert (output / "sections.png").stat().st_size > 10_000
     assert (output / "matrix.png").exists() == (suite == "rm_bench")
 
-    as_killed(output / "rows.jsonl", 2, b'{"half')
+    lines = (output / "rows.jsonl").read_bytes().splitlines(keepends=True)
+    killed(output / "rows.jsonl", b"".join(lines[:2]) + lines[2][:9])
     evaluate(suite, models[0], data, output)
     assert read_rows(output) == kept
     says(refusal(suite, models[0], data, output, "--scalar", "verbosity"), "scalar", "verbosity")

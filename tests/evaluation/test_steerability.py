@@ -13,11 +13,10 @@ from steerjax.evaluate import main
 from steerjax.evaluation import steerability
 from steerjax.evaluation.text_measures import flesch_kincaid, text_measures
 from steerjax.schema import HELPSTEER
-from tests.helpers import as_killed
 from tests.hf_folders import TINY, random_tensors, write_folder
 from tests.inference.test_server import FakeServer
 from tests.refusals import says
-from tests.reward_models import read_rows, reward_folder, some_conversations, write_rows
+from tests.reward_models import killed, read_rows, reward_folder, some_conversations, write_rows
 
 
 def evaluate(output, *words) -> dict:
@@ -118,8 +117,8 @@ def test_a_grid_is_answered_rated_and_resumed(chat, reward, prompts, tmp_path, m
 
     # Killed while it answered, then while it rated: the same figures, and nothing is done twice.
     kept = {name: (output / name).read_bytes() for name in ("answers.jsonl", "rows.jsonl")}
-    for name in kept:
-        as_killed(output / name, 7, b'{"half')
+    for name, lines in kept.items():
+        killed(output / name, b"".join(lines.splitlines(keepends=True)[:7]) + b'{"half')
     assert evaluate(output, *words)["figures"] == whole["figures"]
     assert {name: (output / name).read_bytes() for name in kept} == kept
     says(refusal(output, *words, "--seed", 3), "answers.jsonl", "seed")

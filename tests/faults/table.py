@@ -43,6 +43,12 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("command interrupted",),
     ),
     ("Any name in a path works or is refused at the door", "test_names.py", ("name in a path",)),
+    (
+        "No damage to a file that we write is believed: an older checkpoint, or one sentence, or no effect by design",
+        "test_damage.py",
+        ("damage",),
+    ),
+    ("What is damaged ends the commands themselves so", "test_damage.py", ("damage, the command itself",)),
     ("Memory and descriptors stay level", "test_leaks.py", ("steps trained", "rows annotated")),
 )
 

@@ -13,7 +13,7 @@ import pytest
 
 from steerjax.data.loading import Skipped
 from steerjax.errors import DataError, LockedError, WriteError
-from steerjax.inference.job import beside, carried, resumable
+from steerjax.inference.job import appended, beside, carried, resumable
 from tests.refusals import refused
 
 pytestmark = pytest.mark.short
@@ -88,6 +88,33 @@ def test_an_output_that_was_changed_is_refused(tmp_path, until):
         file.write_bytes(whole)
     assert run(path) == until
     assert read(path) == ROWS
+
+
+def test_damage_to_what_is_recorded_is_refused_and_the_rows_stay(tmp_path):
+    path = tmp_path / "out.jsonl"
+    run(path, until=12)
+    partial, settings = beside(path, "partial"), beside(path, "settings.json")
+    before, said = partial.read_bytes(), settings.read_text()
+    for old, new in ((f"{len(before)},", f"{len(before) - 9},"), ('"rows"', '"rowt"'), ('"written"', '"writtdn"')):
+        assert said.count(old) == 1
+        settings.write_text(said.replace(old, new))
+        with refused(DataError, "out.jsonl"):
+            run(path)
+        assert partial.read_bytes() == before
+    settings.write_text(said)
+    assert run(path) == 12
+
+
+def test_a_changed_line_of_a_file_that_is_added_to_is_refused(tmp_path):
+    path = tmp_path / "judgments.jsonl"
+    for row in ROWS[:3]:
+        with appended(path) as (_, add):
+            add(row)
+    with appended(path) as (rows, _):
+        assert rows == [*enumerate(ROWS[:3], start=1)]
+    path.write_text(path.read_text().replace('"id": 1', '"id": 3'))
+    with refused(DataError, f"{path}:2", "checksum", cure="remove"), appended(path):
+        pass
 
 
 def test_a_finished_output_is_left_alone(tmp_path):

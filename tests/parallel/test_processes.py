@@ -17,12 +17,14 @@ import pytest
 from jax._src.distributed import State
 
 from steerjax.bundle.reader import CheckpointReader
+from steerjax.checksums import write_list
 from steerjax.config import resolve
 from steerjax.errors import TrainingError
 from steerjax.parallel import processes
 from steerjax.parallel.processes import ALONE, Processes, connect
 from steerjax.report.records import read_metrics
 from steerjax.training import train as training
+from tests.faults.damage import damage
 
 slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
 STEPS = 8
@@ -262,6 +264,28 @@ def test_each_builds_only_its_rows(tmp_path):
         assert group.wait() == [0, 0], group.output(0)
         assert "built [0, 1, 2, 3] 112" in group.output(0)
         assert "built [4, 5, 6, 7] 112" in group.output(1)
+
+
+def test_each_reads_its_share_of_a_checkpoint_and_all_agree(tmp_path):
+    """The flip lies in the share of one process; both go on from the older checkpoint, of which each reads a half."""
+    checkpoints, names = tmp_path / "checkpoints", {"a", "b", "c", "d"}
+    for step in ("3", "5"):
+        (checkpoints / step).mkdir(parents=True)
+        for name in names:
+            (checkpoints / step / name).write_bytes(name.encode() * 1000)
+        write_list(checkpoints / step)
+    damage(checkpoints / "5" / "c", "flip", 0)
+    with Group([worker("aside", checkpoints)] * 2, tmp_path) as group:
+        assert group.wait() == [0, 0], group.output(0) + group.output(1)
+        said = [group.output(i) for i in range(2)]
+    found = [re.search(r"^read (\[.*\]) left (\[.*\])$", text, re.MULTILINE) for text in said]
+    read, left = zip(*((eval(match[1]), eval(match[2])) for match in found), strict=True)
+    assert left == (["3", "5.damaged"],) * 2
+    for step in ("3", "5"):
+        shares = [{Path(name).name for name in one if name.startswith(step)} for one in read]
+        assert sorted(map(len, shares)) == [2, 2]
+        assert set.union(*shares) == names
+    assert ["c does not have its checksum" in text for text in said].count(True) == 1
 
 
 def test_a_barrier_names_who_is_late(tmp_path):

@@ -83,6 +83,20 @@ def feed(processes: Processes) -> None:
         processes.agree("same", {"a": {"b": 1}, "c": None})
 
 
+def aside(processes: Processes, checkpoints: str) -> None:
+    """Sets damaged checkpoints aside; says which files this process has read, and which checkpoints it finds then."""
+    from steerjax import checksums
+    from steerjax.training.train import make_any
+    from steerjax.training.workdir import set_damaged_aside
+
+    folder, read, checksum = Path(checkpoints), [], checksums.checksum
+    checksums.checksum = lambda path: read.append(path.relative_to(folder).as_posix()) or checksum(path)
+    with jax.set_mesh(mesh := make_mesh(MeshConfig())):
+        any_process = make_any(mesh)
+        set_damaged_aside(folder, processes, lambda one: bool(any_process(one)), verify=True)
+    print("read", sorted(read), "left", sorted(step.name for step in folder.iterdir()), flush=True)
+
+
 def late(processes: Processes) -> None:
     """Process 1 is elsewhere when the others meet."""
     if processes.index == 1:
@@ -99,4 +113,5 @@ def stuck(processes: Processes) -> None:
 
 if __name__ == "__main__":
     with connect() as processes:
-        {"train": train, "feed": feed, "late": late, "stuck": stuck}[sys.argv[1]](processes, *sys.argv[2:])
+        tasks = {"train": train, "feed": feed, "aside": aside, "late": late, "stuck": stuck}
+        tasks[sys.argv[1]](processes, *sys.argv[2:])

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from steerjax.checksums import with_own
 from steerjax.report.records import read_metrics
 from steerjax.training.metrics import MetricsWriter
 
@@ -16,6 +17,7 @@ GARBAGE = {
     "no split": b'{"step": 2}',
     "a text for a number": b'{"step": 2, "split": "train", "loss": "1.0"}',
     "a number that no float holds": b'{"step": 2, "split": "train", "loss": 1' + b"0" * 400 + b"}",
+    "a figure that was changed": json.dumps(with_own(GOOD[1])).replace("0.5", "0.7").encode(),
     "NULs": b"\0" * 100,
     "NULs before a record": b'\0\0{"step": 2, "split": "train"}',
     "not UTF-8": b'{"step": 2, "split": "tr\xff"}',
