@@ -80,10 +80,10 @@ def look_alikes(string: str, content: Mapping[str, Any]) -> Iterator[str]:
     """Texts of which a tokenizer may make `string`; `content` is its tokenizer.json."""
     makes = _makes(json.dumps(content["normalizer"]))
     yield from (string, string.upper(), string.lower(), string.title(), f"{string[0]}{string}{string[1:]}")
-    for put in {*_PUT_IN, *(text for made, text in makes.items() if not made)}:
+    for put in (*_PUT_IN, *filter(None, [makes.get("")])):
         yield from (string[:place] + put + string[place:] for place in (1, len(string) // 2, len(string) - 1))
-    for byte in {*string}:
-        yield string.replace(byte, f"<0x{ord(byte):02X}>")
+    for sign in sorted({*string}):
+        yield string.replace(sign, f"<0x{ord(sign):02X}>")  # a byte, as SentencePiece's tokens spell it
     for made, text in makes.items():
         if made and made in string:
             yield from (string.replace(made, text), string.replace(made, text, 1))
@@ -91,10 +91,8 @@ def look_alikes(string: str, content: Mapping[str, Any]) -> Iterator[str]:
 
 @lru_cache
 def _makes(normalizer: str) -> dict[str, str]:
-    """What a normalizer makes of a character, or of a string that it replaces: a text of which it makes that.
-
-    Characters that are left out are under "".
-    """
+    """What a normalizer makes of a character, or of a string that it replaces ("" where it leaves it out), and the
+    first of which it makes that."""
     if normalizer == "null":
         return {}
     model = {"type": "BPE", "vocab": {}, "merges": []}
