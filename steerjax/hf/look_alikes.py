@@ -28,13 +28,13 @@ def sealed(content: dict[str, Any], tokenizer: Tokenizer, template: Template, st
     """
     raw = [
         token | {"normalized": token["normalized"] and token["content"] not in strings}
-        for token in content["added_tokens"]
+        for token in content.get("added_tokens", ())
     ]
     strict, backend = content | {"added_tokens": raw}, _backend(content)
     if strict != content:
         before, ordinary = backend, _ordinary(template)
         backend = _backend(strict)
-        if before.encode(ordinary).ids == backend.encode(ordinary).ids:
+        if _ids(before, ordinary) == _ids(backend, ordinary):
             content = strict
         else:
             backend = before
@@ -53,6 +53,14 @@ def _backend(content: Mapping[str, Any]):
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
+def _ids(backend: Any, text: str) -> list[int]:
+    """None at all where the tokenizer has no token for something in the text."""
+    try:
+        return backend.encode(text).ids
+    except Exception:  # the library raises nothing narrower
+        return []
+
+
 def _ordinary(template: Template) -> str:
     """An ordinary conversation."""
     texts = zip(("Be kind.", "Hello there, you.", "a:1"), (template.system, template.user, template.label), strict=True)
@@ -65,20 +73,22 @@ def _forged(content: Mapping[str, Any], backend: Any, strings: frozenset[str]) -
     """One of `strings`, and a text that has none of them but becomes it."""
     vocab = content["model"]["vocab"]
     pieces = set(vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))
-    apart = {t["content"] for t in content["added_tokens"] if not t["normalized"] and t["content"] not in pieces}
+    added = content.get("added_tokens", ())
+    apart = {token["content"] for token in added if not token["normalized"]} - pieces
     for string in sorted(strings - apart):  # those apart are no tokens of the model, which sees the rest
-        ids = backend.encode(f"\n{string}\n").ids
+        ids = _ids(backend, f"\n{string}\n")
         index, spelt = backend.token_to_id(string), backend.decode(ids, skip_special_tokens=False).strip()
-        texts = [any_of(strings).sub(lambda found: broken(found[0]), text) for text in look_alikes(string, content)]
-        for text, one in zip(texts, backend.encode_batch([f"\n{text}\n" for text in texts]), strict=True):
-            if index in one.ids if index in ids else spelt in backend.decode(one.ids, skip_special_tokens=False):
+        for text in look_alikes(string, content):
+            text = any_of(strings).sub(lambda found: broken(found[0]), text)  # as the chat template does
+            made = _ids(backend, f"\n{text}\n")
+            if index in made if index in ids else spelt and spelt in backend.decode(made, skip_special_tokens=False):
                 return string, text
     return None
 
 
 def look_alikes(string: str, content: Mapping[str, Any]) -> Iterator[str]:
-    """Texts of which a tokenizer may make `string`; `content` is its tokenizer.json."""
-    makes = _makes(json.dumps(content["normalizer"]))
+    """Texts, `string` among them, of which the tokenizer of a tokenizer.json, `content`, may make it."""
+    makes = _makes(json.dumps(content.get("normalizer")))
     yield from (string, string.upper(), string.lower(), string.title(), f"{string[0]}{string}{string[1:]}")
     for put in (*_PUT_IN, *filter(None, [makes.get("")])):
         yield from (string[:place] + put + string[place:] for place in (1, len(string) // 2, len(string) - 1))

@@ -68,6 +68,22 @@ def test_ordinary_tokens_go_first(tmp_path):
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == content
 
 
+def test_parts_that_a_file_leaves_out(tmp_path):
+    path = adversarial(tmp_path, "byte level", "none", "none", False)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: content[key] for key in ("pre_tokenizer", "decoder", "model")}))
+    assert written(tmp_path / "out", load_tokenizer(path))
+
+
+def test_a_text_that_has_no_tokens(tmp_path):
+    """Each look-alike with a character that has none is refused by the tokenizer itself."""
+    path = adversarial(tmp_path, "word level", "none", "special", False)
+    content = json.loads(path.read_text())
+    content["model"]["unk_token"] = "none"
+    path.write_text(json.dumps(content))
+    assert written(tmp_path / "out", load_tokenizer(path))
+
+
 def test_a_string_that_a_normalizer_replaces(tmp_path):
     path = adversarial(tmp_path, "byte level", "none", "none", False)
     content = json.loads(path.read_text())
