@@ -105,6 +105,9 @@ def machine_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def reported_errors() -> Iterator[None]:
     """A SteerjaxError, or what the machine refuses, is printed without a traceback, and the exit status is 2."""
+    for stream in (sys.stdout, sys.stderr):  # a path may be no UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with machine_errors():
             yield

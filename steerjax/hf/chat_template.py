@@ -27,7 +27,7 @@ def chat_template(
     """Jinja text that writes a conversation as `Renderer.render` (kind "chat") or `reward_tokens` ("reward") does.
 
     A server takes special tokens from rendered text, so U+2060 breaks control strings and `special_strings` in every
-    message. Jinja does not see look-alikes; they matter only where the tokenizer normalises them to control strings.
+    message. Jinja does not see what a tokenizer makes of other texts; `look_alikes.sealed` does.
 
     Args:
         schema: the attributes that are taken, None for none.

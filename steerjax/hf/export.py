@@ -54,7 +54,8 @@ def export_model(
         evaluation, results: for the model card (`card.model_card`).
         adapter: PEFT's adapter in place of the whole weights.
 
-    Raises ModelError: what no server can load, a tensor that overflows in `dtype`, a folder that cannot be written.
+    Raises ModelError: what no server can load, or would take from users' texts, a tensor that overflows in `dtype`, a
+    folder that cannot be written.
     """
     tokenizer, template, reward = description.tokenizer, description.template, description.kind == "reward"
     ids = {f"{key}_id": tokenizer.token_id(string) for key, string in special_tokens(tokenizer, template).items()}
@@ -71,12 +72,12 @@ def export_model(
         special_strings=special_strings(tokenizer, template),
     )
     with new_folder(output) as folder:
+        write_tokenizer(folder, tokenizer, template, written_template)  # first, as it refuses some
         if adapter:
             base = str(description.provenance.get("base_model", ""))
             write_adapter(folder, description.model, kind, len(labels), reader, base)
         else:
             write_model(folder, config, reader, dtype, max_shard_size)
-        write_tokenizer(folder, tokenizer, template, written_template)
         if not reward and not adapter:
             _write_json(folder / "generation_config.json", ids | {"eos_token_id": stop_tokens(tokenizer, template)})
         _write_json(folder / "steerjax.json", description.to_json())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer, missing_markers
+from steerjax.hf.look_alikes import sealed
 
 _KEPT = ("model_max_length", "padding_side", "truncation_side")  # of a source's tokenizer_config.json
 
@@ -53,6 +54,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: Template, chat
 
     A SentencePiece model is copied beside its tokenizer.json, in which only those of its control pieces are in reach of
     text that the template writes or `special_tokens` names.
+
+    Raises ModelError: a stock server would take control strings from texts that do not spell them.
     """
     source, names, entries = tokenizer.files[0], special_tokens(tokenizer, template), {}
     if source.suffix == ".model":
@@ -72,6 +75,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: Template, chat
     if processor := content.get("post_processor"):  # all but ByteLevel's add tokens
         kept = [entry for entry in processor.get("processors", [processor]) if entry["type"] == "ByteLevel"]
         content["post_processor"] = {"type": "Sequence", "processors": kept} if kept else None
+    content = sealed(content, tokenizer, template, template.control_strings | special_strings(tokenizer, template))
     config = {key: entries[key] for key in _KEPT if key in entries} | {
         # The classes of single models (LlamaTokenizer) build a tokenizer of their own and add a BOS.
         "tokenizer_class": "PreTrainedTokenizerFast",

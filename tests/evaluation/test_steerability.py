@@ -7,6 +7,7 @@ import sys
 import threading
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from steerjax.annotate import main as annotate
 from steerjax.evaluate import main
@@ -180,12 +181,13 @@ def test_refusals(words, facts, cure, answers, prompts, chat, reward, tmp_path):
     assert not (tmp_path / "out/results.json").exists()
 
 
-def test_a_reward_model_that_predicts_nan(answers, reward, tmp_path, monkeypatch):
-    score = "steerjax.inference.scorer.Scorer.score"
-    monkeypatch.setattr(score, lambda self, chunk: [[float("nan")] * 5] * len(chunk.examples))
-    monkeypatch.setattr("steerjax.inference.scorer.np.concatenate", lambda parts: parts[-1])
-    message = refusal(tmp_path / "out", "--input", answers, "--reward-model", reward, "--template", "extra_id")
-    says(message, f"{answers}:2", "helpfulness", "NaN", cure="model")
+def test_a_reward_model_that_predicts_nan(answers, tmp_path):
+    broken = reward_folder(tmp_path / "broken", context=256)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["score.weight"][:] = 3e38  # finite, and no prediction is
+    save_file(tensors, broken / "model.safetensors")
+    message = refusal(tmp_path / "out", "--input", answers, "--reward-model", broken, "--template", "extra_id")
+    says(message, f"{answers}:2", "helpfulness", "predicts", cure="model")
 
 
 def test_own_attributes(tmp_path, capsys):

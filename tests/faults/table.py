@@ -49,6 +49,18 @@ PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("damage",),
     ),
     ("What is damaged ends the commands themselves so", "test_damage.py", ("damage, the command itself",)),
+    ("Any row or file of data is used as it is meant, or refused by its place", "test_readers_fuzz.py", ("row read",)),
+    (
+        "No text of a conversation becomes a control token or spells one, with any tokenizer",
+        "test_text_stays_text.py",
+        ("conversation rendered",),
+    ),
+    (
+        "Nor does one that a stock server renders with an exported template and tokenizer",
+        "test_template_fuzz.py",
+        ("template call",),
+    ),
+    ("Any answer of a server is used or refused by its reason, soon", "test_server_answers.py", ("server answer",)),
     ("Memory and descriptors stay level", "test_leaks.py", ("steps trained", "rows annotated")),
 )
 

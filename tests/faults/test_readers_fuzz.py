@@ -25,8 +25,6 @@ from tests import SHARED
 from tests.faults.mutate import mutated_bytes, mutated_json, odd_json
 from tests.refusals import refused, says
 
-slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
-
 TURNS = [{"role": "user", "content": "q", "id": "1"}, {"role": "assistant", "content": "a", "ratings": {"humor": 3}}]
 ROWS = [
     {"turns": TURNS, "system": "s", "id": "x", "rejected": [TURNS[0], TURNS[1] | {"content": "b"}], "strength": 2},
@@ -90,7 +88,7 @@ def table(kind, rows):
     return file.getvalue()
 
 
-def fuzz(folder, count, random):
+def fuzz(folder, count, random, tried):
     """`count` mutated rows and more, in files of every kind."""
     counts = collections.Counter()
     render = Renderer(load_tokenizer("embedded"), TEMPLATES["extra_id"], STEERLM)
@@ -116,20 +114,21 @@ def fuzz(folder, count, random):
             path = folder / f"rows.{name}"
             path.write_bytes(mutated_bytes(whole, random))
             read(path, render, counts)
-    print(f"\nmutated files and rows: {dict(counts)}")
+    for outcome, times in counts.items():
+        tried("row read", outcome, times)
     return counts
 
 
-def test_mutated_rows(tmp_path):
-    counts = fuzz(tmp_path, 1200, Random(8))
+def test_mutated_rows(tmp_path, tried):
+    counts = fuzz(tmp_path, 1200, Random(8), tried)
     assert min(counts["rows used"], counts["refused rows"], counts["refused files"]) > 0
 
 
-@slow
-def test_mutated_rows_by_the_thousands(tmp_path):
+@pytest.mark.faults
+def test_mutated_rows_by_the_thousands(tmp_path, tried):
     """40,000."""
     before = memory("VmRSS")
-    assert sum(fuzz(tmp_path, 60_000, Random(16)).values()) > 40_000
+    assert sum(fuzz(tmp_path, 60_000, Random(16), tried).values()) > 40_000
     assert memory("VmHWM") - before < 400 << 20
 
 

@@ -36,7 +36,6 @@ from tests.faults.odd_servers import (
 from tests.refusals import refused, says
 
 ASKED = Conversation((Turn("user", "a secret question"),))
-slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes a minute; STEERJAX_SLOW=1 runs it")
 KEY = "sk-made-up-0123456789"
 SOUND = sends(http(json.dumps(GOOD).encode()))
 
@@ -71,7 +70,7 @@ def memory(field: str) -> int:
     return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def test_each_odd_answer_is_an_error_of_that_request():
+def test_each_odd_answer_is_an_error_of_that_request(tried):
     Path("/proc/self/clear_refs").write_text("5")  # the most so far begins anew
     before = memory("VmRSS")
     every = [(name, write, False) for name, write in ODD.items()]
@@ -83,7 +82,7 @@ def test_each_odd_answer_is_an_error_of_that_request():
     assert [name for (name, _, _), (outcome, _) in results if not isinstance(outcome, ModelError)] == []
     assert [name for (name, _, _), (_, seconds) in results if seconds > 10] == []
     assert memory("VmHWM") - before < (200 << 20) + 10 * LARGEST
-    print(f"\n{len(every)} odd answers: {len(every)} errors that say what came, 0 foreign, 0 believed")
+    tried("server answer", "odd: refused", len(every))
 
 
 @pytest.mark.parametrize("name", PASSING)
@@ -166,8 +165,8 @@ def test_where_the_key_goes_is_said():
         assert KEY not in said
 
 
-@slow
-def test_mutated_answers():
+@pytest.mark.faults
+def test_mutated_answers(tried):
     """1,000 of them, seeded."""
     outcomes, longest = collections.Counter(), 0.0
     Path("/proc/self/clear_refs").write_text("5")
@@ -176,13 +175,14 @@ def test_mutated_answers():
         for found, seconds in pool.map(lambda one: asked(one[1]), list(mutated_answers(Random(16), 1000))):
             outcomes[type(found).__name__] += 1
             longest = max(longest, seconds)
-    print(f"\n1000 mutated answers: {dict(outcomes)}, the slowest {longest:.1f} s")
+    for outcome, count in outcomes.items():
+        tried("server answer", f"mutated: {outcome}", count)
     assert outcomes.keys() <= {"Answer", "ModelError", "RefusedRequest"}
     assert longest < 10
     assert memory("VmHWM") - before < (200 << 20) + 10 * LARGEST
 
 
-@slow
+@pytest.mark.faults
 def test_gigabytes_are_not_kept():
     """Ten servers at a time that would send for ever."""
     before = memory("VmRSS")

@@ -2,7 +2,6 @@
 
 import collections
 import itertools
-import os
 import time
 from random import Random
 
@@ -18,8 +17,6 @@ from steerjax.errors import DataError, ModelError
 from steerjax.schema import STEERLM
 from tests.faults.adversarial_tokenizers import ADDED, CONTROLS, MODELS, NORMALIZERS, adversarial
 from tests.faults.mutate import mutated_text
-
-slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
 
 SOURCE = Template(
     name="source", system=("<|sys|>", "<|end|>"), user=("[USER]", "<|end|>"), assistant="[BOT]",
@@ -75,7 +72,7 @@ def check(render, text, quiet, single):
     return "kept"
 
 
-def run(folder, kinds, texts, random=None):
+def run(folder, kinds, texts, tried, random=None):
     outcomes = collections.Counter()
     for kind in kinds:
         tokenizer = opened(folder, *kind)
@@ -95,7 +92,8 @@ def run(folder, kinds, texts, random=None):
                     outcomes[check(render, text, quiet, kind[2] == "single word")] += 1
                 except AssertionError as error:
                     raise AssertionError(f"{kind}, {name}: {error}") from None
-    print(f"\n{sum(outcomes.values())} conversations: {dict(outcomes)}")
+    for outcome, count in outcomes.items():
+        tried("conversation rendered", outcome, count)
     return outcomes
 
 
@@ -104,9 +102,9 @@ def of_one(template):
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_few_of_each_kind(tmp_path, model):
+def test_a_few_of_each_kind(tmp_path, model, tried):
     kinds = [kind for kind in KINDS if kind[0] == model]
-    outcomes = run(tmp_path, Random(model).sample(kinds, 8), of_one)
+    outcomes = run(tmp_path, Random(model).sample(kinds, 8), of_one, tried)
     assert outcomes["kept"] > 0
 
 
@@ -136,13 +134,13 @@ def test_time_grows_as_the_text(tmp_path, kind):
     assert seconds[1] < 25 * seconds[0] + 0.5
 
 
-@slow
-def test_mutated_conversations(tmp_path):
+@pytest.mark.faults
+def test_mutated_conversations(tmp_path, tried):
     """40,000 of them: each kind of tokenizer, each template, nine texts."""
 
     def texts(template, random):
         strings = sorted(template.control_strings)
         return [mutated_text(random.choice(look_alikes(random.choice(strings))), random, strings) for _ in range(9)]
 
-    outcomes = run(tmp_path, KINDS, texts, Random(16))
+    outcomes = run(tmp_path, KINDS, texts, tried, Random(16))
     assert outcomes["kept"] > 35_000

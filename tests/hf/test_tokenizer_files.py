@@ -195,7 +195,8 @@ def train(path, texts, **options):
 @pytest.mark.parametrize("prefix", [True, False])
 def test_characters_that_are_no_piece(texts, tmp_path, prefix):
     """Without bytes to fall back on, a run of them is one `<unk>`."""
-    tokenizer = train(tmp_path / "m.model", texts[:40], byte_fallback=False, add_dummy_prefix=prefix)
+    options = {"byte_fallback": False, "add_dummy_prefix": prefix, "character_coverage": 1.0}
+    tokenizer = train(tmp_path / "m.model", [*texts[:40], "".join(TEMPLATES["llama2"].control_strings)], **options)
     backend = written(tmp_path / "out", tokenizer, "llama2")
     for text in ("a 日本語 b", "日", "x日本 語y\n", "😀</s>😀😀"):
         ids = tokenizer.encode(text, controls=frozenset({"</s>"}))
