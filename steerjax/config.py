@@ -18,10 +18,14 @@ from steerjax.training.config import GROUPS, Experiment
 from steerjax.typed import STRICT, typed
 
 
-@functools.cache
 def _recipe() -> type:
+    return _made(tuple(OBJECTIVES))  # a user may have added one
+
+
+@functools.cache
+def _made(objectives: tuple[str, ...]) -> type:
     """A dataclass of every group; of objectives that are not chosen too, so that no mistake stays hidden."""
-    groups = GROUPS | {name: find_objective(name).Config for name in OBJECTIVES}
+    groups = GROUPS | {name: find_objective(name).Config for name in objectives}
     fields = [(name, group, dataclasses.field(default_factory=group)) for name, group in groups.items()]
     names = ("objectives", Texts, dataclasses.field(default=("regression",)))
     return dataclasses.make_dataclass("Recipe", [names, *fields], namespace={"__pydantic_config__": STRICT})

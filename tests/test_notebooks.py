@@ -78,6 +78,8 @@ def clone(repository, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 def test_in_a_checkout(clone, tmp_path, fresh, walk):
     """Steerjax is installed from the checkout that the notebook lies in."""
     walk(clone / "notebooks", tmp_path / "work", kernel=fresh)

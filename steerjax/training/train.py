@@ -56,17 +56,18 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
         SteerjaxError: bad config or data, a workdir of another experiment or in which another process trains, damage,
             gradients that stay non-finite, processes that differ or do not come.
     """
-    with only_run(workdir, active=processes.index == 0):
-        return _train(experiment, workdir, processes)
-
-
-def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[str, Evaluation]:
     main = processes.index == 0
     if main and experiment.train.plots:
         require_plots()
     if main:
         for name in experiment.train.trackers:
             TRACKERS[name].check()
+    with only_run(workdir, active=main):
+        return _train(experiment, workdir, processes)
+
+
+def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[str, Evaluation]:
+    main = processes.index == 0
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
     schema = predicted_schema(experiment.objective, experiment.data.make_schema())

@@ -21,7 +21,7 @@ def runs(tmp_path_factory, repository):
 @pytest.mark.parametrize(
     ("number", "seed", "wanted"),
     [
-        (KILL, 0, 1),
+        pytest.param(KILL, 0, 1, marks=pytest.mark.faults),
         *(pytest.param(KILL, seed, 10, marks=pytest.mark.faults) for seed in range(1, 11)),
         *(pytest.param(number, seed, 5, marks=pytest.mark.faults) for number in (TERM, INT) for seed in range(1, 7)),
     ],

@@ -122,6 +122,8 @@ def test_ctrl_c_at_random_moments(runs, whole):
         assert_trees_close(ours, expected, rtol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 def test_ctrl_c_that_ends_the_reader_of_the_log_too(runs, tmp_path):
     """`steerjax train | tee log`: what is printed is lost, the checkpoint is not."""
     process = runs.start(tmp_path, subprocess.PIPE)
