@@ -5,7 +5,6 @@ from collections import Counter
 from random import Random
 
 import pytest
-import transformers
 
 from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ModelError
@@ -16,6 +15,8 @@ from tests.faults.mutate import mutated_text
 from tests.faults.test_text_stays_text import EVERY, KINDS, look_alikes, opened
 from tests.hf.serving import as_messages, talk
 from tests.refusals import says
+
+pytestmark = pytest.mark.parity
 
 EMBEDDED = ("embedded",)
 
@@ -30,7 +31,9 @@ def served(folder, tokenizer, template):
         says(error, cure="normalized=false")
         return None
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def conversation(template, text):
