@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -107,23 +107,21 @@ class BatchPlan:
     rows: int
     row_length: int
     seed: int
+    _last: list[int] = field(default_factory=lambda: [0, 0], init=False)  # the epoch asked for, and the rows before it
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a plan lives as long as its run
     def epoch(self, epoch: int) -> list[Row]:
         """The rows of an epoch, in order."""
         return epoch_rows(self.trees, self.row_length, self.seed, epoch)
 
-    @functools.cache  # noqa: B019
-    def epoch_start(self, epoch: int) -> int:
-        """Rows before an epoch; epochs may differ by a row or two."""
-        return self.epoch_start(epoch - 1) + len(self.epoch(epoch - 1)) if epoch else 0
-
     def step_rows(self, step: int) -> list[Row]:
         """The rows of a step."""
-        first, epoch = step * self.rows, 0
-        while self.epoch_start(epoch + 1) <= first:
-            epoch += 1
-        first -= self.epoch_start(epoch)
+        first = step * self.rows
+        epoch, start = self._last if self._last[1] <= first else (0, 0)  # epochs may differ by a row or two
+        while start + len(self.epoch(epoch)) <= first:
+            epoch, start = epoch + 1, start + len(self.epoch(epoch))
+        self._last[:] = epoch, start
+        first -= start
         rows: list[Row] = []
         while len(rows) < self.rows:
             rows += self.epoch(epoch)[first : first + self.rows - len(rows)]
@@ -132,8 +130,9 @@ class BatchPlan:
 
     def steps(self, epochs: float) -> int:
         """Steps until so many epochs of rows have been seen."""
+        whole = sum(len(self.epoch(epoch)) for epoch in range(int(epochs)))
         part = (epochs % 1) * len(self.epoch(int(epochs))) if epochs % 1 else 0
-        return max(1, math.ceil((self.epoch_start(int(epochs)) + part) / self.rows))
+        return max(1, math.ceil((whole + part) / self.rows))
 
 
 def evaluation_steps(rows: Sequence[Row], size: int) -> list[list[Row]]:
