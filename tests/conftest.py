@@ -36,6 +36,13 @@ def repository() -> Path:
     return REPOSITORY
 
 
+def pytest_collection_modifyitems(items):
+    if not os.environ.get("STEERJAX_SLOW"):
+        for item in items:
+            if {"slow", "faults"} & {mark.name for mark in item.iter_markers()}:
+                item.add_marker(pytest.mark.skip(reason="only with STEERJAX_SLOW=1"))
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # so that it stands after the list of skipped tests
 def pytest_terminal_summary(terminalreporter):
     result = yield

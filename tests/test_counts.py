@@ -1,7 +1,6 @@
 """Tokens, FLOPs, memory and compilations are no worse than benchmarks/counts.json says (benchmarks/counts.py)."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ import pytest
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1")
 def test_no_count_is_worse_than_stored(repository):
     """In a process of its own: what a process has compiled is not compiled again."""
     done = subprocess.run([sys.executable, "benchmarks/counts.py"], cwd=repository, capture_output=True, text=True)

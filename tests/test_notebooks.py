@@ -79,14 +79,12 @@ def clone(repository, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 def test_in_a_checkout(clone, tmp_path, fresh, walk):
     """Steerjax is installed from the checkout that the notebook lies in."""
     walk(clone / "notebooks", tmp_path / "work", kernel=fresh)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 def test_outside_a_checkout(repository, clone, tmp_path, fresh, walk):
     """Without steerjax the first cell says what to set; with a wheel it is installed and all runs."""
     from nbclient.exceptions import CellExecutionError

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import os
 import subprocess
 import sys
 import time
@@ -120,7 +119,6 @@ def test_what_cannot_be_planned_is_said_before_it_is_compiled():
 
 
 tpu_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-slow = pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1")
 
 
 def assert_plan(repository, folder, config: str, topology: str, tensor: int, model: ModelConfig, *flags: str) -> str:
@@ -165,7 +163,6 @@ def test_8b_for_v5e_16(repository, tmp_path):
 @pytest.mark.tpu_compiler
 @pytest.mark.slow
 @tpu_compiler
-@slow
 def test_70b_for_v5p_256(repository, tmp_path):
     """STEERJAX_SLOW=1 python -m pytest -m slow tests/planning"""
     model = ModelConfig(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_heads=64, num_kv_heads=8)

@@ -92,7 +92,6 @@ def files(workdir: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 def test_ctrl_c_at_random_moments(runs, whole):
     """Each run is interrupted up to three times, now and then twice in a row, and goes on to the same bits."""
     (uninterrupted, seconds), moments = whole, int(os.environ.get("STEERJAX_MOMENTS", "10"))
@@ -123,7 +122,6 @@ def test_ctrl_c_at_random_moments(runs, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 def test_ctrl_c_that_ends_the_reader_of_the_log_too(runs, tmp_path):
     """`steerjax train | tee log`: what is printed is lost, the checkpoint is not."""
     process = runs.start(tmp_path, subprocess.PIPE)

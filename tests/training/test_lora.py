@@ -158,6 +158,7 @@ def test_only_adapters_and_the_head_are_trained_and_the_merged_export_is_the_sam
         np.testing.assert_allclose(rewards(tmp_path / "out"), rewards(tmp_path / "run", mesh), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted_on_another_mesh(source, tmp_path):
     """With dropout too, which follows from seed, step, row and place."""
     constant = {"optimizer__schedule": "constant", "model__lora__dropout": 0.2}
@@ -169,6 +170,7 @@ def test_resumed_equals_uninterrupted_on_another_mesh(source, tmp_path):
     np.testing.assert_allclose(rewards(tmp_path / "parts"), rewards(tmp_path / "alone"), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_dropout_is_of_the_training_step_alone_and_the_same_in_micro_batches(source, tmp_path):
     found = {}
     for name, changes in {
@@ -196,6 +198,7 @@ def test_dropout_keeps_the_mean_and_a_row_its_noise():
     np.testing.assert_array_equal(dropout(x[2:], keys[2:], 0.25), dropped[2:])
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_trains_alike_and_takes_half_the_bytes(source, tmp_path):
     """Exactly alike, where the source's numbers are bfloat16's already."""
     tensors = read_folder(source / "model")

@@ -2,7 +2,6 @@
 device."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -82,7 +81,6 @@ def test_every_mesh_trains_as_one_device(rows, alone, tmp_path, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
 @pytest.mark.parametrize("mesh", CASES)
 def test_the_other_objective_too(rows, alone, tmp_path, mesh):
     objective, *options = CASES[mesh]
