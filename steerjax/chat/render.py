@@ -24,9 +24,17 @@ from typing import Literal
 import numpy as np
 import pydantic.dataclasses
 
-from steerjax.chat.labels import label_line
+from steerjax.chat.labels import check_labels, label_line, label_tokens
 from steerjax.chat.templates import TEMPLATES, Template
-from steerjax.chat.tokenizer import HIDE, WORD_JOINER, Tokenizer, any_of, broken, load_tokenizer
+from steerjax.chat.tokenizer import (
+    HIDE,
+    WORD_JOINER,
+    Tokenizer,
+    any_of,
+    broken,
+    load_tokenizer,
+    with_special_tokens,
+)
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import DataError
 from steerjax.schema import Schema
@@ -313,12 +321,17 @@ class Renderer:
         return ids, len(os.path.commonprefix([ids, self._encode(segment.text, before)]))  # noqa: RUF071 - tokens
 
 
-def make_renderer(config: ChatConfig, schema: Schema, template: Template | None = None) -> Renderer:
+def make_renderer(config: ChatConfig, schema: Schema, template: Template | None = None, kind: str = "chat") -> Renderer:
     """The renderer of an experiment whose tokenizer is known (not "auto"), with the `template` of its model source.
 
-    Raises ModelError, as `load_tokenizer`.
+    That of a reward model (`kind`) writes no label. Raises ModelError, as `load_tokenizer` and `with_special_tokens`.
+    ConfigError: an attribute that the form of the label line cannot write.
     """
     system_prompt = None if config.system_prompt == "default" else config.system_prompt
     template = template or TEMPLATES[config.template]
     template = template if config.labels == "auto" else replace(template, labels=config.labels)
-    return Renderer(load_tokenizer(config.tokenizer), template, schema, system_prompt)
+    tokenizer = load_tokenizer(config.tokenizer)
+    if kind == "chat":
+        check_labels(schema, template.labels)
+        tokenizer = with_special_tokens(tokenizer, label_tokens(schema, template.labels))
+    return Renderer(tokenizer, template, schema, system_prompt)

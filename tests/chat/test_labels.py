@@ -2,7 +2,7 @@
 
 import pytest
 
-from steerjax.chat.labels import WORDS, label_line, label_parts, label_tokens, parse_label_line
+from steerjax.chat.labels import WORDS, check_labels, label_line, label_parts, label_tokens, parse_label_line
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import HELPSTEER, Attribute, Schema, format_label
 from tests.refusals import refused
@@ -65,7 +65,7 @@ def test_tokens_of_a_schema():
 def test_too_many_labels(form, attribute, cure):
     schema = Schema((Attribute("a"), attribute))
     with refused(ConfigError, "score", str(len(attribute.labels)), cure=cure):
-        label_parts(schema, schema.names, form)
+        check_labels(schema, form)
 
 
 @pytest.mark.parametrize(
