@@ -265,13 +265,10 @@ def with_special_tokens(tokenizer: Tokenizer, strings: Sequence[str]) -> Tokeniz
         raise ModelError(f"'{file}' is a SentencePiece model, to which no token can be added\n  cure: {cure}")
     said, free = json.loads(tokenizer.content or file.read_bytes()), itertools.count(tokenizer.vocab_size)
     added = {token["content"]: token for token in said.get("added_tokens", ())}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     for string in new:
-        index, flags = (
-            tokenizer.token_id(string),
-            dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-        )
-        index = next(free) if index is None else index
-        added[string] = {"id": index, "content": string, **flags, "special": True}
+        known = tokenizer.token_id(string)
+        added[string] = {"id": next(free) if known is None else known, "content": string, **flags}
     content = json.dumps(said | {"added_tokens": [*added.values()]}, indent=2, ensure_ascii=False).encode()
     backend = tokenizers.Tokenizer.from_str(content.decode())
     if any(backend.token_to_id(string) != added[string]["id"] for string in new):  # the library counts tokens

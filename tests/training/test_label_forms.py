@@ -17,6 +17,7 @@ from steerjax.errors import ConfigError, ModelError
 from steerjax.models.config import HeadConfig
 from steerjax.models.llama import Compute
 from steerjax.parallel.mesh import MeshConfig, make_mesh
+from steerjax.planning.compile import plannable
 from steerjax.training.source import initial_parameters, new_tokens, with_source, with_vocabulary
 from steerjax.training.train import train
 from tests.hf.serving import as_messages, llama3_like, talk
@@ -97,7 +98,8 @@ def test_trained_resumed_exported_and_trained_on(labels, source, rows, tmp_path,
     np.testing.assert_array_equal(model.get_input_embeddings().weight.detach().numpy(), embedding)
 
     asked = ["--attributes", "quality=3", "--sweep", "length=0..3", "--max-new-tokens", "2"]
-    generate.main(["--model", str(out), "--prompt", "Hi", "--output", str(tmp_path / "answers.jsonl"), *asked])
+    files = ["--input", str(write_rows(tmp_path / "asked.jsonl", [{"prompt": "Hi"}])), "--output"]
+    generate.main(["--model", str(out), *asked, *files, str(tmp_path / "answers.jsonl")])
     answers = read_rows(tmp_path / "answers.jsonl")
     assert [row["generation"]["attributes"] for row in answers] == [{"quality": 3, "length": n} for n in range(4)]
 
@@ -134,6 +136,7 @@ def test_new_rows_begin_as_the_mean_of_the_number_form(tied, source, rows, tmp_p
             expected[name] = np.zeros((e.model.vocab_size, rows_of.shape[1]), np.float32)
             expected[name][: known + len(TOKENS)] = np.concatenate([rows_of, means])
     assert len(expected) == 2 - tied
+    assert plannable(recipe(rows, folder, "tokens"), 8).model.vocab_size == e.model.vocab_size
     for mesh in (MeshConfig(), MeshConfig(data=2, fsdp=2, tensor=2)):
         module = build_module("chat", e.model.architecture(), Compute(), 0, HeadConfig())
         whole = abstract_parameters(module, make_mesh(mesh))
