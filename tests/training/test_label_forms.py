@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ from steerjax.bundle.build import abstract_parameters, build_module, open_bundle
 from steerjax.bundle.describe import describe
 from steerjax.bundle.reader import open_reader
 from steerjax.chat.labels import label_tokens
-from steerjax.chat.render import make_renderer
+from steerjax.chat.render import ChatConfig, make_renderer
+from steerjax.chat.templates import TEMPLATES
+from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.config import default_config, resolve
 from steerjax.errors import ConfigError, ModelError
 from steerjax.models.config import HeadConfig
 from steerjax.models.llama import Compute
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.planning.compile import plannable
+from steerjax.schema import Attribute, Schema
 from steerjax.training.source import initial_parameters, new_tokens, with_source, with_vocabulary
 from steerjax.training.train import train
 from tests.hf.serving import as_messages, llama3_like, talk
@@ -165,9 +169,23 @@ def test_where_there_is_no_place_for_tokens(source, rows, tmp_path):
         train(recipe(rows, "random", "tokens"), tmp_path / "run")
     with refused(ConfigError, "config.chat.labels", "words", cure="auto"):
         recipe(rows, source, "words", "regression")
+    with refused(ConfigError, "essay", "10", cure="numbers"):
+        recipe(rows, source, "words", data={"attributes": (("essay", 0, 9),)})
     with refused(ConfigError, "config.model.vocab_size", "300"):
         small = {"tokenizer": str(source / "tokenizer.json")}
         train(recipe(rows, "random", "tokens", chat=small, model={"vocab_size": 300}), tmp_path / "run")
+
+
+def test_a_sources_form_meets_other_attributes():
+    """A reward model has no label line, so any attribute."""
+    wide, words = Schema((Attribute("essay", 0, 9),)), replace(TEMPLATES["chatml"], labels="words")
+    chat = ChatConfig(tokenizer="embedded", template="chatml")
+    with refused(ConfigError, "essay", "10", cure="numbers"):
+        make_renderer(chat, wide, words)
+    assert make_renderer(replace(chat, labels="numbers"), wide, words).template == TEMPLATES["chatml"]
+    for form in ("words", "tokens"):
+        renderer = make_renderer(chat, wide, replace(words, labels=form), "reward")
+        assert renderer.tokenizer.hash == load_tokenizer("embedded").hash
 
 
 def test_a_random_model_on_a_mesh(source, rows, tmp_path):
