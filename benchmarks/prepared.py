@@ -49,7 +49,7 @@ def make_task(objectives: Sequence[str] = ("regression",), **groups: dict[str, A
     e, source = with_source(resolve(config.to_dict()))
     schema = e.data.make_schema()
     renderer = make_renderer(e.chat, schema, source and source.template)
-    e = with_vocabulary(e, renderer.tokenizer, source)
+    e = with_vocabulary(e, renderer, source)
     return Task(e, source, schema, renderer, make_objectives(e, schema, renderer))
 
 

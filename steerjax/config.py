@@ -11,6 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+from steerjax.chat.labels import check_labels
 from steerjax.data.config import Texts
 from steerjax.errors import ConfigError
 from steerjax.objectives import OBJECTIVES, find_objective
@@ -62,10 +63,14 @@ def resolve(config: Mapping) -> Experiment:
             e.model.keep_layers and e.model.source == "random",
         "config.chat.template='source' without a model that has one; cure: 'chatml', or a config.model.source":
             e.chat.template == "source" and e.model.source == "random",
+        f"config.chat.labels='{e.chat.labels}' with a reward model, which writes no label line; cure: 'auto'":
+            e.chat.labels in ("words", "tokens") and find_objective(names[0]).kind == "reward",
         "config.compute.cache_frozen without frozen layers; cure: false, or config.optimizer.frozen_layers above 0":
             e.compute.cache_frozen and not e.optimizer.frozen_layers,
     }  # fmt: skip
     for problem, there in problems.items():
         if there:
             raise ConfigError(problem)
+    if e.chat.labels != "auto":
+        check_labels(schema, e.chat.labels)
     return e

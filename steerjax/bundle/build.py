@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from steerjax.bundle.reader import is_checkpoint, open_reader
 from steerjax.chat.render import Renderer
 from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
-from steerjax.hf.weights import FirstLogitReader, load_parameters
+from steerjax.hf.weights import FirstLogitReader, GrownReader, load_parameters
 from steerjax.models.attention import Choice, choose_backend
 from steerjax.models.config import ComputeConfig, HeadConfig, LlamaConfig
 from steerjax.models.llama import CausalLM, Compute, RewardModel
@@ -124,13 +125,17 @@ def stored_head(about: Description) -> HeadConfig:
     return HeadConfig(about.readout, bias)
 
 
-def stored_parameters(about: Description, abstract: dict) -> dict:
+def stored_parameters(
+    about: Description, abstract: dict, new_tokens: Mapping[int, Sequence[int]] | None = None
+) -> dict:
     """A described model's parameters in the shards of `abstract`, each process reading only what its devices hold.
 
-    `abstract` may lack groups, and have the first of the layers only. Raises ModelError, CheckpointError: what is
-    stored does not fit.
+    `abstract` may lack groups, and have the first of the layers only, and more rows of the embedding where there are
+    `new_tokens` (`GrownReader`). Raises ModelError, CheckpointError: what is stored does not fit.
     """
     reader = open_reader(about.path)
+    if new_tokens:
+        reader = GrownReader(reader, abstract["llama"]["embedding"].shape[0], new_tokens)
     if "reward_head" in abstract and "reward_head" not in reader.shapes and about.kind == "reward":
         reader = FirstLogitReader(reader)
     return load_parameters(reader, abstract)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -24,11 +24,20 @@ from typing import Literal
 import numpy as np
 import pydantic.dataclasses
 
+from steerjax.chat.labels import check_labels, label_line, label_tokens
 from steerjax.chat.templates import TEMPLATES, Template
-from steerjax.chat.tokenizer import HIDE, WORD_JOINER, Tokenizer, any_of, broken, load_tokenizer
+from steerjax.chat.tokenizer import (
+    HIDE,
+    WORD_JOINER,
+    Tokenizer,
+    any_of,
+    broken,
+    load_tokenizer,
+    with_special_tokens,
+)
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import DataError
-from steerjax.schema import Schema, format_label
+from steerjax.schema import Schema
 from steerjax.typed import STRICT, Name
 
 Label = Mapping[str, float]
@@ -46,6 +55,8 @@ class ChatConfig:
     # "source" is what config.model.source was trained with, or its tokenizer's own (docs/formats.md).
     template: Literal["extra_id", "chatml", "llama3", "llama2", "source"] = "extra_id"
     system_prompt: str = "default"  # for conversations without one; "default" is the template's own
+    # How label lines spell ratings (docs/formats.md); "auto" is as the source, else in numbers.
+    labels: Literal["auto", "numbers", "words", "tokens"] = "auto"
 
 
 class TokenRole(IntEnum):
@@ -213,7 +224,7 @@ class Renderer:
 
     def _label(self, label: Label | None, field: str) -> str:
         try:
-            return format_label(label, self.schema).join(self.template.label) if label else ""
+            return label_line(label, self.schema, self.template.labels).join(self.template.label) if label else ""
         except DataError as error:
             raise error.but(field=f"{field}.{error.field}") from None
 
@@ -310,10 +321,17 @@ class Renderer:
         return ids, len(os.path.commonprefix([ids, self._encode(segment.text, before)]))  # noqa: RUF071 - tokens
 
 
-def make_renderer(config: ChatConfig, schema: Schema, template: Template | None = None) -> Renderer:
+def make_renderer(config: ChatConfig, schema: Schema, template: Template | None = None, kind: str = "chat") -> Renderer:
     """The renderer of an experiment whose tokenizer is known (not "auto"), with the `template` of its model source.
 
-    Raises ModelError, as `load_tokenizer`.
+    That of a reward model (`kind`) writes no label. Raises ModelError, as `load_tokenizer` and `with_special_tokens`.
+    ConfigError: an attribute that the form of the label line cannot write.
     """
     system_prompt = None if config.system_prompt == "default" else config.system_prompt
-    return Renderer(load_tokenizer(config.tokenizer), template or TEMPLATES[config.template], schema, system_prompt)
+    template = template or TEMPLATES[config.template]
+    template = template if config.labels == "auto" else replace(template, labels=config.labels)
+    tokenizer = load_tokenizer(config.tokenizer)
+    if kind == "chat":
+        check_labels(schema, template.labels)
+        tokenizer = with_special_tokens(tokenizer, label_tokens(schema, template.labels))
+    return Renderer(tokenizer, template, schema, system_prompt)

@@ -7,11 +7,12 @@ as U+2581, so a U+2581 that stands in the text comes back as a space.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from os import PathLike
 from pathlib import Path
@@ -58,6 +59,7 @@ class Tokenizer:
     head: tuple[int, ...]  # tokens of the "\n" that is put before a continuation; () where it needs none
     opening: tuple[int, ...] = ()  # what the files say stands before every text of no template: BOS, or nothing
     files: tuple[Path, ...]  # what a copy needs; the first is the one that was loaded
+    content: bytes | None = None  # tokenizer.json in place of the first, where `with_special_tokens` has added some
     hash: str  # hexadecimal sha256 of what defines the ids
     bos_id: int | None = None
     eos_id: int | None = None
@@ -247,10 +249,42 @@ def _facts(backend: Any) -> dict[str, Any]:
     }
 
 
+def with_special_tokens(tokenizer: Tokenizer, strings: Sequence[str]) -> Tokenizer:
+    """The tokenizer in which each of `strings` is a special token; those that are no token get ids of their own.
+
+    Raises ModelError: a SentencePiece model, whose file takes none, or a tokenizer.json that would give an id twice.
+    """
+    import tokenizers
+
+    new = [string for string in strings if string not in tokenizer.special_strings]
+    if not new:
+        return tokenizer
+    file, cure = tokenizer.files[0], "config.chat.labels 'numbers' or 'words'"
+    if file.suffix == ".model":
+        cure += ", or a tokenizer.json, which AutoTokenizer.from_pretrained(folder).save_pretrained(folder) writes"
+        raise ModelError(f"'{file}' is a SentencePiece model, to which no token can be added\n  cure: {cure}")
+    said, free = json.loads(tokenizer.content or file.read_bytes()), itertools.count(tokenizer.vocab_size)
+    added = {token["content"]: token for token in said.get("added_tokens", ())}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    for string in new:
+        known = tokenizer.token_id(string)
+        added[string] = {"id": next(free) if known is None else known, "content": string, **flags}
+    content = json.dumps(said | {"added_tokens": [*added.values()]}, indent=2, ensure_ascii=False).encode()
+    backend = tokenizers.Tokenizer.from_str(content.decode())
+    if any(backend.token_to_id(string) != added[string]["id"] for string in new):  # the library counts tokens
+        said = f"'{file}' leaves ids out, so that '{new[0]}' cannot get the id after its last"
+        raise ModelError(f"{said}\n  cure: {cure}, or a tokenizer.json without gaps")
+    known = {"backend": backend, "content": content, "hash": hashlib.sha256(content).hexdigest()}
+    return replace(tokenizer, **_facts(backend), **known)
+
+
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the tokenizer's files into `folder`, under the names by which `load_tokenizer(folder)` finds them."""
     first, *beside = tokenizer.files
-    shutil.copyfile(first, folder / f"tokenizer{first.suffix}")
+    if tokenizer.content is None:
+        shutil.copyfile(first, folder / f"tokenizer{first.suffix}")
+    else:
+        (folder / "tokenizer.json").write_bytes(tokenizer.content)
     for file in beside:
         shutil.copyfile(file, folder / file.name)
 

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from steerjax.chat import render
+from steerjax.chat.labels import label_words
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import WORD_JOINER, broken
 from steerjax.schema import Schema, check_rating
@@ -45,6 +46,7 @@ def chat_template(
         "default_system": default_system if system_prompt is None else system_prompt,
         "broken": {string: broken(string) for string in sorted(template.control_strings | special_strings)},
         "ranges": {a.name: [_number(a.low), _number(a.high), a.labels[0], a.labels[-1]] for a in schema.attributes},
+        "words": {a.name: label_words(a) for a in schema.attributes if template.labels == "words"},
         "default_ratings": {
             name: _number(check_rating(value, schema[name])) for name, value in (default_ratings or {}).items()
         },

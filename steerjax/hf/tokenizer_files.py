@@ -10,6 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
+from steerjax.chat.labels import LABEL_TOKEN
 from steerjax.chat.templates import Template
 from steerjax.chat.tokenizer import Tokenizer, missing_markers
 from steerjax.hf.look_alikes import sealed
@@ -32,6 +33,7 @@ def special_tokens(tokenizer: Tokenizer, template: Template) -> dict[str, str]:
     bos = bos if bos in controls | tokenizer.special_strings else None
     unknown = getattr(tokenizer.backend.model, "unk_token", None)  # a Unigram has none
     others = sorted(tokenizer.special_strings, key=lambda string: tokenizer.token_id(string) or 0)
+    others = [string for string in others if not LABEL_TOKEN.fullmatch(string)]
     free = (string for string in (pad, eos, unknown, *others) if string not in controls | {bos, None})
     stop = eos if end in missing_markers(tokenizer, template) else end
     found = {"bos_token": bos, "eos_token": stop, "pad_token": next(free, None)}
@@ -69,7 +71,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: Template, chat
             if token["content"] in reached or not token["special"]
         ]
     else:
-        content = json.loads(source.read_text(encoding="utf-8"))
+        content = json.loads(tokenizer.content or source.read_bytes())
         config = source.with_name("tokenizer_config.json")
         entries = json.loads(config.read_text(encoding="utf-8")) if config in tokenizer.files else {}
     if processor := content.get("post_processor"):  # all but ByteLevel's add tokens

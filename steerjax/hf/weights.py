@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -194,6 +195,44 @@ class FirstLogitReader:
         if "lm_head" in self._reader.shapes:
             return self._reader.read("lm_head", (index[0], slice(0, 1)), dtype)
         return self._reader.read("llama/embedding", (slice(0, 1), index[0]), dtype).T
+
+
+class GrownReader:
+    """A model with more tokens: `size` rows in the embedding, and as many columns in an untied head.
+
+    The model's own come first. `means` names the rows that the others begin as the mean of, new token -> tokens; a row
+    without a token is zero.
+    """
+
+    def __init__(self, reader, size: int, means: Mapping[int, Sequence[int]]):
+        self._reader, self.directory, self._means = reader, reader.directory, means
+        axes, self.dtypes = {"llama/embedding": 0, "lm_head": 1}, reader.dtypes
+        self._axes = {path: axis for path, axis in axes.items() if path in reader.shapes}
+        grown = {path: list(reader.shapes[path]) for path in self._axes}
+        for path, axis in self._axes.items():
+            grown[path][axis] = size
+        self.shapes = reader.shapes | {path: tuple(shape) for path, shape in grown.items()}
+
+    def read(self, path: str, index: Index, dtype) -> np.ndarray:
+        """As the reader's own."""
+        if path not in self._axes:
+            return self._reader.read(path, index, dtype)
+        axis = self._axes[path]
+        sizes = [range(*part.indices(size)) for part, size in zip(index, self.shapes[path], strict=True)]
+        rows, there, out = sizes[axis], self._reader.shapes[path][axis], np.zeros([*map(len, sizes)], dtype)
+
+        def read(first: int, last: int) -> np.ndarray:
+            part = [slice(first, last) if place == axis else one for place, one in enumerate(index)]
+            return self._reader.read(path, tuple(part), "float32").swapaxes(0, axis)
+
+        view = out.swapaxes(0, axis)
+        if rows.start < there:
+            view[: min(rows.stop, there) - rows.start] = read(rows.start, min(rows.stop, there))
+        means = {row: tokens for row, tokens in self._means.items() if row in rows}
+        known = {token: read(token, token + 1)[0] for token in {*chain(*means.values())}}
+        for row, tokens in means.items():
+            view[row - rows.start] = np.mean([known[token] for token in tokens], axis=0)
+        return out
 
 
 def load_parameters(reader, abstract: Mapping) -> dict:

@@ -11,17 +11,16 @@ from dataclasses import dataclass, replace
 import jax
 
 from steerjax.chat.render import make_renderer
-from steerjax.chat.tokenizer import load_tokenizer
 from steerjax.errors import ConfigError
 from steerjax.models.flops import GIB
-from steerjax.objectives import predicted_schema
+from steerjax.objectives import find_objective, predicted_schema
 from steerjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
 from steerjax.planning.hlo import Work, work
 from steerjax.planning.topology import Topology
 from steerjax.training.config import Experiment
 from steerjax.training.input import check_batch, make_feeder
 from steerjax.training.program import Program, make_objectives
-from steerjax.training.source import with_frozen_base, with_source
+from steerjax.training.source import with_frozen_base, with_source, with_vocabulary
 
 # Part of a device's memory that a plan leaves free: the next batch, the evaluation's program, fragments.
 RESERVE = 0.05
@@ -65,9 +64,9 @@ def plannable(experiment: Experiment, devices: int) -> Experiment:
             f"config.compute.cache_frozen: its size is the data's, which a plan does not read; cure: {cure}"
         )
     if e.model.vocab_size == 0:
-        e, _ = with_source(e)
-    if e.model.vocab_size == 0:
-        e = replace(e, model=replace(e.model, vocab_size=load_tokenizer(e.chat.tokenizer).vocab_size))
+        e, source = with_source(e)
+        schema, kind = predicted_schema(e.objective, e.data.make_schema()), find_objective(e.objectives[0]).kind
+        e = with_vocabulary(e, make_renderer(e.chat, schema, source and source.template, kind), source)
     e = with_frozen_base(e)
     mesh, steps = MeshConfig(*mesh_shape(e.mesh, devices)), e.train.steps or 1_000_000
     return replace(e, mesh=mesh, train=replace(e.train, steps=steps))
@@ -81,7 +80,7 @@ def compile_step(e: Experiment, devices: Sequence[jax.Device]) -> Compiled:
     mesh, schema = make_mesh(e.mesh, list(devices)), predicted_schema(e.objective, e.data.make_schema())
     check_batch(e.batch, mesh)
     # Objectives see no row, so any tokenizer and template do; these are always there.
-    chat = replace(e.chat, tokenizer="embedded", template="extra_id")
+    chat = replace(e.chat, tokenizer="embedded", template="extra_id", labels="numbers")
     objectives = make_objectives(e, schema, make_renderer(chat, schema))
     feed = make_feeder((), objectives, e.batch.row_length, mesh, e.batch.micro_batches)
     program = Program(e, schema, objectives, mesh, feed, e.train.steps)

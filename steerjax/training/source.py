@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 from flax import linen as nn
 
 from steerjax.bundle.build import random_parameters, stored_head, stored_parameters
 from steerjax.bundle.describe import describe, output_names
-from steerjax.chat.tokenizer import Tokenizer
+from steerjax.chat.labels import label_tokens
+from steerjax.chat.render import Renderer
 from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
 from steerjax.models.config import HeadConfig, LlamaConfig, LoraConfig, ModelConfig
 from steerjax.training.config import Experiment
 
 BASE = r"^(?!reward_)(?!.*/lora_)"  # all but heads and adapters
+_MULTIPLE = 128  # of the embedding's rows where tokens are added, so that a mesh can cut them
 
 
 def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]:
@@ -79,12 +81,27 @@ def _with_architecture(config: ModelConfig, found: LlamaConfig) -> ModelConfig:
     return ModelConfig(**fields, source=config.source, keep_layers=config.keep_layers)
 
 
-def with_vocabulary(experiment: Experiment, tokenizer: Tokenizer, source: Description | None) -> Experiment:
-    """The vocabulary size 0 becomes the tokenizer's.
+def new_tokens(renderer: Renderer, source: Description | None) -> dict[int, tuple[int, ...]]:
+    """The tokens of the label line that the source has not, each with the source's tokens of `helpfulness:4`."""
+    tokens = label_tokens(renderer.schema, renderer.template.labels)
+    ids = {token: renderer.tokenizer.token_id(token) for token in tokens}
+    if source is None:
+        return {index: () for index in ids.values() if index is not None}
+    theirs = source.tokenizer
+    return {
+        index: tuple(theirs.encode(token[1:-1], continuation=True))
+        for token, index in ids.items()
+        if index is not None and theirs.token_id(token) is None
+    }
+
+
+def with_vocabulary(experiment: Experiment, renderer: Renderer, source: Description | None) -> Experiment:
+    """The vocabulary size 0 becomes the tokenizer's, and the source's grows where the label line has `new_tokens`.
 
     Raises:
-        ConfigError: ids could lie outside the embedding, or have another meaning in it.
+        ConfigError: ids could lie outside the embedding, or have another meaning in it, or learn nothing.
     """
+    tokenizer, new = renderer.tokenizer, new_tokens(renderer, source)
     theirs, ours = ((t.backend.get_vocab() if t else {}) for t in (source and source.tokenizer, tokenizer))
     strings = {index: string for string, index in theirs.items()}
     if wrong := [string for string, index in ours.items() if strings.get(index, string) != string]:
@@ -92,13 +109,32 @@ def with_vocabulary(experiment: Experiment, tokenizer: Tokenizer, source: Descri
             f"config.chat.tokenizer {experiment.chat.tokenizer}: {len(wrong)} of its ids, that of {min(wrong)!r} for "
             f"one, are other tokens in {experiment.model.source}; cure: 'auto' takes the model's own"
         )
-    size = experiment.model.vocab_size or tokenizer.vocab_size
+    _check_trained(experiment, len(new))
+    needed = -(-tokenizer.vocab_size // _MULTIPLE) * _MULTIPLE if new else tokenizer.vocab_size
+    size = experiment.model.vocab_size or needed
+    if source and {index for string, index in ours.items() if string not in theirs} <= new.keys():
+        size = max(size, needed)
     if tokenizer.vocab_size > size:
         raise ConfigError(
             f"config.model.vocab_size {size} is less than the tokenizer's {tokenizer.vocab_size}; "
             "cure: 0 takes the tokenizer's; a pretrained model wants the tokenizer it came with"
         )
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, vocab_size=size))
+
+
+def _check_trained(e: Experiment, new: int) -> None:
+    """Raises ConfigError: tokens are new, and the embedding is frozen."""
+    frozen = {
+        "model.lora.rank": e.model.lora.rank,
+        "optimizer.frozen_layers": e.optimizer.frozen_layers,
+        "optimizer.frozen": any(re.search(pattern, "llama/embedding") for pattern in e.optimizer.frozen),
+    }
+    for key, there in frozen.items():
+        if new and there:
+            raise ConfigError(
+                f"config.chat.labels 'tokens': {new} tokens are new to {e.model.source}, and they learn nothing, as "
+                f"with config.{key} the embedding is frozen; cure: leave that out, or labels 'numbers' or 'words'"
+            )
 
 
 def split(tree: dict, chosen: Callable[[str], bool]) -> tuple[dict, dict]:
@@ -119,11 +155,16 @@ def merged(one: dict, other: dict) -> dict:
 
 
 def initial_parameters(
-    source: Description | None, module: nn.Module, whole: dict, names: tuple[str, ...], seed: int
+    source: Description | None,
+    module: nn.Module,
+    whole: dict,
+    names: tuple[str, ...],
+    seed: int,
+    tokens: Mapping[int, Sequence[int]] | None = None,
 ) -> tuple[dict, bool]:
     """Whole parameters in the shards of `whole`, and whether they have a new reward head.
 
-    A source's head is taken when it predicts `names`, in order.
+    A source's head is taken when it predicts `names`, in order. `tokens`: as `new_tokens`.
 
     Raises:
         ConfigError: that head is read in another way, or has a bias and this model none, or the reverse.
@@ -146,5 +187,5 @@ def initial_parameters(
     if module.config.lora.rank and not source.model.lora.rank:  # new adapters
         wanted, adapters = split(wanted, lambda name: name.startswith("lora_"))
         made |= adapters
-    params = stored_parameters(source, wanted)
+    params = stored_parameters(source, wanted, tokens)
     return merged(params, random_parameters(module, made, seed)) if made else params, bool(new)

@@ -22,7 +22,7 @@ from steerjax.data.loading import write_skipped
 from steerjax.data.packing import Row, packing_statistics
 from steerjax.errors import CheckpointError, TrainingError
 from steerjax.models.flops import peak_flops
-from steerjax.objectives import Evaluation, predicted_schema
+from steerjax.objectives import Evaluation, find_objective, predicted_schema
 from steerjax.parallel.mesh import make_mesh
 from steerjax.parallel.processes import ALONE, Processes
 from steerjax.report.plots import require_plots
@@ -33,7 +33,7 @@ from steerjax.training.config import Experiment
 from steerjax.training.input import Input, check_batch, make_feeder, make_input
 from steerjax.training.metrics import MetricsWriter, Progress, say_phase
 from steerjax.training.program import Program, make_objectives
-from steerjax.training.source import initial_parameters, with_source, with_vocabulary
+from steerjax.training.source import initial_parameters, new_tokens, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
 from steerjax.training.trackers import TRACKERS
 from steerjax.training.workdir import (
@@ -72,8 +72,8 @@ def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
     schema = predicted_schema(experiment.objective, experiment.data.make_schema())
     e, source = with_source(experiment)
-    renderer = make_renderer(e.chat, schema, source and source.template)
-    e = with_vocabulary(e, renderer.tokenizer, source)
+    renderer = make_renderer(e.chat, schema, source and source.template, find_objective(e.objectives[0]).kind)
+    e = with_vocabulary(e, renderer, source)
     mesh = make_mesh(e.mesh)
     check_batch(e.batch, mesh)
     objectives = make_objectives(e, schema, renderer)
@@ -121,7 +121,9 @@ def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[
             raise CheckpointError(f"{workdir} has done step {step}, and {steps} are asked for; cure: {cure}")
         say_phase("opening the parameters" if source or newest else "making parameters", active=main)
         if newest is None:
-            whole, new_head = initial_parameters(source, program.module, program.whole, schema.names, e.train.seed)
+            whole, new_head = initial_parameters(
+                source, program.module, program.whole, schema.names, e.train.seed, new_tokens(renderer, source)
+            )
         else:
             provenance = check_same_inputs(checkpoints / str(step), provenance, e.train.accept_changes)
             whole, rest = store.restore(step, program.whole, program.abstract.rest())

@@ -1,14 +1,18 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from chat_helpers import control_strings, renderer, talk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerjax.chat.render import TokenRole
+from steerjax.chat.labels import label_tokens
+from steerjax.chat.render import Renderer, TokenRole
 from steerjax.chat.templates import TEMPLATES
-from steerjax.chat.tokenizer import WORD_JOINER, load_tokenizer
+from steerjax.chat.tokenizer import WORD_JOINER, load_tokenizer, with_special_tokens
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import DataError
+from steerjax.schema import STEERLM
 from tests.refusals import refused
 
 EVERY = [(name, string) for name in TEMPLATES for string in sorted(TEMPLATES[name].control_strings)]
@@ -67,6 +71,22 @@ def test_text_is_text(tokenizers, nfkc, llama_hf, name, template, string, where)
         if name == "gpt2":  # this tokenizer can be told
             assert WORD_JOINER not in rendered.text, kind
             assert tokenizer.decode(rendered.tokens) == rendered.text, kind
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("name", ["gpt2", "llama_hf", "nfkc"])
+def test_label_tokens_are_written_in_label_lines_alone(tokenizers, nfkc, llama_hf, name, where):
+    """A person's or a model's `<quality:3>` is text, and the label line's is one token."""
+    tokenizer = {**tokenizers, "llama_hf": llama_hf, "nfkc": nfkc}[name]
+    tokenizer = with_special_tokens(tokenizer, tokens := label_tokens(STEERLM, "tokens"))
+    render = Renderer(tokenizer, replace(TEMPLATES["chatml"], labels="tokens"), STEERLM)
+    ids = [tokenizer.token_id(token) for token in tokens]
+    for text in variants("<quality:3>").values():
+        rendered = render.render(talked := conversation(where, text), LABELS)
+        found = np.isin(rendered.tokens, ids)
+        assert rendered.tokens[found].tolist() == [tokenizer.token_id("<quality:3>")]
+        assert (rendered.roles[found] == TokenRole.LABEL).all()
+        assert not np.isin(render.reward_tokens(talked, 1)[0], ids).any()
 
 
 PIECES = ("<|eot_id|>", "<|im_end|>", "<s>", "</s>", "[INST]", "<extra_id_1>", "<", "|", ">", "\n", " ", "a", "é", "<<")

@@ -7,7 +7,14 @@ import pytest
 from chat_helpers import TOKENIZERS, sentencepiece_of, small_llama_spm
 
 from steerjax.chat.templates import TEMPLATES
-from steerjax.chat.tokenizer import EMBEDDED, copy_tokenizer, load_tokenizer, missing_markers
+from steerjax.chat.tokenizer import (
+    EMBEDDED,
+    HIDE,
+    copy_tokenizer,
+    load_tokenizer,
+    missing_markers,
+    with_special_tokens,
+)
 from steerjax.errors import ModelError
 from tests.refusals import refused
 
@@ -341,3 +348,43 @@ def test_a_normalizer_of_replacements_gives_what_the_librarys_gives(tokenizers, 
 def test_tokens_are_those_of_encode_with_offsets(embedded, texts):
     for text in (*TEXTS, *texts[:100]):
         assert embedded.encode(text) == embedded.backend.encode(text, add_special_tokens=False).ids
+
+
+def test_special_tokens_that_are_added(gpt2_like, llama_hf, nfkc, tmp_path):
+    """After the last id, and nothing else changes; text that is told to stay text does; a copy is the same."""
+    new = ("<x:0>", "<x:1>")
+    for number, before in enumerate((gpt2_like, llama_hf, nfkc)):
+        after = with_special_tokens(before, new)
+        last = before.vocab_size
+        assert [after.token_id(string) for string in new] == [last, last + 1] == [after.vocab_size - 2, last + 1]
+        assert after.backend.get_vocab() == before.backend.get_vocab() | {new[0]: last, new[1]: last + 1}
+        assert before.token_id(new[0]) is None
+        for text in TEXTS:
+            assert after.encode(text) == before.encode(text)
+        ids = after.encode(f"a<x:1>b<{HIDE}x:1>")
+        assert (ids.count(last + 1), ids.count(last)) == (1, 0)
+        assert with_special_tokens(after, new[::-1]) is after
+        (folder := tmp_path / str(number)).mkdir()
+        copy_tokenizer(after, folder)
+        again = load_tokenizer(folder)
+        assert (again.hash, again.special_strings, again.told) == (after.hash, after.special_strings, after.told)
+        assert again.hash != before.hash
+        assert with_special_tokens(again, new) is again
+
+
+def test_a_token_that_is_there_becomes_special(nfkc):
+    string = "<extra_id_1>"
+    after = with_special_tokens(nfkc, (string,))
+    assert string in after.special_strings - nfkc.special_strings
+    assert after.backend.get_vocab() == nfkc.backend.get_vocab()
+
+
+def test_where_no_token_can_be_added(embedded, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    with refused(ModelError, "SentencePiece", cure="save_pretrained"):
+        with_special_tokens(embedded, ("<x:1>",))
+    gaps = Tokenizer(models.WordLevel({"\n": 0, "a": 1, "b": 5}, unk_token="a"))
+    gaps.save(str(tmp_path / "tokenizer.json"))
+    with refused(ModelError, "tokenizer.json", "<x:1>", cure="gaps"):
+        with_special_tokens(load_tokenizer(tmp_path), ("<x:1>",))

@@ -2,12 +2,14 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
+from steerjax.chat.labels import label_tokens
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import TEMPLATES
-from steerjax.chat.tokenizer import load_tokenizer
+from steerjax.chat.tokenizer import load_tokenizer, with_special_tokens
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.hf.chat_template import chat_template
 from steerjax.hf.tokenizer_files import special_strings, write_tokenizer
@@ -67,11 +69,16 @@ def llama3_like(folder, texts):
     return load_tokenizer(folder)
 
 
-def export(folder, tokenizer, name, kind="chat", **options):
+def with_labels(tokenizer, labels):
+    """The tokenizer of a model that writes its label lines so."""
+    return with_special_tokens(tokenizer, label_tokens(HELPSTEER, labels))
+
+
+def export(folder, tokenizer, name, kind="chat", labels="numbers", **options):
     """The folder with a tokenizer's files, as transformers loads it."""
     import transformers
 
-    template = TEMPLATES[name]
+    template = replace(TEMPLATES[name], labels=labels)
     forbidden = special_strings(tokenizer, template)
     text = chat_template(template, HELPSTEER, kind=kind, special_strings=forbidden, **options)
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,8 +87,8 @@ def export(folder, tokenizer, name, kind="chat", **options):
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def renderer(tokenizer, name, **options):
-    return Renderer(tokenizer, TEMPLATES[name], HELPSTEER, **options)
+def renderer(tokenizer, name, labels="numbers", **options):
+    return Renderer(tokenizer, replace(TEMPLATES[name], labels=labels), HELPSTEER, **options)
 
 
 def talk(*texts, system=None):

@@ -3,12 +3,16 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 from functools import lru_cache
+from typing import get_args
 
 import jinja2
 import jinja2.sandbox
 import pytest
 
+from steerjax.chat import labels as chat_labels
+from steerjax.chat.labels import LabelForm
 from steerjax.chat.render import Renderer
 from steerjax.chat.source_template import source_template
 from steerjax.chat.templates import TEMPLATES
@@ -17,13 +21,14 @@ from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import DataError
 from steerjax.hf.chat_template import chat_template
 from steerjax.hf.tokenizer_files import special_strings
-from steerjax.schema import HELPSTEER, Attribute, Schema, format_label
-from tests.hf.serving import as_messages, conversations, export, llama3_like, renderer, talk, tokenizer_of
+from steerjax.schema import HELPSTEER, Attribute, Schema, parse_label
+from tests.hf.serving import as_messages, conversations, export, llama3_like, renderer, talk, tokenizer_of, with_labels
 from tests.refusals import refused
 from tests.source_templates import SOURCES
 
 RATINGS = {"verbosity": 2.5, "helpfulness": 3.5, "correctness": 0, "coherence": 1.4}
 DEFAULTS = {"helpfulness": 4, "verbosity": 2, "coherence": 4.0}
+each_form = pytest.mark.parametrize("form", get_args(LabelForm))
 
 
 class Refused(Exception):
@@ -60,8 +65,8 @@ def embedded():
     return load_tokenizer("embedded")
 
 
-def chat(name, schema=HELPSTEER, **options):
-    return chat_template(TEMPLATES[name], schema, kind="chat", **options)
+def chat(name, schema=HELPSTEER, labels="numbers", **options):
+    return chat_template(replace(TEMPLATES[name], labels=labels), schema, kind="chat", **options)
 
 
 def reward(name, **options):
@@ -69,14 +74,15 @@ def reward(name, **options):
 
 
 @pytest.mark.short
+@each_form
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_text_of_random_conversations(name, embedded):
+def test_text_of_random_conversations(name, form, embedded):
     """Any order of turns that the template can write, texts of white space, ratings here and there."""
     choose = random.Random(0)
     pieces = ["", " ", "\n", "a", "Hi.", "é😀", "{{ x }}", "{% if %}", "\\n", '"', "'", "\t", "<", "\u2028"]
-    chat_text, reward_text = chat(name, default_ratings=DEFAULTS), reward(name)
-    render_ours = renderer(embedded, name)
-    for _ in range(200):
+    chat_text, reward_text = chat(name, labels=form, default_ratings=DEFAULTS), reward(name)
+    render_ours = renderer(embedded, name, form)
+    for _ in range(80):
         count = choose.randint(1, 5)
         roles = [("user", "assistant")[i % 2] for i in range(count)]
         if not TEMPLATES[name].alternates and choose.random() < 0.5:
@@ -151,9 +157,10 @@ def test_answer_after_an_answer(name, embedded):
     assert render(chat(name), as_messages(conversation), add_generation_prompt=True) == expected
 
 
-def label_line(schema=HELPSTEER, defaults=None, **variables):
+def label_line(schema=HELPSTEER, defaults=None, form="numbers", **variables):
     messages = [{"role": "user", "content": "Hi"}]
-    text = render(chat("chatml", schema, default_ratings=defaults), messages, add_generation_prompt=True, **variables)
+    template = chat("chatml", schema, labels=form, default_ratings=defaults)
+    text = render(template, messages, add_generation_prompt=True, **variables)
     return text.partition("assistant\n")[2].removeprefix("<|attributes|>").removesuffix("\n")
 
 
@@ -171,12 +178,15 @@ def label_line(schema=HELPSTEER, defaults=None, **variables):
         (None, {"verbosity": 0.5, "helpfulness": 1.5, "coherence": 2.5, "complexity": 3.5}, None),
     ],
 )
-def test_label_line(defaults, attributes, line):
+@each_form
+def test_label_line(defaults, attributes, line, form):
     if line is None:
         line = "helpfulness:2,coherence:2,complexity:4,verbosity:0"  # half to even
-    assert label_line(defaults=defaults, attributes=attributes) == line
+    if form != "numbers":
+        line = chat_labels.label_line(parse_label(line, HELPSTEER), HELPSTEER, form)
+    assert label_line(defaults=defaults, attributes=attributes, form=form) == line
     if attributes is None:
-        assert label_line(defaults=defaults) == line
+        assert label_line(defaults=defaults, form=form) == line
 
 
 def test_order_and_range_are_the_schemas():
@@ -187,12 +197,14 @@ def test_order_and_range_are_the_schemas():
         label_line(schema, attributes={"kind": 0.4})
 
 
+@each_form
 @pytest.mark.parametrize(("low", "high"), [(0, 4), (1, 5), (1, 10), (0.5, 3.5), (-1.5, 0.2)])
-def test_labels_are_the_schemas(low, high):
-    schema = Schema((Attribute("x", low, high),))
+def test_labels_are_the_schemas(low, high, form):
+    schema = Schema((Attribute("x", low, min(high, low + 6) if form == "words" else high),))
     for step in range(21):
-        rating = low + (high - low) * step / 20
-        assert label_line(schema, attributes={"x": rating}) == format_label({"x": rating}, schema)
+        rating = low + (schema["x"].high - low) * step / 20
+        found = label_line(schema, attributes={"x": rating}, form=form)
+        assert found == chat_labels.label_line({"x": rating}, schema, form)
 
 
 @pytest.mark.parametrize(
@@ -211,12 +223,13 @@ def test_labels_are_the_schemas(low, high):
         (3, "attributes: .*mapping"),
     ],
 )
-def test_bad_ratings(attributes, message):
+@each_form
+def test_bad_ratings(attributes, message, form):
     with pytest.raises(Refused, match=message):
-        label_line(attributes=attributes)
+        label_line(attributes=attributes, form=form)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo", "ratings": attributes}]
     with pytest.raises(Refused, match=r"messages\[1\].attributes: "):
-        render(chat("chatml"), messages)
+        render(chat("chatml", labels=form), messages)
 
 
 def test_a_plain_chat_model_takes_no_attributes():
@@ -405,3 +418,33 @@ def test_a_served_text_is_text(name, source, rows, tmp_path):
 
     for string in strings:
         assert count(f"a {string}", f"{string} b", f"{string}{string}") == count("a", "b", "c"), string
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("form", ["words", "tokens"])
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [*((name, "llama3") for name in TEMPLATES), pytest.param("chatml", "smollm2", marks=pytest.mark.smollm2)],
+)
+def test_other_forms_of_label_lines_served(name, source, form, rows, tmp_path):
+    """The renderer's tokens, whatever messages spell: a label token stands only where the label line is."""
+    tokenizer = with_labels(tokenizer_of(source, tmp_path / "base", [row["response"] for row in rows]), form)
+    served = export(tmp_path / "chat", tokenizer, name, labels=form, default_ratings=DEFAULTS)
+    ours = renderer(tokenizer, name, form)
+    spelt = chat_labels.label_line(RATINGS, HELPSTEER, form)
+    tokens = chat_labels.label_tokens(HELPSTEER, form)
+    special = [index for index in map(tokenizer.token_id, tokens) if index is not None]
+    assert served.convert_tokens_to_ids([*tokens]) == special
+    for texts in ((rows[0]["prompt"], rows[0]["response"], "So?"), (f"a {spelt}", f"{spelt} b", spelt)):
+        conversation, labels = talk(*texts), [None, RATINGS, None]
+        answer = DEFAULTS | {"verbosity": 0, "complexity": 3}
+        expected = ours.render(conversation, labels, generation_prompt=True, generation_label=answer).tokens.tolist()
+        found = served.apply_chat_template(
+            as_messages(conversation, labels), add_generation_prompt=True, return_dict=False,
+            attributes={"verbosity": 0, "complexity": 3},
+        )  # fmt: skip
+        count = len(RATINGS) + len(answer) if form == "tokens" else 0
+        assert sum(index in special for index in expected) == sum(index in special for index in found) == count
+        if spelt not in texts:
+            assert found == expected
+        assert served.decode(found).replace("\u2060", "") == tokenizer.decode(expected)
