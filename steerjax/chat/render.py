@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache
 from typing import Literal
@@ -24,11 +24,12 @@ from typing import Literal
 import numpy as np
 import pydantic.dataclasses
 
+from steerjax.chat.labels import label_line
 from steerjax.chat.templates import TEMPLATES, Template
 from steerjax.chat.tokenizer import HIDE, WORD_JOINER, Tokenizer, any_of, broken, load_tokenizer
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import DataError
-from steerjax.schema import Schema, format_label
+from steerjax.schema import Schema
 from steerjax.typed import STRICT, Name
 
 Label = Mapping[str, float]
@@ -46,6 +47,8 @@ class ChatConfig:
     # "source" is what config.model.source was trained with, or its tokenizer's own (docs/formats.md).
     template: Literal["extra_id", "chatml", "llama3", "llama2", "source"] = "extra_id"
     system_prompt: str = "default"  # for conversations without one; "default" is the template's own
+    # How label lines spell ratings (docs/formats.md); "auto" is as the source, else in numbers.
+    labels: Literal["auto", "numbers", "words", "tokens"] = "auto"
 
 
 class TokenRole(IntEnum):
@@ -213,7 +216,7 @@ class Renderer:
 
     def _label(self, label: Label | None, field: str) -> str:
         try:
-            return format_label(label, self.schema).join(self.template.label) if label else ""
+            return label_line(label, self.schema, self.template.labels).join(self.template.label) if label else ""
         except DataError as error:
             raise error.but(field=f"{field}.{error.field}") from None
 
@@ -316,4 +319,6 @@ def make_renderer(config: ChatConfig, schema: Schema, template: Template | None 
     Raises ModelError, as `load_tokenizer`.
     """
     system_prompt = None if config.system_prompt == "default" else config.system_prompt
-    return Renderer(load_tokenizer(config.tokenizer), template or TEMPLATES[config.template], schema, system_prompt)
+    template = template or TEMPLATES[config.template]
+    template = template if config.labels == "auto" else replace(template, labels=config.labels)
+    return Renderer(load_tokenizer(config.tokenizer), template, schema, system_prompt)

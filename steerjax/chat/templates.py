@@ -6,6 +6,7 @@ from typing import Literal
 
 import pydantic.dataclasses
 
+from steerjax.chat.labels import LabelForm
 from steerjax.errors import ModelError
 from steerjax.typed import STRICT
 
@@ -36,6 +37,7 @@ class Template:
     system_in_user: bool = False  # the system part stands inside the first user turn, before the text
     strip: tuple[Literal["system", "user", "assistant"], ...] = ("system", "user", "assistant")  # see `stripped`
     alternates: bool = False  # turns go user, assistant, user, ...; other orders cannot be written
+    labels: LabelForm = "numbers"  # how the label line spells ratings
 
     @cached_property
     def control_strings(self) -> frozenset[str]:
