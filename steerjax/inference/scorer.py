@@ -127,7 +127,8 @@ class Scorer:
             try:
                 example = self._reader.example(len(examples), conversation, turn)
                 whose = "a row has" if longest == self.row_length else "the model has positions for"
-                reason = f"turns[{turn}]: {len(example.tokens)} tokens up to its end, and {whose} {longest}"
+                beside = f" beside {self._reader.room} of a label line" if longest < self._packed.longest else ""
+                reason = f"turns[{turn}]: {len(example.tokens)} tokens up to its end, and {whose} {longest}{beside}"
             except DataError as error:
                 if not skip:
                     raise

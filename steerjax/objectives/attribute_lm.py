@@ -25,7 +25,7 @@ class AttributeLM(RatedTurns, NextToken):
     """An example is a conversation through a rated turn and its label line, whose tokens and end are learnt."""
 
     name, kind, Config = "attribute_lm", "chat", AttributeLMConfig
-    title, learnt = "The attribute model", "tokens of label lines"
+    title, learnt, prefix = "The attribute model", "tokens of label lines", "label_"
 
     def __init__(self, config, setting):
         super().__init__(config, setting)

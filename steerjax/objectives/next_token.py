@@ -15,10 +15,12 @@ class NextToken(Objective):
     Attributes:
         title: of the report.
         learnt: what is learnt, in the report's words.
+        prefix: of the metrics' names, so that two such objectives of a run have their own.
     """
 
     title: ClassVar[str]
     learnt: ClassVar[str]
+    prefix: ClassVar[str] = ""
 
     def next_tokens(self, number: int, tokens: np.ndarray, root: int, places: np.ndarray) -> Example:
         """Of a text, through the last of the places (int [n], ascending, from 1) whose tokens are learnt."""
@@ -36,22 +38,22 @@ class NextToken(Objective):
     def loss(self, model, hidden, batch, arrays):
         chunk = self.setting.loss_chunk
         total, count, right = chunked_cross_entropy(hidden, model.head, arrays["targets"], arrays["weights"], chunk)
-        return total, {"accuracy": (right, count)}
+        return total, {f"{self.prefix}accuracy": (right, count)}
 
     def outputs(self, model, hidden, batch, arrays):
         """Sums of loss, of tokens and of right tokens."""
         total, sums = self.loss(model, hidden, batch, arrays)
-        return total, *reversed(sums["accuracy"])
+        return total, *reversed(sums[f"{self.prefix}accuracy"])
 
     def evaluate(self, steps):
         total, count, right = np.sum([[float(x) for x in outputs] for _, outputs in steps], axis=0)
-        return Evaluation(total / count, {"accuracy": right / count, "tokens": count})
+        return Evaluation(total / count, {f"{self.prefix}accuracy": right / count, f"{self.prefix}tokens": count})
 
     def report(self, evaluation, folder, records, summary, config_text):
         values = {"loss (nats a token)": evaluation.loss, "perplexity": float(np.exp(evaluation.loss)),
-                  "accuracy of the next token": evaluation.values["accuracy"]}  # fmt: skip
+                  "accuracy of the next token": evaluation.values[f"{self.prefix}accuracy"]}  # fmt: skip
         table = "\n".join(f"{name:>28}  {value:.4f}" for name, value in values.items())
-        text = f"validation, {int(evaluation.values['tokens']):,} {self.learnt}\n{table}"
+        text = f"validation, {int(evaluation.values[f'{self.prefix}tokens']):,} {self.learnt}\n{table}"
         if folder is not None:
             from steerjax.report.page import fenced, write_page
             from steerjax.report.plots import plot_losses
