@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import steerjax
-from steerjax import annotate, evaluate, export, generate
+from steerjax import annotate, evaluate, export
 from steerjax.config import resolve
 from steerjax.report.records import read_metrics
 from steerjax.training.train import train
@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
     write_rows(folder / "rows.jsonl", rows)
     config = recipe(
         data={"train": (str(folder / "rows.jsonl"),)},
-        train={"steps": 40, "plots": True},
+        model={"initializer_range": 0.1},
+        train={"steps": 100, "evaluate_every": 50, "plots": True},
         optimizer={"learning_rate": 1e-2},
     )
     config.objectives = ("attribute_lm", "sft")
@@ -38,7 +39,9 @@ def folder(tmp_path_factory):
 
 def test_training_reports_the_label_lines(folder):
     records = [record for record in read_metrics(folder / "run" / "metrics.jsonl") if record["split"] == "validation"]
-    assert records[-1]["loss"] < records[0]["loss"] or len(records) == 1
+    assert records[-1]["attribute_lm/loss"] < min(0.1, records[0]["attribute_lm/loss"])
+    assert records[-1]["label_accuracy"] > 0.95
+    assert records[-1]["tokens"] < records[-1]["label_tokens"]  # the first are SFT's
     said = json.loads((folder / "out" / "steerjax.json").read_text())
     assert (said["kind"], said["provenance"]["rated_attributes"]) == ("chat", ["wit", "depth"])
 
@@ -67,5 +70,4 @@ def test_it_is_evaluated_and_rates_in_python_and_still_answers(folder):
     model = steerjax.load(folder / "out")
     good, bad = model.rate("Question 1?", ["good answer", "bad answer"])
     assert min(good[name] - bad[name] for name in ("wit", "depth")) > 2
-    options = ("--prompt", "Question 1?", "--attributes", "wit=5", "--max-new-tokens", 2)
-    command(generate, "--model", folder / "run", *options, "--output", folder / "answers.jsonl")
+    assert model.generate("Question 1?", {"wit": 5, "depth": 10}, max_new_tokens=8) == "good answer"

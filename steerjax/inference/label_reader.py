@@ -30,7 +30,7 @@ from steerjax.models.llama import CausalLM
 from steerjax.schema import Schema
 
 _NAME = "rating"
-_FEWEST = 4  # places for texts in a row; then powers of two, so that few shapes are compiled
+_FEWEST = 8  # places for texts in a row; then powers of two, so that few shapes are compiled
 
 
 @dataclass(frozen=True, eq=False)
