@@ -194,7 +194,8 @@ class Model(_Chat):
     """An opened model. `load` makes one.
 
     Attributes:
-        kind: "reward", which has `rate`, or "chat", which has `generate` and `stream`.
+        kind: "reward", which has `rate`, or "chat", which has `generate` and `stream`, and `rate` where the model has
+            learnt to (`attribute_lm`).
         schema: its attributes in order, each with name, low, high and meaning.
         description: all else that is known of it.
     """
@@ -229,7 +230,7 @@ class Model(_Chat):
         Returns:
             Of one response its ratings by attribute; of a list, a list.
 
-        Raises SteerjaxError: a chat model, or a response that is too long with its prompt.
+        Raises SteerjaxError: a chat model that has not learnt to rate, or a response that is too long with its prompt.
         """
         from steerjax.inference.scorer import predict, predicted_keys
 

@@ -50,7 +50,7 @@ class Provenance:
     base_model: str  # where training started from
     data: dict[str, str]  # source -> hash
     config: dict[str, Any]  # the resolved experiment
-    rated_attributes: tuple[str, ...] | None = None  # those of a reward model that had ratings to learn from
+    rated_attributes: tuple[str, ...] | None = None  # those that had ratings to learn from; of a model that rates
     default_ratings: dict[str, float] | None = None
     accepted: tuple[str, ...] = ()  # changes of data, tokenizer or source between two starts that the user accepted
     source_checksum: str = ""  # of the source model's files, `checksums.folder_checksum`

@@ -15,16 +15,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pydantic.dataclasses
 
-from steerjax.chat.labels import check_labels, label_line, label_tokens
+from steerjax.chat.labels import check_labels, label_line, label_parts, label_tokens
 from steerjax.chat.templates import TEMPLATES, Template
 from steerjax.chat.tokenizer import (
     HIDE,
@@ -37,7 +37,7 @@ from steerjax.chat.tokenizer import (
 )
 from steerjax.data.conversation import ROLES, Conversation, Turn
 from steerjax.errors import DataError
-from steerjax.schema import Schema
+from steerjax.schema import Schema, round_rating
 from steerjax.typed import STRICT, Name
 
 Label = Mapping[str, float]
@@ -93,6 +93,13 @@ class Rendered:
     root: int
 
 
+class RatingPart(NamedTuple):
+    """Of one attribute in a label line behind a response: tokens before its value, and of each label's value."""
+
+    before: tuple[int, ...]
+    values: dict[int, tuple[int, ...]]
+
+
 @dataclass(frozen=True)
 class _Segment:
     """Text that is encoded in one go, with its end where it is a response; `asks`: a user speaks in it."""
@@ -121,11 +128,13 @@ class Renderer:
         generation_prompt: bool = False,
         generation_label: Label | None = None,
         rated: int | None = None,
+        rating: Label | None = None,
     ) -> Rendered:
         """The whole conversation, and for a `generation_prompt` the header and label line of an assistant turn.
 
         `labels` are one for each turn: the ratings to write before a response; None or an empty mapping writes none.
-        With `rated`, an assistant turn, the text ends where its reward is read.
+        With `rated`, an assistant turn, the text ends where its reward is read; with its `rating` too, after a label
+        line, or where that begins if the mapping is empty.
 
         Raises DataError: half a surrogate in a text, an unknown role, turns that the template cannot write in this
         order, a label with an unknown attribute.
@@ -135,7 +144,7 @@ class Renderer:
         generation = (generation_label or {}) if generation_prompt else None
         text, tokens, counts, responses, root = "", [], [], [], None
         try:
-            for segment in self._segments(conversation, labels, generation, rated):
+            for segment in self._segments(conversation, labels, generation, rated, rating):
                 ids, own = self._encode_segment(segment, text)
                 if segment.role == TokenRole.RESPONSE:
                     start = len(tokens)
@@ -158,6 +167,27 @@ class Renderer:
         rendered = self.render(conversation, rated=turn_index)
         return rendered.tokens, rendered.root
 
+    def rating_tokens(
+        self, conversation: Conversation, turn_index: int, ratings: Label
+    ) -> tuple[np.ndarray, int, np.ndarray]:
+        """Assistant turn `turn_index` with a label line of its ratings behind it (NeMo-Aligner's TEXT_TO_VALUE).
+
+        Returns tokens (int32 [T]), `Rendered.root`, and where the label line's tokens stand, its end among them (int
+        [n]). Without ratings the text ends where the line begins, which is where decoding starts; `rating_parts` are
+        what follows. No other label is written. Raises DataError as `reward_tokens`, or as `schema.round_rating`.
+        """
+        rendered = self.render(conversation, rated=turn_index, rating=ratings)
+        return rendered.tokens, rendered.root, np.flatnonzero(rendered.roles == TokenRole.LABEL)
+
+    def rating_parts(self, names: Collection[str]) -> tuple[list[RatingPart], tuple[int, ...]]:
+        """Of each named attribute, in the schema's order, the tokens that `rating_tokens` writes; and the end's."""
+        before, parts = self._rating_opening or self.template.reward_end, []
+        for text, values in label_parts(self.schema, names, self.template.labels):
+            own = {label: self._encode(value, text or before) for label, value in values.items()}
+            parts.append(RatingPart(self._encode(text, before), own))
+            before = next(iter(values.values()))
+        return parts, self._encode(self.template.label[1], before)
+
     def broken(self, conversation: Conversation) -> int:
         """How many texts of the conversation are written with U+2060 inside, as they spell a control string."""
         texts = [self._system_text(conversation) or "", *(turn.content for turn in conversation.turns)]
@@ -169,6 +199,7 @@ class Renderer:
         labels: Sequence[Label | None] | None,
         generation: Label | None,
         rated: int | None,
+        rating: Label | None,
     ) -> Iterator[_Segment]:
         """Of `render`; `generation`: the label of the answer that is asked for, None where none is."""
         template, turns = self.template, conversation.turns
@@ -196,12 +227,34 @@ class Renderer:
             response = content if line else template.unlabelled_gap + content
             yield _Segment(TokenRole.RESPONSE, response, template.reward_end if index == rated else template.end, index)
             if index == rated:
+                if rating is not None:
+                    yield from self._rating(rating, f"turns[{index}].ratings")
                 return
             prompt, asks = template.after_end, False
         if generation is not None:  # in one segment with what stands before it, as in training
             prompt += self._header(turns, len(turns))
         yield _Segment(TokenRole.PROMPT, prompt, asks=asks)
         yield _Segment(TokenRole.LABEL, self._label(generation, "generation_label"))
+
+    def _rating(self, ratings: Label, field: str) -> Iterator[_Segment]:
+        """What follows `reward_end`: tokens of an attribute's name, and of its value, are made apart."""
+        yield _Segment(TokenRole.PROMPT, self._rating_opening)
+        try:
+            labels = {name: round_rating(value, self.schema[name]) for name, value in ratings.items()}
+        except DataError as error:
+            raise error.but(field=f"{field}.{error.field}") from None
+        names = [name for name in self.schema.names if name in labels]
+        for name, (text, values) in zip(names, label_parts(self.schema, names, self.template.labels), strict=True):
+            yield _Segment(TokenRole.LABEL, text)
+            yield _Segment(TokenRole.LABEL, values[labels[name]])
+        if names:
+            yield _Segment(TokenRole.LABEL, self.template.label[1])
+
+    @property
+    def _rating_opening(self) -> str:
+        """What opens a label line behind `reward_end`, less what that has written."""
+        opening = self.template.label[0]
+        return "" if self.template.reward_end.endswith(opening) else opening
 
     def _header(self, turns: Sequence[Turn], index: int) -> str:
         """What opens turn `index` or the answer after all, less what the end of the response before it has written."""

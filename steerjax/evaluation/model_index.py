@@ -77,6 +77,8 @@ def _own(objective: str, record: Mapping, weight: float) -> Iterator[tuple[str, 
         for _, loss in own_losses([record], "sft", weight)["validation"].tolist():
             yield "perplexity", "perplexity", math.exp(loss)
         yield "accuracy", "accuracy of the next token", record.get("accuracy")
+    if objective == "attribute_lm":
+        yield "accuracy", "accuracy of the tokens of label lines", record.get("label_accuracy")
 
 
 def suite_results(folder: Path, model: Path) -> list[EvalResult]:

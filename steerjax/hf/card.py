@@ -50,6 +50,7 @@ def model_card(
         head,
         template_path=str(_TEXT),
         reward=reward,
+        rates=description.writes_ratings,
         attributes=attributes,
         defaults=None if reward else description.default_ratings,
         base=base and ("none" if base == "random" else f"`{public(base)}`"),

@@ -33,9 +33,14 @@ class Description:
     default_ratings: Mapping[str, float] | None  # what a chat model is asked for where a request names nothing
     provenance: Mapping[str, Any]  # what is known about its making; empty for a model that is not ours
 
+    @property
+    def writes_ratings(self) -> bool:
+        """A chat model that has learnt label lines behind responses, and so rates as a reward model does."""
+        return self.kind == "chat" and bool(self.provenance.get("rated_attributes"))
+
     def expect(self, kind: str) -> None:
-        """Raises ModelError: a model of the other kind."""
-        if self.kind != kind:
+        """Raises ModelError: a model of the other kind. One that writes ratings is of both."""
+        if self.kind != kind and not (kind == "reward" and self.writes_ratings):
             raise ModelError(f"'{self.path}' is a {self.kind} model\n  cure: give a {kind} model")
 
     def to_json(self) -> dict[str, Any]:

@@ -4,21 +4,23 @@ What is computed follows from the chunk of conversations alone: on one machine i
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from steerjax.bundle import Bundle
 from steerjax.bundle.describe import output_names
+from steerjax.chat.render import Renderer
 from steerjax.command import open_model
 from steerjax.data.batch import Batch
 from steerjax.data.conversation import Conversation
 from steerjax.data.loading import Skipped
-from steerjax.data.packing import Row
+from steerjax.data.packing import Layout, Row
 from steerjax.data.trees import Example, Tree, grow
 from steerjax.errors import DataError, ModelError
 from steerjax.hf.description import Description
+from steerjax.inference.label_reader import LabelReader
 from steerjax.inference.packed import PackedModel
 from steerjax.schema import STEERLM, Attribute, Schema, format_label
 
@@ -63,8 +65,38 @@ def reading_schema(schema: Schema) -> Schema:
     return Schema(schema.attributes + tuple(a for a in STEERLM.attributes if a.name not in schema.names))
 
 
+class HeadReader:
+    """What `Scorer` asks of a model with a reward head."""
+
+    room = 0  # positions that it needs behind a text
+
+    def __init__(self, bundle: Bundle, renderer: Renderer, schema: Schema):
+        self._renderer = renderer
+        names = model_schema(bundle.description).names
+        self._outputs = [names.index(name) for name in schema.names]
+
+        def score(params, batch: Batch):
+            return bundle.module.apply({"params": params}, *batch[:3])
+
+        self.function = score
+
+    def example(self, number: int, conversation: Conversation, turn: int) -> Example:
+        """The text up to where its reward is read."""
+        return Example("rating", number, *self._renderer.reward_tokens(conversation, turn), *_NOTHING)
+
+    def arrays(self, rows: Mapping[int, Sequence[Row]]) -> dict:
+        """What rows hold beside their tokens, for `PackedModel.run`."""
+        return {}
+
+    def read(self, layout: Layout, output: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """The number of each text of a row, and its ratings [A]."""
+        return ((example.number, output[place, self._outputs]) for example, place in layout.ends)
+
+
 class Scorer:
-    """Scores chunks of conversations with a reward model; `schema` has the attributes that had a rating in training.
+    """Scores chunks of conversations; `schema` has the attributes that had a rating in training.
+
+    The model is a reward model, or a language model that writes ratings, whose expected ratings are the scores.
 
     A conversation of more tokens than `row_length` (0: the model's context, at most 4096), or than the model has
     positions for, has no prediction. A step has `rows` packed rows (0: 8 for each part of the mesh that rows are cut
@@ -76,13 +108,10 @@ class Scorer:
         self.description = about = bundle.description
         whole, rated = model_schema(about), about.provenance.get("rated_attributes")
         self.schema = whole if rated is None else Schema(tuple(a for a in whole.attributes if a.name in rated))
-        self._renderer = bundle.renderer(self.schema)
-        self._outputs = [whole.names.index(name) for name in self.schema.names]
-
-        def score(params, batch: Batch):
-            return bundle.module.apply({"params": params}, *batch[:3])
-
-        self._packed = PackedModel(bundle, score, row_length=row_length, rows=rows)
+        reader = LabelReader if about.writes_ratings else HeadReader
+        self._reader = reader(bundle, bundle.renderer(self.schema), self.schema)
+        self._packed = PackedModel(bundle, self._reader.function, row_length=row_length, rows=rows)
+        self._longest = min(self._packed.longest, about.model.max_position_embeddings - self._reader.room)
         self.row_length, self.rows, self.counts = self._packed.row_length, self._packed.rows, self._packed.counts
 
     def prepare(
@@ -92,21 +121,22 @@ class Scorer:
 
         Raises DataError: a turn that cannot be rendered, unless `skip` refuses it. One that is too long is refused.
         """
-        places, files, examples, refused, longest = [], [], [], {}, self._packed.longest
+        places, files, examples, refused, longest = [], [], [], {}, self._longest
         for place, turn in ((place, turn) for place, wanted in enumerate(turns) for turn in wanted):
             conversation = conversations[place]
             try:
-                tokens, root = self._renderer.reward_tokens(conversation, turn)
+                example = self._reader.example(len(examples), conversation, turn)
                 whose = "a row has" if longest == self.row_length else "the model has positions for"
-                reason = f"turns[{turn}]: {len(tokens)} tokens up to its end, and {whose} {longest}"
+                beside = f" beside {self._reader.room} of a label line" if longest < self._packed.longest else ""
+                reason = f"turns[{turn}]: {len(example.tokens)} tokens up to its end, and {whose} {longest}{beside}"
             except DataError as error:
                 if not skip:
                     raise
-                tokens, reason = None, error.reason
-            if tokens is None or len(tokens) > longest:
+                example, reason = None, error.reason
+            if example is None or len(example.tokens) > longest:
                 refused[place, turn] = Skipped(conversation.file, conversation.line, reason)
             else:
-                examples.append(Example("rating", len(examples), tokens, root, *_NOTHING))
+                examples.append(example)
                 places.append((place, turn))
                 files.append(f"{conversation.file}:{conversation.line}: " if conversation.file else "")
         trees = grow(examples)
@@ -118,9 +148,9 @@ class Scorer:
         Raises ModelError: one is not finite.
         """
         predicted = np.zeros((len(chunk.examples), len(self.schema)), np.float32)
-        for layout, output in self._packed.run(chunk.trees, chunk.rows):
-            for example, place in layout.ends:
-                predicted[example.number] = output[place, self._outputs]
+        for layout, output in self._packed.run(chunk.trees, chunk.rows, self._reader.arrays(chunk.rows)):
+            for number, values in self._reader.read(layout, output):
+                predicted[number] = values
         if len(bad := np.argwhere(~np.isfinite(predicted))):
             (example, output), model = bad[0], self.description.path
             said = f"{chunk.files[example]}'{model}' predicts {predicted[*bad[0]]} for {self.schema.names[output]}"

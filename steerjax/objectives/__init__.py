@@ -11,6 +11,7 @@ from steerjax.schema import Schema
 __all__ = ["OBJECTIVES", "Evaluation", "Objective", "ObjectiveConfig", "Setting", "find_objective", "predicted_schema"]
 
 OBJECTIVES: dict[str, str] = {  # name, also of its config group -> module:class
+    "attribute_lm": "steerjax.objectives.attribute_lm:AttributeLM",
     "bradley_terry": "steerjax.objectives.bradley_terry:BradleyTerry",
     "regression": "steerjax.objectives.regression:Regression",
     "sft": "steerjax.objectives.sft:SFT",

@@ -4,7 +4,7 @@ Source: HelpSteer, arXiv 2311.09528, section 4; NeMo-Aligner averages over micro
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ import pydantic.dataclasses
 from jaxtyping import Array, Float
 
 from steerjax.data.trees import Example
-from steerjax.errors import ConfigError, DataError
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig
+from steerjax.errors import ConfigError
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, ObjectiveConfig
+from steerjax.objectives.rated_turns import RatedTurns
 from steerjax.schema import Schema
 from steerjax.typed import STRICT, NotNegative, PositiveFloat
 
@@ -69,79 +70,31 @@ def masked_squared_error(
     return (examples * (weighted * errors).sum(-1) / jnp.where(total > 0, total, 1.0)).sum(), examples.sum()
 
 
-@dataclass
-class Rated:
-    """Rated responses of one split: ratings (None is missing), characters and conversation of each."""
-
-    rows: list[tuple[float | None, ...]] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    turns: set[str] = field(default_factory=set)
-    shared: int = 0  # turns that are part of several conversations and count once
-    unrated: int = 0  # conversations
-    pairs: int = 0  # of them
-
-
-class Regression(Objective):
-    """Every rated assistant turn is an example that ends where its reward is read."""
+class Regression(RatedTurns):
+    """An example ends where its turn's reward is read."""
 
     name, kind, Config = "regression", "reward", RegressionConfig
 
     def __init__(self, config, setting):
         super().__init__(config, setting)
-        self.data = {TRAIN: Rated(), VALIDATION: Rated()}
         self._weights = config.weights(setting.schema)
         self._codes: dict[tuple, int] = {}  # ratings -> the target that stands for them
-        self._of_codes = self._table([(None,) * len(setting.schema)])  # the last, -1, is for places without ratings
+        self._of_codes = self.table([(None,) * len(setting.schema)])  # the last, -1, is for places without ratings
 
-    def _table(self, rows) -> np.ndarray:
-        """Ratings as float32 [E A], NaN where they are missing."""
-        return np.array(rows, np.float32).reshape(-1, len(self.setting.schema))
-
-    def examples(self, conversation, split):
-        data, examples = self.data[split], []
-        rated = [(conversation, i) for i, turn in enumerate(conversation.turns) if turn.ratings]
-        if conversation.rejected:  # the other response of a pair, and what else differs there
-            other, seen = conversation.both()[1], dict(enumerate(conversation.turns))
-            rated += [(other, i) for i, turn in enumerate(other.turns) if turn.ratings and turn != seen.get(i)]
-        rendered = [self.setting.renderer.reward_tokens(*place) for place in rated]  # all, before any is kept
-        for tokens, _ in rendered:
-            self.setting.check_length(len(tokens))
-        data.unrated += not rated
-        data.pairs += not rated and bool(conversation.rejected)
-        for (each, i), (tokens, root) in zip(rated, rendered, strict=True):
-            turn = each.turns[i]
-            if turn.id and turn.id in data.turns:
-                data.shared += 1
-                continue
-            data.turns.add(turn.id)
-            data.lengths.append(len(turn.content))
-            data.ids.append(conversation.id)
-            examples.append(self.example(split, tokens, root, turn.ratings))
-        return examples
+    def render(self, conversation, turn):
+        return self.setting.renderer.reward_tokens(conversation, turn)
 
     def example(self, split: str, tokens: np.ndarray, root: int, ratings: Mapping[str, float]) -> Example:
         """Of a text whose ratings are read at its last token."""
-        rows, row = self.data[split].rows, tuple(ratings.get(name) for name in self.setting.schema.names)
+        number, row = self.keep(split, ratings)
         code = self._codes.setdefault(row, len(self._codes))
-        rows.append(row)
         last, target, one = np.array([[len(tokens) - 1], [code], [1]], np.int32)
-        return Example(self.name, len(rows) - 1, tokens, root, last, target, one.astype(np.float32))
+        return Example(self.name, number, tokens, root, last, target, one.astype(np.float32))
 
     def check_data(self):
-        for split, data in self.data.items():
-            if not data.rows:
-                what, names = f"no rated response for {split}", ", ".join(self.setting.schema.names)
-                cure = (
-                    f"ratings ({names}, or what config.data.attributes names) stand in columns beside prompt and "
-                    "response or beside messages, or in a turn's 'ratings' (docs/formats.md)"
-                )
-                if data.pairs:
-                    what += f", and {data.pairs} pairs without ratings"
-                    cure = f"config.objectives=('bradley_terry',) learns from pairs; or {cure}"
-                raise DataError(what, cure=cure)
-        self._of_codes = np.concatenate([self._table(list(self._codes)), self._of_codes[-1:]])
-        ratings = self._table(self.data[TRAIN].rows)
+        super().check_data()
+        self._of_codes = np.concatenate([self.table(list(self._codes)), self._of_codes[-1:]])
+        ratings = self.table(self.data[TRAIN].rows)
         means = np.nansum(ratings, 0, np.float64) / np.maximum(np.isfinite(ratings).sum(0), 1)
         self._means = means.astype(np.float32)  # of the training split; 0 where nothing is rated
 
@@ -189,7 +142,7 @@ class Regression(Objective):
         from steerjax.report.results import evaluate_predictions
 
         data, train = self.data[VALIDATION], self.data[TRAIN]
-        ratings, known = self._table(data.rows), self._table(train.rows)
+        ratings, known = self.table(data.rows), self.table(train.rows)
         predicted = np.zeros_like(ratings)
         for example, output in self.read_ends(steps):
             predicted[example.number] = output
@@ -200,27 +153,9 @@ class Regression(Objective):
         values = {name: x for name, x in values.items() if not name.endswith("/count")}
         return Evaluation(float(total / count), values, result)
 
-    def _rated(self, split: str) -> list[bool]:
-        """Whether the split rates an attribute, of each."""
-        return np.isfinite(self._table(self.data[split].rows)).any(0).tolist()
-
     def facts(self):
-        trained = zip(self.setting.schema.names, self._rated(TRAIN), self._weights, strict=True)
-        return {"rated_attributes": [name for name, rated, weight in trained if rated and weight]}
-
-    def summary(self):
-        said = {}
-        for split, data in self.data.items():
-            rated = zip(self.setting.schema.names, self._rated(split), strict=True)
-            missing = ", ".join(name for name, here in rated if not here)
-            words = (
-                f"{len(data.rows)} rated responses",
-                missing and f"none rated for {missing}",
-                data.unrated and f"{data.unrated} conversations without a rating",
-                data.shared and f"{data.shared} turns that stand in several conversations count once",
-            )
-            said[f"regression, {split}"] = "; ".join(filter(None, words))
-        return said
+        weighted = {name for name, weight in zip(self.setting.schema.names, self._weights, strict=True) if weight}
+        return {"rated_attributes": [name for name in self.rated(TRAIN) if name in weighted]}
 
     def report(self, evaluation, folder, records, summary, config_text):
         from steerjax.report.page import format_table, write_report

@@ -15,8 +15,8 @@ from steerjax.chat.render import TokenRole
 from steerjax.data.conversation import Turn
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
-from steerjax.objectives.cross_entropy import chunked_cross_entropy
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig
+from steerjax.objectives.next_token import NextToken
+from steerjax.objectives.objective import TRAIN, VALIDATION, ObjectiveConfig
 from steerjax.schema import Schema, check_rating
 from steerjax.typed import STRICT
 
@@ -48,10 +48,11 @@ class SFTConfig(ObjectiveConfig):
                 raise ConfigError(f"config.sft.default_ratings: {error}") from None
 
 
-class SFT(Objective):
+class SFT(NextToken):
     """A conversation through its last trained token is an example; what follows that has no part in the loss."""
 
     name, kind, Config = "sft", "chat", SFTConfig
+    title, learnt = "SFT", "response tokens"
 
     def __init__(self, config, setting):
         super().__init__(config, setting)
@@ -85,10 +86,9 @@ class SFT(Objective):
 
     def example(self, split: str, tokens: np.ndarray, root: int, trained: np.ndarray) -> Example:
         """Of a text, through the last of the tokens that are trained."""
-        counts, places = self.counts[split], np.flatnonzero(trained).astype(np.int32)
-        tokens, number, ones = tokens[: places[-1] + 1], counts["conversations"], np.ones(len(places), np.float32)
+        counts, places = self.counts[split], np.flatnonzero(trained)
         counts.update(conversations=1, tokens=len(places))
-        return Example(self.name, number, tokens, min(root, len(tokens)), places - 1, tokens[places], ones)
+        return self.next_tokens(counts["conversations"] - 1, tokens, root, places)
 
     def _label(self, turn: Turn) -> Mapping[str, float] | None:
         human, predicted = turn.ratings or {}, turn.predicted_ratings or {}
@@ -105,27 +105,6 @@ class SFT(Objective):
                 cure = "annotate them first, choose another config.sft.ratings, or 'none' for plain SFT"
                 raise DataError(f"no response for {split} has {self.config.ratings} ratings: no label", cure=cure)
 
-    def arrays(self, layout):
-        """targets: int32 [T], the next token; weights: float32 [T], 0 where it is not trained."""
-        return {"targets": np.maximum(layout.targets[self.name], 0), "weights": layout.weights[self.name]}
-
-    def count(self, arrays):
-        return arrays["weights"].sum()
-
-    def loss(self, model, hidden, batch, arrays):
-        chunk = self.setting.loss_chunk
-        total, count, right = chunked_cross_entropy(hidden, model.head, arrays["targets"], arrays["weights"], chunk)
-        return total, {"accuracy": (right, count)}
-
-    def outputs(self, model, hidden, batch, arrays):
-        """Sums of loss, of tokens and of right tokens."""
-        total, sums = self.loss(model, hidden, batch, arrays)
-        return total, *reversed(sums["accuracy"])
-
-    def evaluate(self, steps):
-        total, count, right = np.sum([[float(x) for x in outputs] for _, outputs in steps], axis=0)
-        return Evaluation(total / count, {"accuracy": right / count, "tokens": count})
-
     def facts(self):
         return {"default_ratings": dict(self.config.default_ratings) or None}
 
@@ -140,17 +119,3 @@ class SFT(Objective):
             )
             said[f"sft, {split}"] = "; ".join(filter(None, words))
         return said
-
-    def report(self, evaluation, folder, records, summary, config_text):
-        values = {"loss (nats a token)": evaluation.loss, "perplexity": float(np.exp(evaluation.loss)),
-                  "accuracy of the next token": evaluation.values["accuracy"]}  # fmt: skip
-        table = "\n".join(f"{name:>28}  {value:.4f}" for name, value in values.items())
-        text = f"validation, {int(evaluation.values['tokens']):,} response tokens\n{table}"
-        if folder is not None:
-            from steerjax.report.page import fenced, write_page
-            from steerjax.report.plots import plot_losses
-
-            plot_losses(self.losses(records), folder / "loss.png", "nats a token")
-            parts = ["# SFT on the validation split", fenced(text), "![Loss against the step](loss.png)"]
-            write_page(folder, parts, summary, config_text)
-        return text
