@@ -193,7 +193,7 @@ BAD_ROWS = {  # name -> (row, field, what the message names)
     "log-probability beyond floats": (
         sampled(response(**{"log(P(y|x))": 10**400})),
         "responses[0].log(P(y|x))",
-        "1000",
+        "finite",
     ),
     "log-probability a text": (sampled(response(**{"log(Q(y|a,x))": "low"})), "responses[0].log(Q(y|a,x))", "'low'"),
     "log-probability above 0": (sampled(response(**{"log(Q(y|a,x))": 9.5})), "responses[0].log(Q(y|a,x))", "9.5"),
