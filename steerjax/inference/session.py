@@ -42,11 +42,7 @@ class Session:
         self.sampling = sampling_of(o)
         answerer = open_answerer(o, about)
         self.schema, self.defaults = answerer.schema, answerer.defaults
-        self.settings = swept(o.attributes, o.sweep, self.schema)
-        self.combinations: list[Setting] = []
-        if o.combinations:
-            rated = load_conversations([o.combinations], self.schema, on_bad_row=o.on_bad_row)
-            self.combinations = top_combinations(rated.conversations, self.schema, o.quality)
+        self.settings, self.combinations = settings_of(o, self.schema)
         self.backend = answerer.backend.drawing(self.sampling, o.batch_size)
 
     def answer_prompt(self, prompt: str) -> None:
@@ -124,6 +120,14 @@ class Session:
             asked = {"attributes": label, "sampling": asdict(self.sampling), "sample": number}
             made = {"model": self.backend.model, "finish": answer.finish, "tokens": answer.tokens}
             yield {**new, **row.carried, "generation": asked | made}
+
+
+def settings_of(o: argparse.Namespace, schema: Schema) -> tuple[list[Setting], list[Setting]]:
+    """What each row is asked for, and with --combinations those of which each row is asked for one."""
+    if not o.combinations:
+        return swept(o.attributes, o.sweep, schema), []
+    rated = load_conversations([o.combinations], schema, on_bad_row=o.on_bad_row)
+    return [{}], top_combinations(rated.conversations, schema, o.quality)
 
 
 def sampling_of(o: argparse.Namespace) -> Sampling:

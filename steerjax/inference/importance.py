@@ -1,0 +1,80 @@
+"""Log-likelihoods of the answers to each prompt under a chat model: log Q'(y|a,x) and log P(y|x) of SteerLM 2.0.
+
+Source: HelpSteer2, arXiv 2406.08673, section 4.5. An answer is rendered as training renders it, its end included.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from steerjax.bundle import Bundle
+from steerjax.chat.render import Label, Renderer
+from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.trees import Example
+from steerjax.errors import DataError
+from steerjax.inference.job import progress, resumable
+from steerjax.inference.likelihood import LikelihoodScorer
+
+_CHUNK = 16  # groups that are packed together, and lost when interrupted, for each row of a step
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt x, the ratings a that a model was asked for, and its answers y."""
+
+    prompt: Conversation  # ends with the user's turn
+    asked: Mapping[str, float]
+    answers: tuple[str, ...]
+
+
+def answer_example(renderer: Renderer, prompt: Conversation, label: Label | None, answer: str) -> Example:
+    """What asks for log P(answer and its end | prompt and label line). Raises DataError as `Renderer.render`."""
+    whole = replace(prompt, turns=(*prompt.turns, Turn("assistant", answer)))
+    rendered = renderer.render(whole, [*(None for _ in prompt.turns), label])
+    span = rendered.responses[-1]
+    places = np.arange(span.start - 1, span.stop - 1, dtype=np.int32)
+    tokens, ones = rendered.tokens[: span.stop], np.ones(len(places), np.float32)
+    return Example("answer", 0, tokens, span.start, places, tokens[places + 1], ones)
+
+
+def score_groups(
+    path: Path, groups: Sequence[Group], bundle: Bundle, settings: Mapping[str, Any], *, labelled: bool, row_length: int
+) -> None:
+    """Writes a line for each group, `{"id", "log_likelihoods"}`, nats: null where an answer does not fit the model or a
+    row. With the ratings that were asked for in the label line, or without a label line. Goes on where an earlier run
+    of the same `settings` was.
+
+    Raises DataError: a prompt that the model's template cannot write, or an output of other settings.
+    """
+    scorer, renderer = LikelihoodScorer(bundle, row_length=row_length), bundle.renderer()
+    chunk = _CHUNK * scorer.rows
+    job = {**settings, "labelled": labelled, "row_length": scorer.row_length, "rows": scorer.rows}
+    with resumable(path, job) as output, progress(len(groups), output.done, "prompt") as bar:
+        for first in range(output.done // chunk * chunk, 0 if output.finished else len(groups), chunk):
+            output.add(first, _scored(groups[first : first + chunk], scorer, renderer, labelled))
+            bar.update(output.done - bar.n)
+
+
+def read_scores(path: Path) -> list[list[float | None]]:
+    """The log-likelihoods that `score_groups` has written, of each group."""
+    return [json.loads(line)["log_likelihoods"] for line in path.read_bytes().splitlines()]
+
+
+def _scored(groups: Sequence[Group], scorer: LikelihoodScorer, renderer: Renderer, labelled: bool) -> list[dict]:
+    rows = [{"id": group.prompt.id, "log_likelihoods": [None] * len(group.answers)} for group in groups]
+    places, examples = [], []
+    for row, group in zip(rows, groups, strict=True):
+        for number, answer in enumerate(group.answers):
+            example = answer_example(renderer, group.prompt, group.asked if labelled else None, answer)
+            try:
+                examples.append(scorer.check(example))
+            except DataError:
+                continue  # it stays null
+            places.append((row["log_likelihoods"], number))
+    for (values, number), value in zip(places, scorer(examples).log_likelihoods, strict=True):
+        values[number] = float(value)
+    return rows
