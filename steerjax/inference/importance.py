@@ -5,7 +5,7 @@ Source: HelpSteer2, arXiv 2406.08673, section 4.5. An answer is rendered as trai
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,23 @@ class Group:
     answers: tuple[str, ...]
 
 
+@dataclass
+class Scores:
+    """Of the answers of a group.
+
+    Attributes:
+        id: the prompt's.
+        prompt: tokens through the label line.
+        answers: tokens of each answer and its end.
+        log_likelihoods: nats, of these; None where an answer does not fit the model or a row.
+    """
+
+    id: str
+    prompt: int = 0
+    answers: list[int] = field(default_factory=list)
+    log_likelihoods: list[float | None] = field(default_factory=list)
+
+
 def answer_example(renderer: Renderer, prompt: Conversation, label: Label | None, answer: str) -> Example:
     """What asks for log P(answer and its end | prompt and label line). Raises DataError as `Renderer.render`."""
     whole = replace(prompt, turns=(*prompt.turns, Turn("assistant", answer)))
@@ -44,9 +61,8 @@ def answer_example(renderer: Renderer, prompt: Conversation, label: Label | None
 def score_groups(
     path: Path, groups: Sequence[Group], bundle: Bundle, settings: Mapping[str, Any], *, labelled: bool, row_length: int
 ) -> None:
-    """Writes a line for each group, `{"id", "log_likelihoods"}`, nats: null where an answer does not fit the model or a
-    row. With the ratings that were asked for in the label line, or without a label line. Goes on where an earlier run
-    of the same `settings` was.
+    """Writes `Scores` of each group, a line each, with the ratings that were asked for in the label line, or without a
+    label line. Goes on where an earlier run of the same `settings` was.
 
     Raises DataError: a prompt that the model's template cannot write, or an output of other settings.
     """
@@ -59,22 +75,24 @@ def score_groups(
             bar.update(output.done - bar.n)
 
 
-def read_scores(path: Path) -> list[list[float | None]]:
-    """The log-likelihoods that `score_groups` has written, of each group."""
-    return [json.loads(line)["log_likelihoods"] for line in path.read_bytes().splitlines()]
+def read_scores(path: Path) -> list[Scores]:
+    """What `score_groups` has written."""
+    return [Scores(**json.loads(line)) for line in path.read_bytes().splitlines()]
 
 
 def _scored(groups: Sequence[Group], scorer: LikelihoodScorer, renderer: Renderer, labelled: bool) -> list[dict]:
-    rows = [{"id": group.prompt.id, "log_likelihoods": [None] * len(group.answers)} for group in groups]
-    places, examples = [], []
-    for row, group in zip(rows, groups, strict=True):
+    scores, examples, places = [Scores(group.prompt.id) for group in groups], [], []
+    for one, group in zip(scores, groups, strict=True):
         for number, answer in enumerate(group.answers):
             example = answer_example(renderer, group.prompt, group.asked if labelled else None, answer)
+            one.prompt = example.root
+            one.answers.append(len(example.targets))
+            one.log_likelihoods.append(None)
             try:
                 examples.append(scorer.check(example))
-            except DataError:
-                continue  # it stays null
-            places.append((row["log_likelihoods"], number))
-    for (values, number), value in zip(places, scorer(examples).log_likelihoods, strict=True):
-        values[number] = float(value)
-    return rows
+                places.append((one, number))
+            except DataError:  # too long
+                pass
+    for (one, number), value in zip(places, scorer(examples).log_likelihoods, strict=True):
+        one.log_likelihoods[number] = float(value)
+    return [asdict(one) for one in scores]

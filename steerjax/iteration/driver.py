@@ -137,6 +137,10 @@ def prepare(e: Experiment, options: Options, workdir: Path) -> Setup:
     check_attributes(e, options, first, reward)
     if e.chat.system_prompt == "default" and first.system_prompt is not None:
         e = replace(e, chat=replace(e.chat, system_prompt=first.system_prompt))
+    own = e.objective[OBJECTIVE]
+    if first.default_ratings and not own.default_ratings:  # which the trained model keeps
+        own = replace(own, default_ratings=first.default_ratings)
+        e = replace(e, objective={**e.objective, OBJECTIVE: own})
     setup = Setup(e, options, workdir, first, reward, prior, workdir / "prompts.jsonl")
     free = ("prompts", "reward_model", "prior", "iterations", "batch_size")
     settings = {
@@ -191,42 +195,49 @@ def write_prompts(setup: Setup, settings: dict) -> None:
 
 def iteration(setup: Setup, number: int) -> Iteration:
     """One iteration, or what a finished one found."""
-    folder, before = setup.folder(number), setup.folder(number - 1) / "run"
+    e, folder = setup.experiment, setup.folder(number)
     if (folder / RESULT).exists():
         return read_json(Iteration, folder / RESULT, CheckpointError, "remove it, and the iteration is looked at again")
-    e, o = setup.experiment, setup.options
-    if number > 1:
-        model, chat = (
-            replace(e.model, source=str(locate(before, verify=e.train.verify))),
-            replace(e.chat, template="source"),
-        )
-        e = replace(e, model=model, chat=chat)
-    sampler = setup.first if number == 1 else describe(e.model.source, verify=e.train.verify)
-    schema = rated_schema(setup.reward)
+    sampler = setup.first
+    if number > 1:  # what the last one trained samples, and is trained on
+        newest = locate(setup.folder(number - 1) / "run", verify=e.train.verify)
+        sampler = replace(describe(newest, verify=False), default_ratings=setup.first.default_ratings)
+        e = replace(e, model=replace(e.model, source=str(newest)), chat=replace(e.chat, template="source"))
+    groups, found = sample_groups(setup, e, number, sampler)
+    e = replace(e, data=replace(e.data, train=(str(groups),), format="steerlm2"))
+    print(f"iteration {number}: training", flush=True)
+    evaluation = train(e, folder / "run")[OBJECTIVE]
+    result = Iteration(number, **found, before=first_distance(e), after=evaluation.values["distance"])
+    write_text(folder / RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    return result
+
+
+def sample_groups(setup: Setup, e: Experiment, number: int, sampler: Description) -> tuple[Path, dict[str, Any]]:
+    """groups.jsonl of an iteration, and what is to be said of it (see `Iteration`)."""
+    o, schema, folder = setup.options, rated_schema(setup.reward), setup.folder(number)
     samples, rated, log_sampled, log_prior, groups = (
         folder / f"{name}.jsonl" for name in ("samples", "rated", "log_sampled", "log_prior", "groups")
     )
 
     def starts(output: Path, what: str) -> bool:
         finished = is_finished(output)
-        print(f"iteration {number}: {what}: {output.name}" + (" is finished" if finished else ""), flush=True)
+        print(f"iteration {number}: {what}" + (", finished before" if finished else ""), flush=True)
         return not finished
 
     if starts(samples, "answers"):
         system = None if e.chat.system_prompt == "default" else e.chat.system_prompt
         asking = setup.command(
-            **vars(_asking(o)), model=str(sampler.path), server=None, prompt=None, input=str(setup.prompts),
+            **vars(_asking(o)), model=str(sampler.path), server=None, schema=None, input=str(setup.prompts),
             output=str(samples), system=system, seed=(o.seed + number - 1) % 2**31, top_k=0, replace_answer=False,
         )  # fmt: skip
         Session(asking, sampler).answer_file()
-    if starts(rated, "ratings"):
-        annotate(
-            setup.command(
-                model=str(setup.reward.path), template="source", input=str(samples), output=rated, turns="last",
-                on_bad_row="skip", chunk_rows=0, row_length=0, rows=0,
-            ), 1, 1,
+    if starts(rated, "predicted ratings"):
+        rating = setup.command(
+            model=str(setup.reward.path), template="source", no_verify=True, input=str(samples), output=rated,
+            turns="last", on_bad_row="skip", chunk_rows=0, row_length=0, rows=0,
         )  # fmt: skip
-    answered, unweighed = rated_groups(rated, schema)
+        annotate(rating, 1, 1)
+    answered, unrated = rated_groups(rated, schema)
     for output, about, labelled in ((log_sampled, sampler, True), (log_prior, setup.prior, False)):
         if starts(output, f"log-probabilities {'with' if labelled else 'without'} a label line"):
             job = {"command": "iterate", "input": file_hashes([str(rated)])[str(rated)],
@@ -235,31 +246,24 @@ def iteration(setup: Setup, number: int) -> Iteration:
             asked = [one.group for one in answered]
             score_groups(output, asked, bundle, job, labelled=labelled, row_length=e.batch.row_length)
             del bundle
-    weighed, dropped = weighed_groups(answered, read_scores(log_sampled), read_scores(log_prior), schema, o.edges)
+    scores, longest = (read_scores(log_sampled), read_scores(log_prior)), e.batch.row_length
+    weighed, unused = weighed_groups(answered, *scores, schema, o.edges, longest)
+    found = weighing(setup, samples, answered, weighed)
     if starts(groups, "groups"):
-        job = {"command": "iterate", "edges": o.edges, "attributes": schema.to_json(),
+        job = {"command": "iterate", "edges": o.edges, "attributes": schema.to_json(), "row_length": longest,
                "input": [*file_hashes([str(rated), str(log_sampled), str(log_prior)]).values()]}  # fmt: skip
         with resumable(groups, job) as output:
-            output.skip([*unweighed, *dropped])
+            output.skip([*unrated, *unused])
             output.add(0, [group.to_json() for group in weighed])
-    found = weighing(setup, samples, answered, weighed)
-    print(weighing_text(found, [*unweighed, *dropped]), flush=True)
-
-    data = replace(e.data, train=(str(groups),), format="steerlm2")
-    e = replace(e, data=data)
-    after = train(e, folder / "run")[OBJECTIVE].values["distance"]
-    result = Iteration(number, **found, before=first_distance(e), after=after)
-    write_text(folder / RESULT, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    return result
+    print(weighing_text(found, [*unrated, *unused]), flush=True)
+    return groups, found
 
 
 def weighing(setup: Setup, samples: Path, answered: Sequence[Rated], weighed: Sequence[Conversation]) -> dict[str, Any]:
     """What `Iteration` says of the answers. Raises DataError: no group is left."""
     prompts, answers = (sum(1 for _ in path.open("rb")) for path in (setup.prompts, samples))
     if not weighed:
-        cure = (
-            "more --max-new-tokens, so that answers come to their end, or another --workdir and a higher --temperature"
-        )
+        cure = "another --workdir, with more --max-new-tokens, so that answers end, or a higher --temperature"
         raise DataError("no prompt has two different answers that can be weighed", file=str(samples), cure=cure)
     means = np.concatenate([one.predicted for one in answered]).mean(0)
     return {

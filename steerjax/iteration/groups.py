@@ -14,7 +14,7 @@ from steerjax.beta_bins import Edges, log_probabilities
 from steerjax.data.conversation import Conversation, Sample
 from steerjax.data.loading import Skipped
 from steerjax.evaluation.steering_answers import Answer, read_answers
-from steerjax.inference.importance import Group
+from steerjax.inference.importance import Group, Scores
 from steerjax.schema import Schema
 
 # Why an answer has no weight.
@@ -22,6 +22,7 @@ CUT = "cut at the limit of tokens, so without an end"
 UNRATED = "too long for the reward model"
 LONG = "too long for a row or a model"
 ALONE = "without another answer to compare it with"
+TOGETHER = "too long for a row with the prompt's other answers (config.batch.row_length)"
 
 
 @dataclass(frozen=True)
@@ -57,23 +58,27 @@ def rated_groups(path: Path, schema: Schema) -> tuple[list[Rated], list[Skipped]
 
 
 def weighed_groups(
-    rated: Sequence[Rated], log_sampled: Sequence[Sequence], log_prior: Sequence[Sequence], schema: Schema, edges: Edges
-) -> tuple[list[Conversation], list[Skipped]]:
+    rated: Sequence[Rated], log_sampled: Sequence[Scores], log_prior: Sequence[Scores], schema: Schema, edges: Edges,
+    row_length: int,
+) -> tuple[list[Conversation], list[Skipped]]:  # fmt: skip
     """The groups with the log-probabilities of their samples, and the answers that were left out: those without a
-    log-probability, and those to a prompt with fewer than two different ones, whose weights are what they are to be."""
+    log-probability, those to a prompt with fewer than two different ones, whose weights are what they are to be, and
+    those that no row of the training holds together."""
     groups, skipped = [], []
     for one, sampled, prior in zip(rated, log_sampled, log_prior, strict=True):
         wanted = log_probabilities(one.predicted, schema, one.group.asked, edges)
-        found = {}
-        for number, (text, a, p, q) in enumerate(zip(one.group.answers, wanted, prior, sampled, strict=True)):
-            if None in (p, q):
-                skipped.append(one.skipped(number, LONG))
-            else:
-                found[number] = Sample(text, float(a), p, q)
-        if len({sample.content for sample in found.values()}) > 1:
-            groups.append(replace(one.group.prompt, asked=one.group.asked, samples=tuple(found.values())))
+        logs = zip(one.group.answers, wanted, prior.log_likelihoods, sampled.log_likelihoods, strict=True)
+        found = {i: Sample(text, float(a), p, q) for i, (text, a, p, q) in enumerate(logs) if None not in (p, q)}
+        skipped += [one.skipped(i, LONG) for i in range(len(one.lines)) if i not in found]
+        reason = ""
+        if len({sample.content for sample in found.values()}) < 2:
+            reason = ALONE
+        elif sampled.prompt - 1 + sum(sampled.answers[i] for i in found) > row_length:
+            reason = TOGETHER
+        if reason:
+            skipped += [one.skipped(i, reason) for i in found]
         else:
-            skipped += [one.skipped(number, ALONE) for number in found]
+            groups.append(replace(one.group.prompt, asked=one.group.asked, samples=tuple(found.values())))
     return groups, skipped
 
 
