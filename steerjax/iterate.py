@@ -68,7 +68,7 @@ def _main() -> None:
         from steerjax.parallel.processes import connect
 
         if find_cluster(os.environ) is not None:
-            raise ConfigError("iterate runs in one process; cure: one machine, or its stages by their own commands")
+            raise ConfigError("iterate runs in one process, and the environment names several; cure: one machine, without srun")
         folder = local_folder(workdir.value)
         use_compile_cache(folder)
         with resumable_command(), connect():

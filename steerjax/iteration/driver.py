@@ -19,6 +19,7 @@ import pydantic.dataclasses
 from scipy.stats import entropy
 
 from steerjax.bundle import describe, locate, open_bundle
+from steerjax.chat.render import make_renderer
 from steerjax.checksums import folder_checksum
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import Skipped, file_hashes
@@ -36,7 +37,7 @@ from steerjax.iteration.groups import Rated, effective_samples, rated_groups, we
 from steerjax.iteration.options import Options
 from steerjax.locks import only_writer
 from steerjax.report.page import text_table
-from steerjax.schema import Attribute
+from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 from steerjax.training.input import load_parts
 from steerjax.training.train import train
@@ -134,7 +135,8 @@ def prepare(e: Experiment, options: Options, workdir: Path) -> Setup:
     )
     first.expect("chat")
     prior.expect("chat")
-    check_attributes(e, options, first, reward)
+    check_rendering(e, first)
+    check_asked(options, first, reward)
     if e.chat.system_prompt == "default" and first.system_prompt is not None:
         e = replace(e, chat=replace(e.chat, system_prompt=first.system_prompt))
     own = e.objective[OBJECTIVE]
@@ -155,26 +157,36 @@ def prepare(e: Experiment, options: Options, workdir: Path) -> Setup:
     return setup
 
 
-def check_attributes(e: Experiment, options: Options, first: Description, reward: Description) -> None:
-    """Raises SteerjaxError: what is asked for is not the same to chat model, config and reward model."""
+def check_rendering(e: Experiment, first: Description) -> None:
+    """Raises SteerjaxError: training would not write a prompt with its label line as the first model had it."""
     if first.schema is None:
         cure = "train one on ratings first (configs/sft.py), and give that"
         raise ModelError(f"'{first.path}' does not say which attributes it takes\n  cure: {cure}")
-    predicted, known = rated_schema(reward), e.data.make_schema()
+    known = e.data.make_schema()
+    if (own := _ranges(first.schema)) != _ranges(known):
+        raise ConfigError(
+            f'config.data: its attributes are not those of {first.path}\n  cure: --config.data.attributes="{own!r}"'
+        )
+    auto = str(first.tokenizer.files[0])
+    chat = replace(e.chat, tokenizer=auto) if e.chat.tokenizer == "auto" else e.chat
+    renderer = make_renderer(chat, known, first.template)
+    if (renderer.tokenizer.hash, renderer.template) != (first.tokenizer.hash, first.template):
+        raise ConfigError(
+            f"config.chat is not what {first.path} was trained with; cure: 'auto' where there is such a value"
+        )
+
+
+def check_asked(options: Options, first: Description, reward: Description) -> None:
+    """Raises SteerjaxError: nothing is asked for, or what the reward model does not predict."""
+    predicted = _ranges(rated_schema(reward))
     settings, combinations = settings_of(_asking(options), first.schema)
-    asked = Counter(name for each in combinations or settings for name in label_of(each, first.default_ratings))
+    asked = dict.fromkeys(name for each in combinations or settings for name in label_of(each, first.default_ratings))
     if not asked:
         raise ConfigError("nothing is asked for, and the chat model has no default ratings; cure: --attributes NAME=N")
-    for name in asked:
-        a = first.schema[name]
-        if name not in known.names or _range(known[name]) != _range(a):
-            cure = "config.data.schema or config.data.attributes as the chat model was trained with"
-            raise ConfigError(
-                f"config.data: {name} from {a.low:g} to {a.high:g} is not there, and is asked for; cure: {cure}"
-            )
-        if name not in predicted.names or _range(predicted[name]) != _range(a):
-            cure = f"leave it out (--attributes {name}=none), or a reward model that predicts it"
-            raise ModelError(f"'{reward.path}' does not predict {name} from {a.low:g} to {a.high:g}\n  cure: {cure}")
+    for name, low, high in _ranges(Schema(tuple(first.schema[name] for name in asked))):
+        if (name, low, high) not in predicted:
+            cure = f"--attributes with {name}=none, or a reward model that predicts it"
+            raise ModelError(f"'{reward.path}' does not predict {name} from {low:g} to {high:g}\n  cure: {cure}")
 
 
 def write_prompts(setup: Setup, settings: dict) -> None:
@@ -312,5 +324,5 @@ def _asking(o: Options) -> argparse.Namespace:
     return argparse.Namespace(attributes=o.attributes, sweep=[], **asked)
 
 
-def _range(attribute: Attribute) -> tuple[float, float]:
-    return attribute.low, attribute.high
+def _ranges(schema: Schema) -> tuple[tuple[str, float, float], ...]:
+    return tuple((a.name, a.low, a.high) for a in schema.attributes)
