@@ -5,7 +5,6 @@ Source: SteerLM, arXiv 2310.05344, step 3; NeMo `gpt_sft_chat_dataset.py`.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import field
 from typing import Literal
 
 import numpy as np
@@ -14,15 +13,15 @@ import pydantic.dataclasses
 from steerjax.chat.render import TokenRole
 from steerjax.data.conversation import Turn
 from steerjax.data.trees import Example
-from steerjax.errors import ConfigError, DataError
+from steerjax.errors import DataError
 from steerjax.objectives.cross_entropy import chunked_cross_entropy
-from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig
-from steerjax.schema import Schema, check_rating
+from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, SteeredConfig
+from steerjax.report.losses import LossPage
 from steerjax.typed import STRICT
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class SFTConfig(ObjectiveConfig):
+class SFTConfig(SteeredConfig):
     """Fine-tuning on responses, each after a label line of its ratings.
 
     Attributes:
@@ -31,21 +30,12 @@ class SFTConfig(ObjectiveConfig):
         missing: a response without ratings is trained without a label line (omit), is context only (leave_out), or
             stops the run (error).
         threads: a turn that several threads of a tree share is trained once, or in each (all, as in NeMo-Aligner).
-        default_ratings: attribute -> rating that an exported model is asked for where a request does not name it.
     """
 
+    group = "sft"
     ratings: Literal["human", "predicted", "human_then_predicted", "none"] = "human"
     missing: Literal["omit", "leave_out", "error"] = "omit"
     threads: Literal["once", "all"] = "once"
-    default_ratings: Mapping[str, float] = field(default_factory=dict)
-
-    def check(self, schema: Schema) -> None:
-        """Raises ConfigError: a default rating of an unknown attribute, or outside its range."""
-        for name, rating in self.default_ratings.items():
-            try:
-                check_rating(rating, schema[name])
-            except DataError as error:
-                raise ConfigError(f"config.sft.default_ratings: {error}") from None
 
 
 class SFT(Objective):
@@ -127,7 +117,7 @@ class SFT(Objective):
         return Evaluation(total / count, {"accuracy": right / count, "tokens": count})
 
     def facts(self):
-        return {"default_ratings": dict(self.config.default_ratings) or None}
+        return self.config.facts()
 
     def summary(self):
         said = {}
@@ -144,13 +134,6 @@ class SFT(Objective):
     def report(self, evaluation, folder, records, summary, config_text):
         values = {"loss (nats a token)": evaluation.loss, "perplexity": float(np.exp(evaluation.loss)),
                   "accuracy of the next token": evaluation.values["accuracy"]}  # fmt: skip
-        table = "\n".join(f"{name:>28}  {value:.4f}" for name, value in values.items())
-        text = f"validation, {int(evaluation.values['tokens']):,} response tokens\n{table}"
-        if folder is not None:
-            from steerjax.report.page import fenced, write_page
-            from steerjax.report.plots import plot_losses
-
-            plot_losses(self.losses(records), folder / "loss.png", "nats a token")
-            parts = ["# SFT on the validation split", fenced(text), "![Loss against the step](loss.png)"]
-            write_page(folder, parts, summary, config_text)
-        return text
+        counted = f"validation, {int(evaluation.values['tokens']):,} response tokens"
+        page = LossPage("SFT on the validation split", counted, values, self.losses(records), "nats a token")
+        return page.write(folder, summary, config_text)
