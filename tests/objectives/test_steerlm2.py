@@ -2,20 +2,21 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import log_softmax
 
 from steerjax.bundle import open_bundle
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
-from steerjax.config import default_config, resolve
+from steerjax.config import default_config
 from steerjax.data.conversation import Conversation, Sample, Turn
-from steerjax.data.packing import pack
+from steerjax.data.packing import lay_out, pack
 from steerjax.data.trees import grow
 from steerjax.errors import ConfigError, DataError
 from steerjax.export import export
@@ -27,7 +28,6 @@ from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.report.records import read_metrics
 from steerjax.schema import HELPSTEER
 from steerjax.train import main
-from steerjax.training.train import train
 from tests.helpers import (
     SCHEMA,
     TINY,
@@ -91,56 +91,282 @@ def some_texts(sizes=SIZES, seed: int = 0, longest: int = 12) -> list[list[tuple
     return groups
 
 
-def likelihood(params, text):
-    """log Q(y|a,x) of a response in a row of its own; differentiable."""
-    tokens, _, start = text
-    inputs = tokens[None], np.arange(len(tokens))[None], np.full((1, len(tokens)), len(tokens))
-    logits = MODULE.apply({"params": params}, *inputs)[0]
-    return jax.nn.log_softmax(logits)[np.arange(start - 1, len(tokens) - 1), tokens[start:]].sum()
+def flat(groups):
+    return [text for group in groups for text in group]
+
+
+def plain_divergence(likelihoods, sizes, groups, logs):
+    """Mean over prompts of KL(w' || b') / mean tokens, and of `distance`, from all responses' log Q."""
+    losses, distances, start = [], [], 0
+    for size, group, (rating, prior, sampled) in zip(sizes, groups, logs, strict=True):
+        log_w = jax.nn.log_softmax(rating + prior - sampled)
+        log_b = jax.nn.log_softmax(likelihoods[start : start + size] - sampled)
+        w, b = jnp.exp(log_w), jnp.exp(log_b)
+        distances.append(((w + 1e-8) * jnp.log((w + 1e-8) / (b + 1e-8))).sum())
+        losses.append((w * (log_w - log_b)).sum() / np.mean([len(tokens) - start for tokens, _, start in group]))
+        start += size
+    return sum(losses) / len(groups), sum(distances) / len(groups)
+
+
+def trees_of(found: SteerLM2, groups, logs):
+    return grow([e for group, each in zip(groups, logs, strict=True) for e in found.group(TRAIN, group, *each)])
+
+
+def logs_around(current, sizes, random):
+    """Of each prompt's responses log P(a|x,y), log P(y|x), log Q'(y|a,x), the latter two not far from log Q."""
+    logs = []
+    for values in np.split(current, np.cumsum(sizes)[:-1]):
+        rating, prior, sampled = random.normal(size=(3, len(values)))
+        logs.append((rating, values + prior, values + sampled))
+    return logs
+
+
+class Case(NamedTuple):
+    """Prompts with responses, and what is expected of them by plain differentiation."""
+
+    params: dict
+    groups: list
+    logs: list  # of each prompt: log P(a|x,y), log P(y|x), log Q'(y|a,x)
+    loss: float
+    distance: float
+    gradient: dict
+
+    def trees(self, found: SteerLM2):
+        return trees_of(found, self.groups, self.logs)
 
 
 @pytest.fixture(scope="module")
-def case():
-    """Parameters, groups, log-probabilities of each, and loss and gradient of KL(w' || b') by plain differentiation."""
-    params, groups, random = init_params(MODULE), [g for g in some_texts() if len(g) > 1], np.random.default_rng(1)
-    logs = [(-3 * random.random(len(g)), -30 * random.random(len(g))) for g in groups]
-    sampled = jax.jit(lambda p: [[likelihood(p, text) for text in group] for group in groups])(params)
-    sampled = [np.array(one, np.float64) + random.normal(size=len(one)) for one in sampled]
-    logs = [
-        (rating, sampled_by + 2 * random.normal(size=len(rating)), sampled_by)
-        for (rating, _), sampled_by in zip(logs, sampled, strict=True)
-    ]
+def case() -> Case:
+    params, groups = init_params(MODULE), [g for g in some_texts() if len(g) > 1]
+    sizes, rows = [len(g) for g in groups], np.zeros((len(flat(groups)), 24), np.int32)
+    trained = np.zeros(rows.shape, bool)
+    for row, learnt, (tokens, _, start) in zip(rows, trained, flat(groups), strict=True):
+        row[: len(tokens)], learnt[start : len(tokens)] = tokens, True
 
-    def plain(params):
-        losses, distances = [], []
-        for group, (rating, prior, by) in zip(groups, logs, strict=True):
-            w = jax.nn.softmax(rating + prior - by)
-            b = jax.nn.softmax(jnp.stack([likelihood(params, text) for text in group]) - by)
-            distances.append(((w + 1e-8) * jnp.log((w + 1e-8) / (b + 1e-8))).sum())
-            losses.append((w * jnp.log(w / b)).sum() / np.mean([len(tokens) - start for tokens, _, start in group]))
-        return sum(losses) / len(groups), sum(distances) / len(groups)
+    def likelihoods(params):
+        """Of each response in a row of its own."""
+        places = np.broadcast_to(np.arange(24), rows.shape)
+        logits = MODULE.apply({"params": params}, rows, places, np.full(rows.shape, 24))[:, :-1]
+        found = jnp.take_along_axis(jax.nn.log_softmax(logits), rows[:, 1:, None], axis=-1)[..., 0]
+        return (found * trained[:, 1:]).sum(axis=1)
 
-    (loss, distance), gradient = jax.jit(jax.value_and_grad(plain, has_aux=True))(params)
-    return params, groups, logs, float(loss), float(distance), gradient
+    logs = logs_around(np.asarray(jax.jit(likelihoods)(params)), sizes, np.random.default_rng(1))
 
+    def loss(params):
+        return plain_divergence(likelihoods(params), sizes, groups, logs)
 
-def grown(case, found: SteerLM2, split: str = TRAIN):
-    return grow([e for group, logs in zip(case[1], case[2], strict=True) for e in found.group(split, group, *logs)])
+    (value, distance), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return Case(params, groups, logs, float(value), float(distance), gradient)
 
 
-@pytest.mark.parametrize("row_length", [80, 256])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_packed_groups_have_the_gradient_of_each_response_alone(case, row_length, micro_batches):
+def test_packed_groups_have_the_gradient_of_one_row_a_response(case):
     """Groups of unequal n; responses that begin alike, and equal ones."""
-    params, groups, _, loss, distance, gradient = case
     found = objective()
-    trees = grown(case, found)
-    rows = pack(trees, row_length)
-    assert len(trees) < len(groups)  # two have one prompt
-    assert (len(rows) > 1) == (row_length == 80)
-    whole = host_batch([found], trees, [*rows, ()], row_length)
-    (ours, sums), gradients = loss_and_gradients(MODULE, [found], whole, params)
-    assert found.count(whole.targets["steerlm2"]) == len(groups)
-    np.testing.assert_allclose(ours, loss, rtol=1e-6)
-    np.testing.assert_allclose(sums["distance"][0] / sums["distance"][1], distance, rtol=1e-6)
-    assert_trees_close(gradients, gradient, rtol=1e-6)
+    trees = case.trees(found)
+    rows = pack(trees, 96)
+    assert len(trees) < len(case.groups)  # two have one prompt
+    assert len(rows) > 1
+    batch = host_batch([found], trees, [*rows, ()], 96)
+    assert found.count(batch.targets["steerlm2"]) == len(case.groups)
+    (loss, sums), gradients = loss_and_gradients(MODULE, [found], batch, case.params)
+    np.testing.assert_allclose(loss, case.loss, rtol=1e-5)
+    np.testing.assert_allclose(sums["distance"][0] / sums["distance"][1], case.distance, rtol=1e-5)
+    assert_trees_close(gradients, case.gradient, rtol=1e-5)
+
+
+@pytest.mark.short
+def test_the_gradient_is_that_of_the_divergence():
+    """Of hidden states and head, to 1e-6: with few, likely tokens, as float32 rounds sums of many nats."""
+    random = np.random.default_rng(2)
+    groups = [[(t % 4, root, start) for t, root, start in g] for g in some_texts(longest=5) if len(g) > 1]
+    sizes = [len(group) for group in groups]
+    hidden = random.normal(size=(1, 256, 8)).astype(np.float32)
+    kernel = random.normal(size=(8, 4)).astype(np.float32)
+    nothing = [np.zeros((3, size)) for size in sizes]
+    trees = trees_of(objective(), groups, nothing)
+    (row,) = pack(trees, 256)
+    layout = lay_out(trees, row, 256, ("steerlm2",))
+    places, tokens, learnt = np.zeros((3, sum(sizes), 8), np.int32)
+    for example, end in layout.ends:
+        text, _, start = flat(groups)[example.number]
+        own = np.flatnonzero(layout.until[: end + 1] > end)[example.places]
+        places[example.number, : len(own)], tokens[example.number, : len(own)] = own, text[start:]
+        learnt[example.number, : len(own)] = 1
+
+    def likelihoods(hidden, kernel):
+        found = jax.nn.log_softmax(hidden[0, places] @ kernel)
+        return (jnp.take_along_axis(found, tokens[..., None], axis=-1)[..., 0] * learnt).sum(axis=1)
+
+    logs = logs_around(np.asarray(likelihoods(hidden, kernel)), sizes, random)
+    found = objective()
+    batch = jax.tree.map(lambda x: x[0], host_batch([found], trees_of(found, groups, logs), [row], 256))
+    arrays = batch.targets["steerlm2"]
+
+    def plain(hidden, kernel):
+        return plain_divergence(likelihoods(hidden, kernel), sizes, groups, logs)[0]
+
+    def ours(hidden, kernel):
+        total, _ = found.loss(SimpleNamespace(head=lambda x: x @ kernel), hidden, batch, arrays)
+        return total / found.count(arrays)
+
+    results = [jax.jit(jax.value_and_grad(one, argnums=(0, 1)))(hidden, kernel) for one in (ours, plain)]
+    assert_trees_close(*results, rtol=1e-6)
+    assert np.abs(results[1][1][0]).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def alone(case):
+    return two_updates(case, (1, 1, 1, 1), 1, 1)
+
+
+def two_updates(case, sizes, micro_batches, devices=8):
+    found = objective()
+    trees, mesh = case.trees(found), make_mesh(MeshConfig(*sizes), jax.devices()[:devices])
+    rows = pack(trees, 64)
+    rows += [()] * (8 - len(rows))
+    losses, state = updated([found], MODULE, trees, rows, mesh, micro_batches)
+    return losses, jax.device_get(state.params)
+
+
+@pytest.mark.parametrize(("sizes", "micro_batches"), [((8, 1, 1, 1), 1), ((2, 2, 2, 1), 2), ((1, 1, 2, 4), 8)], ids=str)
+def test_eight_devices_and_micro_batches_equal_one(case, alone, sizes, micro_batches):
+    losses, params = two_updates(case, sizes, micro_batches)
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    assert_trees_close(params, alone[1], rtol=1e-5)
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.short
+def test_a_group_that_no_row_holds_is_a_bad_row_and_leaves_nothing_behind():
+    """Its responses alone would fit."""
+    group = some_texts((4, 2))[0]
+    length = grow(objective().group(TRAIN, group, *np.zeros((3, 4))))[0].length
+    assert length > max(len(tokens) for tokens, _, _ in group)
+    found = objective(length - 1)
+    with refused(DataError, "4", str(length), cure="config.batch.row_length"):
+        found.group(TRAIN, group, *np.zeros((3, 4)))
+    assert not any(found.counts[TRAIN].values())
+    found = objective(length)
+    (row,) = pack(grow(found.group(TRAIN, group, *np.zeros((3, 4)))), length)
+    assert len(row[0].examples) == 4
+
+
+# ---- Rows
+
+
+RENDERER = Renderer(load_tokenizer("embedded"), TEMPLATES["extra_id"], HELPSTEER)
+TALK = Conversation(
+    (Turn("user", "Hi"), Turn("assistant", "Yo"), Turn("user", "More")), "SYS", "talk", "rows.jsonl", 7,
+    asked={"verbosity": 1.0, "helpfulness": 4.0},
+    samples=(Sample("one", -1.0, -10.0, -9.0), Sample("one two", -2.0, -12.0, -11.0), Sample("", -0.5, -11.0, -12.0)),
+)  # fmt: skip
+
+
+def on_rows(**setting) -> SteerLM2:
+    return SteerLM2(SteerLM2Config(), Setting(HELPSTEER, RENDERER, **setting))
+
+
+@pytest.mark.short
+def test_what_a_row_trains():
+    """Each response and its end, after the label line of what was asked for; that of an earlier turn has none."""
+    found = on_rows()
+    examples = found.examples(TALK, TRAIN)
+    (tree,) = grow(examples)
+    (row,) = pack([tree], 256)
+    layout = builder([found], [tree], 256).layout(row)
+    arrays = found.arrays(layout)
+    start = "<extra_id_0>System\nSYS\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\nYo\n<extra_id_1>User\nMore\n"
+    start += "<extra_id_1>Assistant\n<extra_id_2>helpfulness:4,verbosity:1\n"
+    decode = RENDERER.tokenizer.decode
+    for example, sample in zip(examples, TALK.samples, strict=True):
+        (end,) = (place for one, place in layout.ends if one is example)
+        trained = arrays["trained"] & (arrays["slots"] == end)
+        assert decode(example.tokens[: example.places[0] + 1]) == start
+        assert decode(arrays["targets"][trained]) == f"{sample.content}\n<extra_id_1>"
+    ends = [place for _, place in layout.ends]
+    assert len({*arrays["groups"][ends]}) == 1
+    np.testing.assert_allclose(np.exp(arrays["log_targets"][ends]), [0.073799, 0.027149, 0.899052], atol=1e-6)
+    assert arrays["log_sampled"][ends].tolist() == [-9, -11, -12]
+    assert set(arrays["tokens"][ends]) == {np.float32(arrays["trained"].sum() / 3)}
+    assert found.count(arrays) == 1
+    assert "1 prompts with 3 responses" in found.summary()["steerlm2, train"]
+    assert "1.2 of 3.0" in found.summary()["steerlm2, train"]
+
+
+@pytest.mark.short
+def test_one_response_teaches_nothing():
+    found = on_rows()
+    single = replace(TALK, samples=TALK.samples[:1])
+    assert found.examples(single, TRAIN) == []
+    assert len(found.examples(TALK, VALIDATION)) == 3
+    with refused(DataError, "train", cure="steerlm2"):
+        found.check_data()
+    assert "1 prompts with fewer than two" in found.summary()["steerlm2, train"]
+
+
+@pytest.mark.short
+def test_default_ratings_are_checked():
+    with refused(ConfigError, "config.steerlm2.default_ratings", "9"):
+        SteerLM2Config(default_ratings={"helpfulness": 9.0}).check(HELPSTEER)
+
+
+# ---- A run
+
+
+def experiment(rows, **changes):
+    config = default_config()
+    config.objectives = ("steerlm2",)
+    config.data.train = (str(rows),)
+    config.data.validation_fraction = 0.25
+    config.steerlm2.default_ratings = {"helpfulness": 4.0}
+    config.model.update(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=2)
+    config.batch.update(rows=4, row_length=256)
+    config.compute.attention_chunk = 32
+    config.optimizer.update(learning_rate=1e-2, warmup_steps=0, schedule="constant")
+    config.train.update(steps=8, evaluate_every=4, plots=False)
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Of three to five responses those with more good words are to be preferred; Q' has drawn all alike."""
+    random, path = np.random.default_rng(0), tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    with path.open("w") as file:
+        for number in range(40):
+            samples = []
+            for good in random.integers(0, 5, random.integers(3, 6)).tolist():
+                text = "good " * good + "word " * (4 - good)
+                samples.append(Sample(text, good - 5.0, -40.0, -40.0))
+            asked = {"helpfulness": 4.0}
+            talk = Conversation(
+                (Turn("user", f"Question {number}?"),), id=str(number), asked=asked, samples=tuple(samples)
+            )
+            file.write(json.dumps(talk.to_json()) + "\n")
+    return path
+
+
+RECIPE = """
+from tests.objectives.test_steerlm2 import experiment
+
+def get_config():
+    return experiment({!r})
+"""
+
+
+def test_a_run_resumes_as_if_uninterrupted_learns_and_is_exported(rows, tmp_path, capsys):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE.format(str(rows)))
+    for workdir, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
+        main([f"--config={recipe}", f"--workdir={tmp_path / workdir}", f"--config.train.steps={steps}"])
+    said = capsys.readouterr().out
+    assert "resumed at step 4 of 8" in said
+    assert "distance at step 4" in said
+    evaluations = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if r["split"] == "validation"]
+    assert evaluations[-1]["distance"] < 0.7 * evaluations[0]["distance"]
+    export(tmp_path / "parts", tmp_path / "exported")
+    one, mesh = MeshConfig(data=8), [tmp_path / "whole", tmp_path / "parts", tmp_path / "exported"]
+    bundles = [open_bundle(folder, one) for folder in mesh]
+    for other in bundles[1:]:
+        jax.tree.map(np.testing.assert_array_equal, bundles[0].params, other.params)
+        assert (other.description.kind, other.description.default_ratings) == ("chat", {"helpfulness": 4.0})
