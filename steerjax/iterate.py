@@ -68,7 +68,9 @@ def _main() -> None:
         from steerjax.parallel.processes import connect
 
         if find_cluster(os.environ) is not None:
-            raise ConfigError("iterate runs in one process, and the environment names several; cure: one machine, without srun")
+            raise ConfigError(
+                "iterate runs in one process, and the environment names several; cure: one machine, without srun"
+            )
         folder = local_folder(workdir.value)
         use_compile_cache(folder)
         with resumable_command(), connect():

@@ -26,7 +26,6 @@ from steerjax.iteration.groups import ALONE, CUT
 from steerjax.iteration.options import Options
 from steerjax.report.records import read_metrics
 from steerjax.schema import HELPSTEER
-from steerjax.training.train import Run
 from steerjax.typed import typed
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 from tests.refusals import refused
@@ -36,16 +35,16 @@ ASKED = {"helpfulness": 1, "verbosity": 0}
 FILES = ("samples", "rated", "log_sampled", "log_prior", "groups")
 
 
-# One step holds all groups that are trained on.
+# A step has the eight groups that are trained on, each in a row of its own.
 RECIPE = """
 from steerjax.config import default_config
 
 def get_config():
     config = default_config()
     config.objectives = ("steerlm2",)
-    config.data.validation_fraction = 0.25
+    config.data.validation_fraction = 0.2
     config.model.source = {chat!r}
-    config.batch.update(rows=8, row_length=256)
+    config.batch.update(rows=8, row_length=160)
     config.optimizer.update(learning_rate=1e-3, warmup_steps=0, schedule="constant")
     config.train.update(steps=3, checkpoint_every=1, plots=False, trackers=())
     return config
@@ -74,11 +73,12 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    """Six bare prompts, two conversations of one name that end with a user's turn, and the first prompt again."""
-    answered = {"role": "assistant", "content": "Hello", "ratings": {"verbosity": 1}}
-    history = [{"role": "user", "content": "Hi"}, answered]
-    rows = [{"prompt": f"Name a prime above {n}."} for n in range(6)]
-    rows += [{"turns": [*history, {"role": "user", "content": f"{n}?"}], "id": "one name"} for n in range(2)]
+    """Eight bare prompts, two conversations of one name that end with a user's turn, and the first prompt again."""
+    rows = [{"prompt": f"Name a prime above {n}."} for n in range(8)]
+    answer = {"role": "assistant", "content": "Hello", "ratings": {"verbosity": 1}}
+    for said in ("Hi", "Hey"):
+        turns = [{"role": "user", "content": said}, answer, {"role": "user", "content": "Why?"}]
+        rows.append({"turns": turns, "id": "one name"})
     return write_rows(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", [*rows, rows[0]])
 
 
@@ -112,40 +112,31 @@ class Killed(BaseException):
     pass
 
 
-def dying(function, calls, half=lambda *_: None):
-    """The function, which at the last of so many calls does half of it and is killed."""
+def dying(write, calls):
+    """`job._write`, which is killed at the last of so many calls, in the middle of a line."""
     left = iter(range(calls - 1, -1, -1))
 
-    def call(*arguments, **options):
+    def call(file, lines):
         if next(left):
-            return function(*arguments, **options)
-        half(*arguments)
+            return write(file, lines)
+        file.write(lines[0][: len(lines[0]) // 2])
+        file.flush()
         raise Killed
 
     return call
 
 
-def half_a_line(file, lines):
-    file.write(lines[0][: len(lines[0]) // 2])
-    file.flush()
-
-
 @pytest.fixture(scope="module")
 def whole(models, prompts, tmp_path_factory):
-    """A workdir of an iteration that was killed in the third answers and in the second step, and went on to its end."""
+    """A workdir of an iteration that was killed as it wrote the third answers, and went on to its end."""
     chat, reward = models
     workdir = tmp_path_factory.mktemp("iterate") / "work"
     arguments = experiment(chat), options(reward, prompts), workdir
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "_write", dying(job._write, 5, half_a_line))  # two of them write the prompts
+        patch.setattr(job, "_write", dying(job._write, 5))  # two of them write the prompts
         with pytest.raises(Killed):
             iterate(*arguments)
     assert (workdir / "iteration-1" / "samples.jsonl.partial").read_bytes().count(b"\n") == 8
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "evaluate", dying(Run.evaluate, 2))
-        with pytest.raises(Killed):
-            iterate(*arguments)
-    assert (workdir / "iteration-1" / "run" / "checkpoints" / "1").exists()
     (found,) = iterate(*arguments)
     return workdir, found
 
@@ -156,7 +147,7 @@ def test_every_answer_is_in_a_group_or_listed(whole):
     samples, rated, groups = (read_rows(folder / f"{name}.jsonl") for name in ("samples", "rated", "groups"))
     skipped = read_rows(folder / "groups.jsonl.skipped.jsonl")
     answers = [(row["turns"][-1]["content"], row["generation"]["finish"]) for row in samples]
-    assert len(samples) == 8 * 4
+    assert len(samples) == 10 * 4
     assert all(row["generation"]["attributes"] == ASKED for row in samples)
     assert {row["file"] for row in skipped} == {str(folder / "rated.jsonl")}
     listed = Counter(row["reason"] for row in skipped)
@@ -166,7 +157,7 @@ def test_every_answer_is_in_a_group_or_listed(whole):
     assert len(kept) + listed.total() + len(samples) - len(rated) == len(samples)
     lines = {row["line"] for row in skipped}
     assert kept == [row["turns"][-1]["content"] for line, row in enumerate(rated, start=1) if line not in lines]
-    assert (found.prompts, found.answers, found.left_out, found.groups) == (8, 32, 32 - len(kept), len(groups))
+    assert (found.prompts, found.answers, found.left_out, found.groups) == (10, 40, 40 - len(kept), len(groups))
 
 
 def test_rows_of_groups(whole):
@@ -174,7 +165,7 @@ def test_rows_of_groups(whole):
     workdir, found = whole
     folder = workdir / "iteration-1"
     asked, groups = read_rows(workdir / "prompts.jsonl"), read_rows(folder / "groups.jsonl")
-    assert len(asked) == 8
+    assert len(asked) == 10
     assert all(turn.keys() == {"role", "content"} for row in asked for turn in row["turns"])
     assert {group["label"] for group in groups} == {"helpfulness:1,verbosity:0"}
     assert [turn["from"] for turn in groups[-1]["prompt_turns"]] == ["User", "Assistant", "User"]
@@ -202,7 +193,7 @@ def test_before_the_first_step_all_answers_are_as_likely_as_when_they_were_sampl
     """So b' is uniform, and the first step's distance is KL(w' || uniform)."""
     workdir, found = whole
     groups = load_conversations([str(workdir / "iteration-1" / "groups.jsonl")], HELPSTEER).conversations
-    train, held_out = split_by_prompt(groups, 0.25, 0)
+    train, held_out = split_by_prompt(groups, 0.2, 0)
     expected = [np.mean([log_softmax(logs(g)) @ softmax(logs(g)) + np.log(len(g["responses"])) for g in part])
                 for part in ([g.to_json() for g in split] for split in (train, held_out))]  # fmt: skip
     records = read_metrics(workdir / "iteration-1" / "run" / "metrics.jsonl")
@@ -225,7 +216,7 @@ def test_a_finished_iteration_is_not_started_again(models, prompts, whole, monke
     (workdir / "aside").rename(workdir / "iteration-1" / "result.json")
     head, line = capsys.readouterr().out.split("iteration 1: answers")[0].strip().splitlines()
     assert head.split()[:2] == ["iteration", "prompts"]
-    assert line.split()[:3] == ["1", str(found.groups), "32"]
+    assert line.split()[:3] == ["1", str(found.groups), "40"]
 
 
 def test_an_iteration_that_was_killed_is_the_same(models, prompts, whole, tmp_path_factory):
@@ -269,12 +260,11 @@ def test_refused_before_anything_is_computed(name, models, prompts, tmp_path, mo
     shutil.copytree(reward, other)
     (other / "steerjax.json").write_text(json.dumps(about | {"provenance": {"rated_attributes": rated}}))
     folders = {"chat": str(chat), "reward": str(other)}
-    changes = {key: folders.get(value, value) for key, value in changes.items()}
+    given = {"reward_model": str(other), "prompts": str(prompts)} | changes
+    given = {key: folders.get(value, value) for key, value in given.items()}
     monkeypatch.setattr(driver, "Session", None)
     with refused(error, fact, cure=cure):
-        iterate(
-            experiment(chat, **config), options(**{"reward": other, "prompts": prompts} | changes), tmp_path / "work"
-        )
+        iterate(experiment(chat, **config), replace(options(other, prompts), **given), tmp_path / "work")
 
 
 def test_a_workdir_of_other_settings(models, prompts, whole):
