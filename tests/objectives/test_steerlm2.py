@@ -1,6 +1,9 @@
 """SteerLM 2.0: golden values, the gradient of KL(w' || b') response by response, groups in trees, rows, a run."""
 
 import json
+import os
+import signal
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -14,7 +17,7 @@ from steerjax.bundle import open_bundle
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import TEMPLATES
 from steerjax.chat.tokenizer import load_tokenizer
-from steerjax.config import default_config
+from steerjax.config import default_config, resolve
 from steerjax.data.conversation import Conversation, Sample, Turn
 from steerjax.data.packing import lay_out, pack
 from steerjax.data.trees import grow
@@ -27,7 +30,7 @@ from steerjax.objectives.steerlm2 import SteerLM2, SteerLM2Config, log_current, 
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.report.records import read_metrics
 from steerjax.schema import HELPSTEER
-from steerjax.train import main
+from steerjax.training.train import train
 from tests.helpers import (
     SCHEMA,
     TINY,
@@ -40,6 +43,7 @@ from tests.helpers import (
 )
 from tests.refusals import refused
 from tests.training.test_equality import updated
+from tests.training.test_run import command, environment, kill_after_step
 
 MODULE = CausalLM(TINY, Compute(chunk=32))
 
@@ -313,18 +317,17 @@ def test_default_ratings_are_checked():
 # ---- A run
 
 
-def experiment(rows, **changes):
+def experiment(rows, steps=8):
     config = default_config()
     config.objectives = ("steerlm2",)
     config.data.train = (str(rows),)
     config.data.validation_fraction = 0.25
     config.steerlm2.default_ratings = {"helpfulness": 4.0}
     config.model.update(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=2)
-    config.batch.update(rows=4, row_length=256)
+    config.batch.update(rows=8, row_length=128)
     config.compute.attention_chunk = 32
     config.optimizer.update(learning_rate=1e-2, warmup_steps=0, schedule="constant")
-    config.train.update(steps=8, evaluate_every=4, plots=False)
-    config.update(changes)
+    config.train.update(steps=steps, evaluate_every=4, checkpoint_every=2, plots=False)
     return config
 
 
@@ -346,6 +349,33 @@ def rows(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def whole(rows, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    train(resolve(experiment(rows).to_dict()), workdir)
+    return workdir
+
+
+def assert_same(whole, others):
+    """Parameters to the bit, and what an exported model is asked for."""
+    first, *rest = (open_bundle(folder, MeshConfig(data=8)) for folder in (whole, *others))
+    for other in rest:
+        jax.tree.map(np.testing.assert_array_equal, first.params, other.params)
+        assert (other.description.kind, other.description.default_ratings) == ("chat", {"helpfulness": 4.0})
+
+
+def test_a_run_learns_resumes_as_if_uninterrupted_and_is_exported(rows, whole, tmp_path, capsys):
+    evaluations = [r for r in read_metrics(whole / "metrics.jsonl") if r["split"] == VALIDATION]
+    assert evaluations[-1]["distance"] < 0.7 * evaluations[0]["distance"]
+    for steps in (4, 8):
+        train(resolve(experiment(rows, steps=steps).to_dict()), tmp_path / "parts")
+    said = capsys.readouterr().out
+    assert "resumed at step 4 of 8" in said
+    assert "distance at step 4" in said
+    export(str(tmp_path / "parts"), tmp_path / "exported")
+    assert_same(whole, [tmp_path / "parts", tmp_path / "exported"])
+
+
 RECIPE = """
 from tests.objectives.test_steerlm2 import experiment
 
@@ -354,19 +384,12 @@ def get_config():
 """
 
 
-def test_a_run_resumes_as_if_uninterrupted_learns_and_is_exported(rows, tmp_path, capsys):
-    recipe = tmp_path / "recipe.py"
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
+def test_a_killed_command_goes_on(rows, whole, tmp_path, repository):
+    recipe, workdir = tmp_path / "recipe.py", tmp_path / "run"
     recipe.write_text(RECIPE.format(str(rows)))
-    for workdir, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
-        main([f"--config={recipe}", f"--workdir={tmp_path / workdir}", f"--config.train.steps={steps}"])
-    said = capsys.readouterr().out
-    assert "resumed at step 4 of 8" in said
-    assert "distance at step 4" in said
-    evaluations = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if r["split"] == "validation"]
-    assert evaluations[-1]["distance"] < 0.7 * evaluations[0]["distance"]
-    export(tmp_path / "parts", tmp_path / "exported")
-    one, mesh = MeshConfig(data=8), [tmp_path / "whole", tmp_path / "parts", tmp_path / "exported"]
-    bundles = [open_bundle(folder, one) for folder in mesh]
-    for other in bundles[1:]:
-        jax.tree.map(np.testing.assert_array_equal, bundles[0].params, other.params)
-        assert (other.description.kind, other.description.default_ratings) == ("chat", {"helpfulness": 4.0})
+    start, env = command(recipe, workdir), environment(repository)
+    kill_after_step(start, workdir, 3, env, signal.SIGKILL)
+    subprocess.run(start, env=env, check=True, stdout=subprocess.DEVNULL)
+    assert_same(whole, [workdir])
