@@ -292,8 +292,9 @@ def test_options_out_of_range(name, value):
         typed(Options, {"prompts": "p", "reward_model": "r", name: value}, "options", ConfigError)
 
 
+@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments(seed, models, prompts, tmp_path, repository):
     """Real processes and SIGKILL, two iterations: the bytes of every stage and the parameters of one that nobody
     disturbed."""
@@ -320,13 +321,15 @@ def test_killed_at_random_moments(seed, models, prompts, tmp_path, repository):
             return False
         return True
 
+    assert run()  # compiles
+    shutil.rmtree(tmp_path / "work")
+    begin = time.monotonic()
     assert run()
-    expected = content(tmp_path / "work")
+    seconds, expected = time.monotonic() - begin, content(tmp_path / "work")
     assert len(expected) > 2 * len(FILES)
     (tmp_path / "work").rename(tmp_path / "whole")
-    begin = time.monotonic()
     draw, kills = random.Random(seed), 0
-    while not run(draw.uniform(5, 25) if kills < 8 else None):
+    while not run(draw.uniform(0.2, 0.8) * seconds if kills < 6 else None):
         kills += 1
-    assert kills > 2, time.monotonic() - begin
+    assert kills > 2
     assert content(tmp_path / "work") == expected
