@@ -56,7 +56,7 @@ class Iteration:
         left_out: answers without a weight.
         groups: prompts that were trained on or held out, each with at least two answers.
         effective_samples: the mean over groups of 1 / sum w'^2.
-        ratings: the mean predicted ratings of the answers that were weighed.
+        ratings: the mean predicted ratings of the answers that came to their end.
         before, after: `distance` on the groups that are held out.
     """
 
