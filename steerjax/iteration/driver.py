@@ -288,7 +288,7 @@ def weighing(setup: Setup, samples: Path, answered: Sequence[Rated], weighed: Se
 
 def weighing_text(found: Mapping[str, Any], skipped: Sequence[Skipped]) -> str:
     reasons = Counter(one.reason for one in skipped)
-    reasons["empty, or not read by the reward model"] = found["left_out"] - len(skipped)
+    reasons["empty (rated.jsonl.skipped.jsonl)"] = found["left_out"] - len(skipped)
     why = "; ".join(f"{count} {reason}" for reason, count in reasons.items() if count)
     rated = ", ".join(f"{name} {mean:.2f}" for name, mean in found["ratings"].items())
     weighed = found["answers"] - found["left_out"]

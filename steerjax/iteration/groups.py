@@ -19,7 +19,7 @@ from steerjax.schema import Schema
 
 # Why an answer has no weight.
 CUT = "cut at the limit of tokens, so without an end"
-UNRATED = "too long for the reward model"
+UNRATED = "without a predicted rating (rated.jsonl.skipped.jsonl says why)"
 LONG = "too long for a row or a model"
 ALONE = "without another answer to compare it with"
 TOGETHER = "too long for a row with the prompt's other answers (config.batch.row_length)"

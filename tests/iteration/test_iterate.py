@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from steerjax.iteration.groups import ALONE, CUT
 from steerjax.iteration.options import Options
 from steerjax.report.records import read_metrics
 from steerjax.schema import HELPSTEER
+from steerjax.training.train import Run
 from steerjax.typed import typed
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 from tests.refusals import refused
@@ -113,15 +115,17 @@ class Killed(BaseException):
     pass
 
 
-def dying(write, calls):
-    """`job._write`, which is killed at the last of so many calls, in the middle of a line."""
+def dying(function, calls, name=""):
+    """The function, killed at the last of so many calls; where a file is named, as it writes that, within a line."""
     left = iter(range(calls - 1, -1, -1))
 
-    def call(file, lines):
-        if next(left):
-            return write(file, lines)
-        file.write(lines[0][: len(lines[0]) // 2])
-        file.flush()
+    def call(first, *rest, **options):
+        file = Path(getattr(first, "name", "")).name
+        if not file.startswith(name) or next(left):
+            return function(first, *rest, **options)
+        if name:
+            first.write(rest[0][0][: len(rest[0][0]) // 2])
+            first.flush()
         raise Killed
 
     return call
@@ -134,7 +138,7 @@ def whole(models, prompts, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("iterate") / "work"
     arguments = experiment(chat), options(reward, prompts), workdir
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "_write", dying(job._write, 5))  # two of them write the prompts
+        patch.setattr(job, "_write", dying(job._write, 3, "samples"))
         with pytest.raises(Killed):
             iterate(*arguments)
     assert (workdir / "iteration-1" / "samples.jsonl.partial").read_bytes().count(b"\n") == 8
@@ -232,6 +236,37 @@ def test_an_iteration_that_was_killed_is_the_same(models, prompts, whole, tmp_pa
     finally:
         killed.rename(killed.with_name("undisturbed"))
         aside.rename(killed)
+
+
+STAGES = (("samples", 3), ("rated", 1), ("log_sampled", 1), ("log_prior", 1), ("groups", 2))
+
+
+@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
+@pytest.mark.slow
+def test_killed_in_each_stage(models, prompts, whole, tmp_path_factory):
+    """At a write of each file, in the middle of the training, and before the result is written."""
+    chat, reward = models
+    workdir, _ = whole
+    expected = content(workdir)
+    aside = workdir.rename(workdir.with_name("aside"))
+    arguments = experiment(chat), options(reward, prompts), workdir
+    try:
+        for name, calls in STAGES:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(job, "_write", dying(job._write, calls, name))
+                with pytest.raises(Killed):
+                    iterate(*arguments)
+            assert (workdir / "iteration-1" / f"{name}.jsonl.partial").exists()
+        for place, name, calls in ((Run, "evaluate", 2), (driver, "write_text", 1)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(place, name, dying(getattr(place, name), calls))
+                with pytest.raises(Killed):
+                    iterate(*arguments)
+        iterate(*arguments)
+        assert content(workdir) == expected
+    finally:
+        workdir.rename(workdir.with_name("in each stage"))
+        aside.rename(workdir)
 
 
 REFUSED = {  # name -> (changes of the config, of the options, the error, what it names, its cure)
