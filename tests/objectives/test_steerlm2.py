@@ -389,16 +389,19 @@ RECIPE = """
 from tests.objectives.test_steerlm2 import experiment
 
 def get_config():
-    return experiment({!r})
+    return experiment({!r}, steps=24)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
-def test_a_killed_command_goes_on(rows, whole, tmp_path, repository):
-    recipe, workdir = tmp_path / "recipe.py", tmp_path / "run"
+def test_a_killed_command_goes_on(rows, tmp_path, repository):
+    recipe, env = tmp_path / "recipe.py", environment(repository)
     recipe.write_text(RECIPE.format(str(rows)))
-    start, env = command(recipe, workdir), environment(repository)
-    kill_after_step(start, workdir, 3, env, signal.SIGKILL)
-    subprocess.run(start, env=env, check=True, stdout=subprocess.DEVNULL)
-    assert_same(whole, [workdir])
+    killed, whole = (command(recipe, tmp_path / name) for name in ("killed", "whole"))
+    assert kill_after_step(killed, tmp_path / "killed", 10, env, signal.SIGKILL) == -signal.SIGKILL
+    outputs = [
+        subprocess.run(one, env=env, check=True, capture_output=True, text=True).stdout for one in (killed, whole)
+    ]
+    assert ["resumed at step" in output for output in outputs] == [True, False]
+    assert_same(tmp_path / "whole", [tmp_path / "killed"])
