@@ -146,6 +146,7 @@ def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "au
     other = "completion" if isinstance(row.get("prompt"), list) else "response"  # TRL's prompts may be messages
     read = {other: "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row} if bare else row
     conversation = conversation_from_row(read, schema, format, rated=False)
+    conversation = replace(conversation, asked={}, samples=())  # they are other answers
     turns = conversation.turns
     answered = row.get("response") is not None if bare else turns[-1].role == "assistant"
     if answered and not replace_answer:

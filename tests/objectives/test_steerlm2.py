@@ -232,12 +232,20 @@ def two_updates(case, sizes, micro_batches, devices=8):
     return losses, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize(("sizes", "micro_batches"), [((8, 1, 1, 1), 1), ((2, 2, 2, 1), 2), ((1, 1, 2, 4), 8)], ids=str)
+SLOW = [pytest.mark.slow, pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="STEERJAX_SLOW=1 runs it")]
+MESHES = [
+    ((2, 2, 2, 1), 2),
+    pytest.param((8, 1, 1, 1), 1, marks=SLOW),
+    pytest.param((1, 1, 2, 4), 8, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("sizes", "micro_batches"), MESHES, ids=str)
 def test_eight_devices_and_micro_batches_equal_one(case, alone, sizes, micro_batches):
     losses, params = two_updates(case, sizes, micro_batches)
     np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
     assert_trees_close(params, alone[1], rtol=1e-5)
-    assert losses[1] < losses[0]
+    assert abs(losses[1] - losses[0]) > 1e-3  # the first update is felt
 
 
 @pytest.mark.short
@@ -326,7 +334,7 @@ def experiment(rows, steps=8):
     config.model.update(hidden_size=32, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=2)
     config.batch.update(rows=8, row_length=128)
     config.compute.attention_chunk = 32
-    config.optimizer.update(learning_rate=1e-2, warmup_steps=0, schedule="constant")
+    config.optimizer.update(learning_rate=3e-3, epsilon=1e-6, warmup_steps=0, schedule="constant")
     config.train.update(steps=steps, evaluate_every=4, checkpoint_every=2, plots=False)
     return config
 
@@ -365,13 +373,14 @@ def assert_same(whole, others):
 
 
 def test_a_run_learns_resumes_as_if_uninterrupted_and_is_exported(rows, whole, tmp_path, capsys):
-    evaluations = [r for r in read_metrics(whole / "metrics.jsonl") if r["split"] == VALIDATION]
-    assert evaluations[-1]["distance"] < 0.7 * evaluations[0]["distance"]
+    first, *_, last = read_metrics(whole / "metrics.jsonl")
+    assert (first["step"], last["split"]) == (1, VALIDATION)  # the first is of the parameters before its step
+    assert 0 < last["distance"] < 0.5 * first["distance"]
     for steps in (4, 8):
         train(resolve(experiment(rows, steps=steps).to_dict()), tmp_path / "parts")
     said = capsys.readouterr().out
     assert "resumed at step 4 of 8" in said
-    assert "distance at step 4" in said
+    assert "distance at step 2" in said
     export(str(tmp_path / "parts"), tmp_path / "exported")
     assert_same(whole, [tmp_path / "parts", tmp_path / "exported"])
 
@@ -380,16 +389,19 @@ RECIPE = """
 from tests.objectives.test_steerlm2 import experiment
 
 def get_config():
-    return experiment({!r})
+    return experiment({!r}, steps=24)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
-def test_a_killed_command_goes_on(rows, whole, tmp_path, repository):
-    recipe, workdir = tmp_path / "recipe.py", tmp_path / "run"
+def test_a_killed_command_goes_on(rows, tmp_path, repository):
+    recipe, env = tmp_path / "recipe.py", environment(repository)
     recipe.write_text(RECIPE.format(str(rows)))
-    start, env = command(recipe, workdir), environment(repository)
-    kill_after_step(start, workdir, 3, env, signal.SIGKILL)
-    subprocess.run(start, env=env, check=True, stdout=subprocess.DEVNULL)
-    assert_same(whole, [workdir])
+    killed, whole = (command(recipe, tmp_path / name) for name in ("killed", "whole"))
+    assert kill_after_step(killed, tmp_path / "killed", 10, env, signal.SIGKILL) == -signal.SIGKILL
+    outputs = [
+        subprocess.run(one, env=env, check=True, capture_output=True, text=True).stdout for one in (killed, whole)
+    ]
+    assert ["resumed at step" in output for output in outputs] == [True, False]
+    assert_same(tmp_path / "whole", [tmp_path / "killed"])
