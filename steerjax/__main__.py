@@ -11,6 +11,7 @@ COMMANDS = {
     "prepare": "turns raw data into the conversation format",
     "annotate": "adds a reward model's ratings to conversations",
     "generate": "writes answers, steered by ratings",
+    "iterate": "trains a chat model on its own answers, weighed by a reward model; resumes",
     "collect": "has people rate answers, in Label Studio",
     "play": "opens a page in the browser to steer a chat model on",
     "evaluate": "measures a model: benchmarks, people's ratings, steerability",

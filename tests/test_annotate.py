@@ -17,6 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from steerjax.annotate import main, parse_part
+from steerjax.data.conversation import Conversation, Sample, Turn
 from steerjax.data.readers import read_conversations
 from steerjax.errors import ConfigError, DataError
 from steerjax.inference.scorer import Scorer
@@ -167,6 +168,9 @@ def test_a_bad_row_is_found_before_the_model_is_loaded(model, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("steerjax.inference.annotation.open_scorer", lambda *_: pytest.fail("loaded"))
         says(refusal(model, source, tmp_path / "out.jsonl"), f"{source}:301", "response")
+        talk = Conversation((Turn("user", "p"),), asked={"humor": 1}, samples=(Sample("r", -1, -2, -3),) * 2)
+        sampled = write_rows(tmp_path / "sampled.jsonl", [talk])
+        says(refusal(model, sampled, tmp_path / "out.jsonl"), f"{sampled}:1", "sampled responses", cure="messages")
         bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "p", "response_0": "r"}] * 2)
         says(refusal(model, bad, tmp_path / "out.jsonl", "--on-bad-row", "skip"), str(bad), "line 1", "response")
     assert not list(tmp_path.glob("out*"))

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from steerjax.data.conversation import Conversation, Sample, Turn
 from steerjax.data.formats import conversation_from_row
 from steerjax.errors import DataError
 from steerjax.generate import main, parse_arguments
@@ -223,6 +224,8 @@ def test_rows_to_answer():
     assert [turn.content for turn in prompt_of(several, STEERLM, True, "helpsteer2").turns] == ["a", "b", "c"]
     with refused(DataError, "turns", cure="--replace-answer"):
         prompt_of(several, STEERLM, False)
+    talk = Conversation((Turn("user", "q"),), id="7", asked={"humor": 1.0}, samples=(Sample("r", -1.0, -2.0, -3.0),))
+    assert prompt_of(talk.to_json(), STEERLM, False) == Conversation((Turn("user", "q"),), id="7")
 
 
 def test_what_asks_to_sample():

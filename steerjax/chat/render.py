@@ -190,7 +190,8 @@ class Renderer:
 
     def broken(self, conversation: Conversation) -> int:
         """How many texts of the conversation are written with U+2060 inside, as they spell a control string."""
-        texts = [self._system_text(conversation) or "", *(turn.content for turn in conversation.turns)]
+        said = (*conversation.turns, *conversation.samples)
+        texts = [self._system_text(conversation) or "", *(each.content for each in said)]
         return sum(self._as_text(text).replace(HIDE, "") != text for text in texts)
 
     def _segments(

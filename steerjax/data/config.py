@@ -30,6 +30,7 @@ Format = Literal[
     "preference",
     "helpsteer2_preference",
     "helpsteer3",
+    "steerlm2",
 ]
 
 

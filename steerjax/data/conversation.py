@@ -1,9 +1,12 @@
 """The conversation: what every reader produces and every later stage consumes."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 ROLES = ("user", "assistant")
+LOG_PROBABILITIES = {  # a sample's field -> its key in NeMo-Aligner's rows
+    "log_rating": "log(P(a|x,y))", "log_prior": "log(P(y|x))", "log_sampled": "log(Q(y|a,x))",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,16 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A response y that a model Q' gave to a prompt x and asked ratings a, with log-probabilities in nats."""
+
+    content: str
+    log_rating: float  # log P(a|x,y), by a reward model
+    log_prior: float  # log P(y|x), by a chat model without a label line
+    log_sampled: float  # log Q'(y|a,x)
+
+
+@dataclass(frozen=True)
 class Conversation:
     """Turns in order, with where they came from."""
 
@@ -28,21 +41,39 @@ class Conversation:
     line: int = 0  # from 1
     rejected: tuple[Turn, ...] = ()  # the same with another response, to which people prefer the one in `turns`
     strength: float = 1.0  # how much; 0 is undecided
+    asked: Mapping[str, float] = field(default_factory=dict)  # ratings that the samples were asked for
+    samples: tuple[Sample, ...] = ()  # responses to `turns`, which then end with a user's
 
     def both(self) -> tuple["Conversation", "Conversation"]:
         """The two conversations of a pair, each alone."""
         return tuple(replace(self, turns=turns, rejected=()) for turns in (self.turns, self.rejected))
 
     def content(self) -> list:
-        """What a duplicate has in common with it: system, roles, contents and human ratings."""
+        """What a duplicate has in common with it: system, roles, contents and human ratings; asked ratings, samples."""
         turns = self.turns + self.rejected
         said = [(turn.role, turn.content, sorted((turn.ratings or {}).items())) for turn in turns]
-        return [self.system, said, *([len(self.turns), self.strength] if self.rejected else [])]
+        said = [self.system, said, *([len(self.turns), self.strength] if self.rejected else [])]
+        return said + ([sorted(self.asked.items()), [s.content for s in self.samples]] if self.samples else [])
 
     def to_json(self) -> dict:
-        """The conversation format (docs/formats.md), one object a line."""
+        """The conversation format, or of samples `steerlm2` (docs/formats.md), one object a line."""
+        if self.samples:
+            return self._sampled_json()
         pair = {"rejected": _said(self.rejected), "strength": self.strength} if self.rejected else {}
         return {"system": self.system, "turns": _said(self.turns), **pair, "id": self.id}
+
+    def _sampled_json(self) -> dict:
+        return {
+            "system": self.system,
+            "prompt_turns": [{"from": turn.role.capitalize(), "value": turn.content} for turn in self.turns],
+            "label": ",".join(f"{name}:{int(r) if r == int(r) else r}" for name, r in self.asked.items()),
+            "responses": [
+                {"from": "Assistant", "value": sample.content}
+                | {key: getattr(sample, field) for field, key in LOG_PROBABILITIES.items()}
+                for sample in self.samples
+            ],
+            "id": self.id,
+        }
 
 
 def _said(turns: Iterable[Turn]) -> list[dict]:

@@ -1,13 +1,14 @@
 """One row of any format (docs/formats.md) -> a `Conversation`, with every check that needs no file."""
 
 import functools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from steerjax.data.conversation import ROLES, Conversation, Turn
+from steerjax.data.conversation import LOG_PROBABILITIES, ROLES, Conversation, Sample, Turn
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import SCHEMAS, Schema, check_rating, parse_label
 
@@ -40,7 +41,7 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         format = _detect_format(row) if format == "auto" else format
         key, read = FORMATS[format]
         turns, rejected, strength = read(row, schema, key), [], 1.0
-        if key != "turns":  # whose other keys pass through
+        if key not in ("turns", "prompt_turns"):  # whose other keys pass through
             _rate_last(turns, row, schema, key)
         if key == "turns" and "rejected" in row:
             rejected, strength = read_dialogue(row, schema, "rejected"), _number(row, "strength", 1.0)
@@ -60,7 +61,10 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         system = system or None  # its rows have "" where there is none
     if rejected:
         _check_pair(turns, rejected, strength)
-    return Conversation(tuple(turns), system, name_of(row), rejected=tuple(rejected), strength=strength)
+    asked, samples = _sampled(row, schema, turns) if key == "prompt_turns" else ({}, ())
+    return Conversation(
+        tuple(turns), system, name_of(row), rejected=tuple(rejected), strength=strength, asked=asked, samples=samples
+    )
 
 
 def _detect_format(row: Row) -> str:
@@ -134,7 +138,8 @@ def _reference(row: Row, schema: Schema, key: str) -> list[Turn]:
 
 def read_dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = _SPEAKERS) -> list[Turn]:
     """A list of turns, of which the first may be the system text."""
-    role_key, content_key = ("from", "value") if key == "conversations" else ("role", "content")
+    named = key in ("conversations", "prompt_turns")
+    role_key, content_key = ("from", "value") if named else ("role", "content")
     own, turns = key in ("turns", "rejected") and "turns" in row, []
     for index, entry in enumerate(value_of(row, key, list)):
         with inside(f"{key}[{index}]."):
@@ -211,7 +216,44 @@ FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
     "sharegpt": ("conversations", read_dialogue),
     "alpaca": ("instruction", _alpaca),
     "completion": ("completion", _completion),
+    "steerlm2": ("prompt_turns", read_dialogue),
 }
+
+
+# Responses that a model gave to a prompt, with log-probabilities.
+
+
+def _sampled(row: Row, schema: Schema, turns: Sequence[Turn]) -> tuple[dict[str, float], tuple[Sample, ...]]:
+    """The ratings that were asked for, and the responses; NeMo-Aligner's `SteerLM2Dataset`."""
+    if turns[-1].role != "user":
+        raise DataError("does not end with the user", "prompt_turns", "write the responses under 'responses'")
+    asked = _ratings({"label": text_of(row, "label")}, "label", schema)
+    samples = []
+    for index, entry in enumerate(value_of(row, "responses", list)):
+        with inside(f"responses[{index}]."):
+            check_kind(dict, entry, "")
+            if _SPEAKERS.get(text_of(entry, "from").casefold()) != "assistant":
+                raise DataError(f"'{entry['from']}' is no assistant", "from", 'write "from": "Assistant"')
+            logs = {field: _log_probability(entry, key) for field, key in LOG_PROBABILITIES.items()}
+            samples.append(Sample(value_of(entry, "value", str), **logs))  # a model may end at once
+    if not samples:
+        raise DataError("no response", "responses", "add responses with their log-probabilities, or remove the row")
+    return asked, tuple(samples)
+
+
+def _log_probability(entry: Row, key: str) -> float:
+    """A number, or a text of one."""
+    value = entry.get(key)
+    try:
+        number = float(value) if isinstance(value, str | float | int) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        what = "missing" if value is None else f"{value!r:.80} is not a finite number"
+        raise DataError(what, key, "write the log-probability in nats, or remove the response")
+    if number > 1e-3:  # rounding may leave a little above 0
+        raise DataError(f"{number:g} is above 0, so no log-probability", key, "write log p, not -log p")
+    return number
 
 
 # Two responses in a row, of which people prefer one.
@@ -313,9 +355,9 @@ def unread_numbers(row: Row, schema: Schema) -> Iterator[str]:
     """Keys of a row, and of its messages, with numbers that no attribute reads: ratings, perhaps. A list or an object
     of numbers counts as a number.
 
-    Beside `turns`, and beside two responses, no column is read, not even one of an attribute's name.
+    Beside `turns`, `prompt_turns` and two responses no column is read, not even one of an attribute's name.
     """
-    columns = () if "turns" in row or is_pair(row) else (*schema.names, "ratings")
+    columns = () if "turns" in row or "prompt_turns" in row or is_pair(row) else (*schema.names, "ratings")
     yield from (key for key in _numbers(row) if key not in columns)
     for key in ("messages", "conversations", "completion"):
         for entry in row[key] if isinstance(row.get(key), list) else ():

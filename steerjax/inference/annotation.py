@@ -11,6 +11,7 @@ from steerjax.command import describe_model
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes
 from steerjax.data.readers import source_format
+from steerjax.errors import DataError
 from steerjax.inference.job import InputRow, beside, carried, input_rows, progress, resumable
 from steerjax.inference.scorer import (
     Chunk,
@@ -31,6 +32,9 @@ def annotate(options: argparse.Namespace, number: int, parts: int) -> None:
 
     def read(row: dict, line: int) -> InputRow:
         conversation = conversation_from_row(row, schema, source_format(o.input, o.format), rated=False)
+        if conversation.samples:
+            cure = "`steerjax iterate` rates what it samples; or write each response as a row of 'messages'"
+            raise DataError("sampled responses, which annotate does not rate", field="responses", cure=cure)
         conversation = replace(conversation, file=o.input, line=line, id=conversation.id or f"{o.input}:{line}")
         own = "turns" in row and o.format in ("auto", "conversation")
         return InputRow(conversation, carried(row) if own else conversation.to_json())

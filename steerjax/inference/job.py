@@ -187,6 +187,22 @@ def resumable(path: Path, settings: Mapping[str, Any]) -> Iterator[Output]:
                     partial.rename(path)
 
 
+def is_finished(path: Path) -> bool:
+    """Whether an output is whole, so that nothing is left to do.
+
+    Raises DataError: it was changed since, or its settings.json is gone.
+    """
+    if not path.exists():
+        return False
+    cure = "put it back, or remove it and its settings.json, and start again"
+    said = read_json(dict[str, Any], beside(path, "settings.json"), DataError, cure)
+    written = typed(Written, said.get(WRITTEN), f"{beside(path, 'settings.json')}: {WRITTEN}", DataError)
+    with path.open("rb") as file:
+        for _ in _Sum().read(file, written.rows, whole=True):
+            pass
+    return True
+
+
 @contextmanager
 def appended(path: Path) -> Iterator[tuple[list[tuple[int, dict]], Callable[[Mapping[str, Any]], None]]]:
     """For one process: (line, row) of what a file has, in any order, and what adds a row: on disk when it returns.

@@ -8,9 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
 
 from steerjax.bundle import Bundle
 from steerjax.data.batch import Batch
@@ -18,7 +16,7 @@ from steerjax.data.packing import Layout
 from steerjax.data.trees import Example, grow
 from steerjax.errors import DataError
 from steerjax.inference.packed import PackedModel
-from steerjax.models.logits import Head, cut, joined, target_losses
+from steerjax.models.logits import token_log_likelihoods
 
 _NAME = "likelihood"
 _CHUNK = 256  # tokens of a row whose logits are held at a time
@@ -86,16 +84,6 @@ class LikelihoodScorer:
                 found.tokens[number] = np.sum(~computed[own])
                 computed[own] = True
         return found
-
-
-def token_log_likelihoods(
-    states: Float[Array, "B T D"], head: Head, targets: Int[Array, "B T"], chunk: int
-) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Of each place log p of its target, float32, and whether no token is likelier; any target will do where there is
-    none. Logits of at most `chunk` tokens of a row exist at a time."""
-    parts = cut(states, chunk), cut(targets, chunk)
-    losses, right = jax.lax.map(lambda part: target_losses(head, *part), parts)
-    return -joined(losses, states.shape[1]), joined(right, states.shape[1])
 
 
 def _targets(layout: Layout) -> dict[str, np.ndarray]:

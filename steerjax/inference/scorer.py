@@ -60,6 +60,12 @@ def model_schema(description: Description) -> Schema:
     return Schema(tuple(STEERLM[label] for label in labels))
 
 
+def rated_schema(description: Description) -> Schema:
+    """The attributes of `model_schema` that had a rating in training."""
+    whole, rated = model_schema(description), description.provenance.get("rated_attributes")
+    return whole if rated is None else Schema(tuple(a for a in whole.attributes if a.name in rated))
+
+
 def reading_schema(schema: Schema) -> Schema:
     """For reading files: a person may have rated attributes that the model does not know."""
     return Schema(schema.attributes + tuple(a for a in STEERLM.attributes if a.name not in schema.names))
@@ -106,8 +112,7 @@ class Scorer:
 
     def __init__(self, bundle: Bundle, *, row_length: int = 0, rows: int = 0):
         self.description = about = bundle.description
-        whole, rated = model_schema(about), about.provenance.get("rated_attributes")
-        self.schema = whole if rated is None else Schema(tuple(a for a in whole.attributes if a.name in rated))
+        self.schema = rated_schema(about)
         reader = LabelReader if about.writes_ratings else HeadReader
         self._reader = reader(bundle, bundle.renderer(self.schema), self.schema)
         self._packed = PackedModel(bundle, self._reader.function, row_length=row_length, rows=rows)

@@ -42,11 +42,7 @@ class Session:
         self.sampling = sampling_of(o)
         answerer = open_answerer(o, about)
         self.schema, self.defaults = answerer.schema, answerer.defaults
-        self.settings = swept(o.attributes, o.sweep, self.schema)
-        self.combinations: list[Setting] = []
-        if o.combinations:
-            rated = load_conversations([o.combinations], self.schema, on_bad_row=o.on_bad_row)
-            self.combinations = top_combinations(rated.conversations, self.schema, o.quality)
+        self.settings, self.combinations = settings_of(o, self.schema)
         self.backend = answerer.backend.drawing(self.sampling, o.batch_size)
 
     def answer_prompt(self, prompt: str) -> None:
@@ -126,6 +122,14 @@ class Session:
             yield {**new, **row.carried, "generation": asked | made}
 
 
+def settings_of(o: argparse.Namespace, schema: Schema) -> tuple[list[Setting], list[Setting]]:
+    """What each row is asked for, and with --combinations those of which each row is asked for one."""
+    if not o.combinations:
+        return swept(o.attributes, o.sweep, schema), []
+    rated = load_conversations([o.combinations], schema, on_bad_row=o.on_bad_row)
+    return [{}], top_combinations(rated.conversations, schema, o.quality)
+
+
 def sampling_of(o: argparse.Namespace) -> Sampling:
     """How to sample: greedy, unless something asks for more. ConfigError: a value out of range."""
     top_k = o.top_k if o.top_k is not None else BOOTSTRAP_TOP_K if o.combinations else 0
@@ -142,6 +146,7 @@ def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "au
     other = "completion" if isinstance(row.get("prompt"), list) else "response"  # TRL's prompts may be messages
     read = {other: "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row} if bare else row
     conversation = conversation_from_row(read, schema, format, rated=False)
+    conversation = replace(conversation, asked={}, samples=())  # they are other answers
     turns = conversation.turns
     answered = row.get("response") is not None if bare else turns[-1].role == "assistant"
     if answered and not replace_answer:

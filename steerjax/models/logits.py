@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -36,3 +37,15 @@ def target_losses(
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     of_target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return losses, of_target == logits.max(-1)  # cheaper than argmax; optax has computed both
+
+
+def token_log_likelihoods(
+    states: Float[Array, "B T D"], head: Head, targets: Int[Array, "B T"], chunk: int
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """Of each place log p of its target, float32, and whether no token is likelier; any target will do where there is
+    none. Logits of at most `chunk` tokens of a row exist at a time, and are kept for no gradient: there is none."""
+    parts = cut(jax.lax.stop_gradient(states), chunk), cut(targets, chunk)
+    head, parameters = jax.closure_convert(head, parts[0][0])
+    parameters = jax.lax.stop_gradient(parameters)
+    losses, right = jax.lax.map(lambda part: target_losses(head, *part, parameters), parts)
+    return -joined(losses, states.shape[1]), joined(right, states.shape[1])

@@ -15,6 +15,7 @@ OBJECTIVES: dict[str, str] = {  # name, also of its config group -> module:class
     "bradley_terry": "steerjax.objectives.bradley_terry:BradleyTerry",
     "regression": "steerjax.objectives.regression:Regression",
     "sft": "steerjax.objectives.sft:SFT",
+    "steerlm2": "steerjax.objectives.steerlm2:SteerLM2",
 }
 
 

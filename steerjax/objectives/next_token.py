@@ -7,6 +7,7 @@ import numpy as np
 from steerjax.data.trees import Example
 from steerjax.objectives.cross_entropy import chunked_cross_entropy
 from steerjax.objectives.objective import Evaluation, Objective
+from steerjax.report.losses import LossPage
 
 
 class NextToken(Objective):
@@ -52,13 +53,6 @@ class NextToken(Objective):
     def report(self, evaluation, folder, records, summary, config_text):
         values = {"loss (nats a token)": evaluation.loss, "perplexity": float(np.exp(evaluation.loss)),
                   "accuracy of the next token": evaluation.values[f"{self.prefix}accuracy"]}  # fmt: skip
-        table = "\n".join(f"{name:>28}  {value:.4f}" for name, value in values.items())
-        text = f"validation, {int(evaluation.values[f'{self.prefix}tokens']):,} {self.learnt}\n{table}"
-        if folder is not None:
-            from steerjax.report.page import fenced, write_page
-            from steerjax.report.plots import plot_losses
-
-            plot_losses(self.losses(records), folder / "loss.png", "nats a token")
-            parts = [f"# {self.title} on the validation split", fenced(text), "![Loss against the step](loss.png)"]
-            write_page(folder, parts, summary, config_text)
-        return text
+        counted = f"validation, {int(evaluation.values[f'{self.prefix}tokens']):,} {self.learnt}"
+        page = LossPage(f"{self.title} on the validation split", counted, values, self.losses(records), "nats a token")
+        return page.write(folder, summary, config_text)

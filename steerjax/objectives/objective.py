@@ -1,7 +1,7 @@
 """What all objectives have in common: the questions that input, step and report ask of one."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +16,9 @@ from steerjax.data.config import Format, Texts
 from steerjax.data.conversation import Conversation
 from steerjax.data.packing import Layout, check_fits
 from steerjax.data.trees import Example
-from steerjax.errors import DataError
+from steerjax.errors import ConfigError, DataError
 from steerjax.report.records import own_losses
-from steerjax.schema import Attribute, Schema
+from steerjax.schema import Attribute, Schema, check_rating
 from steerjax.typed import STRICT, NotNegative
 
 TRAIN, VALIDATION = "train", "validation"
@@ -43,6 +43,29 @@ class ObjectiveConfig:
     def __post_init__(self):
         if not self.train and (self.validation or self.format != "auto"):
             raise ValueError("validation or format without train; cure: set train too, or neither")
+
+
+@pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
+class SteeredConfig(ObjectiveConfig):
+    """Of an objective whose responses stand after label lines.
+
+    Attributes:
+        default_ratings: attribute -> rating that an exported model is asked for where a request does not name it.
+    """
+
+    group: ClassVar[str]  # its name in the config
+    default_ratings: Mapping[str, float] = field(default_factory=dict)
+
+    def check(self, schema: Schema) -> None:
+        """Raises ConfigError: a default rating of an unknown attribute, or outside its range."""
+        for name, rating in self.default_ratings.items():
+            try:
+                check_rating(rating, schema[name])
+            except DataError as error:
+                raise ConfigError(f"config.{self.group}.default_ratings: {error}") from None
+
+    def facts(self) -> dict:
+        return {"default_ratings": dict(self.default_ratings)} if self.default_ratings else {}
 
 
 @dataclass(frozen=True)
@@ -82,11 +105,13 @@ class Objective:
         name: of the objective and of its config group.
         kind: of the model, "reward" (a head that reads ratings) or "chat" (a language model).
         Config: the config group, an `ObjectiveConfig` with `check(schema)`.
+        sampled: whether it learns from rows of sampled responses (`Conversation.samples`), or from all others.
     """
 
     name: ClassVar[str]
     kind: ClassVar[str]
     Config: ClassVar[type]
+    sampled: ClassVar[bool] = False
 
     def __init__(self, config, setting: Setting):
         self.config, self.setting = config, setting
@@ -95,6 +120,15 @@ class Objective:
     def predicts(config: Any, schema: Schema) -> tuple[Attribute, ...]:
         """What the objective needs a reward head for, of the data's attributes or of its own."""
         return schema.attributes
+
+    def check_row(self, conversation: Conversation) -> None:
+        """Raises DataError: a row of sampled responses where others are learnt from, or the reverse."""
+        if self.sampled and not conversation.samples:
+            cure = "rows of the format steerlm2, which has responses with log-probabilities (docs/steerlm2.md)"
+            raise DataError(f"no sampled responses, which config.objectives '{self.name}' learns from", cure=cure)
+        if conversation.samples and not self.sampled:
+            cure = "config.objectives=('steerlm2',), or another file"
+            raise DataError(f"sampled responses, which config.objectives '{self.name}' does not read", cure=cure)
 
     def examples(self, conversation: Conversation, split: str) -> list[Example]:
         """What of a conversation is learnt, in tokens; [] where there is nothing.

@@ -5,7 +5,6 @@ Source: SteerLM, arXiv 2310.05344, step 3; NeMo `gpt_sft_chat_dataset.py`.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import field
 from typing import Literal
 
 import numpy as np
@@ -14,15 +13,14 @@ import pydantic.dataclasses
 from steerjax.chat.render import TokenRole
 from steerjax.data.conversation import Turn
 from steerjax.data.trees import Example
-from steerjax.errors import ConfigError, DataError
+from steerjax.errors import DataError
 from steerjax.objectives.next_token import NextToken
-from steerjax.objectives.objective import TRAIN, VALIDATION, ObjectiveConfig
-from steerjax.schema import Schema, check_rating
+from steerjax.objectives.objective import TRAIN, VALIDATION, SteeredConfig
 from steerjax.typed import STRICT
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class SFTConfig(ObjectiveConfig):
+class SFTConfig(SteeredConfig):
     """Fine-tuning on responses, each after a label line of its ratings.
 
     Attributes:
@@ -31,21 +29,12 @@ class SFTConfig(ObjectiveConfig):
         missing: a response without ratings is trained without a label line (omit), is context only (leave_out), or
             stops the run (error).
         threads: a turn that several threads of a tree share is trained once, or in each (all, as in NeMo-Aligner).
-        default_ratings: attribute -> rating that an exported model is asked for where a request does not name it.
     """
 
+    group = "sft"
     ratings: Literal["human", "predicted", "human_then_predicted", "none"] = "human"
     missing: Literal["omit", "leave_out", "error"] = "omit"
     threads: Literal["once", "all"] = "once"
-    default_ratings: Mapping[str, float] = field(default_factory=dict)
-
-    def check(self, schema: Schema) -> None:
-        """Raises ConfigError: a default rating of an unknown attribute, or outside its range."""
-        for name, rating in self.default_ratings.items():
-            try:
-                check_rating(rating, schema[name])
-            except DataError as error:
-                raise ConfigError(f"config.sft.default_ratings: {error}") from None
 
 
 class SFT(NextToken):
@@ -106,7 +95,7 @@ class SFT(NextToken):
                 raise DataError(f"no response for {split} has {self.config.ratings} ratings: no label", cure=cure)
 
     def facts(self):
-        return {"default_ratings": dict(self.config.default_ratings) or None}
+        return self.config.facts()
 
     def summary(self):
         said = {}

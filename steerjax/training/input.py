@@ -95,6 +95,7 @@ def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Rendere
                 changed += renderer.broken(conversation)
                 try:
                     for objective in learners:
+                        objective.check_row(conversation)
                         examples += objective.examples(conversation, split)
                 except DataError as error:
                     if e.data.on_bad_row == "error":

@@ -117,7 +117,7 @@ def _check_same(old: dict, experiment: Experiment, workdir: Path) -> None:
     new = json.loads(experiment.to_json())
     if "task" in old:
         raise CheckpointError(f"'{workdir}' is a run of edition 1 of steerjax; cure: another --workdir")
-    before, now = dict(_leaves(old)), dict(_leaves(new))
+    before, now = dict(leaves(old)), dict(leaves(new))
     for key in sorted(before.keys() | now.keys()):
         free = key.startswith(RESUME_MAY_CHANGE) and key != "train.seed"
         if before.get(key) != now.get(key) and not free:
@@ -127,10 +127,11 @@ def _check_same(old: dict, experiment: Experiment, workdir: Path) -> None:
             )
 
 
-def _leaves(config: dict, path: str = "") -> Iterator[tuple[str, object]]:
+def leaves(config: dict, path: str = "") -> Iterator[tuple[str, object]]:
+    """(`group.key`, value) of an experiment's dict."""
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{path}{key}.")
+            yield from leaves(value, f"{path}{key}.")
         else:
             yield path + key, value
 

@@ -39,6 +39,17 @@ def conversation(*turns, **fields):
     return {"turns": list(turns)} | fields
 
 
+def sampled(*responses, **changes):
+    """A group of `steerlm2`: a prompt, what was asked for, and responses."""
+    given = {"prompt_turns": [{"from": "User", "value": "p"}], "label": "helpfulness:4"} | changes
+    return given | {"responses": list(responses) or [response()]}
+
+
+def response(**changes):
+    logs = {"log(P(a|x,y))": -1.5, "log(P(y|x))": "-10", "log(Q(y|a,x))": -9}
+    return {"from": "Assistant", "value": "r"} | logs | changes
+
+
 def turn(role, **changes):
     return {"role": role, "content": "c"} | changes
 
@@ -156,6 +167,36 @@ BAD_ROWS = {  # name -> (row, field, what the message names)
     "output missing": ({"instruction": "i", "input": ""}, "output", "missing"),
     "input no text": ({"instruction": "i", "input": 3, "output": "o"}, "input", "int"),
     "history": ({"instruction": "i", "output": "o", "history": [["q", "a"]]}, "history", "not read"),
+    # Sampled responses with log-probabilities
+    "samples and no label": (sampled(label=None), "label", "missing"),
+    "samples and nothing asked for": (sampled(label=" "), "label", "empty"),
+    "label of samples beyond range": (sampled(label="helpfulness:9"), "label.helpfulness", "9"),
+    "prompt ends with the assistant": (
+        sampled(prompt_turns=[{"from": "User", "value": "p"}, {"from": "Assistant", "value": "r"}]),
+        "prompt_turns",
+        "user",
+    ),
+    "responses missing": (sampled() | {"responses": None}, "responses", "missing"),
+    "responses empty": (sampled() | {"responses": []}, "responses", "no response"),
+    "response of the user": (sampled(response(**{"from": "User"})), "responses[0].from", "'User'"),
+    "log-probability missing": (
+        sampled(response(), response(**{"log(P(y|x))": None})),
+        "responses[1].log(P(y|x))",
+        "missing",
+    ),
+    "log-probability NaN": (sampled(response(**{"log(P(y|x))": "NaN"})), "responses[0].log(P(y|x))", "'NaN'"),
+    "log-probability infinite": (
+        sampled(response(**{"log(P(a|x,y))": float("-inf")})),
+        "responses[0].log(P(a|x,y))",
+        "-inf",
+    ),
+    "log-probability beyond floats": (
+        sampled(response(**{"log(P(y|x))": 10**400})),
+        "responses[0].log(P(y|x))",
+        "finite",
+    ),
+    "log-probability a text": (sampled(response(**{"log(Q(y|a,x))": "low"})), "responses[0].log(Q(y|a,x))", "'low'"),
+    "log-probability above 0": (sampled(response(**{"log(Q(y|a,x))": 9.5})), "responses[0].log(Q(y|a,x))", "9.5"),
     "system of a conversation not text": (conversation(turn("user"), system=[]), "system", "list"),
 }
 

@@ -6,13 +6,14 @@ import gzip
 import io
 import json
 import re
+from dataclasses import replace
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.conversation import Conversation, Sample, Turn
 from steerjax.data.formats import prompt_turns, unread_numbers
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations, source_format
 from steerjax.errors import ConfigError, DataError
@@ -465,6 +466,26 @@ def test_conversation_round_trip():
     assert conversation_from_row(Conversation(conversation.turns[:1]).to_json(), OASST).id == ""
 
 
+def test_sampled_groups_round_trip():
+    """The reference's rows (its documents show log-probabilities as text), with an id."""
+    logs = {"log(P(a|x,y))": "-1.5", "log(P(y|x))": -10, "log(Q(y|a,x))": -9.25}
+    row = {
+        "system": "s", "prompt_turns": [{"from": "User", "value": "p"}], "label": "verbosity:2,helpfulness:3.5",
+        "responses": [{"from": "Assistant", "value": value} | logs for value in ("r", "")], "id": "7",
+    }  # fmt: skip
+    samples = tuple(Sample(text, -1.5, -10.0, -9.25) for text in ("r", ""))
+    asked = {"verbosity": 2.0, "helpfulness": 3.5}
+    expected = Conversation((Turn("user", "p"),), "s", "7", asked=asked, samples=samples)
+    assert conversation_from_row(row, HELPSTEER) == conversation_from_row(row, HELPSTEER, "steerlm2") == expected
+    again = expected.to_json()
+    assert again == row | {"responses": [one | {"log(P(a|x,y))": -1.5} for one in row["responses"]]}
+    assert conversation_from_row(json.loads(json.dumps(again)), HELPSTEER) == expected
+    assert (
+        len({repr(replace(expected, **change).content()) for change in ({}, {"asked": {}}, {"samples": samples[:1]})})
+        == 3
+    )
+
+
 def test_conversations_in_parquet(tmp_path):
     rows = [
         {"turns": [{"role": "user", "content": "a", "ratings": None}], "system": "s"},
@@ -489,8 +510,12 @@ def test_documented_example(example):
     if row.keys() == {"prompt"}:  # to answer
         assert prompt_turns(row) == (Turn("user", "Name a prime."),)
         return
-    answer = conversation_from_row(row, HELPSTEER).turns[-1]
+    conversation = conversation_from_row(row, HELPSTEER)
+    answer = conversation.turns[-1]
     rated = {"helpfulness": 4.0, "verbosity": 2.0}
+    if conversation.samples:
+        assert (conversation.asked, conversation.samples[0].content) == (rated, "7")
+        return
     unrated = {"instruction", "generation", "chosen"} & row.keys() or "gpt" in example
     assert answer == Turn("assistant", "7", None if unrated else rated, answer.predicted_ratings)
 

@@ -11,8 +11,8 @@ import pytest
 
 from steerjax.bundle import open_bundle
 from steerjax.errors import ConfigError, DataError, ModelError
-from steerjax.inference.likelihood import LikelihoodScorer, continuation, token_log_likelihoods
-from steerjax.models.logits import cut, joined
+from steerjax.inference.likelihood import LikelihoodScorer, continuation
+from steerjax.models.logits import cut, joined, token_log_likelihoods
 from steerjax.parallel.mesh import MeshConfig
 from tests.refusals import refused
 from tests.reward_models import chat_folder, reward_folder

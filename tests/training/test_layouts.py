@@ -33,6 +33,10 @@ LAYOUTS = {
     "text": lambda n: {"text": f"q{n}"},
     "rated": lambda n: {"prompt": f"q{n // 2}", "response": "ab"[n % 2], "verbosity": n % 5},
     "rated messages": lambda n: {"messages": turns(f"q{n}", "a"), "verbosity": 3},
+    "sampled": lambda n: {"prompt_turns": [{"from": "User", "value": f"q{n}"}], "label": "verbosity:3", "responses": [
+        {"from": "Assistant", "value": "ab"[i], "log(P(a|x,y))": -i, "log(P(y|x))": -3, "log(Q(y|a,x))": -4}
+        for i in range(2)
+    ]},
     "rated turns": lambda n: {"turns": turns(f"q{n}", "a", ratings={"verbosity": 3})},
 }  # fmt: skip
 
@@ -60,7 +64,7 @@ def written(folder, layout):
 @pytest.mark.parametrize(("layout", "objective"), [
     ("explicit", "bradley_terry"), ("implicit", "bradley_terry"), ("scored", "bradley_terry"), ("rated", "regression"),
     ("rated messages", "regression"), ("rated turns", "regression"), ("rated turns", "sft"),
-    ("rated completion", "regression"), ("rated completion", "sft"),
+    ("rated completion", "regression"), ("rated completion", "sft"), ("sampled", "steerlm2"),
 ])  # fmt: skip
 def test_what_an_objective_learns_from(layout, objective, tmp_path):
     found = read(written(tmp_path, layout), objective)
@@ -83,6 +87,9 @@ def test_what_an_objective_learns_from(layout, objective, tmp_path):
     ("messages", "sft", ["no label"], "annotate"),
     ("completion", "sft", ["no label"], "annotate"),
     ("completion of messages", "regression", ["no rated response"], "beside"),
+    ("sampled", "sft", ["rows.jsonl:1", "sampled responses"], "config.objectives=('steerlm2',)"),
+    ("sampled", "regression", ["rows.jsonl:1", "sampled responses"], "config.objectives=('steerlm2',)"),
+    ("rated turns", "steerlm2", ["rows.jsonl:1", "no sampled responses"], "steerlm2"),
     ("text", "sft", ["rows.jsonl:1", "text"], "prompt and response"),
 ])  # fmt: skip
 def test_what_is_said_where_it_does_not(layout, objective, facts, cure, tmp_path):
