@@ -70,4 +70,5 @@ def test_it_is_evaluated_and_rates_in_python_and_still_answers(folder):
     model = steerjax.load(folder / "out")
     good, bad = model.rate("Question 1?", ["good answer", "bad answer"])
     assert min(good[name] - bad[name] for name in ("wit", "depth")) > 2
-    assert model.generate("Question 1?", {"wit": 5, "depth": 10}, max_new_tokens=8) == "good answer"
+    answer = model.generate("Question 1?", {"wit": 5, "depth": 10}, max_new_tokens=16)
+    assert answer.split() == ["good", "answer"]
