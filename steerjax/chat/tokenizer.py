@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -186,7 +187,7 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
     import tokenizers
 
     path = EMBEDDED if str(source) == "embedded" else Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ModelError(f"no tokenizer at '{path}'{_GIVE}")
     if path.is_dir():
         found = [*path.glob("tokenizer.json"), *path.glob("tokenizer.model")][:1] or [*path.glob("*.model")]
