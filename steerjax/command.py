@@ -1,12 +1,13 @@
 """Options that several commands share, each written once."""
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from steerjax.errors import reported_errors
-from steerjax.signals import INTERRUPTED, raises_interrupt
+from steerjax.signals import INTERRUPTED, Interrupted, raises_interrupt
 
 MODEL = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id"
 
@@ -93,4 +94,7 @@ def resumable_command() -> Iterator[None]:
             yield
     except KeyboardInterrupt as stop:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(getattr(stop, "status", INTERRUPTED))
+        if not isinstance(stop, Interrupted):  # in a program of one's own
+            sys.exit(INTERRUPTED)
+        sys.stdout.flush()
+        os._exit(stop.status)  # Python's own end may crash while a device is still at work

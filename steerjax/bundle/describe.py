@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,7 +64,7 @@ def read_provenance(directory: Path) -> Provenance:
     file, cure = directory / "provenance" / "metadata", "another step of the run"
     try:
         edition = json.loads(file.read_text(encoding="utf-8")).get("edition", 1)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
         raise CheckpointError(f"'{file}' is broken ({error})\n  cure: {cure}") from None
     if edition != EDITION:
         said = f"'{directory}' is a run of edition {edition} of steerjax, and this is edition {EDITION}"
@@ -77,8 +78,8 @@ def locate(path: str | Path, *, verify: bool = True) -> Path:
     It is what was written, unless `verify` is False (`bundle.verify`); of a run the newest checkpoint that is. Raises
     ModelError, CheckpointError: damage, or nothing of the kind there; says what was looked for.
     """
-    folder = Path(path).expanduser()
-    if not folder.exists():
+    folder = Path(os.path.expanduser(path))
+    if not os.path.exists(folder):
         return checked_folder(resolve_source(str(path)), verify)
     if is_checkpoint(folder) or (is_step(folder) and folder.absolute().parent.name == "checkpoints"):
         return checked_step(folder, verify)

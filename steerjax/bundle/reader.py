@@ -29,7 +29,7 @@ class CheckpointReader:
         try:
             leaves = json.loads((self.directory / "params" / "_METADATA").read_text())["tree_metadata"].values()
             names = [[part["key"] for part in leaf["key_metadata"]] for leaf in leaves]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, RecursionError, KeyError) as error:
             raise CheckpointError(f"'{directory}' is broken ({error!r}); cure: another step of the run") from error
         self._stores = {"/".join(name): self._open(".".join(name)) for name in names}
         self.shapes = {path: tuple(store.shape) for path, store in self._stores.items()}

@@ -101,5 +101,5 @@ def _problem(step: Path, verify: bool) -> str:
 def _says_listed(folder: Path) -> bool:
     try:
         return bool(json.loads((folder / ABOUT).read_bytes()).get("checksums"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, RecursionError, AttributeError):
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -188,7 +189,7 @@ def load_tokenizer(source: str | PathLike) -> Tokenizer:
     import tokenizers
 
     path = EMBEDDED if str(source) == "embedded" else Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise ModelError(f"no tokenizer at '{path}'{_GIVE}")
     if path.is_dir():
         found = [*path.glob("tokenizer.json"), *path.glob("tokenizer.model")][:1] or [*path.glob("*.model")]

@@ -63,7 +63,7 @@ def _read(folder: Path) -> dict:
         if "compared" in said:
             raise KeyError("compared")
         return said
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError, KeyError) as error:
         cure = "a folder that evaluate --suite NAME has finished"
         raise DataError(f"no output of a suite ({type(error).__name__})", file=str(folder), cure=cure) from None
 

@@ -91,7 +91,7 @@ def suite_results(folder: Path, model: Path) -> list[EvalResult]:
         suite, figures, options = said["suite"], said["figures"], said["options"]
         if "compared" in said or suite not in (*_SUITES, "attributes", "steerability"):
             raise KeyError(suite)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, RecursionError, KeyError) as error:
         cure = "a folder that evaluate --suite NAME has finished"
         raise DataError(f"no output of a suite ({type(error).__name__})", file=str(folder), cure=cure) from None
     _check_model(folder, options.get("model"), model)

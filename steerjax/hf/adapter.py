@@ -100,7 +100,9 @@ class AdapterReader(TensorReader):
         headers, reward = file_headers(folder / WEIGHTS), said.task_type == "SEQ_CLS"
         architecture = CLASSIFIER if reward else CAUSAL_LM
         alpha = said.lora_alpha * (math.sqrt(said.r) if said.use_rslora else 1.0)
-        every = dataclasses.replace(base.model, lora=LoraConfig(said.r, alpha))
+        lora = {"rank": said.r, "alpha": alpha, "dropout": said.lora_dropout}
+        lora = typed(LoraConfig, lora, f"'{file}'", ModelError)
+        every = dataclasses.replace(base.model, lora=lora)
         possible = {t.name: t.path.split("/") for t in adapter_tensors(every, architecture) if t.path != HEAD}
         found = sorted({possible[name][3] for name in headers if name in possible})
         own = next((header.shape[0] for name, header in headers.items() if name.endswith(".score.weight")), 0)
@@ -109,8 +111,7 @@ class AdapterReader(TensorReader):
             kind = f"a {said.task_type} adapter of {len(found)} projections with {outputs} outputs"
             cure = "its own base; of a reward model, modules_to_save=['score'] when it is trained"
             raise ModelError(f"'{folder}' is {kind}, on a {base.architecture}\n  cure: {cure}")
-        lora = LoraConfig(said.r, alpha, tuple(found), said.lora_dropout)
-        model = dataclasses.replace(base.model, lora=lora)
+        model = dataclasses.replace(base.model, lora=dataclasses.replace(lora, targets=tuple(found)))
         known = [t for t in adapter_tensors(model, architecture, outputs) if own or t.path != HEAD]
         check_tensors(f"'{folder}' does not fit its base '{self.base}'", headers, known, f"its own base; or {_MERGE}")
         whole = FolderReader(self.base, base)

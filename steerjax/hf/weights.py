@@ -27,11 +27,11 @@ def resolve_source(source: str) -> Path:
 
     Raises ModelError: neither, or it cannot be had.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
+    path = os.path.expanduser(source)
+    if os.path.isdir(path):  # of any name; pathlib's raises for one that is too long
+        return Path(path)
     known = "a run's folder, checkpoints/STEP, a Hugging Face folder, or a hub id owner/name"
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
+    if os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", source):
         raise ModelError(f"no model folder '{source}'\n  cure: {known}")
     import huggingface_hub
 

@@ -131,6 +131,27 @@ def test_mutated_folders(folders, tried, seed, count):
 
 
 @pytest.mark.parametrize(
+    ("place", "name", "content"),
+    [
+        (0, "steerjax.json", "[" * 100_000),
+        (2, "adapter_config.json", {"base_model_name_or_path": "9" * 10_000}),
+        (2, "adapter_config.json", {"base_model_name_or_path": "~nobody/model"}),
+        (2, "adapter_config.json", {"lora_dropout": 2**31}),
+        (2, "adapter_config.json", {"lora_alpha": 1e30, "r": 2**20, "use_rslora": True}),
+    ],
+    ids=["nested", "long name", "no user", "dropout", "alpha"],
+)
+def test_what_the_long_part_found(folders, place, name, content):
+    file = folders[place] / name
+    before = file.read_text()
+    file.write_text(content if isinstance(content, str) else json.dumps(json.loads(before) | content))
+    try:
+        assert opened(folders[place]) == "refused"
+    finally:
+        file.write_text(before)
+
+
+@pytest.mark.parametrize(
     "model",
     [
         {"type": "BPE", "vocab": {}, "merges": []},

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import re
 import time
 from random import Random
 
@@ -60,15 +61,21 @@ def opened(folder, *kind):
         return None  # refused as a whole, e.g. one that knows no "\\n"
 
 
-def check(render, text, quiet, single):
+def joins(normalizer, added):
+    """Whether a marker may join with what stands beside it: ordinary text, a word by itself, one that is sought with a
+    prefix before it."""
+    return added in ("none", "single word") or (normalizer == "prepended" and added in ("normalized", "not special"))
+
+
+def check(render, text, quiet, joined):
     """ "kept" or "refused"; forging is an AssertionError."""
     try:
         rendered = said(render, text)
     except (DataError, ModelError) as error:
-        return f"refused: {str(error).splitlines()[0][:60]}"
+        return f"refused: {re.sub(r' at character .*', '', str(error).splitlines()[0])[:60]}"
     found, (expected, most) = controls(render, rendered.tokens), quiet
-    # A token that wants to be a word by itself depends on what stands beside: then the template's own are the limit.
-    assert found == expected or (single and all(found[s] <= most[s] for s in found)), (text, rendered.text)
+    # Where markers may join with what stands beside, the template's own are the limit.
+    assert found == expected or (joined and all(found[s] <= most[s] for s in found)), (text, rendered.text)
     return "kept"
 
 
@@ -89,7 +96,7 @@ def run(folder, kinds, texts, tried, random=None):
                 continue
             for text in texts(template, random) if random else texts(template):
                 try:
-                    outcomes[check(render, text, quiet, kind[2] == "single word")] += 1
+                    outcomes[check(render, text, quiet, joins(*kind[1:3]))] += 1
                 except AssertionError as error:
                     raise AssertionError(f"{kind}, {name}: {error}") from None
     for outcome, count in outcomes.items():
