@@ -1,7 +1,10 @@
 """Tiny models and made-up examples that several tests share."""
 
+from collections.abc import Iterable
+
 import jax
 import numpy as np
+import pytest
 from flax.core import meta
 
 from steerjax.data.batch import Batch, RowBuilder
@@ -106,3 +109,9 @@ def assert_trees_close(actual, expected, rtol: float, atol: float = 0.0) -> None
         assert worst <= limit, f"{jax.tree_util.keystr(path)}: differs by {worst}, limit {limit}"
 
     jax.tree_util.tree_map_with_path(check, actual, expected)
+
+
+def slow_but(plain, cases: Iterable) -> list:
+    """Cases of `pytest.mark.parametrize`: those that are `plain` (one, or a tuple) as they are, the others slow."""
+    plain = plain if isinstance(plain, tuple) else (plain,)
+    return [case if case in plain else pytest.param(case, marks=pytest.mark.slow) for case in cases]

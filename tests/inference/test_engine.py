@@ -198,6 +198,7 @@ def watched(decoder, monkeypatch):
     return shapes, steps
 
 
+@pytest.mark.slow
 def test_no_more_rows_are_computed_than_are_asked_for(monkeypatch):
     decoder = engine(Sampling(max_new_tokens=4), batch_size=8)
     shapes, _ = watched(decoder, monkeypatch)
@@ -258,6 +259,7 @@ def test_shapes():
 SMOLLM2 = os.environ.get("STEERJAX_SMOLLM2", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2, reason="STEERJAX_SMOLLM2 is not set")
 @pytest.mark.parity
 @pytest.mark.smollm2

@@ -69,6 +69,7 @@ def test_scores_and_what_is_too_long(opened, tmp_path, monkeypatch):
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SMOLLM2, reason="STEERJAX_SMOLLM2 is not set")
 @pytest.mark.parity
 @pytest.mark.smollm2

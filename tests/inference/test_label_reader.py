@@ -113,6 +113,7 @@ def test_labels_of_several_tokens_equal_transformers(tmp_path, template, form, s
     assert_equal_to_transformers(open_bundle(tmp_path / "run"), folder)
 
 
+@pytest.mark.slow
 def test_ratings_do_not_depend_on_batch_order_packing_or_mesh(opened):
     conversations = [*some_conversations(8, longest=30), LONG]
     scorer = Scorer(opened)

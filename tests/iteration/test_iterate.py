@@ -224,6 +224,7 @@ def test_a_finished_iteration_is_not_started_again(models, prompts, whole, monke
     assert line.split()[:3] == ["1", str(found.groups), "40"]
 
 
+@pytest.mark.slow
 def test_an_iteration_that_was_killed_is_the_same(models, prompts, whole, tmp_path_factory):
     """Nobody disturbs the other one."""
     chat, reward = models
@@ -241,7 +242,6 @@ def test_an_iteration_that_was_killed_is_the_same(models, prompts, whole, tmp_pa
 STAGES = (("samples", 3), ("rated", 1), ("log_sampled", 1), ("log_prior", 1), ("groups", 2))
 
 
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 @pytest.mark.slow
 def test_killed_in_each_stage(models, prompts, whole, tmp_path_factory):
     """At a write of each file, in the middle of the training, and before the result is written."""
@@ -327,7 +327,6 @@ def test_options_out_of_range(name, value):
         typed(Options, {"prompts": "p", "reward_model": "r", name: value}, "options", ConfigError)
 
 
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="only with STEERJAX_SLOW=1, as in .ci/run")
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_at_random_moments(seed, models, prompts, tmp_path, repository):

@@ -185,6 +185,7 @@ def assert_close(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), actual, expected)
 
 
+@pytest.mark.slow
 def test_remat_and_unroll_change_nothing():
     """Loss and gradients are the same for every remat policy and unroll."""
     params = initialized(RewardModel(REWARD, 2))

@@ -22,7 +22,16 @@ from steerjax.report.preferences import calibration, preference_result
 from steerjax.report.records import read_metrics
 from steerjax.schema import HELPSTEER
 from steerjax.training.train import train
-from tests.helpers import SCHEMA, TINY, assert_trees_close, host_batch, init_params, loss_and_gradients, random_tokens
+from tests.helpers import (
+    SCHEMA,
+    TINY,
+    assert_trees_close,
+    host_batch,
+    init_params,
+    loss_and_gradients,
+    random_tokens,
+    slow_but,
+)
 from tests.refusals import refused
 
 
@@ -56,7 +65,7 @@ def some_pairs(bt: BradleyTerry, prompts: list[int], seed: int = 0, longest: int
 
 
 @pytest.mark.parametrize("loss", ["regular", "margin", "scaled"])
-@pytest.mark.parametrize("attention", ["chunked", "blockwise"])
+@pytest.mark.parametrize("attention", slow_but("blockwise", ["chunked", "blockwise"]))
 def test_pairs_in_trees_equal_each_pair_alone(loss, attention):
     """Loss, metrics and every gradient, with responses that are preferred in one pair and not in the next."""
     bt = objective(loss)
@@ -231,6 +240,7 @@ def test_a_run_learns_what_is_preferred(rows, tmp_path, capsys):
     assert (tmp_path / "report" / "calibration.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_pairs_beside_ratings_are_the_weighted_sum(rows, tmp_path):
     changes = {"bradley_terry__weight": 0.5, "mesh__data": 2, "mesh__context": 4}
     losses = {}

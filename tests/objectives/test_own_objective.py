@@ -33,6 +33,7 @@ def losses(workdir, split="train", key="loss"):
     return np.array([r[key] for r in read_metrics(workdir / "metrics.jsonl") if r["split"] == split])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 def test_an_own_objective_trains_alone_and_beside_another(tmp_path, capsys):
     changes = {"length__scale": 0.005, "train__steps": 8, "train__evaluate_every": 1}

@@ -84,6 +84,7 @@ def no_compile_cache():
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 def test_compile_time_does_not_grow_with_layers(no_compile_cache):
     """CPU seconds, the better of two."""
     seconds, length = {}, {}

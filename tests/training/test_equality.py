@@ -34,6 +34,7 @@ from tests.helpers import (
     rated_examples,
     regression,
     sft,
+    slow_but,
 )
 from tests.refusals import refused
 
@@ -59,7 +60,7 @@ def assert_equal_to_one_row_an_example(module, objectives, trees, row_length, lo
             assert_trees_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("responses", [1, 2, 4])
+@pytest.mark.parametrize("responses", slow_but(4, [1, 2, 4]))
 @pytest.mark.parametrize("readout", ["last", "mean"])
 @pytest.mark.parametrize("average", ["ratings", "examples"])
 def test_rewards_in_trees_equal_one_row_a_response(responses, readout, average):
@@ -100,6 +101,7 @@ def random_trees(objective, seed: int, count: int, depth: int) -> list[Example]:
     return examples
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(seed=st.integers(0, 10**6), depth=st.integers(1, 6), attention=st.sampled_from(["chunked", "blockwise"]),
        kind=st.sampled_from(["reward", "chat"]))  # fmt: skip

@@ -24,6 +24,7 @@ from steerjax.planning.compile import plannable
 from steerjax.schema import Attribute, Schema
 from steerjax.training.source import initial_parameters, new_tokens, with_source, with_vocabulary
 from steerjax.training.train import train
+from tests.helpers import slow_but
 from tests.hf.serving import as_messages, llama3_like, talk
 from tests.hf_folders import TINY, random_tensors, write_folder
 from tests.refusals import refused
@@ -67,7 +68,7 @@ def recipe(rows, source, labels, objective="sft", steps=2, **groups):
     return resolve(config.to_dict())
 
 
-@pytest.mark.parametrize("labels", ["words", "tokens"])
+@pytest.mark.parametrize("labels", slow_but("tokens", ["words", "tokens"]))
 def test_trained_resumed_exported_and_trained_on(labels, source, rows, tmp_path, capsys):
     """The form travels; an export's tokens and embedding are transformers'; a second run adds no token again."""
     transformers = pytest.importorskip("transformers")

@@ -215,6 +215,7 @@ def test_a_base_in_bfloat16_trains_alike_and_takes_half_the_bytes(source, tmp_pa
     np.testing.assert_array_equal(rewards(tmp_path / "bfloat16"), rewards(tmp_path / "float32"))
 
 
+@pytest.mark.slow
 def test_an_adapter_is_a_model_and_a_source(source, tmp_path):
     """What `export --adapter` wrote, with its base: to score, to merge, and to train on."""
     train(experiment(source, model__lora__targets=("q", "down")), tmp_path / "run")
@@ -278,6 +279,7 @@ def test_an_adapter_that_peft_wrote(source, tmp_path, rslora):
         np.testing.assert_allclose(model(torch.tensor(tokens)).logits.numpy(), ours, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_is_a_source(source, tmp_path):
     """Its adapters and its head go on."""
     train(experiment(source), tmp_path / "run")
@@ -299,6 +301,7 @@ def test_runs_with_adapters_are_merged_as_the_models_they_are(source, tmp_path):
         np.testing.assert_allclose(value, (first[name] + second[name]) / 2, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_chat_models_too(source, tmp_path):
     train(experiment(source, ("sft",)), tmp_path / "run")
     export.main(["--checkpoint", str(tmp_path / "run"), "--output", str(tmp_path / "out")])

@@ -11,6 +11,7 @@ import pytest
 from steerjax.config import resolve
 from steerjax.report.records import read_metrics
 from steerjax.training import train as training
+from tests.helpers import slow_but
 
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 CASES = {  # of eight devices -> objective, micro-batches, attention; every axis is met by both objectives
@@ -74,7 +75,7 @@ def alone(rows, tmp_path_factory) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("mesh", CASES)
+@pytest.mark.parametrize("mesh", slow_but(("data=4,fsdp=2", "tensor=2,context=4"), CASES))
 def test_every_mesh_trains_as_one_device(rows, alone, tmp_path, mesh):
     objective, *options = CASES[mesh]
     np.testing.assert_allclose(losses(rows, tmp_path, objective, mesh, *options), alone[objective], rtol=1e-5)

@@ -26,6 +26,7 @@ from steerjax.report.records import read_metrics
 from steerjax.training import train as training
 from steerjax.training.workdir import claim_workdir, only_run
 from tests.faults.damage import damage
+from tests.helpers import slow_but
 from tests.refusals import refused, says
 from tests.reward_models import reward_folder
 
@@ -142,7 +143,7 @@ def assert_same_parameters(a, b, atol: float = 0.0) -> None:
 
 
 @pytest.mark.short
-@pytest.mark.parametrize("step", [6, 11])
+@pytest.mark.parametrize("step", slow_but(11, [6, 11]))
 def test_killed_and_started_again_equals_uninterrupted(recipe, repository, uninterrupted, tmp_path, step):
     """SIGKILL in mid-run; the later metrics and the parameters are the same to the bit."""
     env = environment(repository)
@@ -152,6 +153,7 @@ def test_killed_and_started_again_equals_uninterrupted(recipe, repository, unint
     assert_same_parameters(parameters(tmp_path), parameters(uninterrupted))
 
 
+@pytest.mark.slow
 def test_resumed_on_another_mesh(recipe, repository, uninterrupted, tmp_path):
     """From one device to data 2 and fsdp 4 on eight virtual devices: within 1e-5."""
     env = environment(repository)
@@ -244,6 +246,7 @@ def test_report_and_plots(recipe, tmp_path, capsys):
     assert "helpfulness" in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.short
 def test_the_first_loss_does_not_depend_on_micro_batches(recipe, tmp_path):
     """The head is made from all rows of the first step, not from those of the first micro-batch."""
