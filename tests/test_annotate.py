@@ -294,6 +294,7 @@ def processes(repository, tmp_path):
         server.stdin.close()
 
 
+@pytest.mark.slow
 def test_killed_ten_times_it_writes_the_same_bytes(model, tmp_path, processes):
     """SIGKILL at random moments: while it starts, reads, computes and writes."""
     rows = [row.to_json() for row in some_conversations(400, longest=20)]

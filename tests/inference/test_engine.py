@@ -207,6 +207,7 @@ def test_no_more_rows_are_computed_than_are_asked_for(monkeypatch):
     assert shapes == [Rows(1, 1, 1), Rows(1, 3, 1), Rows(1, 8, 1), Rows(1, 8, 1)]
 
 
+@pytest.mark.slow
 def test_requests_take_the_places_of_those_that_ended(monkeypatch):
     """Of 7 requests two in work at once. Ends come after 1 to 20 tokens; texts are those of each alone."""
     model, mixed = tiny(), [Request((p,)) for p in prompts(7, longest=150)]

@@ -200,6 +200,7 @@ def test_remat_and_unroll_change_nothing():
         assert_close(gradients(RewardModel(REWARD, 2, compute=Compute(**options)), params), plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [1, 2, 3])
 def test_frozen_layers_get_no_gradient_and_the_rest_the_same(frozen):
     model = RewardModel(REWARD, 2)

@@ -1,7 +1,6 @@
 """SteerLM 2.0: golden values, the gradient of KL(w' || b') response by response, groups in trees, rows, a run."""
 
 import json
-import os
 import signal
 import subprocess
 from dataclasses import replace
@@ -237,14 +236,10 @@ def two_updates(case, sizes, micro_batches, devices=8):
     return losses, jax.device_get(state.params)
 
 
-SLOW = [pytest.mark.slow, pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="STEERJAX_SLOW=1 runs it")]
-MESHES = [
-    ((2, 2, 2, 1), 2),
-    pytest.param((8, 1, 1, 1), 1, marks=SLOW),
-    pytest.param((1, 1, 2, 4), 8, marks=SLOW),
-]
+MESHES = [((2, 2, 2, 1), 2), ((8, 1, 1, 1), 1), ((1, 1, 2, 4), 8)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "micro_batches"), MESHES, ids=str)
 def test_eight_devices_and_micro_batches_equal_one(case, alone, sizes, micro_batches):
     losses, params = two_updates(case, sizes, micro_batches)
@@ -399,7 +394,6 @@ def get_config():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("STEERJAX_SLOW"), reason="takes minutes; STEERJAX_SLOW=1 runs it")
 def test_a_killed_command_goes_on(rows, tmp_path, repository):
     recipe, env = tmp_path / "recipe.py", environment(repository)
     recipe.write_text(RECIPE.format(str(rows)))

@@ -152,13 +152,13 @@ def assert_same_run(workdir: Path, alone: Path) -> None:
         np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
+@slow
 @pytest.mark.parametrize(
     ("count", "devices", "meshes"),
     [
-        (2, 1, ("fsdp=2",)),
-        pytest.param(2, 1, ("data=2", "tensor=2"), marks=slow),
-        pytest.param(4, 1, ("data=4", "fsdp=4", "tensor=4", "data=2,fsdp=2"), marks=slow),
-        pytest.param(2, 2, ("data=2,tensor=2", "fsdp=2,tensor=2", "fsdp=4"), marks=slow),
+        (2, 1, ("data=2", "fsdp=2", "tensor=2")),
+        (4, 1, ("data=4", "fsdp=4", "tensor=4", "data=2,fsdp=2")),
+        (2, 2, ("data=2,tensor=2", "fsdp=2,tensor=2", "fsdp=4")),
     ],
 )
 def test_several_train_as_one(recipe, alone, repository, tmp_path, count, devices, meshes):

@@ -31,6 +31,7 @@ from tests.helpers import (
     loss_and_gradients,
     rated_examples,
     regression,
+    slow_but,
 )
 from tests.hf_folders import TINY as FOLDER
 from tests.hf_folders import random_tensors, read_folder, write_folder
@@ -55,7 +56,7 @@ def folded(layers: dict, scale: float) -> dict:
     return out
 
 
-@pytest.mark.parametrize("targets", [("all-linear",), ("q", "v"), ("o", "down")])
+@pytest.mark.parametrize("targets", slow_but((("all-linear",),), [("all-linear",), ("q", "v"), ("o", "down")]))
 def test_gradients_are_those_of_full_training_by_the_chain_rule(targets):
     """For W + s A B and G the gradient of W: s G B' for A, s A' G for B."""
     lora = LoraConfig(rank=3, alpha=6.0, targets=targets)
@@ -318,6 +319,7 @@ def test_what_cannot_be_adapted(source, tmp_path):
         train(experiment(source, model__source="random"), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_peft_scores_as_we_do(source, tmp_path):
     """The adapter with its head, on the base model, and what PEFT merges."""

@@ -96,6 +96,7 @@ def test_wandb_without_a_key_is_refused_at_the_start(wandb_environment, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_leaves_the_run_offline(wandb_environment, tmp_path, capsys):
     wandb_environment("WANDB_API_KEY", "a" * 40)
     wandb_environment("WANDB_BASE_URL", "http://127.0.0.1:9")
