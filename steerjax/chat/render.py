@@ -167,6 +167,17 @@ class Renderer:
         rendered = self.render(conversation, rated=turn_index)
         return rendered.tokens, rendered.root
 
+    def response_tokens(self, prompt: Conversation, response: str, label: Label | None) -> tuple[np.ndarray, int, int]:
+        """A response to a prompt, which ends with the user's turn, after a label line of `label`, where there is one.
+
+        Returns tokens (int32 [T]) through the response's end, `Rendered.root`, and where the response begins. Raises
+        DataError as `render`.
+        """
+        whole = replace(prompt, turns=(*prompt.turns, Turn("assistant", response)), samples=())
+        rendered = self.render(whole, [*(None for _ in prompt.turns), label])
+        span = rendered.responses[-1]
+        return rendered.tokens[: span.stop], rendered.root, span.start
+
     def rating_tokens(
         self, conversation: Conversation, turn_index: int, ratings: Label
     ) -> tuple[np.ndarray, int, np.ndarray]:

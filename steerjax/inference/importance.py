@@ -5,7 +5,7 @@ Source: HelpSteer2, arXiv 2406.08673, section 4.5. An answer is rendered as trai
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from steerjax.bundle import Bundle
 from steerjax.chat.render import Label, Renderer
-from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.conversation import Conversation
 from steerjax.data.trees import Example
 from steerjax.errors import DataError
 from steerjax.inference.job import progress, resumable
@@ -49,13 +49,10 @@ class Scores:
 
 
 def answer_example(renderer: Renderer, prompt: Conversation, label: Label | None, answer: str) -> Example:
-    """What asks for log P(answer and its end | prompt and label line). Raises DataError as `Renderer.render`."""
-    whole = replace(prompt, turns=(*prompt.turns, Turn("assistant", answer)))
-    rendered = renderer.render(whole, [*(None for _ in prompt.turns), label])
-    span = rendered.responses[-1]
-    places = np.arange(span.start - 1, span.stop - 1, dtype=np.int32)
-    tokens, ones = rendered.tokens[: span.stop], np.ones(len(places), np.float32)
-    return Example("answer", 0, tokens, span.start, places, tokens[places + 1], ones)
+    """What asks for log P(answer and its end | prompt and label line). Raises DataError as the renderer."""
+    tokens, _, start = renderer.response_tokens(prompt, answer, label)
+    places = np.arange(start - 1, len(tokens) - 1, dtype=np.int32)
+    return Example("answer", 0, tokens, start, places, tokens[places + 1], np.ones(len(places), np.float32))
 
 
 def score_groups(

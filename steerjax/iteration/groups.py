@@ -8,13 +8,13 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-from scipy.special import softmax
 
 from steerjax.beta_bins import Edges, log_probabilities
 from steerjax.data.conversation import Conversation, Sample
 from steerjax.data.loading import Skipped
 from steerjax.evaluation.steering_answers import Answer, read_answers
 from steerjax.inference.importance import Group, Scores
+from steerjax.objectives.steerlm2 import log_targets
 from steerjax.schema import Schema
 
 # Why an answer has no weight.
@@ -84,7 +84,8 @@ def weighed_groups(
 
 def weights(group: Conversation) -> np.ndarray:
     """w' [E]: what the group's samples should weigh, adding up to 1."""
-    return softmax([s.log_rating + s.log_prior - s.log_sampled for s in group.samples])
+    logs = ([getattr(s, key) for s in group.samples] for key in ("log_rating", "log_prior", "log_sampled"))
+    return np.exp(log_targets(*map(np.array, logs)))
 
 
 def effective_samples(group: Conversation) -> float:

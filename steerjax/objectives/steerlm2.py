@@ -13,7 +13,7 @@ Source: HelpSteer2, arXiv 2406.08673, section 4.5; NeMo-Aligner `gpt_steerlm_mod
 
 import functools
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import pydantic.dataclasses
 from jaxtyping import Array, Float, Int
 from scipy.special import log_softmax
 
-from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.conversation import Conversation
 from steerjax.data.packing import check_fits
 from steerjax.data.trees import Example, grow
 from steerjax.errors import DataError
@@ -97,12 +97,9 @@ class SteerLM2(Objective):
 
     def _tokens_of(self, conversation: Conversation, response: str) -> tuple[np.ndarray, int, int]:
         """The tokens through a response's end, `Rendered.root`, and where the response begins."""
-        turns = (*conversation.turns, Turn("assistant", response))
-        labels = [None] * len(conversation.turns) + [conversation.asked]
-        rendered = self.setting.renderer.render(replace(conversation, turns=turns, samples=()), labels)
-        span = rendered.responses[-1]
-        self.setting.check_length(span.stop)
-        return rendered.tokens[: span.stop], rendered.root, span.start
+        tokens, root, start = self.setting.renderer.response_tokens(conversation, response, conversation.asked)
+        self.setting.check_length(len(tokens))
+        return tokens, root, start
 
     def group(self, split: str, texts, log_ratings, log_priors, log_sampled) -> list[Example]:
         """Of one prompt's responses: (tokens, root, where the response begins) each, and their log-probabilities.
