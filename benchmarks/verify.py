@@ -1,10 +1,12 @@
-"""What the comparison with checksums costs of a restore.
+"""What the comparison with checksums costs a resume.
 
-    python benchmarks/verify.py [--gigabytes 6] [--folder SCRATCH]
+    python benchmarks/verify.py [--layers 30] [--turns 5] [--folder SCRATCH]
 
-A checkpoint of so many random bytes is written as training writes one, then restored by `CheckpointStore.restore` and
-read by `bundle.verify.damage`, warm and, dropped from the page cache before, cold: there the comparison comes first,
-and the restore finds the files in memory. The medians of three. Writes results/verify.json; the folder goes at the end.
+`steerjax train` trains one step of a Llama (30 layers: 503M parameters, 5.6 GiB with two moments, 16 GB of memory) and
+is killed. The same command is then started with and without `config.train.verify`, in turn, its checkpoint in the page
+cache (warm) or not (cold), and killed when it says that it has resumed. `restore` is what it takes without comparison
+from "opening the parameters" to there, `more` the median difference of whole starts over it. Writes
+results/verify.json; the folder goes at the end.
 """
 
 from __future__ import annotations
@@ -12,26 +14,47 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import jax
-import numpy as np
 from turns import RESULTS, machine
 
-from steerjax.bundle.store import CheckpointStore
-from steerjax.bundle.verify import damage
 from steerjax.report.records import write_json
 
-LAYERS, COLUMNS = 8, 1024
+RECIPE = """
+from steerjax.config import default_config
 
 
-def seconds(do: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    do()
-    return time.perf_counter() - begun
+def get_config():
+    config = default_config()
+    config.objectives = ("regression",)
+    config.data.train = ("embedded:helpsteer",)
+    config.data.on_bad_row = "skip"
+    model = config.model
+    model.hidden_size, model.intermediate_size, model.num_layers = 1024, 4096, {layers}
+    model.num_heads = model.num_kv_heads = 16
+    config.batch.rows, config.batch.row_length = 1, 1024
+    config.optimizer.warmup_steps = 1
+    config.train.steps, config.train.checkpoint_every, config.train.evaluate_every = 10, 1, 0
+    config.train.plots, config.train.trackers = False, ()
+    return config
+"""
+
+
+def seconds_to(words: list[str], command: list[str]) -> list[float]:
+    """When it said each of these, from its start; it is killed then."""
+    begun, found = time.perf_counter(), []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        for line in process.stdout:
+            if line.startswith(words[len(found)]):
+                found.append(time.perf_counter() - begun)
+                if len(found) == len(words):
+                    process.kill()
+                    return found
+    raise SystemExit(f"{' '.join(command)} ended before it said '{words[len(found)]}'")
 
 
 def forget(folder: Path) -> None:
@@ -42,50 +65,50 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measured(folder: Path, gigabytes: float) -> dict:
-    """Parameters and two moments, a third of the bytes each."""
-    random, one = np.random.default_rng(0), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shape = (LAYERS, round(gigabytes * 2**30 / 3 / 4 / LAYERS / COLUMNS), COLUMNS)
-    names = {"llama": {"layers": {"w": 0}}}, {"m": 0, "v": 0}
-    like = [jax.tree.map(lambda _: jax.ShapeDtypeStruct(shape, np.float32, sharding=one), tree) for tree in names]
+def remember(folder: Path) -> None:
+    for path in filter(Path.is_file, folder.rglob("*")):
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
 
-    def filled(tree):
-        return jax.tree.map(lambda x: jax.device_put(random.standard_normal(x.shape, x.dtype), x.sharding), tree)
 
-    step = folder / "checkpoints" / "1"
-    with CheckpointStore(step.parent, 2) as store:
-        found = {"save": [seconds(lambda: (store.save(*map(filled, like), 1, {}, None), store.wait()))]}
-
-        def restore():
-            jax.block_until_ready(store.restore(1, *like))
-
-        def compare():
-            assert not damage(step)
-
-        for _ in range(3):
-            for name, do in (("restore, warm", restore), ("compare, warm", compare)):
-                found.setdefault(name, []).append(seconds(do))
-            forget(step)
-            found.setdefault("restore, cold", []).append(seconds(restore))
-            forget(step)
-            found.setdefault("compare and restore, cold", []).append(seconds(compare) + seconds(restore))
-    medians = {name: round(statistics.median(values), 2) for name, values in found.items()}
-    more = {
-        "warm": medians["compare, warm"] / medians["restore, warm"],
-        "cold": medians["compare and restore, cold"] / medians["restore, cold"] - 1,
-    }
+def measured(folder: Path, layers: int, turns: int) -> dict:
+    recipe, run = folder / "recipe.py", folder / "run"
+    recipe.write_text(RECIPE.format(layers=layers))
+    train = [sys.executable, "-m", "steerjax", "train", f"--config={recipe}", f"--workdir={run}"]
+    seconds_to(["step 3/"], train)  # a step's checkpoint is whole before the next one is written
+    step = max((run / "checkpoints").glob("[0-9]"))
     written = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
-    more = {name: round(value, 3) for name, value in more.items()}
-    return {"gigabytes": round(written / 2**30, 2), "seconds": medians, "more": more}
+    starts, restores = {}, {}
+    for turn in range(turns):
+        for state, prepare in (("warm", remember), ("cold", forget)):
+            for verify in (True, False) if turn % 2 else (False, True):
+                prepare(step)
+                command = [*train, f"--config.train.verify={verify}"]
+                opening, resumed = seconds_to(["opening the parameters", "resumed at"], command)
+                starts.setdefault((state, verify), []).append(resumed)
+                if not verify:
+                    restores.setdefault(state, []).append(resumed - opening)
+    found = {"gigabytes": round(written / 2**30, 2), "turns": turns}
+    for state, restore in restores.items():
+        more = [a - b for a, b in zip(starts[state, True], starts[state, False], strict=True)]
+        found[state] = {
+            "restore": round(statistics.median(restore), 2),
+            "start": round(statistics.median(starts[state, False]), 2),
+            "more seconds": [round(each, 2) for each in more],
+            "more": round(statistics.median(more) / statistics.median(restore), 3),
+        }
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=6.0, metavar="N")
+    parser.add_argument("--layers", type=int, default=30, metavar="N")
+    parser.add_argument("--turns", type=int, default=5, metavar="N")
     parser.add_argument("--folder", metavar="SCRATCH", help="default: the system's for temporary files")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = {"machine": machine(), **measured(Path(folder), options.gigabytes)}
+        found = {"machine": machine(), **measured(Path(folder), options.layers, options.turns)}
     write_json(RESULTS / "verify.json", found)
     print(found)
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from steerjax.bundle.describe import output_names
 from steerjax.bundle.store import CheckpointStore
+from steerjax.bundle.verify import newest_compared
 from steerjax.chat.render import make_renderer
 from steerjax.data.batch import Feeder, evaluation_steps
 from steerjax.data.loading import write_skipped
@@ -62,11 +63,17 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     if main:
         for name in experiment.train.trackers:
             TRACKERS[name].check()
-    with only_run(workdir, active=main):
-        return _train(experiment, workdir, processes)
+    share, verify = (processes.index, processes.count), experiment.train.verify
+    with (
+        only_run(workdir, active=main),
+        newest_compared(workdir / "checkpoints", share, verify=verify) as damage,
+    ):
+        return _train(experiment, workdir, processes, damage)
 
 
-def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[str, Evaluation]:
+def _train(
+    experiment: Experiment, workdir: Path, processes: Processes, damage: Callable[..., str]
+) -> dict[str, Evaluation]:
     main = processes.index == 0
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
@@ -107,7 +114,7 @@ def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[
     checkpoints = workdir / "checkpoints"
     with jax.set_mesh(mesh):
         any_process = make_any(mesh)
-        set_damaged_aside(checkpoints, processes, lambda one: bool(any_process(one)), verify=e.train.verify)
+        set_damaged_aside(checkpoints, processes, lambda one: bool(any_process(one)), damage, verify=e.train.verify)
     with (
         jax.set_mesh(mesh),
         CheckpointStore(checkpoints, e.train.keep_last) as store,

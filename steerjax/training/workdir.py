@@ -12,7 +12,7 @@ from typing import Any
 
 from steerjax import __version__
 from steerjax.bundle.describe import Provenance, TokenizerSource, output_names, read_provenance
-from steerjax.bundle.verify import damage, say, steps_of
+from steerjax.bundle.verify import say, steps_of
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import named
 from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
@@ -77,16 +77,21 @@ def only_run(workdir: Path, *, active: bool) -> contextlib.AbstractContextManage
 
 
 def set_damaged_aside(
-    checkpoints: Path, processes: Processes, any_process: Callable[[bool], bool], *, verify: bool
+    checkpoints: Path,
+    processes: Processes,
+    any_process: Callable[[bool], bool],
+    damage: Callable[..., str],
+    *,
+    verify: bool,
 ) -> None:
     """Renames checkpoints that are damaged to STEP.damaged, so that the run goes on from the newest that is not.
 
-    Of each every process reads its share. That newest one is read whole, and those before it as far as the run opens
-    them. Raises CheckpointError: all are damaged.
+    `damage` says of one what this process finds in its share (`newest_compared`). That newest one is read whole, and
+    those before it as far as the run opens them. Raises CheckpointError: all are damaged.
     """
     sound, damaged = None, []
     for step in steps_of(checkpoints):
-        problem = damage(step, whole=verify and sound is None, share=(processes.index, processes.count))
+        problem = damage(step, whole=verify and sound is None)
         if problem:
             say(f"'{step}' is damaged: {problem}")
         if any_process(bool(problem)):

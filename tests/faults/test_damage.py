@@ -254,7 +254,8 @@ def opened(run: Path, out: Path, written: Written) -> None:
 
 
 def restored(run: Path, out: Path, written: Written) -> None:
-    set_damaged_aside(run / "checkpoints", ALONE, bool, verify=True)
+    with verify.newest_compared(run / "checkpoints") as damage:
+        set_damaged_aside(run / "checkpoints", ALONE, bool, damage, verify=True)
     with CheckpointStore(run / "checkpoints", keep_last=2) as store:
         params, training = store.restore(store.latest_step(), written.like, written.training)
     assert training["step"] == STEPS[0]
