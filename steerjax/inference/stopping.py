@@ -22,7 +22,8 @@ class Stops:
     def __init__(self, tokenizer: Tokenizer, template: Template):
         self._tokenizer, self._template = tokenizer, template
         self._strings = sorted(template.control_strings | tokenizer.special_strings)
-        self._ids = {index for index in (tokenizer.eos_id, tokenizer.bos_id) if index is not None}
+        marked = {tokenizer.token_id(string) for string in template.control_strings}
+        self._ids = {tokenizer.eos_id, tokenizer.bos_id} - marked - {None}  # those of the template are found as text
         encode = functools.partial(tokenizer.encode, continuation=True, controls=template.control_strings)
         sequences = {(index,) for index in self._ids} | {tuple(encode(s)) for s in (*self._strings, template.end)}
         self.tokens = sorted(ids[0] for ids in sequences if len(ids) == 1)

@@ -1,5 +1,7 @@
 """Ends of one token and of several, and what a stream may show of them."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -53,6 +55,12 @@ def test_other_ends():
     assert stops.find(ids("hi\n<extra_id_0>System", EXTRA_ID)) == ("hi", True)
     assert stops.find(ids(" hi \n", CHATML))[0] == " hi \n"
     assert Stops(TOKENIZER, CHATML).find(ids(" hi \n", CHATML))[0] == "hi"
+
+
+def test_an_end_of_text_that_is_the_templates_end():
+    """As exports name it: what belongs to the end goes with it."""
+    tokenizer = dataclasses.replace(TOKENIZER, eos_id=TOKENIZER.token_id("<extra_id_1>"))
+    assert Stops(tokenizer, EXTRA_ID).find(ids("hi" + EXTRA_ID.end, EXTRA_ID)) == ("hi", True)
 
 
 @TEMPLATES
