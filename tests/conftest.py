@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("STEERJAX_TEST_PLATFORM", "cpu")
-# Most of a test's time is compiling. Those that only STEERJAX_SLOW=1 runs are compiled as users' programs are.
+# Most of a test's time is compiling. With STEERJAX_SLOW=1 programs are compiled as users have them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if os.environ.get("STEERJAX_SLOW") else "1")
 
 import jax
