@@ -50,13 +50,13 @@ def damage(step: Path, *, whole: bool = True, share: tuple[int, int] = (0, 1), s
 def newest_compared(
     checkpoints: Path, share: tuple[int, int] = (0, 1), *, verify: bool = True
 ) -> Iterator[Callable[..., str]]:
-    """`damage`, which begins in a thread with the newest checkpoint: reading it costs little beside other work."""
+    """`damage`; a thread begins with the whole newest checkpoint, as reading it costs little beside other work."""
     newest, stop = next(iter(steps_of(checkpoints)), None), threading.Event()
     pool = ThreadPoolExecutor(1)
     begun = pool.submit(damage, newest, share=share, stop=stop) if newest and verify else None
 
     def found(step: Path, *, whole: bool) -> str:
-        return begun.result() if begun and step == newest else damage(step, whole=whole, share=share)
+        return begun.result() if begun and whole and step == newest else damage(step, whole=whole, share=share)
 
     try:
         yield found

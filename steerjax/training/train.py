@@ -63,17 +63,26 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     if main:
         for name in experiment.train.trackers:
             TRACKERS[name].check()
-    share, verify = (processes.index, processes.count), experiment.train.verify
-    with (
-        only_run(workdir, active=main),
-        newest_compared(workdir / "checkpoints", share, verify=verify) as damage,
-    ):
-        return _train(experiment, workdir, processes, damage)
+    checkpoints, share, verify = workdir / "checkpoints", (processes.index, processes.count), experiment.train.verify
+    with only_run(workdir, active=main):
+        if processes.count == 1 and verify:
+            with contextlib.suppress(_Damaged), newest_compared(checkpoints) as damage:
+                return _train(experiment, workdir, processes, damage, beside=True)
+        with newest_compared(checkpoints, share, verify=verify) as damage:
+            return _train(experiment, workdir, processes, damage)
+
+
+class _Damaged(Exception):
+    """What was restored, while it was compared."""
 
 
 def _train(
-    experiment: Experiment, workdir: Path, processes: Processes, damage: Callable[..., str]
+    experiment: Experiment, workdir: Path, processes: Processes, damage: Callable[..., str], beside: bool = False
 ) -> dict[str, Evaluation]:
+    """`damage` says what is wrong with a checkpoint; `beside`: it is still reading when the newest one is restored.
+
+    Raises what `train` does, and then _Damaged.
+    """
     main = processes.index == 0
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
@@ -114,7 +123,10 @@ def _train(
     checkpoints = workdir / "checkpoints"
     with jax.set_mesh(mesh):
         any_process = make_any(mesh)
-        set_damaged_aside(checkpoints, processes, lambda one: bool(any_process(one)), damage, verify=e.train.verify)
+        verify = e.train.verify
+        set_damaged_aside(
+            checkpoints, processes, lambda one: bool(any_process(one)), damage, verify=verify, beside=beside
+        )
     with (
         jax.set_mesh(mesh),
         CheckpointStore(checkpoints, e.train.keep_last) as store,
@@ -133,7 +145,11 @@ def _train(
             )
         else:
             provenance = check_same_inputs(checkpoints / str(step), provenance, e.train.accept_changes)
-            whole, rest = store.restore(step, program.whole, program.abstract.rest())
+            try:
+                whole, rest = store.restore(step, program.whole, program.abstract.rest())
+            finally:
+                if beside and damage(checkpoints / str(step), whole=True):
+                    raise _Damaged
         if main:
             keep_tokenizer(renderer.tokenizer, workdir)
         if e.compute.cache_frozen:

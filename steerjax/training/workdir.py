@@ -83,15 +83,17 @@ def set_damaged_aside(
     damage: Callable[..., str],
     *,
     verify: bool,
+    beside: bool = False,
 ) -> None:
     """Renames checkpoints that are damaged to STEP.damaged, so that the run goes on from the newest that is not.
 
-    `damage` says of one what this process finds in its share (`newest_compared`). That newest one is read whole, and
-    those before it as far as the run opens them. Raises CheckpointError: all are damaged.
+    `damage` says of one what this process finds in its share (`newest_compared`). That newest one is read whole, unless
+    that is done `beside` restoring it, and the others as far as the run opens them.
+    Raises CheckpointError: all are damaged.
     """
     sound, damaged = None, []
     for step in steps_of(checkpoints):
-        problem = damage(step, whole=verify and sound is None)
+        problem = damage(step, whole=verify and not beside and sound is None)
         if problem:
             say(f"'{step}' is damaged: {problem}")
         if any_process(bool(problem)):

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from steerjax import checksums
 from steerjax.bundle import open_bundle
 from steerjax.bundle.describe import read_provenance
 from steerjax.bundle.store import CheckpointStore
@@ -415,8 +416,12 @@ def test_a_resume_on_another_source_model_is_refused_or_recorded(recipe, tmp_pat
     assert "source model" in accepted
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_one_without_damage(recipe, tmp_path, capfd):
-    """Bit for bit, from the checkpoint before."""
+@pytest.mark.parametrize("small", [pytest.param(checksums.SMALL, id="before"), pytest.param(0, id="beside")])
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_one_without_damage(
+    recipe, tmp_path, capfd, monkeypatch, small
+):
+    """Bit for bit, from the checkpoint before; seen before it is restored, or while it is, as in large files."""
+    monkeypatch.setattr(checksums, "SMALL", small)
     whole, run = tmp_path / "whole", tmp_path / "run"
     training.train(experiment(recipe, steps=12), whole)
     shutil.copytree(whole, run)
