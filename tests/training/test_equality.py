@@ -202,7 +202,7 @@ class Second(Regression):
 
 
 @pytest.mark.short
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", slow_but(1, [1, 4]))
 def test_two_objectives_give_the_weighted_sum_of_both(micro_batches):
     first = regression()
     second = Second(RegressionConfig(weight=0.25, average="examples"), Setting(SCHEMA, None))

@@ -290,6 +290,7 @@ def test_a_run_with_adapters_is_a_source(source, tmp_path):
     assert losses(tmp_path / "more")[0] < losses(tmp_path / "run")[0]
 
 
+@pytest.mark.slow
 def test_runs_with_adapters_are_merged_as_the_models_they_are(source, tmp_path):
     """The mean of A B is not the product of means."""
     for seed in (0, 1):

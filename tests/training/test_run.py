@@ -175,7 +175,9 @@ def test_sigterm_saves_and_says_so(recipe, repository, uninterrupted, tmp_path):
     assert records(tmp_path) == records(uninterrupted)
 
 
-@pytest.mark.parametrize(("sent", "last"), [(signal.SIGTERM, 3), (signal.SIGINT, 6)])
+@pytest.mark.parametrize(
+    ("sent", "last"), [pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow), (signal.SIGINT, 6)]
+)
 def test_a_signal_at_an_evaluation_saves_first(recipe, tmp_path, monkeypatch, sent, last):
     """An evaluation can take longer than a preempted machine has left; what was owed is done when the run goes on."""
     write = training.step_record
@@ -416,7 +418,9 @@ def test_a_resume_on_another_source_model_is_refused_or_recorded(recipe, tmp_pat
     assert "source model" in accepted
 
 
-@pytest.mark.parametrize("small", [pytest.param(checksums.SMALL, id="before"), pytest.param(0, id="beside")])
+@pytest.mark.parametrize(
+    "small", [pytest.param(checksums.SMALL, id="before", marks=pytest.mark.slow), pytest.param(0, id="beside")]
+)
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_one_without_damage(
     recipe, tmp_path, capfd, monkeypatch, small
 ):

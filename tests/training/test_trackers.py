@@ -70,6 +70,7 @@ def test_names_with_commas():
     assert experiment("").train.trackers == experiment().train.trackers == ()
 
 
+@pytest.mark.slow
 def test_wandb_offline_has_the_metrics_and_a_resume_goes_on_with_the_same_run(wandb_environment, tmp_path):
     wandb_environment("WANDB_MODE", "offline")
     workdir = tmp_path / "run"
