@@ -2,16 +2,16 @@
 
     python benchmarks/verify.py [--layers 30] [--turns 5] [--folder SCRATCH]
 
-`steerjax train` trains one step of a Llama (30 layers: 503M parameters, 5.6 GiB with two moments, 16 GB of memory) and
-is killed. The same command is then started with and without `config.train.verify`, in turn, its checkpoint in the page
-cache (warm) or not (cold), and killed when it says that it has resumed. `restore` is what it takes without comparison
-from "opening the parameters" to there, `more` the median difference of whole starts over it. Writes
-results/verify.json; the folder goes at the end.
+`steerjax train` trains two steps of a Llama (30 layers: 503M parameters, 5.3 GiB with two moments, 16 GB of memory) and
+is killed. The same command is then started again and again, its checkpoint in the page cache (warm) or not (cold), and
+ends when it has resumed. Each start times its own restore and its own comparison. Writes results/verify.json; the
+folder goes at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 from turns import RESULTS, machine
 
 from steerjax.report.records import write_json
@@ -36,7 +37,7 @@ def get_config():
     model = config.model
     model.hidden_size, model.intermediate_size, model.num_layers = 1024, 4096, {layers}
     model.num_heads = model.num_kv_heads = 16
-    config.batch.rows, config.batch.row_length = 1, 1024
+    config.batch.rows, config.batch.row_length = 1, 256
     config.optimizer.warmup_steps = 1
     config.train.steps, config.train.checkpoint_every, config.train.evaluate_every = 10, 1, 0
     config.train.plots, config.train.trackers = False, ()
@@ -44,17 +45,48 @@ def get_config():
 """
 
 
-def seconds_to(words: list[str], command: list[str]) -> list[float]:
-    """When it said each of these, from its start; it is killed then."""
-    begun, found = time.perf_counter(), []
+class Resumed(Exception):
+    """All that is timed is done."""
+
+
+def resume(words: list[str]) -> None:
+    """In a process of its own: `steerjax train` up to its first step; prints the seconds of restore and comparison."""
+    from steerjax import train as command
+    from steerjax.bundle.store import CheckpointStore
+    from steerjax.training import resume, train
+
+    seconds = {}
+
+    def timed(name, function):
+        def call(*arguments, **options):
+            begun = time.perf_counter()
+            found = jax.block_until_ready(function(*arguments, **options))
+            seconds[name] = seconds.get(name, 0) + time.perf_counter() - begun
+            return found
+
+        return call
+
+    def loop(*_):
+        raise Resumed
+
+    CheckpointStore.restore = timed("restore", CheckpointStore.restore)
+    train.set_damaged_aside = timed("before", train.set_damaged_aside)
+    resume.set_damaged_aside = timed("after", resume.set_damaged_aside)
+    train.loop = loop
+    try:
+        sys.argv[1:] = words
+        command.main()
+    except Resumed:
+        print(json.dumps(seconds))
+
+
+def kill_at(word: str, command: list[str]) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout:
-            if line.startswith(words[len(found)]):
-                found.append(time.perf_counter() - begun)
-                if len(found) == len(words):
-                    process.kill()
-                    return found
-    raise SystemExit(f"{' '.join(command)} ended before it said '{words[len(found)]}'")
+            if line.startswith(word):
+                process.kill()
+                return
+    raise SystemExit(f"{' '.join(command)} ended before it said '{word}'")
 
 
 def forget(folder: Path) -> None:
@@ -75,33 +107,31 @@ def remember(folder: Path) -> None:
 def measured(folder: Path, layers: int, turns: int) -> dict:
     recipe, run = folder / "recipe.py", folder / "run"
     recipe.write_text(RECIPE.format(layers=layers))
-    train = [sys.executable, "-m", "steerjax", "train", f"--config={recipe}", f"--workdir={run}"]
-    seconds_to(["step 3/"], train)  # a step's checkpoint is whole before the next one is written
+    words = [f"--config={recipe}", f"--workdir={run}"]
+    # A step's checkpoint is whole before the next one is written.
+    kill_at("step 3/", [sys.executable, "-m", "steerjax", "train", *words])
     step = max((run / "checkpoints").glob("[0-9]"))
     written = sum(path.stat().st_size for path in step.rglob("*") if path.is_file())
-    starts, restores = {}, {}
-    for turn in range(turns):
-        for state, prepare in (("warm", remember), ("cold", forget)):
-            for verify in (True, False) if turn % 2 else (False, True):
-                prepare(step)
-                command = [*train, f"--config.train.verify={verify}"]
-                opening, resumed = seconds_to(["opening the parameters", "resumed at"], command)
-                starts.setdefault((state, verify), []).append(resumed)
-                if not verify:
-                    restores.setdefault(state, []).append(resumed - opening)
     found = {"gigabytes": round(written / 2**30, 2), "turns": turns}
-    for state, restore in restores.items():
-        more = [a - b for a, b in zip(starts[state, True], starts[state, False], strict=True)]
+    for state, prepare in (("warm", remember), ("cold", forget)):
+        restores, comparisons = [], []
+        for _ in range(turns):
+            prepare(step)
+            said = subprocess.run([sys.executable, __file__, "--resume", *words], stdout=subprocess.PIPE, check=True)
+            seconds = json.loads(said.stdout.splitlines()[-1])
+            restores.append(seconds["restore"])
+            comparisons.append(seconds["before"] + seconds["after"])
         found[state] = {
-            "restore": round(statistics.median(restore), 2),
-            "start": round(statistics.median(starts[state, False]), 2),
-            "more seconds": [round(each, 2) for each in more],
-            "more": round(statistics.median(more) / statistics.median(restore), 3),
+            "restore": [round(each, 2) for each in restores],
+            "comparison": [round(each, 2) for each in comparisons],
+            "more": round(statistics.median(c / r for c, r in zip(comparisons, restores, strict=True)), 3),
         }
     return found
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--resume"]:
+        return resume(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=30, metavar="N")
     parser.add_argument("--turns", type=int, default=5, metavar="N")

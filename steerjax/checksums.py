@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,6 @@ from steerjax.typed import STRICT, typed
 LIST = "checksums.json"
 OWN = "xxh3"  # key of a line's checksum
 SMALL = 1 << 20  # bytes of a file that is read at once, even where only sizes are compared
-NEVER = threading.Event()  # never set
 _BLOCK = 4 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -35,11 +33,11 @@ class Listing:
     files: dict[str, tuple[int, str]]
 
 
-def checksum(path: Path, stop: threading.Event = NEVER) -> tuple[int, str]:
-    """Bytes of a file and their checksum, hex; of what was read so far, once `stop` is set."""
+def checksum(path: Path) -> tuple[int, str]:
+    """Bytes of a file and their checksum, hex."""
     found, size, buffer = xxhash.xxh3_128(), 0, memoryview(bytearray(_BLOCK))
     with path.open("rb", buffering=0) as file:
-        while not stop.is_set() and (count := file.readinto(buffer)):
+        while count := file.readinto(buffer):
             found.update(buffer[:count])
             size += count
     return size, found.hexdigest()
@@ -57,19 +55,11 @@ def write_list(folder: Path, leave: Collection[str] = ()) -> None:
     (folder / LIST).write_text(_text(checksums(folder, leave)), encoding="utf-8")
 
 
-def what_is_wrong(
-    folder: Path,
-    *,
-    whole: bool = True,
-    share: tuple[int, int] = (0, 1),
-    foreign: bool = True,
-    stop: threading.Event = NEVER,
-) -> str:
+def what_is_wrong(folder: Path, *, whole: bool = True, share: tuple[int, int] = (0, 1), foreign: bool = True) -> str:
     """How a listed folder differs from its list, "" where it does not.
 
     `whole` reads every file, else only those of at most SMALL bytes: of others the size is compared. `share`: the part
     of process i of n of the reading. `foreign`: a file that is not listed is wrong; names with a dot ahead are not.
-    `stop`: set in another thread, it ends the reading, and what is returned means nothing.
     """
     try:
         text = (folder / LIST).read_text(encoding="utf-8")
@@ -90,7 +80,7 @@ def what_is_wrong(
         read = sorted((-size, name) for name, (size, _) in listed.items() if whole or size <= SMALL)
         mine = [name for _, name in read[share[0] :: share[1]]]
         with ThreadPoolExecutor(_THREADS) as pool:
-            said = list(filter(None, pool.map(lambda name: _differs(folder / name, name, listed[name], stop), mine)))
+            said = list(filter(None, pool.map(lambda name: _differs(folder / name, name, listed[name]), mine)))
     return some(said)
 
 
@@ -123,9 +113,9 @@ def some(said: Iterable[str]) -> str:
     return "; ".join(said[:3]) + (f"; and {len(said) - 3} more" if len(said) > 3 else "")
 
 
-def _differs(path: Path, name: str, listed: tuple[int, str], stop: threading.Event) -> str:
+def _differs(path: Path, name: str, listed: tuple[int, str]) -> str:
     try:
-        return "" if checksum(path, stop) == listed else f"{name} does not have its checksum"
+        return "" if checksum(path) == listed else f"{name} does not have its checksum"
     except OSError as error:
         return f"{name} cannot be read ({error.strerror})"
 

@@ -115,6 +115,10 @@ class CheckpointStore:
         """Step of the newest whole checkpoint; None where there is none."""
         return self._manager.latest_step()
 
+    def reload(self) -> None:
+        """Looks again which checkpoints there are."""
+        self._manager.reload()
+
     def best_step(self) -> int | None:
         """Step of the kept checkpoint with the least validation loss."""
         return self._manager.best_step()

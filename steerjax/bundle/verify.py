@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from steerjax.bundle.reader import is_checkpoint
-from steerjax.checksums import LIST, NEVER, what_is_wrong
+from steerjax.checksums import LIST, what_is_wrong
 from steerjax.errors import CheckpointError, ModelError
 
 ABOUT = "steerjax.json"
@@ -28,13 +24,13 @@ def steps_of(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda step: int(step.name), reverse=True)
 
 
-def damage(step: Path, *, whole: bool = True, share: tuple[int, int] = (0, 1), stop: threading.Event = NEVER) -> str:
+def damage(step: Path, *, whole: bool = True, share: tuple[int, int] = (0, 1)) -> str:
     """What is wrong with a checkpoint, "" where nothing is known to be; arguments as `what_is_wrong`.
 
     One that has no list, of an older steerjax, must have what each has.
     """
     if (step / LIST).exists():
-        return what_is_wrong(step, whole=whole, share=share, stop=stop)
+        return what_is_wrong(step, whole=whole, share=share)
     said = {}
     metrics = ["metrics/metrics"] if (step / "metrics").exists() else []
     for name in ("params/_METADATA", "provenance/metadata", *metrics):
@@ -44,25 +40,6 @@ def damage(step: Path, *, whole: bool = True, share: tuple[int, int] = (0, 1), s
         except (OSError, ValueError, RecursionError, AttributeError) as error:
             return f"{name} cannot be read ({error})"
     return f"{LIST} is missing" if said["provenance/metadata"].get("checksums") else ""
-
-
-@contextlib.contextmanager
-def newest_compared(
-    checkpoints: Path, share: tuple[int, int] = (0, 1), *, verify: bool = True
-) -> Iterator[Callable[..., str]]:
-    """`damage`; a thread begins with the whole newest checkpoint, as reading it costs little beside other work."""
-    newest, stop = next(iter(steps_of(checkpoints)), None), threading.Event()
-    pool = ThreadPoolExecutor(1)
-    begun = pool.submit(damage, newest, share=share, stop=stop) if newest and verify else None
-
-    def found(step: Path, *, whole: bool) -> str:
-        return begun.result() if begun and whole and step == newest else damage(step, whole=whole, share=share)
-
-    try:
-        yield found
-    finally:
-        stop.set()
-        pool.shutdown()
 
 
 def say(words: str) -> None:

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Annotated
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pydantic.dataclasses
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import AfterValidator
 
 from steerjax.errors import ConfigError
@@ -75,3 +76,13 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     # An axis of the machine is cut where it has to be, as for 8 by 2 on 4 by 4 chips.
     grid = mesh_utils.create_device_mesh(mesh_shape(config, len(devices)), devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def make_any(mesh: Mesh):
+    """A function: true on this process -> true on any process, as an array that is not waited for.
+
+    A flag that goes through the mesh behind each step is seen by all at the same step, and no step waits for it.
+    """
+    every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    any_of = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return lambda flag: any_of(jax.make_array_from_callback((mesh.size,), every, lambda _: np.full(1, flag)))

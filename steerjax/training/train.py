@@ -12,11 +12,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from steerjax.bundle.describe import output_names
 from steerjax.bundle.store import CheckpointStore
-from steerjax.bundle.verify import newest_compared
 from steerjax.chat.render import make_renderer
 from steerjax.data.batch import Feeder, evaluation_steps
 from steerjax.data.loading import write_skipped
@@ -24,7 +23,7 @@ from steerjax.data.packing import Row, packing_statistics
 from steerjax.errors import CheckpointError, TrainingError
 from steerjax.models.flops import peak_flops
 from steerjax.objectives import Evaluation, find_objective, predicted_schema
-from steerjax.parallel.mesh import make_mesh
+from steerjax.parallel.mesh import make_any, make_mesh
 from steerjax.parallel.processes import ALONE, Processes
 from steerjax.report.plots import require_plots
 from steerjax.report.records import read_metrics
@@ -34,16 +33,15 @@ from steerjax.training.config import Experiment
 from steerjax.training.input import Input, check_batch, make_feeder, make_input
 from steerjax.training.metrics import MetricsWriter, Progress, say_phase
 from steerjax.training.program import Program, make_objectives
+from steerjax.training.resume import restore_newest, set_damaged_aside
 from steerjax.training.source import initial_parameters, new_tokens, with_source, with_vocabulary
 from steerjax.training.state import TrainState, make_state
 from steerjax.training.trackers import TRACKERS
 from steerjax.training.workdir import (
-    check_same_inputs,
     claim_workdir,
     keep_tokenizer,
     make_provenance,
     only_run,
-    set_damaged_aside,
 )
 
 
@@ -63,26 +61,11 @@ def train(experiment: Experiment, workdir: Path, processes: Processes = ALONE) -
     if main:
         for name in experiment.train.trackers:
             TRACKERS[name].check()
-    checkpoints, share, verify = workdir / "checkpoints", (processes.index, processes.count), experiment.train.verify
     with only_run(workdir, active=main):
-        if processes.count == 1 and verify:
-            with contextlib.suppress(_Damaged), newest_compared(checkpoints) as damage:
-                return _train(experiment, workdir, processes, damage, beside=True)
-        with newest_compared(checkpoints, share, verify=verify) as damage:
-            return _train(experiment, workdir, processes, damage)
+        return _train(experiment, workdir, processes)
 
 
-class _Damaged(Exception):
-    """What was restored, while it was compared."""
-
-
-def _train(
-    experiment: Experiment, workdir: Path, processes: Processes, damage: Callable[..., str], beside: bool = False
-) -> dict[str, Evaluation]:
-    """`damage` says what is wrong with a checkpoint; `beside`: it is still reading when the newest one is restored.
-
-    Raises what `train` does, and then _Damaged.
-    """
+def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[str, Evaluation]:
     main = processes.index == 0
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
@@ -122,34 +105,19 @@ def _train(
 
     checkpoints = workdir / "checkpoints"
     with jax.set_mesh(mesh):
-        any_process = make_any(mesh)
-        verify = e.train.verify
-        set_damaged_aside(
-            checkpoints, processes, lambda one: bool(any_process(one)), damage, verify=verify, beside=beside
-        )
-    with (
-        jax.set_mesh(mesh),
-        CheckpointStore(checkpoints, e.train.keep_last) as store,
-    ):
+        several = processes.count > 1
+        set_damaged_aside(checkpoints, processes, make_any(mesh), whole=e.train.verify and several)
+    with jax.set_mesh(mesh), CheckpointStore(checkpoints, e.train.keep_last) as store:
         # ---- State: (1) resume, or start from (2) a source's parameters or (3) random ones
-        newest = store.latest_step()
-        processes.agree("start from a checkpoint", {f"newest step in {workdir}": newest})
-        step, rest, new_head = newest or 0, None, False
-        if step > steps:
-            cure = f"config.train.steps (or epochs) of at least {step}, or another --workdir"
-            raise CheckpointError(f"{workdir} has done step {step}, and {steps} are asked for; cure: {cure}")
-        say_phase("opening the parameters" if source or newest else "making parameters", active=main)
-        if newest is None:
+        say_phase("opening the parameters" if source or store.latest_step() else "making parameters", active=main)
+        step, provenance, whole, rest = restore_newest(
+            store, checkpoints, program, provenance, e.train, steps, processes
+        )
+        new_head = False
+        if not step:
             whole, new_head = initial_parameters(
                 source, program.module, program.whole, schema.names, e.train.seed, new_tokens(renderer, source)
             )
-        else:
-            provenance = check_same_inputs(checkpoints / str(step), provenance, e.train.accept_changes)
-            try:
-                whole, rest = store.restore(step, program.whole, program.abstract.rest())
-            finally:
-                if beside and damage(checkpoints / str(step), whole=True):
-                    raise _Damaged
         if main:
             keep_tokenizer(renderer.tokenizer, workdir)
         if e.compute.cache_frozen:
@@ -167,7 +135,7 @@ def _train(
         summary = run.summary(output_names(source) if source else (), new_head)
         if main:
             print(summary_text(summary), flush=True)
-            if newest is not None:
+            if step:
                 print(f"resumed at step {step} of {steps} from {checkpoints}", flush=True)
 
         # ---- Loop
@@ -363,16 +331,6 @@ def step_record(run: Run, rows: list[Row], metrics: dict, seconds: float) -> dic
     several = len(run.program.objectives) > 1
     own = {k: float(v) for k, v in metrics.items() if k not in (*record, "bad_in_row")}
     return record | {k: v for k, v in own.items() if several or not k.endswith("/loss")}
-
-
-def make_any(mesh: Mesh):
-    """A function: true on this process -> true on any process, as an array that is not waited for.
-
-    A flag that goes through the mesh behind each step is seen by all at the same step, and no step waits for it.
-    """
-    every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    any_of = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return lambda flag: any_of(jax.make_array_from_callback((mesh.size,), every, lambda _: np.full(1, flag)))
 
 
 def summary_text(summary: dict[str, str]) -> str:

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from steerjax import __version__
 from steerjax.bundle.describe import Provenance, TokenizerSource, output_names, read_provenance
-from steerjax.bundle.verify import say, steps_of
+from steerjax.bundle.verify import steps_of
 from steerjax.chat.render import Renderer
 from steerjax.chat.templates import named
 from steerjax.chat.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
-from steerjax.checksums import LIST, folder_checksum, what_is_wrong, write_list
+from steerjax.checksums import folder_checksum, what_is_wrong, write_list
 from steerjax.data.loading import file_hashes
 from steerjax.errors import CheckpointError, ModelError
-from steerjax.files import cannot_write, make_folder, whole_folder, write_text
+from steerjax.files import make_folder, whole_folder, write_text
 from steerjax.hf.description import Description
 from steerjax.locks import only_writer
 from steerjax.objectives import Objective
-from steerjax.parallel.processes import Processes
 from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 from steerjax.typed import read_json
@@ -51,7 +48,7 @@ def claim_workdir(workdir: Path, experiment: Experiment) -> None:
         _check_same(read_json(dict[str, Any], path, CheckpointError, cure), experiment, workdir)
     for newest in steps_of(workdir / "checkpoints")[:1]:  # config.json may be gone, or edited as the recipe was
         before = None
-        with contextlib.suppress(CheckpointError):  # a damaged one: see `set_damaged_aside`
+        with contextlib.suppress(CheckpointError):  # a damaged one: see resume.py
             before = read_provenance(newest).config
         if before:
             _check_same(before, experiment, workdir)
@@ -74,50 +71,6 @@ def only_run(workdir: Path, *, active: bool) -> contextlib.AbstractContextManage
     Raises LockedError: one does, e.g. a run that was stopped and is still saving.
     """
     return only_writer(workdir, workdir / ".lock") if active else contextlib.nullcontext()
-
-
-def set_damaged_aside(
-    checkpoints: Path,
-    processes: Processes,
-    any_process: Callable[[bool], bool],
-    damage: Callable[..., str],
-    *,
-    verify: bool,
-    beside: bool = False,
-) -> None:
-    """Renames checkpoints that are damaged to STEP.damaged, so that the run goes on from the newest that is not.
-
-    `damage` says of one what this process finds in its share (`newest_compared`). That newest one is read whole, unless
-    that is done `beside` restoring it, and the others as far as the run opens them.
-    Raises CheckpointError: all are damaged.
-    """
-    sound, damaged = None, []
-    for step in steps_of(checkpoints):
-        problem = damage(step, whole=verify and not beside and sound is None)
-        if problem:
-            say(f"'{step}' is damaged: {problem}")
-        if any_process(bool(problem)):
-            damaged.append(step)
-        else:
-            sound = sound or step
-    if damaged and sound is None:
-        cure = f"copy it again, or delete '{checkpoints}' to begin anew"
-        raise CheckpointError(f"'{damaged[0]}' is damaged, and no other checkpoint of the run is whole\n  cure: {cure}")
-    if processes.index == 0:
-        for step in damaged:
-            aside = next(name for name in _names_aside(step) if not name.exists())
-            with cannot_write(aside):
-                step.rename(aside)
-            say(f"'{step}' is '{aside.name}' now; the run goes on from {sound.name}")
-        if sound and verify and not (sound / LIST).exists():
-            say(f"'{sound}' has no checksums, as an older steerjax wrote it: it cannot be verified")
-    processes.barrier("damaged checkpoints are set aside")
-
-
-def _names_aside(step: Path) -> Iterator[Path]:
-    yield step.with_name(f"{step.name}.damaged")
-    for number in itertools.count(2):
-        yield step.with_name(f"{step.name}.damaged-{number}")
 
 
 def _check_same(old: dict, experiment: Experiment, workdir: Path) -> None:
@@ -175,30 +128,6 @@ def make_provenance(
         checksums=True,
         **facts,
     )
-
-
-def check_same_inputs(checkpoint: Path, now: Provenance, accept: bool) -> Provenance:
-    """`now` with the changes of data, tokenizer and source since the checkpoint that were accepted.
-
-    Raises:
-        CheckpointError: there are some, and the user has not accepted them.
-    """
-    before = read_provenance(checkpoint)
-    changed = [source for source in now.data if before.data.get(source) != now.data[source]]
-    if before.tokenizer.sha256 != now.tokenizer.sha256:
-        changed.append(f"tokenizer {now.tokenizer.source}")
-    if before.template != now.template:
-        changed.append("the source's chat template")
-    if before.source_checksum and now.source_checksum not in ("", before.source_checksum):
-        changed.append(f"the source model {now.base_model}")
-    if changed and not accept:
-        raise CheckpointError(
-            f"{checkpoint} was trained on other content of {', '.join(changed)}\n"
-            "  cure: put the old files back, use another --workdir, or accept it (it is recorded) with "
-            "--config.train.accept_changes=True"
-        )
-    accepted = before.accepted + tuple(f"after step {checkpoint.name}: {name}" for name in changed)
-    return dataclasses.replace(now, accepted=accepted)
 
 
 def keep_tokenizer(tokenizer: Tokenizer, workdir: Path) -> None:

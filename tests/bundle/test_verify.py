@@ -2,23 +2,22 @@
 
 import json
 import shutil
-import threading
-import time
 
 import jax
 import numpy as np
 import pytest
 
-from steerjax.bundle import locate, verify
+from steerjax.bundle import locate
 from steerjax.bundle.store import CheckpointStore
 from steerjax.chat.tokenizer import load_tokenizer
-from steerjax.checksums import LIST, checksum
+from steerjax.checksums import LIST
 from steerjax.errors import CheckpointError, ModelError
 from steerjax.export import export
 from steerjax.hf.config_json import read_config
 from steerjax.hf.export import CARD
 from steerjax.parallel.processes import ALONE
-from steerjax.training.workdir import keep_tokenizer, set_damaged_aside
+from steerjax.training.resume import set_damaged_aside
+from steerjax.training.workdir import keep_tokenizer
 from tests.faults.damage import DAMAGES, cases, damage
 from tests.hf.test_export import imported
 from tests.hf_folders import TINY, provenance, random_tensors, write_folder
@@ -48,10 +47,8 @@ def run(written, tmp_path):
     return shutil.copytree(written / "run", tmp_path / "run")
 
 
-def aside(run, **options):
-    how = {"verify": True} | options
-    with verify.newest_compared(run / "checkpoints", **how) as found:
-        set_damaged_aside(run / "checkpoints", ALONE, bool, found, **how)
+def aside(run):
+    set_damaged_aside(run / "checkpoints", ALONE, bool, whole=True)
 
 
 def steps(run):
@@ -169,26 +166,3 @@ def test_a_checkpoint_of_an_older_steerjax_cannot_be_verified_and_that_is_said(r
     (run / "checkpoints/5/metrics/metrics").write_text("")
     aside(run)
     assert steps(run) == ["3", "5.damaged"]
-
-
-def test_the_newest_is_compared_beside_other_work_which_need_not_wait_for_it(run, monkeypatch):
-    """As where the data has an error: the rest of a large checkpoint is not read for that."""
-    begun, compare = threading.Event(), verify.what_is_wrong
-
-    def slow(folder, *, stop, **how):
-        begun.set()
-        assert stop.wait(60)
-        return compare(folder, stop=stop, **how)
-
-    monkeypatch.setattr(verify, "what_is_wrong", slow)
-    start = time.monotonic()
-    with verify.newest_compared(run / "checkpoints"):
-        assert begun.wait(10)
-    assert time.monotonic() - start < 20
-
-
-def test_what_is_given_up_is_not_read(run):
-    stop, file = threading.Event(), run / "checkpoints/5/metrics/metrics"
-    assert checksum(file, stop)[0] == file.stat().st_size
-    stop.set()
-    assert checksum(file, stop)[0] == 0

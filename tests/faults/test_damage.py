@@ -35,8 +35,9 @@ from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.processes import ALONE
 from steerjax.report.records import read_metrics
 from steerjax.training.metrics import MetricsWriter
+from steerjax.training.resume import set_damaged_aside
 from steerjax.training.source import with_source
-from steerjax.training.workdir import claim_workdir, keep_tokenizer, set_damaged_aside
+from steerjax.training.workdir import claim_workdir, keep_tokenizer
 from tests.faults.damage import damage, damageable
 from tests.hf_folders import provenance
 from tests.refusals import says
@@ -254,8 +255,7 @@ def opened(run: Path, out: Path, written: Written) -> None:
 
 
 def restored(run: Path, out: Path, written: Written) -> None:
-    with verify.newest_compared(run / "checkpoints") as damage:
-        set_damaged_aside(run / "checkpoints", ALONE, bool, damage, verify=True)
+    set_damaged_aside(run / "checkpoints", ALONE, bool, whole=True)
     with CheckpointStore(run / "checkpoints", keep_last=2) as store:
         params, training = store.restore(store.latest_step(), written.like, written.training)
     assert training["step"] == STEPS[0]

@@ -86,16 +86,13 @@ def feed(processes: Processes) -> None:
 def aside(processes: Processes, checkpoints: str) -> None:
     """Sets damaged checkpoints aside; says which files this process has read, and which checkpoints it finds then."""
     from steerjax import checksums
-    from steerjax.bundle.verify import newest_compared
-    from steerjax.training.train import make_any
-    from steerjax.training.workdir import set_damaged_aside
+    from steerjax.parallel.mesh import make_any
+    from steerjax.training.resume import set_damaged_aside
 
     folder, read, checksum = Path(checkpoints), [], checksums.checksum
-    checksums.checksum = lambda path, stop: read.append(path.relative_to(folder).as_posix()) or checksum(path, stop)
-    share = (processes.index, processes.count)
-    with jax.set_mesh(mesh := make_mesh(MeshConfig())), newest_compared(folder, share) as damage:
-        any_process = make_any(mesh)
-        set_damaged_aside(folder, processes, lambda one: bool(any_process(one)), damage, verify=True)
+    checksums.checksum = lambda path: read.append(path.relative_to(folder).as_posix()) or checksum(path)
+    with jax.set_mesh(mesh := make_mesh(MeshConfig())):
+        set_damaged_aside(folder, processes, make_any(mesh), whole=True)
     print("read", sorted(read), "left", sorted(step.name for step in folder.iterdir()), flush=True)
 
 

@@ -419,12 +419,12 @@ def test_a_resume_on_another_source_model_is_refused_or_recorded(recipe, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "small", [pytest.param(checksums.SMALL, id="before", marks=pytest.mark.slow), pytest.param(0, id="beside")]
+    "small", [pytest.param(checksums.SMALL, id="before", marks=pytest.mark.slow), pytest.param(0, id="after")]
 )
 def test_a_damaged_checkpoint_is_set_aside_and_the_run_ends_as_one_without_damage(
     recipe, tmp_path, capfd, monkeypatch, small
 ):
-    """Bit for bit, from the checkpoint before; seen before it is restored, or while it is, as in large files."""
+    """Bit for bit, from the checkpoint before; seen before it is restored, or after, as in large files."""
     monkeypatch.setattr(checksums, "SMALL", small)
     whole, run = tmp_path / "whole", tmp_path / "run"
     training.train(experiment(recipe, steps=12), whole)
