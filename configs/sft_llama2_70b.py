@@ -3,7 +3,7 @@
 Source: HelpSteer (arXiv 2311.09528), section 4: 800 steps of 128 conversations (about two epochs), constant learning
 rate 5e-6, AdamW. The ratings are those of configs/rm_llama2_13b.py:
 
-    python -m steerjax.prepare oasst --threads all --input 2023-04-12_oasst_all.trees.jsonl.gz --output oasst.jsonl
+    python -m steerjax.prepare oasst --input 2023-04-12_oasst_all.trees.jsonl.gz --output oasst.jsonl
     python -m steerjax.annotate --model RM --input oasst.jsonl --output oasst_annotated.jsonl
 
 A row is 4096 tokens and holds several conversations: with the sample's mean of about 480 tokens a conversation, 16 rows

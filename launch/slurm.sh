@@ -11,7 +11,8 @@
 #SBATCH --output=%x-%j.log
 # One run over the GPUs of several nodes. The workdir and the data lie on a file system that all nodes share.
 #
-#   sbatch [--nodes=N ...] launch/slurm.sh python -m steerjax.train --config configs/rm.py --workdir DIR
+#   sbatch [--nodes=N ...] launch/slurm.sh python -m steerjax.train --config configs/rm.py --config.batch.rows=16 \
+#       --workdir DIR
 #   launch/slurm.sh --dry-run COMMAND ...      prints what would be run
 #
 # steerjax finds the other tasks through the variables that srun sets; srun ends all tasks when one fails.
@@ -19,7 +20,7 @@ set -euo pipefail
 
 run=(srun --kill-on-bad-exit=1 --label)
 if [ "${1:-}" = --dry-run ]; then run=(echo "${run[@]}"); shift; fi
-if [ $# -eq 0 ]; then sed -n '15,16p' "$0" | cut -c3- >&2; exit 64; fi
+if [ $# -eq 0 ]; then sed -n '14,16p' "$0" | cut -c3- >&2; exit 64; fi
 
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN} PYTHONUNBUFFERED=1
 exec "${run[@]}" "$@"

@@ -45,7 +45,7 @@ case $action in
         git -C "$(dirname "$0")/.." archive --format=tar.gz -o "$archive" HEAD
         do_it gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME":steerjax.tar.gz "${where[@]}" --worker=all
         everywhere "mkdir -p steerjax && tar -xzf steerjax.tar.gz -C steerjax && python3 -m venv .venv && \
-.venv/bin/pip install --quiet -e 'steerjax[plots,datasets,tpu]'"
+.venv/bin/pip install --quiet -e 'steerjax[plots,tpu]'"
         if [ -n "${BUCKET:-}" ]; then
             everywhere "mkdir -p bucket && { mountpoint -q bucket || gcsfuse --implicit-dirs $BUCKET bucket; }"
         fi

@@ -11,6 +11,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jax.sharding import AbstractMesh
+
+import steerjax
+from steerjax.config import resolve
+from steerjax.parallel.mesh import AXES, mesh_shape
+from steerjax.training.input import check_batch
 
 SCRIPTS = ("local.sh", "slurm.sh", "tpu_vm.sh")
 TPU = {"TPU_NAME": "pod", "ZONE": "us-east5-a", "ACCELERATOR": "v5p-256"}
@@ -119,6 +125,22 @@ def test_tpu_vm_wants_to_know_which(launch):
     assert re.search("RUNTIME.*v9-1", done.stderr)
 
 
+def fits(arguments: list[str], devices: int) -> None:
+    """The recipe's batch, as the command line has it, can be cut over so many devices."""
+    given = dict(argument.removeprefix("--").split("=") for argument in arguments)
+    config = steerjax.recipe(given.pop("config"))
+    changes = {key.removeprefix("config."): int(value) for key, value in given.items() if key.startswith("config.")}
+    config.update_from_flattened_dict(changes)
+    e = resolve(config.to_dict())
+    check_batch(e.batch, AbstractMesh(mesh_shape(e.mesh, devices), AXES))
+
+
+def test_slurms_example_fits_its_nodes(launch):
+    text = (launch / "slurm.sh").read_text()
+    nodes, gpus = (int(re.search(rf"--{what}=(\d+)", text)[1]) for what in ("nodes", "gpus-per-node"))
+    fits(re.findall(r"--config\S*=\S+", text.replace("--config ", "--config=")), nodes * gpus)
+
+
 @pytest.mark.parametrize(
     ("name", "chips", "hosts"), [("gke.yaml", "google.com/tpu", 16), ("gke_gpu.yaml", "nvidia.com/gpu", 2)]
 )
@@ -134,6 +156,7 @@ def test_job_sets(launch, name, chips, hosts):
     (container,) = pod["containers"]
     assert container["command"] == ["python", "-m", "steerjax.train"]
     assert container["resources"]["limits"][chips] in (4, 8)
+    fits(container["args"], hosts * container["resources"]["limits"][chips])
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     environment = {e["name"]: e for e in container["env"]}
     if chips == "google.com/tpu":

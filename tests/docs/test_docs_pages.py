@@ -26,11 +26,15 @@ PAGES = [
     *sorted((REPOSITORY / "docs" / "notes").glob("*.md")),
 ]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+RECIPES = sorted((REPOSITORY / "configs").glob("*.py"))  # whose docstrings have commands
 PLACEHOLDERS = {"SOURCE": "oasst", "NAME": "steerability"}  # of a synopsis, where only some words will do
 
 
 def parse(page: Path) -> list:
-    return MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".py":
+        text = ast.get_docstring(ast.parse(text)) or ""
+    return MarkdownIt("commonmark").enable("table").parse(text)
 
 
 # ---- Links
@@ -179,7 +183,7 @@ def bad_commands(page: Path, ask, folder: Path) -> list[str]:
     return found
 
 
-@every_page
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_commands_parse(page, parsed, tmp_path):
     assert bad_commands(page, parsed, tmp_path) == []
 
