@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from steerjax.bundle.build import random_parameters
-from steerjax.chat.render import Renderer, make_renderer
+from steerjax.chat.render import Renderer
 from steerjax.config import default_config, resolve
 from steerjax.data.batch import Batch
 from steerjax.data.packing import Row
@@ -21,7 +21,7 @@ from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 from steerjax.training.input import Input, make_feeder, make_input
 from steerjax.training.program import Program, make_objectives
-from steerjax.training.source import initial_parameters, with_source, with_vocabulary
+from steerjax.training.source import initial_parameters, resolve_model
 from steerjax.training.state import make_state
 
 
@@ -46,10 +46,8 @@ def make_task(objectives: Sequence[str] = ("regression",), **groups: dict[str, A
     config.objectives = tuple(objectives)
     for group, changes in groups.items():
         config[group].update(changes)
-    e, source = with_source(resolve(config.to_dict()))
-    schema = e.data.make_schema()
-    renderer = make_renderer(e.chat, schema, source and source.template)
-    e = with_vocabulary(e, renderer, source)
+    e, source, renderer = resolve_model(resolve(config.to_dict()))
+    schema = renderer.schema
     return Task(e, source, schema, renderer, make_objectives(e, schema, renderer))
 
 

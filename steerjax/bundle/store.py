@@ -108,7 +108,7 @@ class CheckpointStore:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             temporary_path_class=_Listed,
         )
-        self._saved: int | None = None
+        self.directory, self._saved = directory, None
         self._manager = _Manager(_Literal(directory.resolve()), options=options)
 
     def latest_step(self) -> int | None:

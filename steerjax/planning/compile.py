@@ -13,14 +13,14 @@ import jax
 from steerjax.chat.render import make_renderer
 from steerjax.errors import ConfigError
 from steerjax.models.flops import GIB
-from steerjax.objectives import find_objective, predicted_schema
+from steerjax.objectives import predicted_schema
 from steerjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
 from steerjax.planning.hlo import Work, work
 from steerjax.planning.topology import Topology
 from steerjax.training.config import Experiment
 from steerjax.training.input import check_batch, make_feeder
 from steerjax.training.program import Program, make_objectives
-from steerjax.training.source import with_frozen_base, with_source, with_vocabulary
+from steerjax.training.source import resolve_model, with_frozen_base
 
 # Part of a device's memory that a plan leaves free: the next batch, the evaluation's program, fragments.
 RESERVE = 0.05
@@ -64,9 +64,7 @@ def plannable(experiment: Experiment, devices: int) -> Experiment:
             f"config.compute.cache_frozen: its size is the data's, which a plan does not read; cure: {cure}"
         )
     if e.model.vocab_size == 0:
-        e, source = with_source(e)
-        schema, kind = predicted_schema(e.objective, e.data.make_schema()), find_objective(e.objectives[0]).kind
-        e = with_vocabulary(e, make_renderer(e.chat, schema, source and source.template, kind), source)
+        e, _, _ = resolve_model(e)
     e = with_frozen_base(e)
     mesh, steps = MeshConfig(*mesh_shape(e.mesh, devices)), e.train.steps or 1_000_000
     return replace(e, mesh=mesh, train=replace(e.train, steps=steps))

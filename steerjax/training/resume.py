@@ -21,13 +21,7 @@ from steerjax.training.program import Program
 
 
 def restore_newest(
-    store: CheckpointStore,
-    checkpoints: Path,
-    program: Program,
-    now: Provenance,
-    config: TrainConfig,
-    steps: int,
-    processes: Processes,
+    store: CheckpointStore, program: Program, now: Provenance, config: TrainConfig, steps: int, processes: Processes
 ) -> tuple[int, Provenance, Any, Any]:
     """Step, provenance, parameters and training state of the newest whole checkpoint; 0, `now`, None, None without one.
 
@@ -38,6 +32,7 @@ def restore_newest(
 
     Raises CheckpointError: more steps are done; data, tokenizer or source differ; all checkpoints are damaged.
     """
+    checkpoints = store.directory
     while True:
         step = store.latest_step()
         processes.agree("start from a checkpoint", {f"newest step in {checkpoints}": step})

@@ -12,14 +12,26 @@ from flax import linen as nn
 from steerjax.bundle.build import random_parameters, stored_head, stored_parameters
 from steerjax.bundle.describe import describe, output_names
 from steerjax.chat.labels import label_tokens
-from steerjax.chat.render import Renderer
+from steerjax.chat.render import Renderer, make_renderer
 from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
 from steerjax.models.config import HeadConfig, LlamaConfig, LoraConfig, ModelConfig
+from steerjax.objectives import find_objective, predicted_schema
 from steerjax.training.config import Experiment
 
 BASE = r"^(?!reward_)(?!.*/lora_)"  # all but heads and adapters
 _MULTIPLE = 128  # of the embedding's rows where tokens are added, so that a mesh can cut them
+
+
+def resolve_model(experiment: Experiment) -> tuple[Experiment, Description | None, Renderer]:
+    """The experiment with what its source and its tokenizer decide filled in, the source, and what renders its texts.
+
+    Raises what `with_source` and `with_vocabulary` do.
+    """
+    schema = predicted_schema(experiment.objective, experiment.data.make_schema())
+    e, source = with_source(experiment)
+    renderer = make_renderer(e.chat, schema, source and source.template, find_objective(e.objectives[0]).kind)
+    return with_vocabulary(e, renderer, source), source, renderer
 
 
 def with_source(experiment: Experiment) -> tuple[Experiment, Description | None]:

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from steerjax.bundle.describe import output_names
+from steerjax.bundle.describe import Provenance, output_names
 from steerjax.bundle.store import CheckpointStore
-from steerjax.chat.render import make_renderer
+from steerjax.chat.render import Renderer
 from steerjax.data.batch import Feeder, evaluation_steps
 from steerjax.data.loading import write_skipped
 from steerjax.data.packing import Row, packing_statistics
 from steerjax.errors import CheckpointError, TrainingError
+from steerjax.hf.description import Description
 from steerjax.models.flops import peak_flops
-from steerjax.objectives import Evaluation, find_objective, predicted_schema
+from steerjax.objectives import Evaluation
 from steerjax.parallel.mesh import make_any, make_mesh
 from steerjax.parallel.processes import ALONE, Processes
 from steerjax.report.plots import require_plots
@@ -34,7 +35,7 @@ from steerjax.training.input import Input, check_batch, make_feeder, make_input
 from steerjax.training.metrics import MetricsWriter, Progress, say_phase
 from steerjax.training.program import Program, make_objectives
 from steerjax.training.resume import restore_newest, set_damaged_aside
-from steerjax.training.source import initial_parameters, new_tokens, with_source, with_vocabulary
+from steerjax.training.source import initial_parameters, new_tokens, resolve_model
 from steerjax.training.state import TrainState, make_state
 from steerjax.training.trackers import TRACKERS
 from steerjax.training.workdir import (
@@ -69,22 +70,16 @@ def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[
     main = processes.index == 0
 
     # ---- Input: rows -> conversations -> examples -> trees -> rows of each step
-    schema = predicted_schema(experiment.objective, experiment.data.make_schema())
-    e, source = with_source(experiment)
-    renderer = make_renderer(e.chat, schema, source and source.template, find_objective(e.objectives[0]).kind)
-    e = with_vocabulary(e, renderer, source)
+    e, source, renderer = resolve_model(experiment)
+    schema = renderer.schema
     mesh = make_mesh(e.mesh)
     check_batch(e.batch, mesh)
     objectives = make_objectives(e, schema, renderer)
     say_phase("reading and packing the data", active=main)
     data = make_input(e, objectives, renderer)
-    caches = [FrozenStates(e.model.hidden_size) if e.compute.cache_frozen else None for _ in range(2)]
-    feed, feed_validation = (
-        make_feeder(trees, objectives, e.batch.row_length, mesh, parts, cache)
-        for trees, parts, cache in zip(
-            (data.plan.trees, data.validation), (e.batch.micro_batches, 1), caches, strict=True
-        )
-    )
+    states = [FrozenStates(e.model.hidden_size) if e.compute.cache_frozen else None for _ in range(2)]
+    feed = make_feeder(data.plan.trees, objectives, e.batch.row_length, mesh, e.batch.micro_batches, states[0])
+    feed_validation = make_feeder(data.validation, objectives, e.batch.row_length, mesh, 1, states[1])
 
     # ---- Model: the module and its steps, from shapes alone
     steps = e.train.steps or data.plan.steps(e.train.epochs)
@@ -108,30 +103,10 @@ def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[
         several = processes.count > 1
         set_damaged_aside(checkpoints, processes, make_any(mesh), whole=e.train.verify and several)
     with jax.set_mesh(mesh), CheckpointStore(checkpoints, e.train.keep_last) as store:
-        # ---- State: (1) resume, or start from (2) a source's parameters or (3) random ones
-        say_phase("opening the parameters" if source or store.latest_step() else "making parameters", active=main)
-        step, provenance, whole, rest = restore_newest(
-            store, checkpoints, program, provenance, e.train, steps, processes
-        )
-        new_head = False
-        if not step:
-            whole, new_head = initial_parameters(
-                source, program.module, program.whole, schema.names, e.train.seed, new_tokens(renderer, source)
-            )
+        # ---- State
+        state, step, provenance, new_head = first_state(run, source, renderer, store, provenance, processes)
         if main:
             keep_tokenizer(renderer.tokenizer, workdir)
-        if e.compute.cache_frozen:
-            states = frozen_states(program.module, e.optimizer.frozen_layers, mesh)
-            rows, size = (data.plan.epoch(0), data.validation_rows), e.batch.evaluated
-            passes, counter = sum(-(-len(each) // size) for each in rows), itertools.count(1)
-            with contextlib.closing(Progress(0, passes, active=main, what="frozen layers")) as progress:
-                for cache, one, of in zip(caches, (feed, feed_validation), rows, strict=True):
-                    once = dataclasses.replace(one, micro_batches=1)
-                    cache.fill(states, whole, once, of, size, lambda: progress.step(next(counter)))
-        if new_head:
-            whole = program.with_new_heads(whole, feed(data.plan.step_rows(0)))
-        state = make_state(whole, program.abstract, program.optimizer, e.optimizer, rest)
-        del whole
         summary = run.summary(output_names(source) if source else (), new_head)
         if main:
             print(summary_text(summary), flush=True)
@@ -163,6 +138,17 @@ class Run:
     feed: Feeder
     feed_validation: Feeder
     steps: int
+
+    def cache_frozen(self, params: dict, active: bool) -> None:
+        """Runs the frozen layers over all data, and keeps what they give."""
+        e, size, data = self.experiment, self.experiment.batch.evaluated, self.data
+        states = frozen_states(self.program.module, e.optimizer.frozen_layers, self.program.mesh)
+        passes = [(self.feed, data.plan.epoch(0)), (self.feed_validation, data.validation_rows)]
+        count, counter = sum(-(-len(rows) // size) for _, rows in passes), itertools.count(1)
+        with contextlib.closing(Progress(0, count, active=active, what="frozen layers")) as progress:
+            for feed, rows in passes:
+                once = dataclasses.replace(feed, micro_batches=1)
+                feed.build.states.fill(states, params, once, rows, size, lambda: progress.step(next(counter)))
 
     def evaluate(
         self, state: TrainState, processes: Processes = ALONE, stop: Callable[[], bool] = lambda: False
@@ -220,6 +206,32 @@ class Run:
             "computation": f"{program.module.compute.dtype.name}, {flops / 1e12:.3f} TFLOP a step (model FLOPs)",
             "attention": "{}: {}".format(*program.attention),
         }
+
+
+def first_state(
+    run: Run,
+    source: Description | None,
+    renderer: Renderer,
+    store: CheckpointStore,
+    now: Provenance,
+    processes: Processes,
+) -> tuple[TrainState, int, Provenance, bool]:
+    """State, step and provenance that the run goes on from, and whether its head is new.
+
+    It is (1) the newest checkpoint, or (2) the source's parameters, or (3) random ones.
+    """
+    e, program, main = run.experiment, run.program, processes.index == 0
+    say_phase("opening the parameters" if source or store.latest_step() else "making parameters", active=main)
+    step, provenance, whole, rest = restore_newest(store, program, now, e.train, run.steps, processes)
+    new_head = False
+    if not step:
+        tokens, names = new_tokens(renderer, source), renderer.schema.names
+        whole, new_head = initial_parameters(source, program.module, program.whole, names, e.train.seed, tokens)
+    if e.compute.cache_frozen:
+        run.cache_frozen(whole, active=main)
+    if new_head:
+        whole = program.with_new_heads(whole, run.feed(run.data.plan.step_rows(0)))
+    return make_state(whole, program.abstract, program.optimizer, e.optimizer, rest), step, provenance, new_head
 
 
 def loop(

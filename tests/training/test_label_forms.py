@@ -22,7 +22,7 @@ from steerjax.models.llama import Compute
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.planning.compile import plannable
 from steerjax.schema import Attribute, Schema
-from steerjax.training.source import initial_parameters, new_tokens, with_source, with_vocabulary
+from steerjax.training.source import initial_parameters, new_tokens, resolve_model
 from steerjax.training.train import train
 from tests.helpers import slow_but
 from tests.hf.serving import as_messages, llama3_like, talk
@@ -129,9 +129,7 @@ def test_new_rows_begin_as_the_mean_of_the_number_form(tied, source, rows, tmp_p
     write_folder(folder, raw, tensors := random_tensors(raw))
     (folder / "tokenizer.model").unlink()
     known, tokenizer = about.tokenizer.vocab_size, about.tokenizer
-    e, found = with_source(recipe(rows, folder, "tokens"))
-    renderer = make_renderer(e.chat, e.data.make_schema(), found.template)
-    e = with_vocabulary(e, renderer, found)
+    e, found, renderer = resolve_model(recipe(rows, folder, "tokens"))
     assert e.model.vocab_size == -(-(known + len(TOKENS)) // 128) * 128
     expected = {}
     for name, theirs in (("llama/embedding", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight")):
