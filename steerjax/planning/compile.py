@@ -63,7 +63,9 @@ def plannable(experiment: Experiment, devices: int) -> Experiment:
         raise ConfigError(
             f"config.compute.cache_frozen: its size is the data's, which a plan does not read; cure: {cure}"
         )
-    if e.model.vocab_size == 0:
+    if e.model.vocab_size:
+        e = replace(e, model=replace(e.model, num_layers=e.model.keep_layers or e.model.num_layers))
+    else:
         e, source = with_source(e)
         schema, kind = predicted_schema(e.objective, e.data.make_schema()), find_objective(e.objectives[0]).kind
         e = with_vocabulary(e, make_renderer(e.chat, schema, source and source.template, kind), source)
