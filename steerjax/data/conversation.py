@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 ROLES = ("user", "assistant")
 LOG_PROBABILITIES = {  # a sample's field -> its key in NeMo-Aligner's rows
@@ -17,7 +18,7 @@ class Turn:
     content: str
     ratings: Mapping[str, float] | None = None  # of people, by attribute name; a missing name is a missing rating
     predicted_ratings: Mapping[str, float] | None = None  # a model's; never mixed with human ones
-    id: str = ""  # the message's own name, where the data has one: threads of one tree that share it share this turn
+    id: str = ""  # the message's own name, where the data has one
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class Conversation:
     def both(self) -> tuple["Conversation", "Conversation"]:
         """The two conversations of a pair, each alone."""
         return tuple(replace(self, turns=turns, rejected=()) for turns in (self.turns, self.rejected))
+
+    def messages(self) -> list[tuple[str, int] | None]:
+        """Of each turn with an id what is equal where threads of one tree share it: id, and a hash of all that was said
+        up to it, as people number the turns of a row, too."""
+        said = accumulate((hash(turn.content) for turn in self.turns), lambda *both: hash(both))
+        return [(turn.id, number) if turn.id else None for turn, number in zip(self.turns, said, strict=True)]
 
     def content(self) -> list:
         """What a duplicate has in common with it: system, roles, contents and human ratings; asked ratings, samples."""

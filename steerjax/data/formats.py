@@ -199,12 +199,27 @@ def _alpaca(row: Row, schema: Schema, key: str) -> list[Turn]:
 
 
 def _completion(row: Row, schema: Schema, key: str) -> list[Turn]:
-    return [*_side(row, schema, "prompt", "user"), *_side(row, schema, key, "assistant")]
+    return after_prompt(_side(row, schema, "prompt", "user"), _side(row, schema, key, "assistant"), key)
 
 
 def _side(row: Row, schema: Schema, key: str, role: str) -> list[Turn]:
     """TRL's: a text of this role, or messages."""
     return read_dialogue(row, schema, key) if isinstance(row.get(key), list) else [Turn(role, text_of(row, key))]
+
+
+def after_prompt(prompt: Sequence[Turn], said: Sequence[Turn], field: str) -> list[Turn]:
+    """A prompt and what was said after it; where that begins on the user's side it is all messages, prompt inside.
+
+    Raises DataError: another prompt is inside.
+    """
+    if not prompt or not said or said[0].role == "assistant":
+        return [*prompt, *said]
+    system = [turn for turn in (prompt[0], said[0]) if turn.role == "system"][:1]  # it may stand in one alone
+    start, whole = ([*(system if turns[0].role != "system" else ()), *turns] for turns in (prompt, said))
+    texts, asked = ([(turn.role, turn.content.strip()) for turn in turns] for turns in (whole, start))
+    if texts[: len(asked)] != asked:
+        raise DataError("does not begin with the row's prompt", field, "leave the prompt out, or remove the row")
+    return whole
 
 
 FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
@@ -268,12 +283,12 @@ class Pair(NamedTuple):
 
 
 def _trl(row: Row, schema: Schema) -> Pair:
-    """TRL's and RewardBench's: texts, or messages with the prompt apart or inside."""
+    """TRL's, UltraFeedback's and RewardBench's: texts, or messages with the prompt apart, inside, or both."""
     before = [] if row.get("prompt") is None else _side(row, schema, "prompt", "user")
 
     def side(key: str) -> list[Turn]:
         if before or isinstance(row.get(key), list):
-            return before + _side(row, schema, key, "assistant")
+            return after_prompt(before, _side(row, schema, key, "assistant"), key)
         return _hh(text_of(row, key), key)
 
     return Pair(side("chosen"), side("rejected"), _number(row, "margin", 1.0))

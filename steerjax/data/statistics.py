@@ -12,16 +12,15 @@ def statistics_of(conversations: Iterable[Conversation], schema: Schema) -> dict
     """`rows`, `turns`, `assistant_turns`, `rated_turns`, and `values`: `count`, `mean` and `std` (of the population) of
     each attribute that is rated, and of `characters`, the length of an assistant turn.
 
-    A message that several threads share (`Turn.id`) counts once.
+    A message that several threads share (`Conversation.messages`) counts once.
     """
     rows = turns = 0
     answers: list[tuple[dict, int]] = []  # ratings and length
-    seen: set[tuple[str, int]] = set()  # id and content's hash: people number the turns of a row, too
+    seen: set[tuple[str, int] | None] = set()
     for conversation in conversations:
         rows += 1
-        for turn in conversation.turns:
-            message = (turn.id, hash(turn.content))
-            if turn.id and message in seen:
+        for turn, message in zip(conversation.turns, conversation.messages(), strict=True):
+            if message and message in seen:
                 continue
             seen.add(message)
             turns += 1

@@ -18,7 +18,7 @@ import numpy as np
 
 from steerjax.command import MODEL, add_scoring_options
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.formats import check_turns, inside, name_of, read_dialogue, text_of, value_of
+from steerjax.data.formats import after_prompt, check_turns, inside, name_of, read_dialogue, text_of, value_of
 from steerjax.data.loading import Skipped, file_hashes, write_skipped
 from steerjax.errors import DataError
 from steerjax.evaluation.suite import Result, kept_rows
@@ -76,11 +76,9 @@ def prompt_of(row: Row, key: str = "prompt") -> list[Turn]:
 def completed(prompt: Sequence[Turn], said: str | Sequence[Turn], field: str) -> Conversation:
     """The conversation that ends with a completion: a text, the assistant's message, or all messages, prompt inside.
 
-    Raises DataError: turns that do not alternate or do not end with the assistant's.
+    Raises DataError: as `after_prompt`; turns that do not alternate or do not end with the assistant's.
     """
-    if isinstance(said, str):
-        said = [Turn("assistant", said)]
-    turns = [*(prompt if said and said[0].role == "assistant" else ()), *said]
+    turns = after_prompt(prompt, [Turn("assistant", said)] if isinstance(said, str) else said, field)
     check_turns(turns, field)
     system = turns.pop(0).content if turns and turns[0].role == "system" else None
     if len(turns) < 2 or turns[-1].role != "assistant":

@@ -41,7 +41,7 @@ from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 from steerjax.training.input import load_parts
 from steerjax.training.train import train
-from steerjax.training.workdir import RESUME_MAY_CHANGE, leaves
+from steerjax.training.workdir import fixed
 from steerjax.typed import STRICT, read_json
 
 OBJECTIVE = "steerlm2"
@@ -150,8 +150,7 @@ def prepare(e: Experiment, options: Options, workdir: Path) -> Setup:
         "reward_model": folder_checksum(reward.path), "prior": folder_checksum(prior.path),
         "combined": [*file_hashes([options.combinations] if options.combinations else []).values()],
         **{key: value for key, value in dataclasses.asdict(options).items() if key not in free},
-        **{f"config.{key}": value for key, value in leaves(e.to_dict())
-           if key == "train.seed" or not key.startswith(RESUME_MAY_CHANGE)},
+        **{f"config.{key}": value for key, value in fixed(e.to_dict()).items()},
     }  # fmt: skip
     write_prompts(setup, settings)
     return setup

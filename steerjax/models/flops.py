@@ -33,12 +33,13 @@ def training_flops(
     head_outputs: float = 0,
     frozen_layers: int = 0,
     cached: bool = False,
+    head_trained: bool = True,
 ) -> float:
     """Model FLOPs of forward and backward pass.
 
     6 a token and parameter of the layers (2 forward, 4 backward), and 12 N H a layer for each (query, key) pair that
     the mask allows. Frozen layers have no backward pass, and `cached` no forward pass either. With adapters the layers'
-    own parameters have no gradients, 2 less, and those of the adapters do.
+    own parameters have no gradients, 2 less, and those of the adapters do; nor has a head that is not trained.
 
     Args:
         tokens: without padding. attention_pairs: the sum of until[j] - j over them.
@@ -50,7 +51,7 @@ def training_flops(
     forward, backward = 2.0 * tokens * whole + 4.0 * pairs, 2.0 * tokens * (whole + learnt) + 8.0 * pairs
     trained = config.num_layers - frozen_layers
     layers = trained * (forward + backward) + (0 if cached else frozen_layers * forward)
-    return layers + 6.0 * tokens * config.hidden_size * head_outputs
+    return layers + (6.0 if head_trained else 4.0) * tokens * config.hidden_size * head_outputs
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -90,8 +90,10 @@ def _sums_and_gradients(head, parameters, states, targets, weights):
 
         return jax.lax.cond(part[2].any(), more, lambda carry: (carry, jnp.zeros_like(part[0])), carry)
 
-    start = _ZEROS, jax.tree.map(jnp.zeros_like, parameters)
+    # Parameters may be in the compute dtype, and a sum over chunks in bfloat16 would lose what is small beside it.
+    start = _ZEROS, jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), parameters)
     ((total, counts), of_parameters), of_states = jax.lax.scan(add, start, (states, targets, weights))
+    of_parameters = jax.tree.map(lambda sum, p: sum.astype(p.dtype), of_parameters, parameters)
     return (total, *counts), (of_parameters, of_states)
 
 

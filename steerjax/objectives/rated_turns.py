@@ -19,7 +19,7 @@ class Rated:
     rows: list[tuple[float | None, ...]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
-    turns: set[str] = field(default_factory=set)
+    messages: set[tuple[str, int] | None] = field(default_factory=set)
     shared: int = 0  # turns that are part of several conversations and count once
     unrated: int = 0  # conversations
     pairs: int = 0  # of them
@@ -62,11 +62,11 @@ class RatedTurns(Objective):
         data.unrated += not rated
         data.pairs += not rated and bool(conversation.rejected)
         for (each, i), (tokens, more) in zip(rated, rendered, strict=True):
-            turn = each.turns[i]
-            if turn.id and turn.id in data.turns:
+            turn, message = each.turns[i], each.messages()[i]
+            if message and message in data.messages:
                 data.shared += 1
                 continue
-            data.turns.add(turn.id)
+            data.messages.add(message)
             data.lengths.append(len(turn.content))
             data.ids.append(conversation.id)
             examples.append(self.example(split, tokens, more, turn.ratings))

@@ -46,18 +46,18 @@ class SFT(NextToken):
     def __init__(self, config, setting):
         super().__init__(config, setting)
         self.counts: dict[str, Counter] = {TRAIN: Counter(), VALIDATION: Counter()}
-        self._seen: dict[str, set[str]] = {TRAIN: set(), VALIDATION: set()}  # ids of turns that are trained
+        self._seen: dict[str, set[tuple[str, int]]] = {TRAIN: set(), VALIDATION: set()}  # messages that are trained
 
     def examples(self, conversation, split):
         counts, seen, turns, config = self.counts[split], self._seen[split], conversation.turns, self.config
-        labels = [self._label(turn) for turn in turns]
+        labels, messages = [self._label(turn) for turn in turns], conversation.messages()
         answers = {i for i, turn in enumerate(turns) if turn.role == "assistant"}
         unlabelled = {i for i in answers if not labels[i] and config.ratings != "none"}
         if unlabelled and config.missing == "error":
             message = f"no rating (config.sft.ratings is '{config.ratings}')"
             cure = "rate it, or choose config.sft.missing 'omit' or 'leave_out'"
             raise DataError(message, field=f"turns[{min(unlabelled)}]", cure=cure)
-        shared = {i for i in answers if turns[i].id in seen and config.threads == "once"}
+        shared = {i for i in answers if messages[i] in seen and config.threads == "once"}
         learnt = answers - shared - (unlabelled if config.missing == "leave_out" else set())
         rendered = self.setting.renderer.render(conversation, labels)
         trained = np.isin(rendered.roles, (TokenRole.RESPONSE, TokenRole.END))
@@ -70,7 +70,7 @@ class SFT(NextToken):
             responses=len(learnt), labelled=sum(bool(labels[i]) for i in learnt), shared=len(shared),
             untrained=int(not trained.any()),
         )  # fmt: skip
-        seen |= {turns[i].id for i in learnt} - {""}
+        seen |= {messages[i] for i in learnt} - {None}
         return [self.example(split, rendered.tokens, rendered.root, trained)] if trained.any() else []
 
     def example(self, split: str, tokens: np.ndarray, root: int, trained: np.ndarray) -> Example:

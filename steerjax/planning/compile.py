@@ -63,7 +63,9 @@ def plannable(experiment: Experiment, devices: int) -> Experiment:
         raise ConfigError(
             f"config.compute.cache_frozen: its size is the data's, which a plan does not read; cure: {cure}"
         )
-    if e.model.vocab_size == 0:
+    if e.model.vocab_size:
+        e = replace(e, model=replace(e.model, num_layers=e.model.keep_layers or e.model.num_layers))
+    else:
         e, _, _ = resolve_model(e)
     e = with_frozen_base(e)
     mesh, steps = MeshConfig(*mesh_shape(e.mesh, devices)), e.train.steps or 1_000_000

@@ -58,6 +58,9 @@ class Program:
         self.abstract = abstract_state(self.whole, self.optimizer, e.optimizer, mesh)
         self._frozen, self._model = e.optimizer.frozen_layers, e.model
         self._cached, self._row_length = e.compute.cache_frozen, e.batch.row_length
+        params = self.abstract.params
+        head = params.get("reward_head", params.get("lm_head", params["llama"]["embedding"]))
+        self._head_trained = head is not None
         self._outputs = e.model.vocab_size if self.kind == "chat" else len(schema)
         states, replicated = shardings_of(self.abstract), NamedSharding(mesh, PartitionSpec())
         schedule = make_schedule(e.optimizer, steps)
@@ -106,4 +109,4 @@ class Program:
     def flops(self, tokens: int, pairs: int, learnt: int) -> float:
         """Model FLOPs of a step; the head is read at so many tokens."""
         head = self._outputs * learnt / max(tokens, 1)
-        return training_flops(self._model, tokens, pairs, head, self._frozen, self._cached)
+        return training_flops(self._model, tokens, pairs, head, self._frozen, self._cached, self._head_trained)

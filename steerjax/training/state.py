@@ -32,8 +32,8 @@ class TrainState(flax.struct.PyTreeNode):
     bad_in_row: jax.Array
 
     def whole(self) -> dict:
-        """The parameters as checkpoints hold them."""
-        return jax.jit(join)(self.params, self.frozen)
+        """The parameters as checkpoints hold them: the state's own arrays, but the stacks that `frozen_layers` cuts."""
+        return join(self.params, self.frozen)
 
     def rest(self) -> dict:
         """All but the parameters, as checkpoints hold it."""

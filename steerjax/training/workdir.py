@@ -25,8 +25,9 @@ from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 from steerjax.typed import read_json
 
-# What a second start may change: the machine, how long and how loudly it trains. All else would not be a resume.
-RESUME_MAY_CHANGE = ("mesh.", "compute.", "train.")
+# What a second start may change: the machine and what fits its memory, how long and how loudly it trains. All else
+# would not be a resume.
+_MAY_CHANGE = ("mesh.", "compute.", "train.", "batch.micro_batches", "batch.evaluation_rows")
 
 # What a run writes into its folder.
 _FOLDERS = ("checkpoints", "tokenizer", "report", "compile_cache", "tensorboard", "wandb")
@@ -77,21 +78,24 @@ def _check_same(old: dict, experiment: Experiment, workdir: Path) -> None:
     new = json.loads(experiment.to_json())
     if "task" in old:
         raise CheckpointError(f"'{workdir}' is a run of edition 1 of steerjax; cure: another --workdir")
-    before, now = dict(leaves(old)), dict(leaves(new))
+    before, now = fixed(old), fixed(new)
     for key in sorted(before.keys() | now.keys()):
-        free = key.startswith(RESUME_MAY_CHANGE) and key != "train.seed"
-        if before.get(key) != now.get(key) and not free:
+        if before.get(key) != now.get(key):
             raise CheckpointError(
                 f"{workdir} holds a run with config.{key} {before.get(key)!r}, and now it is {now.get(key)!r}; "
                 "cure: the old value to resume, or another --workdir"
             )
 
 
-def leaves(config: dict, path: str = "") -> Iterator[tuple[str, object]]:
-    """(`group.key`, value) of an experiment's dict."""
+def fixed(config: dict) -> dict[str, object]:
+    """`group.key` -> value of what no second start may change, of an experiment's dict."""
+    return {k: v for k, v in _leaves(config) if k == "train.seed" or not k.startswith(_MAY_CHANGE)}
+
+
+def _leaves(config: dict, path: str = "") -> Iterator[tuple[str, object]]:
     for key, value in config.items():
         if isinstance(value, dict) and value:
-            yield from leaves(value, f"{path}{key}.")
+            yield from _leaves(value, f"{path}{key}.")
         else:
             yield path + key, value
 

@@ -134,6 +134,7 @@ ROWS = {
     "RewardBench": {"prompt": "p", "chosen": "good", "rejected": "bad", "subset": "x", "id": 7, "chosen_model": "m"},
     "messages": dict(zip(("prompt", "chosen", "rejected"), MESSAGES, strict=True)),
     "whole messages": {"chosen": MESSAGES[0] + MESSAGES[1], "rejected": MESSAGES[0] + MESSAGES[2]},
+    "UltraFeedback": {"prompt": "p", "chosen": MESSAGES[0] + MESSAGES[1], "rejected": MESSAGES[0] + MESSAGES[2]},
     "HH": {"chosen": "\n\nHuman: p\n\nAssistant: good", "rejected": "\n\nHuman: p\n\nAssistant: bad"},
     "HelpSteer2": {"prompt": "p", "response_1": "good", "response_2": "bad", "preference_strength": -2},
     "HelpSteer2, second": {"prompt": "p", "response_1": "bad", "response_2": "good", "preference_strength": 1},
@@ -156,12 +157,22 @@ def test_layouts(name):
     )  # fmt: skip
 
 
+@pytest.mark.short
+def test_a_system_text_beside_or_inside_the_messages():
+    system = [{"role": "system", "content": "s"}]
+    for prompt, before in ((system + MESSAGES[0], []), ("p", system), (system + MESSAGES[0], system)):
+        sides = {key: before + MESSAGES[0] + MESSAGES[side] for key, side in (("chosen", 1), ("rejected", 2))}
+        conversation = conversation_from_row({"prompt": prompt, **sides}, HELPSTEER)
+        assert (conversation.system, len(conversation.turns), len(conversation.rejected)) == ("s", 2, 2)
+
+
 BAD = {
     "equal texts": (ROWS["TRL"] | {"rejected": "good"}, "rejected"),
     "no prompt": ({"chosen": "good", "rejected": "bad"}, "chosen"),
     "margin below 0": (ROWS["TRL"] | {"margin": -1}, "strength"),
     "margin as text": (ROWS["TRL"] | {"margin": "much"}, "margin"),
     "ends on the user": ({"chosen": MESSAGES[0], "rejected": MESSAGES[0] + MESSAGES[2]}, "chosen"),
+    "another prompt inside": ({"prompt": "q", "chosen": MESSAGES[0] + MESSAGES[1], "rejected": MESSAGES[2]}, "chosen"),
     "preference missing": (ROWS["HelpSteer3"] | {"overall_preference": None}, "overall_preference"),
     "NaN": (ROWS["HelpSteer2"] | {"preference_strength": float("nan")}, "preference_strength"),
 }

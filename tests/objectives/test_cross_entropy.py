@@ -83,6 +83,17 @@ def test_bfloat16_states():
     assert_trees_close(*(jax.tree.map(lambda x: x.astype(jnp.float32), g[1]) for g in (actual, expected)), rtol=2**-7)
 
 
+def test_a_kernel_in_bfloat16_loses_nothing_by_the_number_of_chunks():
+    """As micro-batches have it: a gradient is added up in float32, and rounded once."""
+    states, kernel, targets, weights = arrays(jnp.bfloat16)
+    kernel = kernel.astype(jnp.bfloat16)
+    exact = mean_loss(plain, True, targets, weights)(states, kernel.astype(jnp.float32))[1][1]
+    found = [mean_loss(chunked(chunk), True, targets, weights)(states, kernel)[1][1] for chunk in (T, 1)]
+    assert {gradient.dtype for gradient in found} == {jnp.dtype(jnp.bfloat16)}
+    one, many = (float(jnp.abs(gradient.astype(jnp.float32) - exact).mean()) for gradient in found)
+    assert many < 1.25 * one
+
+
 @pytest.mark.short
 def test_nothing_trained_is_zero_over_zero_never_nan():
     states, kernel, targets, weights = arrays()

@@ -41,6 +41,15 @@ def test_every_rated_turn_is_read_at_its_end_and_a_shared_one_once():
     assert (objective.data[TRAIN].shared, len(objective.data[TRAIN].rows)) == (1, 3)
 
 
+def test_turns_that_a_file_numbers_row_by_row_are_not_shared():
+    """Equal answers to different prompts neither."""
+    objective = regression()
+    for prompt, answer in (("Hi", "one"), ("Hello", "one"), ("Hey", "two")):
+        turns = (Turn("user", prompt, id="0"), Turn("assistant", answer, {"quality": 3.0}, id="1"))
+        assert len(objective.examples(Conversation(turns), TRAIN)) == 1
+    assert objective.data[TRAIN].shared == 0
+
+
 def test_a_conversation_without_a_rating_is_counted_and_none_at_all_refused():
     objective = regression()
     for split in (TRAIN, VALIDATION):

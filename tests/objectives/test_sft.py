@@ -181,3 +181,11 @@ def test_a_turn_that_threads_share_is_trained_once_or_once_a_thread(option, weig
     assert set(weights[:shared].tolist()) == {0.0, weight}
     assert set(weights[shared:].tolist()) == {0.0, 1.0}
     assert sft.counts[TRAIN]["shared"] == (option == "once")
+
+
+def test_turns_that_a_file_numbers_row_by_row_are_all_trained():
+    sft = objective()
+    for prompt in ("Hi", "Hello"):
+        talk = Conversation((Turn("user", prompt, id="0"), Turn("assistant", "one", {"quality": 3.0}, id="1")))
+        assert len(sft.examples(talk, TRAIN)) == 1
+    assert sft.counts[TRAIN]["shared"] == 0

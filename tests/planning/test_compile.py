@@ -108,6 +108,11 @@ def test_adapters_have_the_optimizers_state_alone():
     assert sizes[4] < 0.5 * sizes[0]
 
 
+def test_layers_that_are_not_kept_are_not_planned():
+    assert tiny((1, 1, 1, -1), model=replace(MODEL, source="some/model", keep_layers=1)).model.num_layers == 1
+    assert tiny((1, 1, 1, -1)).model.num_layers == MODEL.num_layers
+
+
 def test_what_cannot_be_planned_is_said_before_it_is_compiled():
     with refused(ConfigError, "data 1", "fsdp 3", "8 devices"):
         tiny((1, 3, 1, 1))

@@ -283,7 +283,7 @@ def test_frozen_layers_are_cut_from_one_stack():
 
 @pytest.mark.parametrize("frozen_layers", [0, 1])
 def test_the_parameters_are_held_once(frozen_layers):
-    """What the state was made of is a part of it or is freed."""
+    """What the state was made of is a part of it or is freed; what is saved is no copy but of a stack that is cut."""
     config = OptimizerConfig(frozen_layers=frozen_layers)
     mesh, module = make_mesh(MeshConfig(), jax.devices()[:1]), RewardModel(TINY, len(SCHEMA))
     whole, optimizer = abstract_parameters(module, mesh), make_optimizer(config)
@@ -291,6 +291,8 @@ def test_the_parameters_are_held_once(frozen_layers):
     state = make_state(params, abstract_state(whole, optimizer, config, mesh), optimizer, config)
     kept = {id(x) for x in jax.tree.leaves((state.params, state.frozen))}
     assert all(id(x) in kept or x.is_deleted() for x in jax.tree.leaves(params))
+    saved = jax.tree_util.tree_leaves_with_path(state.whole())
+    assert all(id(x) in kept or (frozen_layers and "layers" in jax.tree_util.keystr(path)) for path, x in saved)
 
 
 def test_the_first_moment_in_bfloat16():

@@ -296,6 +296,17 @@ def test_a_workdir_of_another_run_is_refused(recipe, uninterrupted, change, fact
         training.train(resolve(config.to_dict()), uninterrupted)
 
 
+def test_a_run_out_of_memory_may_go_on_in_more_micro_batches(tmp_path):
+    """config.json is there before the first step is compiled."""
+    config = default_config()
+    claim_workdir(tmp_path, resolve(config.to_dict()))
+    config.batch.update(micro_batches=2, evaluation_rows=4)
+    claim_workdir(tmp_path, resolve(config.to_dict()))
+    config.batch.row_length //= 2
+    with refused(CheckpointError, "config.batch.row_length"):
+        claim_workdir(tmp_path, resolve(config.to_dict()))
+
+
 def test_errors_are_messages_and_not_tracebacks(recipe, repository, tmp_path):
     run = subprocess.run(
         command(recipe, tmp_path, "--config.batch.row_length=16"), env=environment(repository), capture_output=True,
