@@ -1,6 +1,8 @@
 """The conversation: what every reader produces and every later stage consumes."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 ROLES = ("user", "assistant")
@@ -18,6 +20,11 @@ class Turn:
     ratings: Mapping[str, float] | None = None  # of people, by attribute name; a missing name is a missing rating
     predicted_ratings: Mapping[str, float] | None = None  # a model's; never mixed with human ones
     id: str = ""  # the message's own name, where the data has one: threads of one tree that share it share this turn
+
+    @property
+    def message(self) -> tuple[str, str] | None:
+        """Id and content: people number the turns of a row, too. None without an id."""
+        return (self.id, self.content) if self.id else None
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,15 @@ class Conversation:
         """The two conversations of a pair, each alone."""
         return tuple(replace(self, turns=turns, rejected=()) for turns in (self.turns, self.rejected))
 
+    def rated(self) -> list[tuple["Conversation", int]]:
+        """The turns with ratings, each with the conversation it stands in: of a pair those of both sides, what they
+        share once."""
+        found = [(self, i) for i, turn in enumerate(self.turns) if turn.ratings]
+        if self.rejected:
+            other, seen = self.both()[1], dict(enumerate(self.turns))
+            found += [(other, i) for i, turn in enumerate(other.turns) if turn.ratings and turn != seen.get(i)]
+        return found
+
     def content(self) -> list:
         """What a duplicate has in common with it: system, roles, contents and human ratings; asked ratings, samples."""
         turns = self.turns + self.rejected
@@ -74,6 +90,12 @@ class Conversation:
             ],
             "id": self.id,
         }
+
+
+def context_key(system: str | None, turns: Sequence[Turn]) -> str:
+    """Names a system text and the turns before an answer: answers with one key are responses to the same."""
+    said = [system, *((turn.role, turn.content) for turn in turns)]
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
 
 
 def _said(turns: Iterable[Turn]) -> list[dict]:
