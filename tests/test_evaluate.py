@@ -114,6 +114,32 @@ def test_attributes_without_training_data_and_with_rows_left_out(run, tmp_path):
     says(message, str(unrated), cure="helpfulness")
 
 
+def test_turns_of_threads_and_pairs(run, tmp_path):
+    """A shared turn counts once, a pair's both responses; only answers to the same turns are a pair, and a row's lists
+    are of its last turn."""
+
+    def turn(role, content, **more):
+        return {"role": role, "content": content} | more
+
+    first = turn("user", "p"), turn("assistant", "one", ratings={"verbosity": 1}, id="m1")
+    threads = [{"turns": [*first, turn("user", q), turn("assistant", q, ratings={"verbosity": 3})]} for q in "ab"]
+    plain = [{key: each[key] for key in each if key != "id"} for each in first]
+    listed = {"messages": [*plain, turn("user", "c"), turn("assistant", "c")], "verbosity": [2, 4]}
+    pair = {"turns": [first[0], turn("assistant", "better", ratings={"verbosity": 4}, id="m2")],
+            "rejected": [first[0], turn("assistant", "worse", ratings={"verbosity": 3}, id="m3")]}  # fmt: skip
+    for name, rows in (("threads", [*threads, listed]), ("pairs", [pair, pair | {"rejected": [*first]}])):
+        evaluate("--suite", "attributes", "--model", run[0], "--data", write_rows(tmp_path / f"{name}.jsonl", rows),
+                 "--output", tmp_path / name, *SHORT)  # fmt: skip
+    rows = read_rows(tmp_path / "threads/rows.jsonl")
+    assert [(row["turn"], row["ratings"]["verbosity"], "raters" in row) for row in rows] == [
+        (1, 1, False), (3, 3, False), (3, 3, False), (1, 1, False), (3, 3, True)
+    ]  # fmt: skip
+    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("threads", "pairs")]
+    assert [each["figures"]["verbosity/pairs"]["count"] for each in found] == [0, 3]
+    assert "1 that several" in found[0]["summary"]["responses"]
+    assert [row["ratings"]["verbosity"] for row in read_rows(tmp_path / "pairs/rows.jsonl")] == [4, 3, 1]
+
+
 def test_refusals(tmp_path):
     message = refusal("--suite", "vibes", "--output", tmp_path / "x")
     says(message, "vibes", cure="steerability")

@@ -1,6 +1,8 @@
 """The conversation: what every reader produces and every later stage consumes."""
 
-from collections.abc import Iterable, Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
@@ -55,6 +57,15 @@ class Conversation:
         said = accumulate((hash(turn.content) for turn in self.turns), lambda *both: hash(both))
         return [(turn.id, number) if turn.id else None for turn, number in zip(self.turns, said, strict=True)]
 
+    def rated(self) -> list[tuple["Conversation", int]]:
+        """The turns with ratings, each with the conversation it stands in: of a pair those of both sides, what they
+        share once."""
+        found = [(self, i) for i, turn in enumerate(self.turns) if turn.ratings]
+        if self.rejected:
+            other, seen = self.both()[1], dict(enumerate(self.turns))
+            found += [(other, i) for i, turn in enumerate(other.turns) if turn.ratings and turn != seen.get(i)]
+        return found
+
     def content(self) -> list:
         """What a duplicate has in common with it: system, roles, contents and human ratings; asked ratings, samples."""
         turns = self.turns + self.rejected
@@ -81,6 +92,12 @@ class Conversation:
             ],
             "id": self.id,
         }
+
+
+def context_key(system: str | None, turns: Sequence[Turn]) -> str:
+    """Names a system text and the turns before an answer: answers with one key are responses to the same."""
+    said = [system, *((turn.role, turn.content) for turn in turns)]
+    return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
 
 
 def _said(turns: Iterable[Turn]) -> list[dict]:

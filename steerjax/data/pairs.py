@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from steerjax.data.conversation import Conversation
+from steerjax.data.conversation import Conversation, context_key
 
 
 def pairs_of(
@@ -18,15 +18,14 @@ def pairs_of(
     A response may stand in several pairs, in at most `each` of them where that is not 0: then they are drawn by chance
     (always the same). Its turn has its row's id, so that its ratings count once.
     """
-    groups: dict[tuple, list[tuple[float, Conversation]]] = {}
+    groups: dict[str, list[tuple[float, Conversation]]] = {}
     for row in rows:
         *before, last = row.turns
         ratings = last.ratings or {}
         if last.role == "assistant" and weights.keys() <= ratings.keys():
             score = sum(weight * ratings[name] for name, weight in weights.items())
-            key = (row.system, tuple((turn.role, turn.content) for turn in before))
             last = replace(last, id=last.id or row.id)
-            groups.setdefault(key, []).append((score, replace(row, turns=(*before, last))))
+            groups.setdefault(context_key(row.system, before), []).append((score, replace(row, turns=(*before, last))))
     pairs = []
     for group in groups.values():
         chosen, used = list(itertools.combinations(group, 2)), collections.Counter()

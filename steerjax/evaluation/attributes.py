@@ -1,9 +1,9 @@
 """A reward model's predictions against people's ratings, beside two trivial predictors fitted on --train-data.
 
 By attribute and in the average: errors, correlations, agreement, calibration, how often the better rated of two
-responses to a prompt is predicted higher, and how much a prediction follows length where people's rating does not.
-Where rows carry several raters (lists in place of numbers, as HelpSteer2's disagreements), people's agreement among
-themselves stands beside the model's with them.
+responses to the same turns is predicted higher, and how much a prediction follows length where people's rating does
+not. Where rows carry several raters (lists in place of numbers, as HelpSteer2's disagreements), people's agreement
+among themselves stands beside the model's with them.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from dataclasses import asdict
 import numpy as np
 
 from steerjax.command import MODEL, add_scoring_options
-from steerjax.data.conversation import Conversation
+from steerjax.data.conversation import Conversation, context_key
 from steerjax.data.loading import Skipped, file_hashes, load_conversations, prompt_key, write_skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
@@ -60,11 +60,12 @@ def run(options: argparse.Namespace) -> Result:
         """Every turn with a rating of one of the attributes."""
         loaded = load_conversations(files, reading_schema(schema), format=o.format, on_bad_row=how)
         skipped.extend(loaded.skipped)
-        known = set(schema.names)
-        return [(c, i) for c in loaded.conversations for i, t in enumerate(c.turns) if known & set(t.ratings or ())]
+        rated = [place for c in loaded.conversations for place in c.rated()]
+        return [(c, i) for c, i in rated if set(schema.names) & set(c.turns[i].ratings)]
 
-    tested, left_out = load(o.data), list(skipped)
-    trained = [c.turns[i] for c, i in load(o.train_data)] if o.train_data else []
+    rated, left_out = load(o.data), list(skipped)
+    tested = _once(rated)
+    trained = [c.turns[i] for c, i in _once(load(o.train_data))] if o.train_data else []
     if not tested:
         raise DataError("no rated response to evaluate", file=o.data[0], cure=f"rate {' or '.join(schema.names)}")
     raters = _raters(o.data, schema)
@@ -87,6 +88,7 @@ def run(options: argparse.Namespace) -> Result:
         "suite": "attributes", "model": folder_checksum(scorer.description.path), "attributes": schema.to_json(),
         "data": file_hashes(o.data), "train_data": file_hashes(o.train_data), "row_length": scorer.row_length,
         **{key: vars(o)[key] for key in ("format", "template", "dtype", "on_bad_row")},
+        "shared_turns": "once",
     }  # fmt: skip
     rows = kept_rows(o.output, settings, len(tested), compute, chunk=128, unit="response")
     kept = [row for row in rows if "skipped" not in row]
@@ -96,10 +98,18 @@ def run(options: argparse.Namespace) -> Result:
         said = f"all {len(refused)} rated responses were left out, the first of them: {first.reason}"
         raise DataError(said, file=first.file, line=first.line, cure="a larger --row-length, or other rows")
     write_skipped(o.output / "skipped.jsonl", [*left_out, *(Skipped(**row["skipped"]) for row in refused)])
-    return _result(o, scorer, schema, rows, kept, fitted)
+    return _result(o, scorer, schema, rows, kept, fitted, len(rated) - len(tested))
 
 
-def _result(o, scorer, schema: Schema, rows: list[dict], kept: list[dict], fitted: tuple) -> Result:
+def _once(rated: Sequence[tuple[Conversation, int]]) -> list[tuple[Conversation, int]]:
+    """Of a turn that several conversations share, the first."""
+    found: dict = {}
+    for place, (conversation, turn) in enumerate(rated):
+        found.setdefault(conversation.messages()[turn] or place, (conversation, turn))
+    return list(found.values())
+
+
+def _result(o, scorer, schema: Schema, rows: list[dict], kept: list[dict], fitted: tuple, shared: int) -> Result:
     human, predicted = (_ratings_of(kept, key, schema) for key in ("ratings", "predicted_ratings"))
     lengths, ids = [row["characters"] for row in kept], [row["id"] for row in kept]
     result = evaluate_predictions(schema, predicted, human, lengths, ids, *fitted)
@@ -119,7 +129,8 @@ def _result(o, scorer, schema: Schema, rows: list[dict], kept: list[dict], fitte
         "model": scorer.description.path, "data": ", ".join(o.data),
         "baselines fitted on": ", ".join(o.train_data) or "nothing",
         "responses": f"{len(kept)} rated, {len(rows) - len(kept)} without a prediction (rows.jsonl), "
-        "rows that were left out: skipped.jsonl",
+        + (f"{shared} that several conversations share count once, " if shared else "")
+        + "rows that were left out: skipped.jsonl",
         "computed": scorer.counts,
     }  # fmt: skip
     detail = {
@@ -132,20 +143,21 @@ def _result(o, scorer, schema: Schema, rows: list[dict], kept: list[dict], fitte
 _MORE = ("slope", "bias", "pairs", "longer", "length", "people", "model with people")
 _EXPLANATION = """\
 slope: by how much human ratings rise where predictions rise by 1 (1 is calibrated); bias: by how much predictions are
-above human ratings in the mean; pairs: of two responses to a prompt, how often the better rated has the higher
+above human ratings in the mean; pairs: of two responses to the same turns, how often the better rated has the higher
 prediction; longer: of preferring the longer one; length: correlation of the prediction with log length, both less
 what the human rating says; people: quadratic-weighted kappa of two raters of a response; model with people: of the
 prediction and a rater."""
 
 
 def columns(rows: Sequence[Mapping]) -> Columns:
-    """Of each row with a prediction: what people gave, what each predictor says, how many pairs of a prompt are right.
+    """Of each row with a prediction: what people gave, what each predictor says, how many pairs of a context are right.
 
     Rows of one prompt are drawn together, unless all have one.
     """
     rows = [row for row in rows if "skipped" not in row]
     names = list(dict.fromkeys(name for row in rows for name in row["predicted_ratings"]))
     prompts = np.array([row["prompt"] for row in rows])
+    contexts = np.array([row.get("context", row["prompt"]) for row in rows])
     found = {UNIT: prompts if len(set(prompts.tolist())) > 1 else np.arange(len(rows))}
     found["log length"] = np.log1p(np.array([row["characters"] for row in rows], np.float64))
     for name in names:
@@ -157,7 +169,7 @@ def columns(rows: Sequence[Mapping]) -> Columns:
             found[f"{name}:{who}:whole"] = _column(row["whole"][who].get(name) for row in rows)
         found[f"{name}:human:whole"] = _column(row["whole"]["human"].get(name) for row in rows)
         for who, values in ((PREDICTED, found[f"{name}:{PREDICTED}"]), ("longer", found["log length"])):
-            right, count = _pairs(human, values, prompts)
+            right, count = _pairs(human, values, contexts)
             found[f"{name}:{who}:right"], found[f"{name}:pairs"] = right, count
         raters = [row.get("raters", {}).get(name, ()) for row in rows]
         if any(len(each) > 1 for each in raters):
@@ -205,12 +217,12 @@ def measure(found: Columns) -> dict[str, tuple[float, int]]:
     return out
 
 
-def _pairs(human: np.ndarray, values: np.ndarray, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row: the pairs that it is the better rated of (the other one answers the same prompt), and how many of
+def _pairs(human: np.ndarray, values: np.ndarray, contexts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row: the pairs that it is the better rated of (the other one answers the same turns), and how many of
     them `values` order so; a tie is half right."""
     right, count = np.zeros((2, len(human)))
-    order = np.argsort(prompts, kind="stable")
-    for group in np.split(order, np.flatnonzero(prompts[order][1:] != prompts[order][:-1]) + 1):
+    order = np.argsort(contexts, kind="stable")
+    for group in np.split(order, np.flatnonzero(contexts[order][1:] != contexts[order][:-1]) + 1):
         better = human[group][:, None] > human[group][None]
         sign = np.sign(values[group][:, None] - values[group][None])
         count[group] = better.sum(1)
@@ -262,11 +274,14 @@ def _row(place, predicted: np.ndarray, guesses: Mapping, raters: Mapping, schema
         raise DataError(
             "the model predicts no finite number", field=wrong[0], cure="check the model, or another --dtype"
         )
+    last = all(later.role != "assistant" for later in conversation.turns[turn + 1 :])  # a row's lists are of it
+    own = raters.get((conversation.file, conversation.line)) if last else None
     return {
-        "id": conversation.id, "turn": turn, "prompt": prompt_key(conversation), "characters": len(said.content),
+        "id": conversation.id, "turn": turn, "prompt": prompt_key(conversation),
+        "context": context_key(conversation.system, conversation.turns[:turn]), "characters": len(said.content),
         "ratings": ratings, "predicted_ratings": sides[PREDICTED], "baselines": {who: sides[who] for who in guesses},
         "whole": {who: {n: float(whole(v, schema[n])) for n, v in each.items()} for who, each in sides.items()},
-        **({"raters": own} if (own := raters.get((conversation.file, conversation.line))) else {}),
+        **({"raters": own} if own else {}),
     }  # fmt: skip
 
 

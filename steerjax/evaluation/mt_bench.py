@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> Result | None:
         print(judge_plan(questions, answers, path, name, reward, o), flush=True)
     calls, model = _calls(questions, answers, reward, o), next(iter(answers.values()))["model"]
     if reward and None in kept_judgments(path, calls, name, None, model)[0]:
-        judge = RewardJudge(o.judge, about, o)
+        judge = RewardJudge(name, about, o)
     judgments, failed = kept_judgments(path, calls, name, judge, model)
     _check_failed(failed, judgments, path, o.on_refusal)
     weights = _weights(o, about) if about else None

@@ -16,6 +16,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from steerjax.checksums import folder_checksum
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import file_hashes
 from steerjax.data.readers import typed_rows
@@ -136,9 +137,12 @@ def answered(questions: Sequence[Question], o: argparse.Namespace) -> Answers:
 
     Raises SteerjaxError: the folder has answers of other settings, or the model fails.
     """
+    from steerjax.bundle import locate
+
     settings = {
         "suite": "mt_bench", "questions": file_hashes([o.questions])[o.questions],
-        **{key: vars(o)[key] for key in ("model", "server_model", "attributes", "schema", "system", "greedy", "seed",
+        "model": folder_checksum(locate(o.model, verify=not o.no_verify)) if o.model else None,
+        **{key: vars(o)[key] for key in ("server_model", "attributes", "schema", "system", "greedy", "seed",
                                          "max_new_tokens", "template", "dtype")},
     }  # fmt: skip
     temperatures = {question.id: 0.0 if o.greedy else question.temperature for question in questions}

@@ -162,10 +162,10 @@ class LanguageJudge:
 class RewardJudge:
     """A reward model of ours: its rating of each attribute. Raises ModelError: it is none."""
 
-    def __init__(self, folder: str, about: Description, options: argparse.Namespace):
+    def __init__(self, name: str, about: Description, options: argparse.Namespace):
         from steerjax.inference.scorer import open_scorer
 
-        self.name = folder
+        self.name = name
         self._scorer = open_scorer(about, options)
 
     def judged(self, calls: Sequence[Call]) -> Iterator[tuple[Call, dict | ModelError]]:

@@ -1,7 +1,6 @@
 """Answers to requested ratings: read from what `generate` wrote, or generated here over a grid of requests."""
 
 import argparse
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from steerjax.data.conversation import Conversation, Turn
+from steerjax.data.conversation import Conversation, Turn, context_key
 from steerjax.data.readers import iter_rows, source_format, typed_rows
 from steerjax.errors import ConfigError, DataError, ModelError
 from steerjax.files import write_text
@@ -34,8 +33,7 @@ class Answer:
     @property
     def prompt(self) -> str:
         """Names the system text and the turns before the answer."""
-        said = [self.conversation.system, *((turn.role, turn.content) for turn in self.conversation.turns[:-1])]
-        return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+        return context_key(self.conversation.system, self.conversation.turns[:-1])
 
     @property
     def text(self) -> str:
@@ -168,8 +166,7 @@ def _prompts(o: argparse.Namespace, schema: Schema) -> list[Conversation]:
             if o.on_bad_row == "error":
                 raise error.at(o.prompts, line) from None
             continue
-        key = json.dumps([read.system, *((turn.role, turn.content) for turn in read.turns)])
-        name = read.id or f"{o.prompts}:{line}"
+        key, name = context_key(read.system, read.turns), read.id or f"{o.prompts}:{line}"
         chosen.setdefault(key, Conversation(read.turns, read.system, name, o.prompts, line))
     if not chosen:
         raise DataError("no prompt", file=o.prompts, cure="rows that end with a user's turn, or {'prompt': ...}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from steerjax.checksums import folder_checksum
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes, load_conversations
@@ -71,7 +72,8 @@ class Session:
         rows = list(input_rows(o.input, self._read, skipped, on_bad_row=o.on_bad_row, on_duplicate=duplicates))
         each = (1 if self.combinations else len(self.settings)) * o.samples
         job = {
-            "command": "generate", "input": file_hashes([o.input])[o.input], "model": self.backend.model,
+            "command": "generate", "input": file_hashes([o.input])[o.input],
+            "model": self.backend.model if o.server else folder_checksum(Path(self.backend.model)),
             "settings": self.settings, "combinations": self.combinations, "sampling": asdict(self.sampling),
             **{key: vars(o)[key] for key in ("format", "samples", "system", "template", "dtype", "replace_answer")},
         }  # fmt: skip

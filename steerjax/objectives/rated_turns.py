@@ -51,11 +51,7 @@ class RatedTurns(Objective):
         return np.array(rows, np.float32).reshape(-1, len(self.setting.schema))
 
     def examples(self, conversation, split):
-        data, examples = self.data[split], []
-        rated = [(conversation, i) for i, turn in enumerate(conversation.turns) if turn.ratings]
-        if conversation.rejected:  # the other response of a pair, and what else differs there
-            other, seen = conversation.both()[1], dict(enumerate(conversation.turns))
-            rated += [(other, i) for i, turn in enumerate(other.turns) if turn.ratings and turn != seen.get(i)]
+        data, examples, rated = self.data[split], [], conversation.rated()
         rendered = [self.render(*place) for place in rated]  # all, before any is kept
         for tokens, _ in rendered:
             self.setting.check_length(len(tokens))

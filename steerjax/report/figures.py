@@ -117,17 +117,22 @@ def _finite(value: float) -> float | None:
 
 
 def _interval(draws: Sequence[Mapping], name: str, value: float) -> tuple[float, float] | None:
-    values = np.array([draw[name][0] for draw in draws if name in draw])
-    values = values[np.isfinite(values)]
+    values = _values(draws, name)
     if not np.isfinite(value) or len(values) < 0.95 * DRAWS:
         return None
     low, high = np.percentile(values, [2.5, 97.5]).tolist()
     return low, high
 
 
+def _values(draws: Sequence[Mapping], name: str) -> np.ndarray:
+    """Of the draws that have the figure, and have it defined."""
+    values = np.array([draw[name][0] for draw in draws if name in draw])
+    return values[np.isfinite(values)]
+
+
 def _p(draws: Sequence[Mapping], name: str) -> float:
     """Twice the smaller share of draws on one side of 0, that of the interval: below 0.05 where it leaves 0 out."""
-    values = np.array([draw[name][0] for draw in draws])
+    values = _values(draws, name)
     return float(min(1.0, 2 * min(np.sum(values <= 0) + 1, np.sum(values >= 0) + 1) / (len(values) + 1)))
 
 

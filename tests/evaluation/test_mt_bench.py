@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -349,6 +350,16 @@ def test_our_own_decoder_and_a_reward_model_as_judge(fake, chat, files, tmp_path
     scores = [row["scores"] for row in read_rows(tmp_path / "whole/judgments.jsonl") if row["scores"]]
     expected = np.mean([0.65 * s["helpfulness"] + 0.8 * s["correctness"] + 0.45 * s["coherence"] for s in scores])
     assert result["figures"]["goodness/average"]["value"] == pytest.approx(expected)
+    kept = (tmp_path / "whole/judgments.jsonl").read_bytes()
+    evaluate(*files[:2], *options, *reward, "--output", tmp_path / "whole")
+    assert "0 calls" in capsys.readouterr().out
+    assert (tmp_path / "whole/judgments.jsonl").read_bytes() == kept
+    answering = shutil.copytree(chat, tmp_path / "chat")
+    options = "--model", answering, *options[2:]
+    evaluate(*files[:2], *options, *reward, "--output", tmp_path / "whole")  # the same model elsewhere
+    write_folder(answering, TINY, random_tensors(TINY))  # another one there
+    message = refusal(*files[:2], *options, *reward, "--output", tmp_path / "whole")
+    says(message, "answers.jsonl", "model", cure="output")
 
 
 def test_refused_at_the_door(fake, chat, files, tmp_path):

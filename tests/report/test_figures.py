@@ -67,6 +67,20 @@ def test_paired_differences():
     assert differences(measure, columns(hard), columns(hard))["mean"].p == 1
 
 
+def test_a_figure_that_some_draws_have_not():
+    """A category of 5 rows in 80: some draws have none of them, and leave the figure out or undefined."""
+    rare = np.arange(80) < 5
+
+    def of(columns):
+        seen = columns["x"][columns["rare"]]
+        return {"undefined": mean_of(seen)} | ({"left out": mean_of(seen)} if len(seen) else {})
+
+    one, other = (columns(x) | {"rare": rare} for x in np.random.default_rng(3).normal([[0.3], [0]], 1, (2, 80)))
+    found = differences(of, one, other)
+    assert found["left out"] == found["undefined"]
+    assert 0 < found["left out"].p <= 1
+
+
 def test_only_shared_units_are_compared():
     found = differences(measure, columns([1, 2, 3], [0, 1, 2]), columns([5, 7], [1, 2]))["mean"]
     assert (found.value, found.count) == (pytest.approx(2.5 - 6), 2)
