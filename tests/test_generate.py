@@ -226,6 +226,19 @@ def test_rows_to_answer():
         prompt_of(several, STEERLM, False)
     talk = Conversation((Turn("user", "q"),), id="7", asked={"humor": 1.0}, samples=(Sample("r", -1.0, -2.0, -3.0),))
     assert prompt_of(talk.to_json(), STEERLM, False) == Conversation((Turn("user", "q"),), id="7")
+    pair = Conversation((Turn("user", "q"), Turn("assistant", "good")), id="7", strength=2.0,
+                        rejected=(Turn("user", "q"), Turn("assistant", "bad")))  # fmt: skip
+    assert prompt_of(pair.to_json(), STEERLM, True) == Conversation((Turn("user", "q"),), id="7")
+
+
+def test_a_new_answer_is_not_paired_with_an_old_one(model, tmp_path):
+    data, output = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+    sides = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("good", "bad")]
+    row = {"turns": sides[0], "rejected": sides[1], "strength": 2.0, "topic": "t"}
+    data.write_text(json.dumps(row) + "\n")
+    generate(model, "--input", data, "--output", output, "--replace-answer")
+    (made,) = rows_of(output)
+    assert made.keys() == {"system", "turns", "id", "topic", "generation"}
 
 
 def test_what_asks_to_sample():

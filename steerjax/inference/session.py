@@ -99,7 +99,8 @@ class Session:
         read = prompt_of(row, self.schema, o.replace_answer, source_format(source, o.format))
         system = o.system if read.system is None else read.system
         conversation = replace(read, system=system, file=source, line=line, id=read.id or f"{source}:{line}")
-        rest = {key: row[key] for key in row.keys() - {"system", "turns", "id"}} if "turns" in row else {}
+        own = {"system", "turns", "id", "rejected", "strength"}
+        rest = {key: row[key] for key in row.keys() - own} if "turns" in row else {}
         request = self.backend.prepare(conversation, self._settings(conversation), o.samples)
         return InputRow(conversation, carried(rest), request)
 
@@ -146,7 +147,8 @@ def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "au
     other = "completion" if isinstance(row.get("prompt"), list) else "response"  # TRL's prompts may be messages
     read = {other: "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row} if bare else row
     conversation = conversation_from_row(read, schema, format, rated=False)
-    conversation = replace(conversation, asked={}, samples=())  # they are other answers
+    other = {"asked": {}, "samples": (), "rejected": (), "strength": 1.0}  # what is said of other answers
+    conversation = replace(conversation, **other)
     turns = conversation.turns
     answered = row.get("response") is not None if bare else turns[-1].role == "assistant"
     if answered and not replace_answer:
