@@ -73,7 +73,8 @@ class Session:
         job = {
             "command": "generate", "input": file_hashes([o.input])[o.input], "model": self.backend.model,
             "settings": self.settings, "combinations": self.combinations, "sampling": asdict(self.sampling),
-            **{key: vars(o)[key] for key in ("format", "samples", "system", "template", "dtype", "replace_answer")},
+            **{key: vars(o)[key] for key in ("format", "samples", "system", "template", "schema", "dtype",
+                                             "replace_answer")},
         }  # fmt: skip
         with resumable(path, job) as output:
             output.skip(skipped)
