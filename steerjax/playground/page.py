@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from steerjax.errors import SteerjaxError
+from steerjax.errors import DataError, SteerjaxError
 from steerjax.inference.steering import Answer, Sampling, Setting
 from steerjax.playground.calls import curl_call, python_call
 from steerjax.playground.player import Player
@@ -228,13 +228,20 @@ def answers(
                 yield now()
                 return
             if player.judged is not None:
-                predicted = player.rate(prompt, system, parts[0])
-                parts[2] = ratings_plot(player.schema, setting, predicted, player.judged)
+                parts[2] = _rated(player, prompt, system, setting, parts[0])
                 yield now()
         except SteerjaxError as error:
             parts[1] = _note("") if parts[1] == _note("answering") else parts[1]
             yield now(f"{side}: {sentence(error)}")
             return
+
+
+def _rated(player: Player, prompt: str, system: str, setting: Setting, answer: str) -> str:
+    """The plot of its ratings, or why it has none: the other side is still asked."""
+    try:
+        return ratings_plot(player.schema, setting, player.rate(prompt, system, answer), player.judged)
+    except DataError as error:
+        return _note(f"not rated: {sentence(error)}")
 
 
 def sentence(error: SteerjaxError) -> str:
