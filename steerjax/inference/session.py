@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
 from steerjax.data.loading import file_hashes, load_conversations
@@ -17,7 +15,7 @@ from steerjax.data.readers import source_format
 from steerjax.errors import DataError, ModelError
 from steerjax.hf.description import Description
 from steerjax.inference.answerer import open_answerer
-from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
+from steerjax.inference.job import InputRow, beside, carried, input_rows, progress, resumable
 from steerjax.inference.steering import (
     Answer,
     Sampling,
@@ -79,7 +77,7 @@ class Session:
         with resumable(path, job) as output:
             output.skip(skipped)
             done = output.done // each
-            with tqdm(total=len(rows) * each, initial=output.done, unit="row", disable=None) as bar:
+            with progress(len(rows) * each, output.done, "answer") as bar:
                 answered = self.backend.run([row.request for row in rows], done)
                 for row in rows[done:]:
                     try:
