@@ -88,11 +88,7 @@ def build(player: Player, sampling: Sampling):
         prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, elem_id="prompt", autofocus=True)
         with gr.Accordion("System text and sampling", open=False, elem_id="more"):
             system = gr.Textbox(label="System text", lines=2, elem_id="system", placeholder="the template's own")
-            with gr.Row():
-                longest = max(_LONGEST, sampling.max_new_tokens)
-                heat = gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: most likely token)")
-                new = gr.Slider(1, longest, sampling.max_new_tokens, step=1, label="Longest answer, in tokens")
-                seed = gr.Number(sampling.seed, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
+            drawing = _drawing(gr, sampling)
         with gr.Row():
             ask = gr.Button("Ask A and B", variant="primary", elem_id="ask")
             stop = gr.Button("Stop", elem_id="stop")
@@ -102,7 +98,7 @@ def build(player: Player, sampling: Sampling):
             for place, side in enumerate(SIDES):
                 with gr.Column(min_width=360, elem_classes="side"):
                     sides[place] = _Side(gr, side, player, start)
-        common = [prompt, system, heat, new, seed]
+        common = [prompt, system, *drawing]
         widgets = [*common, *(widget for side in sides for widget in side.asked)]
         shown = [problem, *(widget for side in sides for widget in side.shown)]
         width = 2 * len(player.schema)
@@ -142,6 +138,17 @@ def build(player: Player, sampling: Sampling):
             events = [page.load, *(widget.change for widget in inputs)]
             gr.on(events, calls, inputs, side.calls, queue=False, **quick)
     return page.queue(max_size=64)
+
+
+def _drawing(gr, sampling: Sampling) -> list:
+    """The widgets of temperature, longest answer and seed."""
+    longest = max(_LONGEST, sampling.max_new_tokens)
+    with gr.Row():
+        return [
+            gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: most likely token)"),
+            gr.Slider(1, longest, sampling.max_new_tokens, step=1, label="Longest answer, in tokens"),
+            gr.Number(sampling.seed, precision=0, minimum=0, maximum=2**31 - 1, label="Seed"),
+        ]
 
 
 class _Side:
