@@ -113,9 +113,10 @@ def schema_of(o: argparse.Namespace) -> Schema:
         cure = 'NAME LOW HIGH, e.g. clarity 1 5 "how easily it is understood"'
         raise ConfigError(f"--attribute {' '.join(o.attribute[-1])}: no name with its range; cure: {cure}") from None
     if not own and not o.schema and o.model:
-        from steerjax.bundle import describe
+        from steerjax import generate
+        from steerjax.command import describe_model
 
-        if known := describe(o.model[0]).schema:
+        if known := describe_model(o.model[0], generate.parse_arguments(["--model", o.model[0], *o.rest])).schema:
             return known
     return make_schema(o.schema or "helpsteer", own)
 

@@ -83,22 +83,7 @@ def export(
         return
     # It is verified; and a folder's provenance has the name that the user gave it.
     about = describe(folder if is_checkpoint(folder) else checkpoint, template=template, verify=False)
-    if schema or default_ratings is not None:
-        own = about.schema or SCHEMAS.get(schema)
-        if about.kind != "chat" or (schema and own != SCHEMAS[schema]):
-            raise ConfigError(
-                "--schema and --default-ratings steer a chat model without attributes of its own, and this one rates "
-                "or has some; cure: leave them out"
-            )
-        if own is None:
-            raise ConfigError("--default-ratings of a model without attributes; cure: name them with --schema")
-        about = dataclasses.replace(about, schema=own)
-    if default_ratings is not None:
-        try:
-            ratings = parse_label(default_ratings.replace("=", ":"), about.schema)
-        except DataError as error:
-            raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
-        about = dataclasses.replace(about, default_ratings=ratings)
+    about = _with_ratings(about, schema, default_ratings)
     results = validation_results(folder, about.provenance) if is_checkpoint(folder) and scalar is None else []
     results += [result for output in evaluation for result in suite_results(output, folder)]
     metrics, reader = _metrics(folder) if is_checkpoint(folder) else None, open_reader(folder)
@@ -115,6 +100,27 @@ def export(
         reader = ScalarReader(reader, about.schema, weights)
         about, metrics = scalar_description(about, name, weights), None
     export_model(about, reader, output, evaluation=metrics, results=results, adapter=adapter, **sizes)
+
+
+def _with_ratings(about, schema: str | None, default_ratings: str | None):
+    """The description with these attributes and default ratings. Raises ConfigError: the model takes no such ones."""
+    if not schema and default_ratings is None:
+        return about
+    own = about.schema or SCHEMAS.get(schema)
+    if about.kind != "chat" or (schema and own != SCHEMAS[schema]):
+        raise ConfigError(
+            "--schema is for a chat model that names no attributes, --default-ratings for any chat model; "
+            "cure: leave them out"
+        )
+    if own is None:
+        raise ConfigError("--default-ratings of a model without attributes; cure: name them with --schema")
+    if default_ratings is None:
+        return dataclasses.replace(about, schema=own)
+    try:
+        ratings = parse_label(default_ratings.replace("=", ":"), own)
+    except DataError as error:
+        raise ConfigError(f"--default-ratings {default_ratings}: {error}") from None
+    return dataclasses.replace(about, schema=own, default_ratings=ratings)
 
 
 def _kept_layers(about) -> int:

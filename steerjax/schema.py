@@ -180,17 +180,8 @@ def round_rating(value: float, attribute: Attribute) -> int:
     return min(attribute.labels[-1], max(attribute.labels[0], nearest))
 
 
-def format_label(ratings: Mapping[str, float], schema: Schema) -> str:
-    """The label string `helpfulness:4,correctness:3` in the schema's order: rounded, missing ratings left out.
-
-    Raises DataError: a name outside the schema, or NaN.
-    """
-    labels = {name: round_rating(value, schema[name]) for name, value in ratings.items()}
-    return ",".join(f"{name}:{labels[name]}" for name in schema.names if name in labels)
-
-
 def parse_label(label: str, schema: Schema) -> dict[str, float]:
-    """The inverse of `format_label`; any order of names is read.
+    """The ratings of `helpfulness:4,correctness:3`; any order of names is read.
 
     Raises DataError: an entry that is not `name:number`, a name outside the schema or twice, a rating out of range.
     """

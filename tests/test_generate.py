@@ -11,11 +11,14 @@ from contextlib import contextmanager
 
 import pytest
 
+from steerjax.bundle import open_bundle
 from steerjax.data.conversation import Conversation, Sample, Turn
 from steerjax.data.formats import conversation_from_row
 from steerjax.errors import DataError
 from steerjax.generate import main, parse_arguments
+from steerjax.inference.answerer import of_bundle
 from steerjax.inference.session import prompt_of, sampling_of
+from steerjax.inference.steering import Sampling
 from steerjax.schema import HELPSTEER, STEERLM
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 from tests.refusals import refused, says
@@ -226,6 +229,33 @@ def test_rows_to_answer():
         prompt_of(several, STEERLM, False)
     talk = Conversation((Turn("user", "q"),), id="7", asked={"humor": 1.0}, samples=(Sample("r", -1.0, -2.0, -3.0),))
     assert prompt_of(talk.to_json(), STEERLM, False) == Conversation((Turn("user", "q"),), id="7")
+    pair = Conversation((Turn("user", "q"), Turn("assistant", "good")), id="7", strength=2.0,
+                        rejected=(Turn("user", "q"), Turn("assistant", "bad")))  # fmt: skip
+    assert prompt_of(pair.to_json(), STEERLM, True) == Conversation((Turn("user", "q"),), id="7")
+
+
+def test_a_new_answer_is_not_paired_with_an_old_one(model, tmp_path):
+    data, output = tmp_path / "pairs.jsonl", tmp_path / "out.jsonl"
+    sides = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("good", "bad")]
+    row = {"turns": sides[0], "rejected": sides[1], "strength": 2.0, "topic": "t"}
+    data.write_text(json.dumps(row) + "\n")
+    generate(model, "--input", data, "--output", output, "--replace-answer")
+    (made,) = rows_of(output)
+    assert made.keys() == {"system", "turns", "id", "topic", "generation"}
+
+
+def test_labels_of_earlier_answers(tmp_path):
+    """As the answer's own: of a model that does not name its attributes, where --schema does."""
+    bundle = open_bundle(write_folder(tmp_path / "plain", TINY, random_tensors(TINY)), template="extra_id")
+    talk = Conversation((Turn("user", "q"), Turn("assistant", "r", {"verbosity": 1.0}), Turn("user", "why?")))
+
+    def prompt(schema, setting):
+        backend = of_bundle(bundle, schema).backend.drawing(Sampling(max_new_tokens=1), 1)
+        return bundle.description.tokenizer.decode(backend.prepare(talk, [setting], 1).prompts[0].tolist())
+
+    said = prompt("helpsteer", {"verbosity": 3})
+    assert said.index("verbosity:1") < said.index("why?") < said.index("verbosity:3")
+    assert "verbosity" not in prompt(None, {})
 
 
 def test_what_asks_to_sample():

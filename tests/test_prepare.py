@@ -1,5 +1,6 @@
 """The command from raw files to prepared ones: what is written, printed, refused, and left behind."""
 
+import functools
 import gzip
 import json
 import os
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from steerjax.chat.labels import label_line
 from steerjax.data.loading import load_conversations, split_by_prompt
 from steerjax.prepare import main
-from steerjax.schema import HELPSTEER, STEERLM, format_label
+from steerjax.schema import HELPSTEER, STEERLM
 from tests import needs_shared
 from tests.refusals import says
 
@@ -122,10 +124,11 @@ def test_own_attributes_that_are_none(tmp_path, capsys):
 def test_reference_golden_files(tmp_path):
     golden = needs_shared("data/nemo_aligner/dummy-sft.jsonl")
     prepare("reference", golden, output=tmp_path / "sft.jsonl")
+    label = functools.partial(label_line, schema=STEERLM, form="numbers")
     for row, source in zip(lines(tmp_path / "sft.jsonl"), lines(golden), strict=True):
         assert row["system"] == source["system"]
         entries = [
-            (t["role"].capitalize(), t["content"], format_label(t["ratings"], STEERLM) if "ratings" in t else None)
+            (t["role"].capitalize(), t["content"], label(t["ratings"]) if "ratings" in t else None)
             for t in row["turns"]
         ]
         assert entries == [(e["from"], e["value"], e.get("label")) for e in source["conversations"]]

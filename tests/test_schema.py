@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from steerjax.chat.labels import label_line
 from steerjax.errors import DataError
 from steerjax.schema import (
     HELPSTEER,
@@ -12,7 +13,6 @@ from steerjax.schema import (
     SCHEMAS,
     STEERLM,
     check_rating,
-    format_label,
     parse_label,
     round_rating,
     scalarize,
@@ -54,12 +54,12 @@ def test_label_round_trip():
     label = "helpfulness:3,correctness:4,coherence:4,complexity:2,verbosity:2"
     ratings = parse_label(label, HELPSTEER)
     assert ratings == {"helpfulness": 3, "correctness": 4, "coherence": 4, "complexity": 2, "verbosity": 2}
-    assert format_label(ratings, HELPSTEER) == label
-    assert format_label(dict(reversed(ratings.items())), HELPSTEER) == label
+    assert label_line(ratings, HELPSTEER, "numbers") == label
+    assert label_line(dict(reversed(ratings.items())), HELPSTEER, "numbers") == label
 
 
 def test_missing_ratings_are_left_out():
-    assert format_label({"verbosity": 1, "quality": 4}, STEERLM) == "quality:4,verbosity:1"
+    assert label_line({"verbosity": 1, "quality": 4}, STEERLM, "numbers") == "quality:4,verbosity:1"
     assert parse_label("", STEERLM) == {}
 
 

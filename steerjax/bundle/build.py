@@ -17,6 +17,7 @@ from steerjax.bundle.reader import is_checkpoint, open_reader
 from steerjax.chat.render import Renderer
 from steerjax.errors import ConfigError
 from steerjax.hf.description import Description
+from steerjax.hf.keys import HEAD
 from steerjax.hf.weights import FirstLogitReader, GrownReader, load_parameters
 from steerjax.models.attention import Choice, choose_backend
 from steerjax.models.config import ComputeConfig, HeadConfig, LlamaConfig
@@ -136,6 +137,6 @@ def stored_parameters(
     reader = open_reader(about.path)
     if new_tokens:
         reader = GrownReader(reader, abstract["llama"]["embedding"].shape[0], new_tokens)
-    if "reward_head" in abstract and "reward_head" not in reader.shapes and about.kind == "reward":
+    if HEAD in abstract and HEAD not in reader.shapes and about.kind == "reward":
         reader = FirstLogitReader(reader)
     return load_parameters(reader, abstract)

@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Literal
 
-from steerjax.errors import ConfigError, DataError
-from steerjax.schema import Attribute, Schema, parse_label, round_rating
+from steerjax.errors import ConfigError
+from steerjax.schema import Attribute, Schema, round_rating
 
 LabelForm = Literal["numbers", "words", "tokens"]
 
@@ -76,21 +76,6 @@ def label_line(ratings: Mapping[str, float], schema: Schema, form: LabelForm) ->
     return line
 
 
-def parse_label_line(line: str, schema: Schema, form: LabelForm) -> dict[str, float]:
-    """The inverse of `label_line`; any order of names is read.
-
-    Raises DataError: as `schema.parse_label`, or what is not in this form.
-    """
-    if form == "tokens":
-        if not re.fullmatch(r"(<[^<>]+>)*", line):
-            raise DataError(f"'{line}' is no row of tokens", cure="write e.g. <helpfulness:4><correctness:3>")
-        line = line[1:-1].replace("><", ",")
-    elif form == "words":
-        entries = [entry.partition(":") for entry in line.split(",")] if line.strip() else []
-        line = ",".join(f"{name}:{_number(schema[name.strip()], word.strip())}" for name, _, word in entries)
-    return parse_label(line, schema)
-
-
 def _before(attribute: Attribute, first: bool, form: LabelForm) -> str:
     return "" if form == "tokens" else f"{'' if first else ','}{attribute.name}:"
 
@@ -99,11 +84,3 @@ def _text(attribute: Attribute, label: int, form: LabelForm) -> str:
     if form == "words":
         return label_words(attribute)[label - attribute.labels[0]]
     return f"<{attribute.name}:{label}>" if form == "tokens" else str(label)
-
-
-def _number(attribute: Attribute, word: str) -> int:
-    words = label_words(attribute)
-    if word not in words:
-        message, cure = f"'{word}' is none of its words", f"use one of: {', '.join(words)}"
-        raise DataError(message, field=attribute.name, cure=cure)
-    return attribute.labels[words.index(word)]

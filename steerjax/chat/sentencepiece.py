@@ -30,18 +30,12 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
     Raises ModelError: no SentencePiece model, an id that two tokens have, or ids that a `tokenizers.Tokenizer` cannot
     have: they are compared with SentencePiece's for every piece and for runs of characters.
     """
-    import sentencepiece
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     def refuse(what: str) -> ModelError:
         return ModelError(f"'{path}' cannot become a tokenizer.json with equal ids: it {what}{_CURE}")
 
-    try:
-        data = path.read_bytes()
-        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-        processor.encode("")  # raises where the model is empty
-    except (RuntimeError, OSError) as error:
-        raise ModelError(f"'{path}' is no SentencePiece model ({error}){_AGAIN}") from None
+    data, processor = _opened(path)
     model = [*_fields(data)]  # numbers as in sentencepiece_model.proto
     normalizer = dict(_fields(dict(model).get(3, b"")))
     fields = (dict(_fields(value)) for number, value in model if number == 1)
@@ -77,11 +71,7 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
     backend.add_tokens([AddedToken(name, normalized=SPACE in name) for name in defined])
 
     backend.encode_special_tokens = True  # as SentencePiece does
-    compared = sorted(of(_NORMAL, _DEFINED, _UNUSED))
-    random.Random(0).shuffle(compared)
-    runs = [character * count for character in " =\n" for count in range(64)]
-    for text in runs + ["".join(compared[start : start + 50]) for start in range(0, len(compared), 50)]:
-        text = text.replace(SPACE, " ") + "x"
+    for text in _compared(sorted(of(_NORMAL, _DEFINED, _UNUSED))):
         if backend.encode(text).ids != processor.encode(text):
             raise refuse(f"has other ids for {text!r}")
     strings = (name.replace(SPACE, " ") for name in defined if len(name) > 1)
@@ -92,6 +82,27 @@ def convert(path: Path, added: Mapping[str, int], legacy: bool | None) -> dict[s
         "hash": hashlib.sha256(data + (json.dumps(added, sort_keys=True).encode() if added else b"")).hexdigest(),
         **{key: index for key, index in own.items() if index >= 0},
     }
+
+
+def _opened(path: Path) -> tuple[bytes, Any]:
+    """The file and its `SentencePieceProcessor`."""
+    import sentencepiece
+
+    try:
+        data = path.read_bytes()
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        processor.encode("")  # raises where the model is empty
+    except (RuntimeError, OSError) as error:
+        raise ModelError(f"'{path}' is no SentencePiece model ({error}){_AGAIN}") from None
+    return data, processor
+
+
+def _compared(pieces: list[str]) -> Iterator[str]:
+    """Texts that hold every piece, and runs of characters."""
+    random.Random(0).shuffle(pieces)
+    runs = [character * count for character in " =\n" for count in range(64)]
+    for text in runs + ["".join(pieces[start : start + 50]) for start in range(0, len(pieces), 50)]:
+        yield text.replace(SPACE, " ") + "x"
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 import pydantic.dataclasses
 from pydantic import BeforeValidator, Field
 
-from steerjax.schema import Schema, make_schema
+from steerjax.data.formats import FORMATS, PAIRS
+from steerjax.schema import SCHEMAS, Schema, make_schema
 from steerjax.typed import STRICT, Name, Size, separated
 
 
@@ -17,21 +18,7 @@ def _entries(value: Any) -> Any:
 
 Entries = Annotated[tuple[tuple[str | float | int, ...], ...], BeforeValidator(_entries)]
 Texts = Annotated[tuple[Name, ...], BeforeValidator(separated), Field(strict=False)]
-Format = Literal[
-    "auto",
-    "helpsteer",
-    "helpsteer2",
-    "reference",
-    "conversation",
-    "messages",
-    "sharegpt",
-    "alpaca",
-    "completion",
-    "preference",
-    "helpsteer2_preference",
-    "helpsteer3",
-    "steerlm2",
-]
+Format = Literal["auto", *FORMATS, *PAIRS]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -45,7 +32,7 @@ class DataConfig:
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
     format: Format = "auto"  # layout of the rows (docs/formats.md); auto tells it from their keys
     # preset attributes: HelpSteer's five, OpenAssistant's four, or all nine
-    schema: Literal["helpsteer", "oasst", "steerlm"] = "helpsteer"
+    schema: Literal[*SCHEMAS] = "helpsteer"
     # your own, in place of the preset: a (name, lowest, highest[, meaning]) each
     attributes: Entries = ()
     on_bad_row: Literal["error", "skip"] = "error"  # error stops; skip counts them, and lists them in skipped.jsonl

@@ -8,10 +8,8 @@ import numpy as np
 
 from steerjax.errors import ModelError
 from steerjax.hf.description import Description
-from steerjax.hf.keys import Index
+from steerjax.hf.keys import HEAD, Index
 from steerjax.schema import Attribute, Schema
-
-HEAD = "reward_head"
 
 
 def scalar_description(about: Description, name: str, weights: dict[str, float]) -> Description:

@@ -14,7 +14,7 @@ import pydantic
 
 from steerjax.errors import ModelError
 from steerjax.hf.config_json import DTYPES, HuggingFaceConfig
-from steerjax.hf.keys import Index, Tensor, stacked_shapes, tensors
+from steerjax.hf.keys import HEAD, Index, Tensor, stacked_shapes, tensors
 from steerjax.typed import read_json
 
 _AGAIN = "download it again"
@@ -185,12 +185,12 @@ class FirstLogitReader:
 
     def __init__(self, reader):
         self._reader, self.directory = reader, reader.directory
-        self.shapes = {**reader.shapes, "reward_head": (reader.shapes["llama/embedding"][1], 1)}
-        self.dtypes = {**reader.dtypes, "reward_head": "float32"}
+        self.shapes = {**reader.shapes, HEAD: (reader.shapes["llama/embedding"][1], 1)}
+        self.dtypes = {**reader.dtypes, HEAD: "float32"}
 
     def read(self, path: str, index: Index, dtype) -> np.ndarray:
         """As the reader's own."""
-        if path != "reward_head":
+        if path != HEAD:
             return self._reader.read(path, index, dtype)
         if "lm_head" in self._reader.shapes:
             return self._reader.read("lm_head", (index[0], slice(0, 1)), dtype)

@@ -49,7 +49,7 @@ def of_bundle(bundle: Bundle, schema: str | None = None) -> Answerer:
     about = bundle.description
     known, found = _schema(about, schema)
     room = about.model.max_position_embeddings
-    return Answerer(Engine(bundle, found), found, known, about.default_ratings, room)
+    return Answerer(Engine(bundle, found, labelled=known), found, known, about.default_ratings, room)
 
 
 def of_server(

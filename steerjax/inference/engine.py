@@ -83,16 +83,20 @@ class State(NamedTuple):
 class Engine:
     """Answers from a chat model of our own. The text of a row depends on others at most in the rounding of sums.
 
-    `schema` is that of label lines; `batch_size`, rows decoded together, is rounded to whole requests that the mesh
-    can share evenly. Raises ModelError: a reward model.
+    `schema` is that of label lines; not `labelled`, where nobody says that the model knows them, ratings of earlier
+    answers are left out. `batch_size`, rows decoded together, is rounded to whole requests that the mesh can share
+    evenly. Raises ModelError: a reward model.
     """
 
-    def __init__(self, bundle: Bundle, schema: Schema, sampling: Sampling = Sampling(), batch_size: int = 8):  # noqa: B008
+    def __init__(
+        self, bundle: Bundle, schema: Schema, sampling: Sampling = Sampling(), batch_size: int = 8, *,  # noqa: B008
+        labelled: bool = True,
+    ):  # fmt: skip
         self._about = about = bundle.description
         about.expect("chat")
         model = bundle.module.clone(compute=replace(bundle.module.compute, stacked=False, remat="none"))
         self.params, self.mesh = unstacked(bundle.params), bundle.mesh
-        self.sampling, self.batch_size = sampling, batch_size
+        self.sampling, self.batch_size, self._labelled = sampling, batch_size, labelled
         self.model, self.stops = str(about.path), Stops(about.tokenizer, about.template)
         self._renderer, self._ways = bundle.renderer(schema), mesh_ways(bundle.mesh, RULES["batch"])
         self._empty = jax.jit(functools.partial(empty, model), static_argnums=(0, 1, 2))
@@ -111,8 +115,8 @@ class Engine:
 
         Raises DataError: what the renderer refuses, or no room for the answer.
         """
-        about = self._about
-        history = [(turn.ratings or turn.predicted_ratings) if about.schema else None for turn in conversation.turns]
+        about, turns = self._about, conversation.turns
+        history = [(turn.ratings or turn.predicted_ratings) if self._labelled else None for turn in turns]
         labels = [label_of(setting, about.default_ratings) or None for setting in settings]
         render = functools.partial(self._renderer.render, conversation, history, generation_prompt=True)
         prompts = tuple(render(generation_label=label).tokens for label in labels)

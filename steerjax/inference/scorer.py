@@ -11,6 +11,7 @@ import numpy as np
 
 from steerjax.bundle import Bundle
 from steerjax.bundle.describe import output_names
+from steerjax.chat.labels import label_line
 from steerjax.chat.render import Renderer
 from steerjax.command import open_model
 from steerjax.data.batch import Batch
@@ -22,7 +23,7 @@ from steerjax.errors import DataError, ModelError
 from steerjax.hf.description import Description
 from steerjax.inference.label_reader import LabelReader
 from steerjax.inference.packed import PackedModel
-from steerjax.schema import STEERLM, Attribute, Schema, format_label
+from steerjax.schema import STEERLM, Attribute, Schema
 
 _CHUNK = 1024  # conversations that `predict` packs together
 _NOTHING = np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)  # is learnt
@@ -196,4 +197,4 @@ def assistant_turns(conversation: Conversation) -> list[int]:
 def predicted_keys(predicted: np.ndarray, schema: Schema) -> dict:
     """What a turn says about a prediction [A]: the shortest decimals that are these float32 numbers, and the label."""
     ratings = {name: float(str(value)) for name, value in zip(schema.names, predicted, strict=True)}
-    return {"predicted_ratings": ratings, "predicted_label": format_label(ratings, schema)}
+    return {"predicted_ratings": ratings, "predicted_label": label_line(ratings, schema, "numbers")}

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from steerjax.checksums import folder_checksum
 from steerjax.data.conversation import Conversation
 from steerjax.data.formats import conversation_from_row
@@ -18,7 +16,7 @@ from steerjax.data.readers import source_format
 from steerjax.errors import DataError, ModelError
 from steerjax.hf.description import Description
 from steerjax.inference.answerer import open_answerer
-from steerjax.inference.job import InputRow, beside, carried, input_rows, resumable
+from steerjax.inference.job import InputRow, beside, carried, input_rows, progress, resumable
 from steerjax.inference.steering import (
     Answer,
     Sampling,
@@ -75,12 +73,13 @@ class Session:
             "command": "generate", "input": file_hashes([o.input])[o.input],
             "model": self.backend.model if o.server else folder_checksum(Path(self.backend.model)),
             "settings": self.settings, "combinations": self.combinations, "sampling": asdict(self.sampling),
-            **{key: vars(o)[key] for key in ("format", "samples", "system", "template", "dtype", "replace_answer")},
+            **{key: vars(o)[key] for key in ("format", "samples", "system", "template", "schema", "dtype",
+                                             "replace_answer")},
         }  # fmt: skip
         with resumable(path, job) as output:
             output.skip(skipped)
             done = output.done // each
-            with tqdm(total=len(rows) * each, initial=output.done, unit="row", disable=None) as bar:
+            with progress(len(rows) * each, output.done, "answer") as bar:
                 answered = self.backend.run([row.request for row in rows], done)
                 for row in rows[done:]:
                     try:
@@ -101,7 +100,8 @@ class Session:
         read = prompt_of(row, self.schema, o.replace_answer, source_format(source, o.format))
         system = o.system if read.system is None else read.system
         conversation = replace(read, system=system, file=source, line=line, id=read.id or f"{source}:{line}")
-        rest = {key: row[key] for key in row.keys() - {"system", "turns", "id"}} if "turns" in row else {}
+        own = {"system", "turns", "id", "rejected", "strength"}
+        rest = {key: row[key] for key in row.keys() - own} if "turns" in row else {}
         request = self.backend.prepare(conversation, self._settings(conversation), o.samples)
         return InputRow(conversation, carried(rest), request)
 
@@ -148,7 +148,8 @@ def prompt_of(row: dict, schema: Schema, replace_answer: bool, format: str = "au
     other = "completion" if isinstance(row.get("prompt"), list) else "response"  # TRL's prompts may be messages
     read = {other: "-"} | {key: row[key] for key in ("prompt", "system", "id") if key in row} if bare else row
     conversation = conversation_from_row(read, schema, format, rated=False)
-    conversation = replace(conversation, asked={}, samples=())  # they are other answers
+    other = {"asked": {}, "samples": (), "rejected": (), "strength": 1.0}  # what is said of other answers
+    conversation = replace(conversation, **other)
     turns = conversation.turns
     answered = row.get("response") is not None if bare else turns[-1].role == "assistant"
     if answered and not replace_answer:

@@ -12,6 +12,7 @@ from steerjax.errors import ConfigError
 from steerjax.models.families import FAMILIES
 from steerjax.typed import STRICT, Count, Name, Number, Positive, PositiveFloat, Size, SizeOrNone, separated
 
+REMAT = ("none", "dots", "full")  # the less is kept, the later
 Target = Literal["all-linear", "q", "k", "v", "o", "gate", "up", "down"]
 Targets = Annotated[tuple[Target, ...], BeforeValidator(separated), Field(strict=False)]
 
@@ -78,7 +79,7 @@ class LlamaConfig:
     attention_bias: bool = False  # biases of q, k, v and o
     mlp_bias: bool = False  # biases of gate, up and down
     initializer_range: PositiveFloat = 0.02  # standard deviation of random weights
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"  # the architecture
+    family: Literal[*FAMILIES] = "llama"  # the architecture
     window: Count = 0  # Mistral only: a token sees those less than this before it; 0 is all
     lora: LoraConfig = LoraConfig()
 
@@ -174,7 +175,7 @@ class ComputeConfig:
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "dots", "full"] = "dots"
+    remat: Literal[*REMAT] = "dots"
     unroll: Number = 1
     attention: Literal["auto", "chunked", "blockwise", "splash", "cudnn", "triton"] = "auto"
     attention_chunk: Size = 256

@@ -28,7 +28,7 @@ from steerjax.models.attention import (
     seen_mean,
     self_attention,
 )
-from steerjax.models.config import LlamaConfig
+from steerjax.models.config import REMAT, LlamaConfig
 from steerjax.models.embedding import look_up
 from steerjax.models.rope import apply_rope, rope_tables
 from steerjax.parallel.rules import constrain, logical
@@ -44,11 +44,7 @@ def keep_products(primitive, *arrays, **parameters) -> bool:
 
 
 # What a layer keeps for its backward pass: name -> checkpoint policy (None: everything, no remat).
-REMAT_POLICIES = {
-    "none": None,
-    "dots": keep_products,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+REMAT_POLICIES = dict(zip(REMAT, (None, keep_products, jax.checkpoint_policies.nothing_saveable), strict=True))
 # Letter of a kernel's dimension -> its logical axis.
 AXES = {"D": "embed", "F": "mlp", "N": "heads", "K": "kv_heads", "H": "head", "V": "vocab", "R": "rank"}
 

@@ -12,6 +12,7 @@ import jax
 
 from steerjax.chat.render import make_renderer
 from steerjax.errors import ConfigError
+from steerjax.models.config import REMAT
 from steerjax.models.flops import GIB
 from steerjax.objectives import predicted_schema
 from steerjax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_shape
@@ -25,7 +26,6 @@ from steerjax.training.source import resolve_model, with_frozen_base
 # Part of a device's memory that a plan leaves free: the next batch, the evaluation's program, fragments.
 RESERVE = 0.05
 KERNELS = ("splash", "cudnn", "triton")  # of attention: a program's text does not say what they compute
-REMAT = ("none", "dots", "full")
 
 
 @dataclass(frozen=True)

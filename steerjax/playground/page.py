@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from steerjax.errors import SteerjaxError
+from steerjax.errors import DataError, SteerjaxError
 from steerjax.inference.steering import Answer, Sampling, Setting
 from steerjax.playground.calls import curl_call, python_call
 from steerjax.playground.player import Player
@@ -88,11 +88,7 @@ def build(player: Player, sampling: Sampling):
         prompt = gr.Textbox(label="Prompt", lines=3, max_lines=12, elem_id="prompt", autofocus=True)
         with gr.Accordion("System text and sampling", open=False, elem_id="more"):
             system = gr.Textbox(label="System text", lines=2, elem_id="system", placeholder="the template's own")
-            with gr.Row():
-                longest = max(_LONGEST, sampling.max_new_tokens)
-                heat = gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: most likely token)")
-                new = gr.Slider(1, longest, sampling.max_new_tokens, step=1, label="Longest answer, in tokens")
-                seed = gr.Number(sampling.seed, precision=0, minimum=0, maximum=2**31 - 1, label="Seed")
+            drawing = _drawing(gr, sampling)
         with gr.Row():
             ask = gr.Button("Ask A and B", variant="primary", elem_id="ask")
             stop = gr.Button("Stop", elem_id="stop")
@@ -102,7 +98,7 @@ def build(player: Player, sampling: Sampling):
             for place, side in enumerate(SIDES):
                 with gr.Column(min_width=360, elem_classes="side"):
                     sides[place] = _Side(gr, side, player, start)
-        common = [prompt, system, heat, new, seed]
+        common = [prompt, system, *drawing]
         widgets = [*common, *(widget for side in sides for widget in side.asked)]
         shown = [problem, *(widget for side in sides for widget in side.shown)]
         width = 2 * len(player.schema)
@@ -142,6 +138,17 @@ def build(player: Player, sampling: Sampling):
             events = [page.load, *(widget.change for widget in inputs)]
             gr.on(events, calls, inputs, side.calls, queue=False, **quick)
     return page.queue(max_size=64)
+
+
+def _drawing(gr, sampling: Sampling) -> list:
+    """The widgets of temperature, longest answer and seed."""
+    longest = max(_LONGEST, sampling.max_new_tokens)
+    with gr.Row():
+        return [
+            gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature (0: most likely token)"),
+            gr.Slider(1, longest, sampling.max_new_tokens, step=1, label="Longest answer, in tokens"),
+            gr.Number(sampling.seed, precision=0, minimum=0, maximum=2**31 - 1, label="Seed"),
+        ]
 
 
 class _Side:
@@ -228,13 +235,20 @@ def answers(
                 yield now()
                 return
             if player.judged is not None:
-                predicted = player.rate(prompt, system, parts[0])
-                parts[2] = ratings_plot(player.schema, setting, predicted, player.judged)
+                parts[2] = _rated(player, prompt, system, setting, parts[0])
                 yield now()
         except SteerjaxError as error:
             parts[1] = _note("") if parts[1] == _note("answering") else parts[1]
             yield now(f"{side}: {sentence(error)}")
             return
+
+
+def _rated(player: Player, prompt: str, system: str, setting: Setting, answer: str) -> str:
+    """The plot of its ratings, or why it has none: the other side is still asked."""
+    try:
+        return ratings_plot(player.schema, setting, player.rate(prompt, system, answer), player.judged)
+    except DataError as error:
+        return _note(f"not rated: {sentence(error)}")
 
 
 def sentence(error: SteerjaxError) -> str:

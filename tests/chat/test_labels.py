@@ -2,9 +2,9 @@
 
 import pytest
 
-from steerjax.chat.labels import WORDS, check_labels, label_line, label_parts, label_tokens, parse_label_line
-from steerjax.errors import ConfigError, DataError
-from steerjax.schema import HELPSTEER, Attribute, Schema, format_label
+from steerjax.chat.labels import WORDS, check_labels, label_line, label_parts, label_tokens
+from steerjax.errors import ConfigError
+from steerjax.schema import HELPSTEER, Attribute, Schema, parse_label
 from tests.refusals import refused
 
 pytestmark = pytest.mark.short
@@ -23,23 +23,20 @@ ODD = Schema((Attribute("a", -1, 1), Attribute("b", 0.5, 7.5), Attribute("c", 3,
 )
 def test_lines(form, line):
     assert label_line(RATINGS, HELPSTEER, form) == line
-    assert parse_label_line(line, HELPSTEER, form) == {"helpfulness": 4, "coherence": 0, "verbosity": 2}
     assert label_line({}, HELPSTEER, form) == ""
-    assert parse_label_line("", HELPSTEER, form) == {}
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("schema", [HELPSTEER, ODD])
-def test_parts_make_lines_and_lines_are_read_back(form, schema):
-    """Every label of every attribute, alone and with others; numbers are `schema.format_label`'s."""
+def test_parts_make_lines(form, schema):
+    """Every label of every attribute, alone and with others; numbers are read back."""
     names = schema.names[1:]
     parts = label_parts(schema, names, form)
     for place in range(max(len(attribute.labels) for attribute in schema.attributes)):
         ratings = {name: schema[name].labels[min(place, len(schema[name].labels) - 1)] for name in names}
         line = "".join(before + texts[ratings[name]] for name, (before, texts) in zip(names, parts, strict=True))
         assert label_line(ratings, schema, form) == line
-        assert parse_label_line(line, schema, form) == ratings
-        assert form != "numbers" or line == format_label(ratings, schema)
+        assert form != "numbers" or parse_label(line, schema) == ratings
 
 
 def test_words_go_up_and_differ():
@@ -66,20 +63,3 @@ def test_too_many_labels(form, attribute, cure):
     schema = Schema((Attribute("a"), attribute))
     with refused(ConfigError, "score", str(len(attribute.labels)), cure=cure):
         check_labels(schema, form)
-
-
-@pytest.mark.parametrize(
-    ("form", "line", "fact"),
-    [
-        ("words", "helpfulness:4", "helpfulness"),
-        ("words", "humor:low", "humor"),
-        ("words", "helpfulness", "helpfulness"),
-        ("tokens", "helpfulness:4", "tokens"),
-        ("tokens", "<helpfulness:5>", "helpfulness"),
-        ("tokens", "<helpfulness:1><helpfulness:1>", "helpfulness"),
-        ("tokens", "<helpfulness:1> <verbosity:1>", "tokens"),
-    ],
-)
-def test_lines_that_are_none(form, line, fact):
-    with refused(DataError, fact):
-        parse_label_line(line, HELPSTEER, form)

@@ -5,10 +5,10 @@ from xml.etree import ElementTree as xml
 
 import pytest
 
-from steerjax.collect import main
+from steerjax.collect import main, parse_arguments, schema_of
 from steerjax.collection.tasks import labelling_config, read_key
-from steerjax.errors import DataError
-from steerjax.schema import Attribute, Schema
+from steerjax.errors import DataError, ModelError
+from steerjax.schema import HELPSTEER, Attribute, Schema
 from tests.hf_folders import TINY, random_tensors, write_folder
 from tests.refusals import refused, says
 from tests.reward_models import read_rows, write_rows
@@ -75,6 +75,14 @@ def test_models_answer_and_an_interrupted_job_goes_on(tmp_path):
     assert (tmp_path / "p" / "answers" / "model0.jsonl").stat().st_mtime_ns == written
     assert len(read_rows(tmp_path / "p" / "answers" / "model1.jsonl")) == 6
     assert len(tasks) == len(key["tasks"])
+
+
+def test_options_of_generate_hold_where_the_first_model_is_asked_what_it_rates(tmp_path):
+    folder = write_folder(tmp_path / "plain", TINY, random_tensors(TINY))
+    given = ["tasks", "--input", "p", "--model", str(folder), "--output", "o"]
+    with refused(ModelError, "template", cure="--template"):
+        schema_of(parse_arguments(given))
+    assert schema_of(parse_arguments([*given, "--", "--template", "extra_id"])) == HELPSTEER
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from steerjax.chat.labels import label_line
 from steerjax.data.conversation import Conversation, Sample, Turn
 from steerjax.data.formats import prompt_turns, unread_numbers
 from steerjax.data.readers import conversation_from_row, iter_rows, read_conversations, source_format
 from steerjax.errors import ConfigError, DataError
-from steerjax.schema import HELPSTEER, OASST, format_label, make_schema
+from steerjax.schema import HELPSTEER, OASST, make_schema
 from tests import needs_shared
 from tests.refusals import refused
 
@@ -447,7 +448,7 @@ def test_reference_golden_file(name):
         assert turns == [(entry["from"], entry["value"]) for entry in row["conversations"]]
         labels = [entry.get("label") for entry in row["conversations"]]
         assert [
-            format_label(turn.ratings, HELPSTEER) if turn.ratings else None for turn in conversation.turns
+            label_line(turn.ratings, HELPSTEER, "numbers") if turn.ratings else None for turn in conversation.turns
         ] == labels
 
 

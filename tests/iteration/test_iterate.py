@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -301,6 +302,16 @@ def test_refused_before_anything_is_computed(name, models, prompts, tmp_path, mo
     monkeypatch.setattr(driver, "Session", None)
     with refused(error, fact, cure=cure):
         iterate(experiment(chat, **config), replace(options(other, prompts), **given), tmp_path / "work")
+
+
+def test_pairs_are_asked_without_their_old_responses(tmp_path):
+    sides = [[{"role": "user", "content": "q"}, {"role": "assistant", "content": text}] for text in ("good", "bad")]
+    file = write_rows(tmp_path / "pairs.jsonl", [{"turns": sides[0], "rejected": sides[1], "strength": 2.0}])
+    asked = Options(prompts=str(file), reward_model="")
+    setup = driver.Setup(None, asked, tmp_path, SimpleNamespace(schema=HELPSTEER), None, None, tmp_path / "asked.jsonl")
+    driver.write_prompts(setup, {})
+    (row,) = read_rows(setup.prompts)
+    assert row == {"system": None, "turns": sides[0][:1], "id": f"{file}:1"}
 
 
 def test_a_workdir_of_other_settings(models, prompts, whole):
