@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from steerjax.chat.render import Renderer
 from steerjax.chat.tokenizer import missing_markers
@@ -18,7 +18,7 @@ from steerjax.data.trees import Example, Tree, grow
 from steerjax.errors import ConfigError, DataError
 from steerjax.objectives import Objective
 from steerjax.objectives.objective import TRAIN, VALIDATION
-from steerjax.parallel.rules import mesh_ways, partition_spec
+from steerjax.parallel.rules import mesh_ways, on_mesh
 from steerjax.training.config import Experiment
 
 
@@ -137,4 +137,4 @@ def make_feeder(
 ) -> Feeder:
     """Rows of these trees, on the mesh; `states` is a `cache.FrozenStates`, or None."""
     build = RowBuilder(trees, row_length, {o.name: o.arrays for o in objectives}, states)
-    return Feeder(build, lambda axes: NamedSharding(mesh, partition_spec(axes)), micro_batches)
+    return Feeder(build, on_mesh(mesh), micro_batches)
