@@ -34,14 +34,14 @@ class Input:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SourceGroup:
     """Conversations of the same sources, and the names of the objectives that learn from them."""
 
     objectives: list[str]
     splits: list[list[Conversation]]  # training, validation
 
 
-def load_parts(e: Experiment) -> tuple[list[Part], list[Skipped], dict[str, str]]:
+def load_parts(e: Experiment) -> tuple[list[SourceGroup], list[Skipped], dict[str, str]]:
     """The data of every objective, rows that were left out, and facts for the summary.
 
     What has no validation of its own is held out together, so that no file's training rows have a prompt of another's
@@ -55,7 +55,7 @@ def load_parts(e: Experiment) -> tuple[list[Part], list[Skipped], dict[str, str]
     parts, loaded = [], []
     for (*sources, format), objectives in names.items():
         found = [load_conversations(each, schema, format=format, **options) for each in sources if each]
-        parts.append(Part(objectives, [one.conversations for one in found]))
+        parts.append(SourceGroup(objectives, [one.conversations for one in found]))
         loaded += found
     whole = [part.splits for part in parts if len(part.splits) == 1]
     if whole:
