@@ -12,7 +12,7 @@ import numpy as np
 from steerjax.beta_bins import Edges, log_probabilities
 from steerjax.data.conversation import Conversation, Sample
 from steerjax.data.loading import Skipped
-from steerjax.evaluation.steering_answers import Answer, read_answers
+from steerjax.evaluation.steering_answers import SteeredAnswer, read_answers
 from steerjax.inference.importance import Group, Scores
 from steerjax.objectives.steerlm2 import log_targets
 from steerjax.schema import Schema
@@ -93,5 +93,5 @@ def effective_samples(group: Conversation) -> float:
     return float(1 / np.square(weights(group)).sum())
 
 
-def _prompt(answer: Answer) -> tuple:
+def _prompt(answer: SteeredAnswer) -> tuple:
     return answer.conversation.id.rpartition("/")[0], answer.prompt
