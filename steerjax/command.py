@@ -36,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_verify_option(parser: argparse.ArgumentParser) -> None:
-    words = "open models that differ from their checksums (checkpoints and exports have a list), and do not read twice"
+    words = "do not compare a model's files with their checksums (opens faster, and damaged models too)"
     parser.add_argument("--no-verify", action="store_true", help=words)
 
 

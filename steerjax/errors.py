@@ -75,7 +75,7 @@ _CURES = {  # of what the machine refuses
     errno.ENAMETOOLONG: "a shorter name",
     errno.ELOOP: "a link that does not lead to itself",
 }
-# What foreign libraries say without a number, and no bug of ours would.
+# Errors also recognised by their text alone: libraries quote them without the number.
 _TOLD = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EIO, errno.ESTALE)
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit status that shells give it
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Seconds in which a second SIGTERM is the first: `timeout` and schedulers send it to a process and its group.
+# A second SIGTERM within this many seconds is the same request: `timeout` and schedulers signal a process and its
+# group.
 _SAME = 1.0
 
 

@@ -23,7 +23,7 @@ from steerjax.models.attention import Choice, choose_backend
 from steerjax.models.config import ComputeConfig, HeadConfig, LlamaConfig
 from steerjax.models.llama import CausalLM, Compute, RewardModel
 from steerjax.parallel.mesh import MeshConfig, make_mesh
-from steerjax.parallel.rules import parameter_shardings
+from steerjax.parallel.rules import parameter_shardings, shardings_of
 from steerjax.schema import Schema
 from steerjax.typed import typed
 
@@ -111,8 +111,7 @@ def random_parameters(module: nn.Module, abstract: dict, seed: int) -> dict:
         made = _part(meta.unbox(module.init(key, method="initialize")["params"]), abstract)
         return jax.tree.map(lambda x, like: x.astype(like.dtype), made, abstract)
 
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(seed))
+    return jax.jit(init, out_shardings=shardings_of(abstract))(jax.random.key(seed))
 
 
 def _part(params: dict, like: dict) -> dict:

@@ -11,7 +11,7 @@ import numpy as np
 
 from steerjax.collection.agreement import Rule, alphas_without, columns, measure, pair_kappas
 from steerjax.collection.export import Collected, Ratings
-from steerjax.collection.tasks import Key, Rated
+from steerjax.collection.tasks import Key, Task
 from steerjax.data.loading import write_skipped
 from steerjax.errors import DataError
 from steerjax.evaluation.suite import Result, figure_table
@@ -103,7 +103,7 @@ def row_of(name: str, key: Key, ratings: Ratings) -> dict:
     }
 
 
-def source_names(task: Rated) -> list[str]:
+def source_names(task: Task) -> list[str]:
     return list(dict.fromkeys(str(source["source"]) for source in task.sources))
 
 
@@ -268,7 +268,7 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _prompt(task: Rated) -> str:
+def _prompt(task: Task) -> str:
     turns = task.turns()
     return next((turn["content"] for turn in turns if turn["role"] == "user"), turns[0]["content"])
 

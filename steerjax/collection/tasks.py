@@ -36,7 +36,7 @@ class Sourced:
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
-class Rated:
+class Task:
     """A task of the key: the conversation that ends with the answer, and every source that gave this answer."""
 
     conversation: dict[str, Any]
@@ -55,7 +55,7 @@ class Key:
 
     project: str
     attributes: Attributes
-    tasks: dict[str, Rated]
+    tasks: dict[str, Task]
 
     @property
     def schema(self) -> Schema:
@@ -93,11 +93,11 @@ def make_key(answers: Iterable[Sourced], schema: Schema, seed: int) -> Key:
 
     A task's name is its place in that order, after a digest of all texts and attributes.
     """
-    tasks: dict[str, Rated] = {}
+    tasks: dict[str, Task] = {}
     for answer in answers:
         said = answer.conversation.to_json()
         text = json.dumps([said["system"], said["turns"]])
-        tasks.setdefault(text, Rated(said, [])).sources.append(dict(answer.source))
+        tasks.setdefault(text, Task(said, [])).sources.append(dict(answer.source))
     texts = sorted(tasks)
     project = hashlib.sha256(json.dumps([schema.to_json(), texts, seed]).encode()).hexdigest()[:8]
     random.Random(seed).shuffle(texts)
@@ -126,7 +126,7 @@ def read_key(path: Path) -> Key:
     return read_json(Key, path, DataError, f"the {KEY} that `steerjax collect tasks` wrote")
 
 
-def task_data(name: str, task: Rated) -> dict[str, Any]:
+def task_data(name: str, task: Task) -> dict[str, Any]:
     """What a task shows, and its name; nothing of its source."""
     *dialogue, answer = task.turns()
     return {"task": name, "dialogue": dialogue, "response": answer["content"]}

@@ -32,7 +32,7 @@ class RowBuilder:
     trees: Sequence[Tree]
     row_length: int
     arrays: Mapping[str, Callable[[Layout], Mapping[str, np.ndarray]]]  # of each objective
-    states: Callable[[int, int], np.ndarray] | None = None  # (tree, node) -> [size, D], as `FrozenStates`
+    states: Callable[[int, int], np.ndarray] | None = None  # a `FrozenStates`: (tree, node) -> [tokens, width]
 
     def layout(self, row: Row) -> Layout:
         return lay_out(self.trees, row, self.row_length, tuple(self.arrays))

@@ -48,13 +48,14 @@ def parts_of(number: int, tree: Tree, row_length: int, random: np.random.Generat
     units = [tree.units[i] for i in order]
     if tree.length <= row_length:
         return [_part(number, tree, itertools.chain(*units), range(len(tree.pieces)))]
-    first: dict[int, int] = {}  # what ends with a node comes right behind the largest unit that does
+    # A unit comes right behind the largest one that has an example ending where one of its own ends.
+    first: dict[int, int] = {}
     for place, unit in sorted(enumerate(units), key=lambda one: -len(one[1])):
         for e in unit:
             first.setdefault(tree.paths[e][-1], place)
     units.sort(key=lambda unit: (min(first[tree.paths[e][-1]] for e in unit), -len(unit)))
     done: list[tuple[int, tuple[int, ...], set[int]]] = []  # (tokens, examples, nodes)
-    filling = done.copy()
+    filling: list[tuple[int, tuple[int, ...], set[int]]] = []  # rows still open
     for unit in units:
         nodes = {node for e in unit for node in tree.paths[e]}
         added = [sum(len(tree.pieces[node]) for node in nodes - known) for *_, known in filling]

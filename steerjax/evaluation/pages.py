@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from steerjax.evaluation.steering_answers import Answer
+from steerjax.evaluation.steering_answers import SteeredAnswer
 from steerjax.files import write_text
 from steerjax.report.page import fenced, html_page
 from steerjax.schema import Schema
@@ -25,7 +25,7 @@ h4 { margin: 0 }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr } }
 """
 
-Pairs = list[tuple[str, Answer, Answer]]  # attribute, asked for at its lowest, at its highest
+Pairs = list[tuple[str, SteeredAnswer, SteeredAnswer]]  # attribute, asked for at its lowest, at its highest
 
 
 def request_words(request: Mapping[str, float]) -> str:
@@ -34,19 +34,19 @@ def request_words(request: Mapping[str, float]) -> str:
 
 
 def side_by_side(
-    answers: Sequence[Answer], schema: Schema, neutral: Mapping[str, float]
-) -> Iterator[tuple[Answer, Pairs]]:
+    answers: Sequence[SteeredAnswer], schema: Schema, neutral: Mapping[str, float]
+) -> Iterator[tuple[SteeredAnswer, Pairs]]:
     """Of each prompt that has such pairs, an answer of it, and the pairs.
 
     The two of a pair differ in one requested rating; the others are the neutral ones where there are such answers.
     """
-    prompts: dict[str, list[Answer]] = {}
+    prompts: dict[str, list[SteeredAnswer]] = {}
     for answer in answers:
         prompts.setdefault(answer.prompt, []).append(answer)
     for same in prompts.values():
         pairs = []
         for name in schema.names:
-            groups: dict[tuple, dict[float, Answer]] = {}
+            groups: dict[tuple, dict[float, SteeredAnswer]] = {}
             for answer in same:
                 others = {key: value for key, value in answer.requested.items() if key != name}
                 if name in answer.requested:
@@ -62,7 +62,7 @@ def side_by_side(
 
 
 def write_pages(
-    answers: Sequence[Answer], schema: Schema, neutral: Mapping[str, float], folder: Path
+    answers: Sequence[SteeredAnswer], schema: Schema, neutral: Mapping[str, float], folder: Path
 ) -> dict[str, str]:
     """The pages in the folder -> what they hold; none where no prompt has two requests that differ in one rating."""
     shown = list(side_by_side(answers, schema, neutral))
@@ -78,14 +78,14 @@ def write_pages(
     return {HTML: what, MARKDOWN: f"{what}, as text"}
 
 
-def _facts(answer: Answer) -> str:
+def _facts(answer: SteeredAnswer) -> str:
     predicted = {name: f"{value:.2f}" for name, value in answer.predicted.items()}
     told = ", ".join(f"{name} {value}" for name, value in predicted.items())
     facts = [f"{len(answer.text.split())} words", *(["cut at the limit of tokens"] if answer.cut else [])]
     return "; ".join([*facts, *([f"predicted: {told}"] if told else [])])
 
 
-def _html(shown: Sequence[tuple[Answer, Pairs]], note: str) -> str:
+def _html(shown: Sequence[tuple[SteeredAnswer, Pairs]], note: str) -> str:
     """One file with its style; all text from outside is escaped."""
     parts = []
     for number, (first, pairs) in enumerate(shown, start=1):
@@ -113,7 +113,7 @@ def _who(role: str) -> str:
     return "" if role == "user" else f"<strong>{html.escape(role)}:</strong> "
 
 
-def _markdown(shown: Sequence[tuple[Answer, Pairs]], note: str) -> str:
+def _markdown(shown: Sequence[tuple[SteeredAnswer, Pairs]], note: str) -> str:
     """A table of two columns a pair. Questions stand in fences longer than any that they hold; answers are escaped."""
     parts = ["# The same question, steered", note]
     for number, (first, pairs) in enumerate(shown, start=1):

@@ -22,7 +22,7 @@ from steerjax.command import KEY, MODEL, add_scoring_options, describe_model
 from steerjax.errors import ConfigError, DataError
 from steerjax.evaluation.pages import request_words, write_pages
 from steerjax.evaluation.steering_answers import (
-    Answer,
+    SteeredAnswer,
     generate_answers,
     neutral_request,
     read_answers,
@@ -130,7 +130,7 @@ def goal_space(requested: Schema, *known: Schema) -> Schema:
     return Schema(tuple(attributes.values()))
 
 
-def measured(answer: Answer, space: Schema, neutral: Mapping[str, float], grade) -> dict[str, Any]:
+def measured(answer: SteeredAnswer, space: Schema, neutral: Mapping[str, float], grade) -> dict[str, Any]:
     """A row of rows.jsonl. `output`: the predicted ratings as 0 to 1 of their ranges; `goal`: likewise the requested
     ratings that are not the neutral ones, None where an attribute was to stay; `rounded`: predictions as whole ratings;
     `exact`: are they the request; `neutral`: this answers the neutral request."""
@@ -164,7 +164,7 @@ def _check(o: argparse.Namespace) -> None:
             raise ConfigError(message)
 
 
-def _neutral(o: argparse.Namespace, answers: Sequence[Answer], schema: Schema) -> Mapping[str, float]:
+def _neutral(o: argparse.Namespace, answers: Sequence[SteeredAnswer], schema: Schema) -> Mapping[str, float]:
     """The request that steering is measured from. Raises ConfigError, as `parse_attributes`."""
     if not o.input:
         return answers[0].requested  # the grid begins with it
@@ -174,7 +174,7 @@ def _neutral(o: argparse.Namespace, answers: Sequence[Answer], schema: Schema) -
     return label_of(given, neutral_request(answers, schema))
 
 
-def _rated(answers: Sequence[Answer], scorer, skip: bool) -> list[Answer]:
+def _rated(answers: Sequence[SteeredAnswer], scorer, skip: bool) -> list[SteeredAnswer]:
     """The answers with the reward model's ratings in place of any that they had."""
     from steerjax.inference.scorer import predict, predicted_keys
 

@@ -21,7 +21,7 @@ PROMPTS, ANSWERS = "prompts.jsonl", "answers.jsonl"
 
 
 @dataclass(frozen=True)
-class Answer:
+class SteeredAnswer:
     """The last turn of a conversation, the ratings that were asked for and a reward model's, by attribute; `cut`, at
     the limit of tokens."""
 
@@ -54,7 +54,7 @@ class _Row:
     id: Any = ""
 
 
-def read_answers(source: str) -> Iterator[Answer]:
+def read_answers(source: str) -> Iterator[SteeredAnswer]:
     """What `generate` wrote. Raises DataError: a row that is no answer; names file and line."""
     cure = "give a file that generate wrote, or annotate after it"
     for line, read in typed_rows(source, _Row, cure):
@@ -63,10 +63,10 @@ def read_answers(source: str) -> Iterator[Answer]:
         turns = tuple(Turn(turn.role, turn.content) for turn in read.turns)
         conversation = Conversation(turns, read.system, str(read.id or f"{source}:{line}"), file=source, line=line)
         predicted = read.turns[-1].predicted_ratings or {}
-        yield Answer(conversation, read.generation.attributes, predicted, read.generation.finish == "length")
+        yield SteeredAnswer(conversation, read.generation.attributes, predicted, read.generation.finish == "length")
 
 
-def requested_schema(answers: Sequence[Answer], known: Schema) -> Schema:
+def requested_schema(answers: Sequence[SteeredAnswer], known: Schema) -> Schema:
     """The attributes that were asked for: those of `known`, then others, whose ranges span the requests.
 
     Raises DataError: a request outside a known range; names file and line.
@@ -87,7 +87,7 @@ def requested_schema(answers: Sequence[Answer], known: Schema) -> Schema:
     return Schema(tuple(a for a in known.attributes if a.name in asked) + others)
 
 
-def neutral_request(answers: Sequence[Answer], schema: Schema) -> dict[str, float]:
+def neutral_request(answers: Sequence[SteeredAnswer], schema: Schema) -> dict[str, float]:
     """Of each attribute the rating that most answers were asked for, of equally many the middle one; attributes that
     most were not asked for are not there."""
     found = {}

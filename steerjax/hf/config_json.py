@@ -161,7 +161,7 @@ def _rope(raw: Mapping, where: str) -> dict[str, Any]:
     if kind not in ("default", "llama3"):
         raise _not_implemented(where, "rope_type", kind, "a model with default or llama3")
     if (part := settings.pop("partial_rotary_factor", 1)) != 1:
-        raise _not_implemented(where, "partial_rotary_factor", part, "a model that turns whole heads")
+        raise _not_implemented(where, "partial_rotary_factor", part, "a model that applies RoPE to whole heads")
     if kind == "default":
         settings.pop("original_max_position_embeddings", None)  # without scaling it says nothing
     if wrong := settings.keys() ^ (_SCALING if kind == "llama3" else set()):

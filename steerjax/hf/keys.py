@@ -40,7 +40,7 @@ class Tensor(NamedTuple):
     path: str  # ours, e.g. "llama/layers/attention/q/kernel"
     layer: int | None  # place in our stack; None where our array is not stacked
     ours: tuple[int, ...]  # our shape, of one layer
-    split: int = 1  # so many of our first dimensions are one there, and the others, if there are any, another
+    split: int = 1  # our first `split` dimensions are flattened into their one, the rest into another
     turned: bool = False  # the others come first there
 
     def _there(self, parts: tuple, flat) -> tuple:

@@ -67,8 +67,8 @@ class State(NamedTuple):
     """Where a batch stands."""
 
     cache: tuple[Cache, ...]  # keys and values [B K S H] of each layer, S = M + Q + P
-    places: Int[Array, "B S"]  # where in its row's text the token of a slot stands; -1: none
-    fed: Int[Array, " B"]  # the token that goes through the model next
+    positions: Int[Array, "B S"]  # where in its row's text the token of a slot stands; -1: none
+    next_token: Int[Array, " B"]  # the token that goes through the model next
     seeds: Int[Array, " B"]
     tokens: Int[Array, "B M"]  # those drawn so far
     drawn: Int[Array, " B"]  # how many, an end included
@@ -168,7 +168,7 @@ class Engine:
                 for place in free:
                     groups[place] = waiting.popleft()
                 P = max(bucket(shared[index], _CHUNK) for group in groups for index in group)
-                if free and state.places.shape[1] != M + Q + P:
+                if free and state.positions.shape[1] != M + Q + P:
                     state = self._fit(state, M + Q + P)
                 for place in free:
                     inputs = arrange([requests[index] for index in groups[place]], W, P, Q, self.sampling.seed)
@@ -239,8 +239,8 @@ def empty(model: CausalLM, rows: Rows, new: int, slots: int) -> State:
     B = math.prod(rows)
     return State(
         cache=empty_cache(model, B, slots),
-        places=jnp.full((B, slots), -1),
-        fed=jnp.zeros(B, jnp.int32),
+        positions=jnp.full((B, slots), -1),
+        next_token=jnp.zeros(B, jnp.int32),
         seeds=jnp.zeros(B, jnp.int32),
         tokens=jnp.zeros((B, new), jnp.int32),
         drawn=jnp.zeros(B, jnp.int32),
@@ -251,13 +251,13 @@ def empty(model: CausalLM, rows: Rows, new: int, slots: int) -> State:
 
 def fit(state: State, slots: int) -> State:
     """Slots of prefixes added or left out at the end."""
-    room = max(0, slots - state.places.shape[1])
+    room = max(0, slots - state.positions.shape[1])
 
     def fitted(x: Array) -> Array:
         return placed(jnp.pad(x[:, :, :slots], ((0, 0), (0, 0), (0, room), (0, 0))))
 
-    places = jnp.pad(state.places[:, :slots], ((0, 0), (0, room)), constant_values=-1)
-    return state._replace(cache=jax.tree.map(fitted, state.cache), places=places)
+    positions = jnp.pad(state.positions[:, :slots], ((0, 0), (0, room)), constant_values=-1)
+    return state._replace(cache=jax.tree.map(fitted, state.cache), positions=positions)
 
 
 def fill(model: CausalLM, rows: Rows, params: dict, state: State, inputs: Inputs, place: Int[Array, ""]) -> State:
@@ -269,20 +269,20 @@ def fill(model: CausalLM, rows: Rows, params: dict, state: State, inputs: Inputs
         begin = number * _CHUNK
         tokens = jax.lax.dynamic_slice_in_dim(inputs.prefix, begin, _CHUNK, axis=1)
         positions = jnp.broadcast_to(begin + jnp.arange(_CHUNK), tokens.shape)
-        places = jnp.broadcast_to(jnp.arange(P), (W, P))
-        return write(cache, extend(model, params, cache, places, tokens, positions)[1], begin)
+        cached = jnp.broadcast_to(jnp.arange(P), (W, P))
+        return write(cache, extend(model, params, cache, cached, tokens, positions)[1], begin)
 
     chunks = -(-inputs.prefix_lengths.max() // _CHUNK)
     cache = jax.lax.fori_loop(0, chunks, chunk, empty_cache(model, W, P))
     lengths = jnp.repeat(inputs.prefix_lengths, n)[:, None]
-    places = jnp.where(jnp.arange(P) < lengths, jnp.arange(P), -1)
-    places = jnp.pad(places, ((0, 0), (Q, 0)), constant_values=-1)
+    positions = jnp.where(jnp.arange(P) < lengths, jnp.arange(P), -1)
+    positions = jnp.pad(positions, ((0, 0), (Q, 0)), constant_values=-1)
     cache = jax.tree.map(lambda x: jnp.pad(jnp.repeat(x, n, axis=0), ((0, 0), (0, 0), (Q, 0), (0, 0))), cache)
     cache = jax.tree.map(placed, cache)  # each row of a request has its own
     if Q:
         own = lengths + jnp.arange(Q)
-        places = places.at[:, :Q].set(jnp.where(jnp.arange(Q) < inputs.suffix_lengths[:, None], own, -1))
-        cache = write(cache, extend(model, params, cache, places, inputs.suffix, own)[1], 0)
+        positions = positions.at[:, :Q].set(jnp.where(jnp.arange(Q) < inputs.suffix_lengths[:, None], own, -1))
+        cache = write(cache, extend(model, params, cache, positions, inputs.suffix, own)[1], 0)
 
     def put(whole: Array, part: Array, slot: int = 0) -> Array:
         into = whole.reshape(*rows, *whole.shape[1:])
@@ -293,8 +293,8 @@ def fill(model: CausalLM, rows: Rows, params: dict, state: State, inputs: Inputs
     none = jnp.zeros(W * n, jnp.int32)
     return State(
         cache=jax.tree.map(lambda whole, part: placed(put(whole, part, M)), state.cache, cache),
-        places=put(state.places, jnp.pad(places, ((0, 0), (M, 0)), constant_values=-1)),
-        fed=put(state.fed, jnp.maximum(inputs.last, 0)),
+        positions=put(state.positions, jnp.pad(positions, ((0, 0), (M, 0)), constant_values=-1)),
+        next_token=put(state.next_token, jnp.maximum(inputs.last, 0)),
         seeds=put(state.seeds, inputs.seeds),
         tokens=put(state.tokens, jnp.zeros((W * n, M), jnp.int32)),
         drawn=put(state.drawn, none),
@@ -304,16 +304,16 @@ def fill(model: CausalLM, rows: Rows, params: dict, state: State, inputs: Inputs
 
 
 def extend(
-    model: CausalLM, params: dict, cache: tuple[Cache, ...], places: Int[Array, "B S"], tokens: Int[Array, "B T"],
+    model: CausalLM, params: dict, cache: tuple[Cache, ...], cached: Int[Array, "B S"], tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:  # fmt: skip
-    """States, keys and values of tokens that go on after those of the cache whose places are before them."""
+    """States, keys and values of tokens that go on after those of the cache whose positions (`cached`) are before."""
     B, T = tokens.shape
-    seen = (places >= 0) & (places < positions[:, :1])
+    seen = (cached >= 0) & (cached < positions[:, :1])
     own = jnp.broadcast_to(jnp.tril(jnp.ones((T, T), bool)), (B, T, T))
     mask = jnp.concatenate([jnp.broadcast_to(seen[:, None], (B, T, seen.shape[1])), own], axis=-1)
     if model.config.window:
-        mask &= positions[:, :, None] - jnp.concatenate([places, positions], axis=1)[:, None] < model.config.window
+        mask &= positions[:, :, None] - jnp.concatenate([cached, positions], axis=1)[:, None] < model.config.window
     tokens, cache = constrain(tokens, "batch", None), _swapped(cache)
     states, new = model.apply({"params": params}, tokens, positions, cache, mask, method="extend")
     return states, _swapped(new)
@@ -326,18 +326,20 @@ def advance(
     M, end = state.tokens.shape[1], state.count + steps
 
     def step(state: State) -> State:
-        slot, place = state.count % M, jnp.max(state.places, axis=1, keepdims=True) + 1
-        states, new = extend(model, params, state.cache, state.places, state.fed[:, None], place)
+        slot, position = state.count % M, jnp.max(state.positions, axis=1, keepdims=True) + 1
+        states, new = extend(model, params, state.cache, state.positions, state.next_token[:, None], position)
         logits = model.apply({"params": params}, states[:, 0], method="head")
         token = draw(logits, jax.vmap(jax.random.key)(state.seeds), state.drawn, sampling)
         # Known when all of the cache is read: otherwise XLA copies it, to write while it is read. No token is below 0.
         slot += jnp.minimum(jnp.min(token), 0)
-        places = jax.lax.dynamic_update_slice_in_dim(state.places, place, slot, axis=1)
+        positions = jax.lax.dynamic_update_slice_in_dim(state.positions, position, slot, axis=1)
         here = (jnp.arange(M) == state.drawn[:, None]) & ~state.done[:, None]
         tokens = constrain(jnp.where(here, token[:, None], state.tokens), None, None)  # every process reads these
         drawn = constrain(jnp.where(state.done, state.drawn, state.drawn + 1), None)
         ended = constrain(jnp.where(state.done, state.ended, stops.ended(tokens, state.drawn)), None)
-        return State(write(state.cache, new, slot), places, token, state.seeds, tokens, drawn, ended, state.count + 1)
+        return State(
+            write(state.cache, new, slot), positions, token, state.seeds, tokens, drawn, ended, state.count + 1
+        )
 
     def goes_on(state: State) -> Bool[Array, ""]:
         free = state.done.reshape(rows).all((0, 2)).sum()

@@ -1,4 +1,4 @@
-"""What annotate and generate share: rows in, and an output that the next run goes on with after any interruption."""
+"""What all resumable jobs share: rows in, and an output that the next run goes on with after any interruption."""
 
 import json
 import os

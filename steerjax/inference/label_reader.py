@@ -34,24 +34,24 @@ _FEWEST = 8  # places for texts in a row; then powers of two, so that few shapes
 
 
 @dataclass(frozen=True, eq=False)
-class Question:
-    """One attribute of a label line: V labels that are told apart by paths of D tokens through a trie of N inner nodes.
+class LabelQuestion:
+    """One attribute of a label line: C labels that are told apart by paths of P tokens through a trie.
 
-    Node 0 is the trie's root, where the tokens before the value end; only the others are tokens to be seen.
+    Node 0 is the trie's root, where the tokens before the value end; only the J inner nodes are tokens to be seen.
     """
 
-    before: np.ndarray  # int32 [K], what stands before the value
-    labels: np.ndarray  # float32 [V], ascending
-    written: np.ndarray  # int32 [V M], each label's tokens, the last at the end
-    lengths: np.ndarray  # int32 [V], how many they are
-    nodes: np.ndarray  # int32 [N - 1], tokens of the inner nodes but the root
-    depths: np.ndarray  # int32 [N - 1], from 1
-    sees: np.ndarray  # bool [N - 1, N - 1], itself and its ancestors
-    at: np.ndarray  # int32 [V D], the node that a token of a path follows
-    token: np.ndarray  # int32 [V D], -1 behind the end of a path
+    before: np.ndarray  # int32 [U], what stands before the value
+    labels: np.ndarray  # float32 [C], ascending
+    written: np.ndarray  # int32 [C M], each label's tokens, the last at the end
+    lengths: np.ndarray  # int32 [C], how many they are
+    nodes: np.ndarray  # int32 [J], tokens of the inner nodes
+    depths: np.ndarray  # int32 [J], from 1
+    sees: np.ndarray  # bool [J J], itself and its ancestors
+    at: np.ndarray  # int32 [C P], the node that a token of a path follows
+    token: np.ndarray  # int32 [C P], -1 behind the end of a path
 
 
-def make_question(before: Sequence[int], values: Mapping[int, Sequence[int]], after: Sequence[int]) -> Question:
+def make_question(before: Sequence[int], values: Mapping[int, Sequence[int]], after: Sequence[int]) -> LabelQuestion:
     """`values` are each label's tokens, `after` the first of what follows any of them.
 
     A path has as many of a value's tokens, and then of `after`, as no other begins with. Raises ValueError: two labels
@@ -67,14 +67,14 @@ def make_question(before: Sequence[int], values: Mapping[int, Sequence[int]], af
         paths.append(text[: longest + 1])
     inner = sorted({path[:depth] for path in paths for depth in range(1, len(path))}, key=lambda x: (len(x), x))
     places = {(): 0} | {node: 1 + place for place, node in enumerate(inner)}
-    D, M = max(map(len, paths)), max(map(len, values.values()))
-    at, token = np.zeros((len(paths), D), np.int32), np.full((len(paths), D), -1, np.int32)
+    P, M = max(map(len, paths)), max(map(len, values.values()))
+    at, token = np.zeros((len(paths), P), np.int32), np.full((len(paths), P), -1, np.int32)
     written = np.zeros((len(paths), M), np.int32)
     for row, (path, own) in enumerate(zip(paths, values.values(), strict=True)):
         at[row, : len(path)] = [places[path[:depth]] for depth in range(len(path))]
         token[row, : len(path)] = path
         written[row, M - len(own) :] = own
-    return Question(
+    return LabelQuestion(
         before=np.array(before, np.int32),
         labels=np.array(list(values), np.float32),
         written=written,
@@ -139,7 +139,7 @@ class _Walked(NamedTuple):
     next: Int[Array, "B E"]  # position of the next token
 
 
-def _rate(model: CausalLM, questions: Sequence[Question], params: dict, batch: Batch) -> Float[Array, "B E A"]:
+def _rate(model: CausalLM, questions: Sequence[LabelQuestion], params: dict, batch: Batch) -> Float[Array, "B E A"]:
     """Expected ratings of the texts of packed rows."""
     tokens, positions, until = batch[:3]
     c, (B, T) = model.config, tokens.shape
@@ -155,30 +155,30 @@ def _rate(model: CausalLM, questions: Sequence[Question], params: dict, batch: B
     fed, lengths, found = last[..., None], jnp.ones_like(last), []
     for question in questions:
         states, walked = _feed(model, run, question, walked, fed, lengths, of_rows, positions)
-        likelihoods = jax.nn.log_softmax(run(states, method="head"), axis=-1)  # [B E N V]
+        likelihoods = jax.nn.log_softmax(run(states, method="head"), axis=-1)  # [B E nodes V]
         each = likelihoods[:, :, question.at, np.maximum(question.token, 0)]
         chances = jax.nn.softmax(jnp.where(question.token < 0, 0, each).sum(-1), axis=-1)
-        found.append(jnp.einsum("BEV,V->BE", chances, question.labels, precision="highest"))
+        found.append(jnp.einsum("BEC,C->BE", chances, question.labels, precision="highest"))
         choice = chances.argmax(-1)
         fed, lengths = jnp.asarray(question.written)[choice], jnp.asarray(question.lengths)[choice]
     return jnp.stack(found, axis=-1)
 
 
 def _feed(
-    model: CausalLM, run, question: Question, walked: _Walked, fed: Int[Array, "B E M"], lengths: Int[Array, "B E"],
-    of_rows: Bool[Array, "B E T"], positions: Int[Array, "B T"],
-) -> tuple[Float[Array, "B E N D"], _Walked]:  # fmt: skip
+    model: CausalLM, run, question: LabelQuestion, walked: _Walked, fed: Int[Array, "B E M"],
+    lengths: Int[Array, "B E"], of_rows: Bool[Array, "B E T"], positions: Int[Array, "B T"],
+) -> tuple[Float[Array, "B E nodes D"], _Walked]:  # fmt: skip
     """States of the question's nodes, after the last label's tokens (the last `lengths` of `fed`) went through the
     model, then those before the value, then the inner nodes, which are not kept."""
-    (B, E, M), K, N = fed.shape, len(question.before), len(question.nodes)
-    S = M + K + N
-    own = np.broadcast_to(np.concatenate([question.before, question.nodes]), (B, E, K + N))
+    (B, E, M), U, J = fed.shape, len(question.before), len(question.nodes)
+    S = M + U + J
+    own = np.broadcast_to(np.concatenate([question.before, question.nodes]), (B, E, U + J))
     tokens = jnp.concatenate([fed, own], axis=-1)
-    steps = np.concatenate([np.arange(-M, 0), np.arange(K), K - 1 + question.depths])
+    steps = np.concatenate([np.arange(-M, 0), np.arange(U), U - 1 + question.depths])
     places = jnp.maximum((walked.next + lengths)[..., None] + steps, 0)
     valid = jnp.broadcast_to(steps >= -lengths[..., None], (B, E, S))
     sees = np.tril(np.ones((S, S), bool))
-    sees[M + K :, M + K :] = question.sees
+    sees[M + U :, M + U :] = question.sees
     texts = np.eye(E, dtype=bool)[:, None, :, None]  # label tokens see those of their own text alone
     among = texts & sees[:, None] & (valid[:, None, None] | np.eye(E * S, dtype=bool).reshape(E, S, E, S))
     before = (walked.owner == np.arange(E)[:, None]) & walked.seen[:, None]  # [B E W]
@@ -189,13 +189,13 @@ def _feed(
         keys = jnp.concatenate([positions, walked.places, flat], axis=1)
         mask &= flat[:, :, None] - keys[:, None] < model.config.window
     states, new = run(tokens.reshape(B, E * S), flat, walked.cache, mask, method="extend")
-    kept = np.arange(E * S).reshape(E, S)[:, : M + K].ravel()
+    kept = np.arange(E * S).reshape(E, S)[:, : M + U].ravel()
     cache = jax.tree.map(lambda x, y: jnp.concatenate([x, y[:, :, kept]], axis=2), walked.cache, new)
     walked = _Walked(
         cache,
-        np.concatenate([walked.owner, np.repeat(np.arange(E), M + K)]),
+        np.concatenate([walked.owner, np.repeat(np.arange(E), M + U)]),
         jnp.concatenate([walked.seen, valid.reshape(B, E * S)[:, kept]], axis=1),
         jnp.concatenate([walked.places, flat[:, kept]], axis=1),
-        walked.next + lengths + K,
+        walked.next + lengths + U,
     )
-    return states.reshape(B, E, S, -1)[:, :, [M + K - 1, *range(M + K, S)]], walked
+    return states.reshape(B, E, S, -1)[:, :, [M + U - 1, *range(M + U, S)]], walked

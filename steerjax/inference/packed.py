@@ -9,14 +9,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from steerjax.bundle import Bundle
 from steerjax.data.batch import Batch, Feeder, RowBuilder, evaluation_steps
 from steerjax.data.packing import Layout, Row, fill, parts_of
 from steerjax.data.trees import Tree
 from steerjax.errors import ConfigError
-from steerjax.parallel.rules import mesh_ways, partition_spec
+from steerjax.parallel.rules import mesh_ways, on_mesh, replicated
 
 _SHORTEST_ROW = 1024  # tokens; shorter texts share a row of this length
 _LONGEST_ROW = 4096  # tokens, unless the user says otherwise
@@ -74,7 +73,7 @@ class PackedModel:
             problem = f"{self.rows} rows of {self.row_length} tokens a step"
             raise ConfigError(f"{problem}; cure: at least 1 token, and a multiple of {ways} rows (mesh data x fsdp)")
         self.counts, self._bundle = Counts(), bundle
-        everywhere = NamedSharding(bundle.mesh, PartitionSpec())
+        everywhere = replicated(bundle.mesh)
         self._function = jax.jit(lambda params, batch: function(params, _rows_of(batch)), out_shardings=everywhere)
 
     def pack(self, trees: Sequence[Tree]) -> dict[int, list[Row]]:
@@ -90,7 +89,7 @@ class PackedModel:
         with jax.set_mesh(mesh):
             for length, packed in rows.items():
                 build = RowBuilder(trees, length, arrays or {})
-                feed = Feeder(build, lambda axes: NamedSharding(mesh, partition_spec(axes)))
+                feed = Feeder(build, on_mesh(mesh))
                 for step in evaluation_steps(packed, self.rows):
                     running.append((build, step, self._function(self._bundle.params, feed(step))))  # not waited for
                     self.counts.places += length * self.rows

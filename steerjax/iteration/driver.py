@@ -33,7 +33,7 @@ from steerjax.inference.job import InputRow, input_rows, is_finished, resumable
 from steerjax.inference.scorer import rated_schema, reading_schema
 from steerjax.inference.session import Session, prompt_of, settings_of
 from steerjax.inference.steering import label_of
-from steerjax.iteration.groups import Rated, effective_samples, rated_groups, weighed_groups, weights
+from steerjax.iteration.groups import RatedGroup, effective_samples, rated_groups, weighed_groups, weights
 from steerjax.iteration.options import Options
 from steerjax.locks import only_writer
 from steerjax.report.page import text_table
@@ -270,7 +270,9 @@ def sample_groups(setup: Setup, e: Experiment, number: int, sampler: Description
     return groups, found
 
 
-def weighing(setup: Setup, samples: Path, answered: Sequence[Rated], weighed: Sequence[Conversation]) -> dict[str, Any]:
+def weighing(
+    setup: Setup, samples: Path, answered: Sequence[RatedGroup], weighed: Sequence[Conversation]
+) -> dict[str, Any]:
     """What `Iteration` says of the answers. Raises DataError: no group is left."""
     prompts, answers = (sum(1 for _ in path.open("rb")) for path in (setup.prompts, samples))
     if not weighed:

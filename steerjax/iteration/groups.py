@@ -12,7 +12,7 @@ import numpy as np
 from steerjax.beta_bins import Edges, log_probabilities
 from steerjax.data.conversation import Conversation, Sample
 from steerjax.data.loading import Skipped
-from steerjax.evaluation.steering_answers import Answer, read_answers
+from steerjax.evaluation.steering_answers import SteeredAnswer, read_answers
 from steerjax.inference.importance import Group, Scores
 from steerjax.objectives.steerlm2 import log_targets
 from steerjax.schema import Schema
@@ -26,7 +26,7 @@ TOGETHER = "too long for a row with the prompt's other answers (config.batch.row
 
 
 @dataclass(frozen=True)
-class Rated:
+class RatedGroup:
     """The answers to a prompt that can be weighed, where each stands in its file, and their predicted ratings [E A]."""
 
     group: Group
@@ -37,7 +37,7 @@ class Rated:
         return Skipped(self.group.prompt.file, self.lines[number], reason)
 
 
-def rated_groups(path: Path, schema: Schema) -> tuple[list[Rated], list[Skipped]]:
+def rated_groups(path: Path, schema: Schema) -> tuple[list[RatedGroup], list[Skipped]]:
     """Of what `generate` and then `annotate` wrote: the answers to each prompt, and those that have no weight."""
     rated, skipped = [], []
     for _, answers in groupby(read_answers(str(path)), _prompt):
@@ -53,13 +53,13 @@ def rated_groups(path: Path, schema: Schema) -> tuple[list[Rated], list[Skipped]
             prompt = replace(first, turns=first.turns[:-1], id=first.id.rpartition("/")[0])
             group = Group(prompt, usable[0].requested, tuple(answer.text for answer in usable))
             predicted = np.array([[answer.predicted[name] for name in schema.names] for answer in usable])
-            rated.append(Rated(group, tuple(answer.conversation.line for answer in usable), predicted))
+            rated.append(RatedGroup(group, tuple(answer.conversation.line for answer in usable), predicted))
     return rated, skipped
 
 
 def weighed_groups(
-    rated: Sequence[Rated], log_sampled: Sequence[Scores], log_prior: Sequence[Scores], schema: Schema, edges: Edges,
-    row_length: int,
+    rated: Sequence[RatedGroup], log_sampled: Sequence[Scores], log_prior: Sequence[Scores], schema: Schema,
+    edges: Edges, row_length: int,
 ) -> tuple[list[Conversation], list[Skipped]]:  # fmt: skip
     """The groups with the log-probabilities of their samples, and the answers that were left out: those without a
     log-probability, those to a prompt with fewer than two different ones, whose weights are what they are to be, and
@@ -93,5 +93,5 @@ def effective_samples(group: Conversation) -> float:
     return float(1 / np.square(weights(group)).sum())
 
 
-def _prompt(answer: Answer) -> tuple:
+def _prompt(answer: SteeredAnswer) -> tuple:
     return answer.conversation.id.rpartition("/")[0], answer.prompt

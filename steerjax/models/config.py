@@ -19,9 +19,9 @@ Targets = Annotated[tuple[Target, ...], BeforeValidator(separated), Field(strict
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class RopeScaling:
-    """Llama 3.1's `rope_type: llama3`. `factor` 1 is plain RoPE; 8 is Llama 3.1, 32 is Llama 3.2 1B and 3B."""
+    """Llama 3.1's `rope_type: llama3`."""
 
-    factor: PositiveFloat = 1.0  # 1 is plain RoPE; 8 is Llama 3.1, 32 is Llama 3.2
+    factor: PositiveFloat = 1.0  # 1 is plain RoPE; 8 is Llama 3.1, 32 is Llama 3.2 1B and 3B
     low_freq_factor: PositiveFloat = 1.0  # wave lengths above original / this are stretched by `factor`
     high_freq_factor: PositiveFloat = 4.0  # those below original / this are left as they are
     original_max_position_embeddings: Positive = 8192  # positions before the stretch
@@ -148,12 +148,10 @@ class ModelConfig(LlamaConfig):
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
 class HeadConfig:
-    """The reward head: it reads the response's last token, or the mean of all (NeMo-Aligner's `use_avg_pool`).
+    """The reward head."""
 
-    No stock server loads a bias.
-    """
-
-    readout: Literal["last", "mean"] = "last"  # a response's last token, or the mean of all
+    # a response's last token, or the mean of all (NeMo-Aligner's `use_avg_pool`)
+    readout: Literal["last", "mean"] = "last"
     use_bias: bool = False  # a bias of the head; no stock server loads one
 
 

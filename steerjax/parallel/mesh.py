@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from pydantic import AfterValidator
 
 from steerjax.errors import ConfigError
+from steerjax.parallel.rules import replicated
 from steerjax.typed import STRICT, typed
 
 AXES = ("data", "fsdp", "tensor", "context")
@@ -84,5 +85,5 @@ def make_any(mesh: Mesh):
     A flag that goes through the mesh behind each step is seen by all at the same step, and no step waits for it.
     """
     every = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    any_of = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    any_of = jax.jit(jnp.any, out_shardings=replicated(mesh))
     return lambda flag: any_of(jax.make_array_from_callback((mesh.size,), every, lambda _: np.full(1, flag)))

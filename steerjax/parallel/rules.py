@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 from flax import linen as nn
@@ -46,6 +47,21 @@ def partition_spec(logical_axes: tuple[str | None, ...]) -> PartitionSpec:
     if clash := {axis for axis in used if used.count(axis) > 1}:
         raise ConfigError(f"{logical_axes}: two dimensions on mesh axis {sorted(clash)}; cure: change RULES")
     return PartitionSpec(*(RULES[name] or None for name in logical_axes))
+
+
+def on_mesh(mesh: Mesh) -> Callable[[tuple[str | None, ...]], NamedSharding]:
+    """Logical axes -> the sharding of an array that has them."""
+    return lambda axes: NamedSharding(mesh, partition_spec(axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """All of an array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings_of(tree):
+    """The shardings of a tree's leaves."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from steerjax.data.batch import Batch, Feeder, evaluation_steps
 from steerjax.data.packing import Row
+from steerjax.parallel.rules import replicated
 
 
 class FrozenStates:
@@ -47,4 +48,4 @@ def frozen_states(module: nn.Module, frozen_layers: int, mesh: Mesh) -> Callable
         inputs = (x[0] for x in (batch.tokens, batch.positions, batch.until))
         return module.apply({"params": params}, *inputs, frozen_layers, method="frozen_states")
 
-    return jax.jit(states, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(states, out_shardings=replicated(mesh))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from steerjax.chat.render import Renderer
 from steerjax.chat.tokenizer import missing_markers
@@ -18,7 +18,7 @@ from steerjax.data.trees import Example, Tree, grow
 from steerjax.errors import ConfigError, DataError
 from steerjax.objectives import Objective
 from steerjax.objectives.objective import TRAIN, VALIDATION
-from steerjax.parallel.rules import mesh_ways, partition_spec
+from steerjax.parallel.rules import mesh_ways, on_mesh
 from steerjax.training.config import Experiment
 
 
@@ -34,14 +34,14 @@ class Input:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class SourceGroup:
     """Conversations of the same sources, and the names of the objectives that learn from them."""
 
     objectives: list[str]
     splits: list[list[Conversation]]  # training, validation
 
 
-def load_parts(e: Experiment) -> tuple[list[Part], list[Skipped], dict[str, str]]:
+def load_parts(e: Experiment) -> tuple[list[SourceGroup], list[Skipped], dict[str, str]]:
     """The data of every objective, rows that were left out, and facts for the summary.
 
     What has no validation of its own is held out together, so that no file's training rows have a prompt of another's
@@ -55,7 +55,7 @@ def load_parts(e: Experiment) -> tuple[list[Part], list[Skipped], dict[str, str]
     parts, loaded = [], []
     for (*sources, format), objectives in names.items():
         found = [load_conversations(each, schema, format=format, **options) for each in sources if each]
-        parts.append(Part(objectives, [one.conversations for one in found]))
+        parts.append(SourceGroup(objectives, [one.conversations for one in found]))
         loaded += found
     whole = [part.splits for part in parts if len(part.splits) == 1]
     if whole:
@@ -137,4 +137,4 @@ def make_feeder(
 ) -> Feeder:
     """Rows of these trees, on the mesh; `states` is a `cache.FrozenStates`, or None."""
     build = RowBuilder(trees, row_length, {o.name: o.arrays for o in objectives}, states)
-    return Feeder(build, lambda axes: NamedSharding(mesh, partition_spec(axes)), micro_batches)
+    return Feeder(build, on_mesh(mesh), micro_batches)

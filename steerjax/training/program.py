@@ -6,19 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from steerjax.bundle.build import abstract_parameters, build_module, resolve_compute
 from steerjax.data.batch import Batch, Feeder
 from steerjax.data.packing import Row, packing_statistics
 from steerjax.models.flops import training_flops
 from steerjax.objectives import Objective, Setting, find_objective
+from steerjax.parallel.rules import replicated, shardings_of
 from steerjax.schema import Schema
 from steerjax.training.config import Experiment
 from steerjax.training.optimizer import join, make_optimizer
 from steerjax.training.schedules import make_schedule
 from steerjax.training.source import with_base_dtype
-from steerjax.training.state import abstract_state, shardings_of
+from steerjax.training.state import abstract_state
 from steerjax.training.step import forward, make_train_step, over_micro_batches
 
 
@@ -62,16 +63,16 @@ class Program:
         head = params.get("reward_head", params.get("lm_head", params["llama"]["embedding"]))
         self._head_trained = head is not None
         self._outputs = e.model.vocab_size if self.kind == "chat" else len(schema)
-        states, replicated = shardings_of(self.abstract), NamedSharding(mesh, PartitionSpec())
+        states, everywhere = shardings_of(self.abstract), replicated(mesh)
         schedule = make_schedule(e.optimizer, steps)
         self.train_step = jax.jit(
             make_train_step(self.module, objectives, self.optimizer, schedule, self._frozen, e.train.seed),
             in_shardings=(states, feed.shardings),
-            out_shardings=(states, replicated),
+            out_shardings=(states, everywhere),
             donate_argnums=0,
         )
         self.evaluation_step = jax.jit(
-            self._evaluate, in_shardings=(states.params, states.frozen, feed.shardings), out_shardings=replicated
+            self._evaluate, in_shardings=(states.params, states.frozen, feed.shardings), out_shardings=everywhere
         )
 
     def _evaluate(self, trained: dict, frozen: dict, batch: Batch) -> dict[str, Any]:

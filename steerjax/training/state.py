@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from steerjax.parallel.rules import replicated, shardings_of
 from steerjax.training.config import OptimizerConfig
 from steerjax.training.optimizer import join, partition
 
@@ -42,7 +43,6 @@ class TrainState(flax.struct.PyTreeNode):
 
 def abstract_state(whole: dict, optimizer: optax.GradientTransformation, config: OptimizerConfig, mesh: Mesh):
     """Shapes, dtypes and shardings of the state of abstract parameters. Optimizer moments lie as their parameters."""
-    replicated = NamedSharding(mesh, PartitionSpec())
 
     def sharded(part, sharding):
         return None if part is None else jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=sharding)
@@ -57,15 +57,10 @@ def abstract_state(whole: dict, optimizer: optax.GradientTransformation, config:
         lambda m, p: sharded(m, p.sharding),
         jax.eval_shape(optimizer.init, params),
         params,
-        transform_non_params=lambda m: sharded(m, replicated),
+        transform_non_params=lambda m: sharded(m, replicated(mesh)),
     )
-    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return TrainState(counter, params, frozen, moments, counter, counter)
-
-
-def shardings_of(abstract):
-    """The shardings in a tree of ShapeDtypeStructs."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
 
 def make_state(

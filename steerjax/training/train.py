@@ -12,7 +12,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from steerjax.bundle.describe import Provenance, output_names
 from steerjax.bundle.store import CheckpointStore
@@ -26,6 +25,7 @@ from steerjax.models.flops import peak_flops
 from steerjax.objectives import Evaluation
 from steerjax.parallel.mesh import make_any, make_mesh
 from steerjax.parallel.processes import ALONE, Processes
+from steerjax.parallel.rules import replicated
 from steerjax.report.plots import require_plots
 from steerjax.report.records import read_metrics
 from steerjax.signals import stop_on_signals
@@ -290,9 +290,9 @@ def loop(
     if owed or step == run.steps:
         evaluation = evaluate(write=not writer.evaluated)
     any_process = make_any(run.program.mesh)
-    one = NamedSharding(run.program.mesh, PartitionSpec())
     are_finite = jax.jit(
-        lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all(), out_shardings=one
+        lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all(),
+        out_shardings=replicated(run.program.mesh),
     )
     with stop_on_signals() as asked:
         while step < run.steps:

@@ -7,7 +7,7 @@ import pytest
 
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.evaluation.pages import QUESTIONS, side_by_side, write_pages
-from steerjax.evaluation.steering_answers import Answer
+from steerjax.evaluation.steering_answers import SteeredAnswer
 from steerjax.schema import HELPSTEER
 
 pytestmark = pytest.mark.short
@@ -15,7 +15,7 @@ NEUTRAL = {"complexity": 2.0, "verbosity": 2.0}
 
 
 def answer(prompt, text, predicted=None, cut=False, system=None, **requested):
-    return Answer(
+    return SteeredAnswer(
         Conversation((Turn("user", prompt), Turn("assistant", text)), system), requested, predicted or {}, cut
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.errors import ConfigError, DataError
-from steerjax.evaluation.steering_answers import Answer, grid_of, neutral_request, read_answers, requested_schema
+from steerjax.evaluation.steering_answers import SteeredAnswer, grid_of, neutral_request, read_answers, requested_schema
 from steerjax.schema import HELPSTEER, Attribute, Schema
 from tests.refusals import refused
 
@@ -15,7 +15,7 @@ TWO = Schema((Attribute("wit", 1.0, 5.0), Attribute("depth", 1.0, 10.0)))
 
 
 def answer(requested, prompt="p"):
-    return Answer(Conversation((Turn("user", prompt), Turn("assistant", "x"))), requested, {})
+    return SteeredAnswer(Conversation((Turn("user", prompt), Turn("assistant", "x"))), requested, {})
 
 
 def test_ranges_are_the_models_or_told_from_the_answers():

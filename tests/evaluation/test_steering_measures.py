@@ -8,7 +8,7 @@ from scipy.stats import linregress, spearmanr
 
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.evaluation.steerability import goal_space, measured
-from steerjax.evaluation.steering_answers import Answer
+from steerjax.evaluation.steering_answers import SteeredAnswer
 from steerjax.evaluation.steering_measures import HELD, columns, held, measure, slope, trend, trends
 from steerjax.report.figures import figures
 from steerjax.schema import HELPSTEER
@@ -18,7 +18,7 @@ NEUTRAL = {"helpfulness": 4.0, "complexity": 2.0, "verbosity": 2.0}
 
 def answer(prompt, requested, text, predicted=None):
     turns = Turn("user", prompt), Turn("assistant", text)
-    return Answer(Conversation(turns), requested, predicted or {})
+    return SteeredAnswer(Conversation(turns), requested, predicted or {})
 
 
 def rows_of(answers, neutral=NEUTRAL):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from steerjax.evaluation.steerability import goal_space, measured
-from steerjax.evaluation.steering_answers import Answer
+from steerjax.evaluation.steering_answers import SteeredAnswer
 from steerjax.evaluation.steering_measures import columns, measure, trends
 from steerjax.evaluation.steering_report import Found, draw, report_text
 from steerjax.report.figures import figures
@@ -35,7 +35,7 @@ def swept() -> Found:
             predicted = {"wit": 2 + 0.3 * random.random(), LONG: asked[LONG] + random.normal(0, 0.3), "depth": 3.0}
             answers.append(answer(prompt, asked, "word " * random.integers(5, 9), predicted))
     answers[-1].predicted[LONG] = 15.0
-    cut = (Answer(each.conversation, each.requested, each.predicted, True) for each in answers[:3])
+    cut = (SteeredAnswer(each.conversation, each.requested, each.predicted, True) for each in answers[:3])
     return found_of([*cut, *answers[3:]])
 
 

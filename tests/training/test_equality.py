@@ -16,11 +16,12 @@ from steerjax.objectives import Setting
 from steerjax.objectives.objective import TRAIN
 from steerjax.objectives.regression import Regression, RegressionConfig
 from steerjax.parallel.mesh import MeshConfig, make_mesh
+from steerjax.parallel.rules import shardings_of
 from steerjax.training.config import OptimizerConfig
 from steerjax.training.input import make_feeder
 from steerjax.training.optimizer import make_optimizer, partition
 from steerjax.training.schedules import make_schedule
-from steerjax.training.state import abstract_state, make_state, shardings_of
+from steerjax.training.state import abstract_state, make_state
 from steerjax.training.step import make_train_step
 from tests.helpers import (
     SCHEMA,

@@ -67,6 +67,14 @@ def visiting_order(full: Bool[Array, "... m"], empty: Bool[Array, "... m"]) -> I
     return jnp.argsort(jnp.where(full, 0, jnp.where(empty, 2, 1)), axis=-1, stable=True)
 
 
+def visiting(full, visited, step, carry):
+    """`step(place, masked, carry)` for each place in `visiting_order`: the `full` first ones, then up to `visited`."""
+    for begin, end, masked in ((0, full, False), (full, visited, True)):
+        body = lambda place, carry, masked=masked: step(place, masked, carry)  # noqa: E731
+        carry = jax.lax.fori_loop(begin, end, body, carry)
+    return carry
+
+
 class _Row(NamedTuple):
     """One row in blocks of b tokens, query heads grouped by their key-value head."""
 
@@ -91,10 +99,8 @@ def _scores(row: _Row, plan: BlockPlan, i, j, masked: bool) -> Float[Array, "K G
 
 def _over_keys(plan: BlockPlan, i: Int[Array, ""], visit, carry):
     """`visit(j, masked, carry)` for each block j of keys that queries of block i see."""
-    for begin, end, masked in ((0, plan.full[i], False), (plan.full[i], plan.visited[i], True)):
-        step = lambda place, carry, masked=masked: visit(plan.keys[i, place], masked, carry)  # noqa: E731
-        carry = jax.lax.fori_loop(begin, end, step, carry)
-    return carry
+    step = lambda place, masked, carry: visit(plan.keys[i, place], masked, carry)  # noqa: E731
+    return visiting(plan.full[i], plan.visited[i], step, carry)
 
 
 def _forward_row(row: _Row, plan: BlockPlan):

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as gpu
 from jaxtyping import Array, Bool, Float, Int
 
-from steerjax.models.attention.blockwise import NEGATIVE, block_kinds, visiting_order
+from steerjax.models.attention.blockwise import NEGATIVE, block_kinds, visiting, visiting_order
 from steerjax.models.attention.mask import ATTENTION, Heads, Keys, Window
 
 START, FULL, VISITED, NUMBERS = range(4)  # what stands where in `Visits`
@@ -105,14 +105,6 @@ def _allowed(rows, first_query, queries: int, first_key, keys: int, turned: bool
     return mask
 
 
-def _visit(visits, step, carry, times: int = 1):
-    """`step(turn, masked, carry)` for each block to visit, `times` times."""
-    for begin, end, masked in ((0, visits[FULL], False), (visits[FULL], visits[VISITED], True)):
-        body = lambda turn, carry, masked=masked: step(turn, masked, carry)  # noqa: E731
-        carry = jax.lax.fori_loop(begin * times, end * times, body, carry)
-    return carry
-
-
 def _forward_kernel(q_ref, k_ref, v_ref, rows, visits, out_ref, lse_ref, *, head_dim: int, keys: int):
     queries, width = q_ref.shape
     first = visits[START]
@@ -132,7 +124,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, rows, visits, out_ref, lse_ref, *, head
         return new_peak, total * shrink + weights.sum(-1), out
 
     start = jnp.full(queries, NEGATIVE), jnp.zeros(queries), jnp.zeros((queries, width))
-    peak, total, out = _visit(visits, step, start)
+    peak, total, out = visiting(visits[FULL], visits[VISITED], step, start)
     _store(out_ref, out / total[:, None], head_dim)
     lse_ref[...] = peak + jnp.log(total) * math.log2(math.e)
 
@@ -154,7 +146,7 @@ def _queries_kernel(
         dscores = weights * (gpu.dot(gradient, v.T) - overlap)
         return dq + gpu.dot(dscores.astype(k.dtype), k)
 
-    dq = _visit(visits, step, jnp.zeros((queries, width)))
+    dq = visiting(visits[FULL], visits[VISITED], step, jnp.zeros((queries, width)))
     _store(dq_ref, dq * head_dim**-0.5, head_dim)
 
 
@@ -192,7 +184,7 @@ def _keys_kernel(
         dscores = weights * (gpu.dot(v, gradient.T) - overlap)
         return dk + gpu.dot(dscores.astype(q.dtype), q), dv
 
-    dk, dv = _visit(visits, step, (jnp.zeros((keys, width)),) * 2, times=group)
+    dk, dv = visiting(visits[FULL] * group, visits[VISITED] * group, step, (jnp.zeros((keys, width)),) * 2)
     _store(dk_ref, dk * head_dim**-0.5, head_dim)
     _store(dv_ref, dv, head_dim)
 
