@@ -209,7 +209,7 @@ class Run:
             said |= o.summary()
         flops = program.step_facts(plan.step_rows(0), plan.trees)["flops"]
         return said | {
-            "skipped": f"{len(self.data.skipped)} rows",
+            "skipped": f"{len({(row.file, row.line) for row in self.data.skipped})} rows",
             "packed rows": f"{packed.rows} of {packed.row_length} tokens, {packed.fill:.1%} filled; "
             f"{packed.examples} examples in {len(plan.trees)} trees, {packed.tokens:,} tokens an epoch",
             "sharing": f"{packed.saving:.2f} times as many tokens without it",
