@@ -59,7 +59,7 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", schema.names[0], cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
-    if rejected:
+    if pair or (key == "turns" and "rejected" in row):
         _check_pair(turns, rejected, strength)
     asked, samples = _sampled(row, schema, turns) if key == "prompt_turns" else ({}, ())
     return Conversation(
