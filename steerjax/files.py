@@ -104,12 +104,6 @@ def write_text(path: str | os.PathLike, text: str, **options: Any) -> None:
         file.write(text)
 
 
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """`whole_file` with these bytes."""
-    with whole_file(path, "wb") as file:
-        file.write(content)
-
-
 def copy_file(source: str | os.PathLike, path: str | os.PathLike) -> None:
     """`whole_file` with another's content."""
     with open(source, "rb") as old, whole_file(path, "wb") as new:

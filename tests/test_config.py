@@ -50,6 +50,7 @@ BAD = {
     "regression.attribute_weights": ({"humor": 1.0}, "helpfulness"),
     "regression.average": ("mean", "ratings"),
     "regression.weight": (-1.0, "at least 0"),
+    "bradley_terry.score": ({"helpfulness": float("nan")}, "at most 1e+30"),
     "sft.missing": ("drop", "omit"),
 }
 

@@ -201,7 +201,8 @@ class Renderer:
 
     def broken(self, conversation: Conversation) -> int:
         """How many texts of the conversation are written with U+2060 inside, as they spell a control string."""
-        said = (*conversation.turns, *conversation.samples)
+        other = (turn for turn in conversation.rejected if turn not in conversation.turns)
+        said = (*conversation.turns, *other, *conversation.samples)
         texts = [self._system_text(conversation) or "", *(each.content for each in said)]
         return sum(self._as_text(text).replace(HIDE, "") != text for text in texts)
 

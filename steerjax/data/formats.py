@@ -59,7 +59,7 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", schema.names[0], cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
-    if rejected:
+    if pair or (key == "turns" and "rejected" in row):
         _check_pair(turns, rejected, strength)
     asked, samples = _sampled(row, schema, turns) if key == "prompt_turns" else ({}, ())
     return Conversation(
@@ -304,11 +304,11 @@ def _hh(text: str, key: str) -> list[Turn]:
     return [Turn(roles[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
-def _helpsteer2(row: Row, schema: Schema) -> Pair:
+def _helpsteer2_pair(row: Row, schema: Schema) -> Pair:
     return _two(list(prompt_turns(row)), row, "response_1", "response_2", "preference_strength")
 
 
-def _helpsteer3(row: Row, schema: Schema) -> Pair:
+def _helpsteer3_pair(row: Row, schema: Schema) -> Pair:
     text = isinstance(row.get("context"), str)
     before = [Turn("user", text_of(row, "context"))] if text else read_dialogue(row, schema, "context")
     return _two(before, row, "response1", "response2", "overall_preference")
@@ -332,8 +332,8 @@ def _number(row: Row, key: str, *default: Any) -> float:
 
 PAIRS: dict[str, tuple[tuple[str, ...], Callable[[Row, Schema], Pair]]] = {  # name -> (keys that tell it, reader)
     "preference": (("chosen", "rejected"), _trl),
-    "helpsteer2_preference": (("response_1", "response_2", "preference_strength"), _helpsteer2),
-    "helpsteer3": (("response1", "response2", "overall_preference"), _helpsteer3),
+    "helpsteer2_preference": (("response_1", "response_2", "preference_strength"), _helpsteer2_pair),
+    "helpsteer3": (("response1", "response2", "overall_preference"), _helpsteer3_pair),
 }
 
 

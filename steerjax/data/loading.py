@@ -94,10 +94,12 @@ def write_skipped(path: str | Path, skipped: Iterable[Skipped]) -> None:
 def file_hashes(sources: Sequence[str]) -> dict[str, str]:
     """SHA-256 (hex) of each source's bytes as stored; of a hub source the fingerprint that `datasets` gives it."""
     paths = {source: source_path(source) for source in sources}
-    return {
-        source: hashlib.sha256(path.read_bytes()).hexdigest() if path else hub_dataset(source)._fingerprint
-        for source, path in paths.items()
-    }
+    return {source: _file_hash(path) if path else hub_dataset(source)._fingerprint for source, path in paths.items()}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def prompt_key(conversation: Conversation) -> str:

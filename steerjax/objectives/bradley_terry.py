@@ -5,19 +5,22 @@ Source: Bradley and Terry (1952); HelpSteer2-Preference, arXiv 2410.01257, for `
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pydantic.dataclasses
 from jaxtyping import Array, Float
+from pydantic import Field
 
 from steerjax.data.trees import Example
 from steerjax.errors import ConfigError, DataError
 from steerjax.objectives.objective import TRAIN, VALIDATION, Evaluation, Objective, ObjectiveConfig
 from steerjax.schema import Attribute, Schema
 from steerjax.typed import STRICT
+
+Weight = Annotated[float, Field(ge=-1e30, le=1e30)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=STRICT)
@@ -32,7 +35,7 @@ class BradleyTerryConfig(ObjectiveConfig):
     """
 
     loss: Literal["regular", "margin", "scaled"] = "regular"  # how a row's strength counts
-    score: Mapping[str, float] = field(default_factory=dict)  # attribute -> weight; none: an output of its own
+    score: Mapping[str, Weight] = field(default_factory=dict)  # attribute -> weight; none: an output of its own
 
     def check(self, schema: Schema) -> None:
         """Raises ConfigError: a weight of an attribute that the model does not predict, or none but 0."""

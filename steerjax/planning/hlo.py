@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
@@ -18,12 +18,11 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 _CALLED = re.compile(r"(calls|to_apply|body|branch_computations)=\{?((?:%?[\w.-]+(?:, )?)+)\}?")
-_SHAPE = re.compile(r"\b(pred|token|[a-z]+\d+\w*)\[([\d,]*)\]")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)")
 _PARAMETER = re.compile(r"\s*%?([\w.-]+) = .* parameter\((\d+)\)")
 # They move nothing, or name what others move.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
-_BITS = {"pred": 8, "token": 0}
 
 
 @dataclass(frozen=True)
@@ -123,17 +122,6 @@ def work(text: str, devices: int) -> Work:
     return Work(*total, found, all_exact)
 
 
-def collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives of a compiled module, with how often a step runs them."""
-    return work(text, devices).collectives
-
-
-def shapes(text: str) -> Iterator[tuple[int, ...]]:
-    """Dimensions of every array that the text names, on one device."""
-    for match in set(_SHAPE.findall(text)):
-        yield tuple(int(size) for size in match[1].split(",") if size)
-
-
 def _parse(lines: list[str], bodies: dict[str, list[str]], devices: int) -> _Computation:
     out, types = _Computation([]), _types(lines)
     for line in lines:
@@ -198,10 +186,13 @@ def _size(type: str) -> float:
     """Bytes of a type's arrays that lie in the device's main memory: no space S(n) of its own."""
     arrays = re.findall(r"(pred|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?", type)
     return sum(
-        math.prod(int(n) for n in dims.split(",") if n) * (_BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])) / 8
-        for dtype, dims, layout in arrays
-        if "S(" not in layout
+        _bytes(dtype, (int(n) for n in dims.split(",") if n)) for dtype, dims, layout in arrays if "S(" not in layout
     )
+
+
+def _bytes(dtype: str, dimensions: Iterable[int]) -> float:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return math.prod(dimensions) * bits / 8
 
 
 def _traffic(code: str, types: dict[str, str], bodies: dict[str, list[str]]) -> float:
@@ -276,7 +267,7 @@ def _constant(line: str) -> int | None:
 def _collective(match: re.Match, code: str, devices: int) -> Collective:
     kind, start = match[1], bool(match[2])
     arrays = [
-        (dims, math.prod(dims) * (_BITS.get(dtype) or int(re.search(r"\d+", dtype)[0])) / 8)
+        (dims, _bytes(dtype, dims))
         for dtype, dims in ((d, tuple(map(int, s.split(",")))) for d, s in _SHAPE.findall(code[: match.start()]) if s)
     ]
     group = _group(code, devices)

@@ -84,6 +84,12 @@ def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Rendere
     """
     parts, skipped, said = load_parts(e)
     trees, changed = [], 0
+
+    def refuse(error: DataError, row: Conversation, name: str = "") -> None:
+        if e.data.on_bad_row == "error":
+            raise error.at(row.file, row.line) from None
+        skipped.append(Skipped(row.file, row.line, f"{name}: {error.reason}" if name else error.reason))
+
     for number, split in enumerate((TRAIN, VALIDATION)):
         examples: list[Example] = []
         for part in parts:
@@ -92,15 +98,17 @@ def make_input(e: Experiment, objectives: Sequence[Objective], renderer: Rendere
             part.splits[number].clear()
             while waiting:  # each is let go once it is read, so that memory does not hold text and tokens of all
                 conversation = waiting.pop()
-                changed += renderer.broken(conversation)
                 try:
-                    for objective in learners:
+                    changed += renderer.broken(conversation)
+                except DataError as error:
+                    refuse(error, conversation)
+                    continue
+                for objective in learners:  # what one cannot use another may
+                    try:
                         objective.check_row(conversation)
                         examples += objective.examples(conversation, split)
-                except DataError as error:
-                    if e.data.on_bad_row == "error":
-                        raise error.at(conversation.file, conversation.line) from None
-                    skipped.append(Skipped(conversation.file, conversation.line, error.reason))
+                    except DataError as error:
+                        refuse(error, conversation, objective.name if len(learners) > 1 else "")
         trees.append(grow(examples))
     try:
         for objective in objectives:

@@ -25,16 +25,16 @@ class MetricsWriter:
     finite is null.
 
     Attributes:
-        evaluated: the step that the run goes on from has a record of its evaluation.
+        evaluated: the step that the run goes on from has a record of its evaluation, as the one that writes sees it.
     """
 
     def __init__(self, workdir: Path, resume_step: int, trackers: Sequence[str], config: Mapping, *, active: bool):
-        self._active, self._path = active, workdir / "metrics.jsonl"
+        self._active, self._path, self.evaluated = active, workdir / "metrics.jsonl", False
+        if not active:  # nor does it read what the other may be writing anew
+            return
         found = read_metrics(self._path)
         kept = [record for record in found if record["step"] <= resume_step]
         self.evaluated = any(r["step"] == resume_step and r["split"] == "validation" for r in kept)
-        if not active:
-            return
         if resume_step == 0 and self._path.exists():  # of a run that left no checkpoint
             self._path.rename(self._aside())
             kept = []

@@ -195,7 +195,7 @@ class Run:
             said |= o.summary()
         flops = program.step_facts(plan.step_rows(0), plan.trees)["flops"]
         return said | {
-            "skipped": f"{len(self.data.skipped)} rows",
+            "skipped": f"{len({(row.file, row.line) for row in self.data.skipped})} rows",
             "packed rows": f"{packed.rows} of {packed.row_length} tokens, {packed.fill:.1%} filled; "
             f"{packed.examples} examples in {len(plan.trees)} trees, {packed.tokens:,} tokens an epoch",
             "sharing": f"{packed.saving:.2f} times as many tokens without it",
@@ -248,7 +248,7 @@ def loop(
 
     Step k is dispatched before the metrics of step k-1 are read, so that the device never waits for the host.
     """
-    e, pending, evaluation, clock = run.experiment, None, None, time.perf_counter()
+    e, pending, evaluation, clock = run.experiment, None, None, 0.0
 
     def read(pending) -> bool:
         """Waits for a step's metrics and writes them; whether a process was asked to stop before that step."""
@@ -285,16 +285,18 @@ def loop(
     def is_due(every: int) -> bool:
         return every > 0 and step > 0 and step % every == 0
 
-    # A run that was asked to stop saves before it evaluates; what it owed is done here.
-    owed = (is_due(e.train.checkpoint_every) or is_due(e.train.evaluate_every)) and not writer.evaluated
-    if owed or step == run.steps:
-        evaluation = evaluate(write=not writer.evaluated)
+    # A run that was asked to stop saves before it evaluates; what it owed is done here, by all processes or none.
     any_process = make_any(run.program.mesh)
+    evaluated = bool(any_process(writer.evaluated))
+    owed = (is_due(e.train.checkpoint_every) or is_due(e.train.evaluate_every)) and not evaluated
+    if owed or step == run.steps:
+        evaluation = evaluate(write=not evaluated)
     are_finite = jax.jit(
         lambda tree: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(tree)]).all(),
         out_shardings=replicated(run.program.mesh),
     )
     with stop_on_signals() as asked:
+        clock = time.perf_counter()
         while step < run.steps:
             rows = run.data.plan.step_rows(step)
             state, metrics = run.program.train_step(state, run.feed(rows))

@@ -152,6 +152,8 @@ def test_what_a_normalisation_makes_a_control_token_is_broken(nfkc, text):
     assert np.count_nonzero(tokens == token) == np.count_nonzero(render.render(talk("x")).tokens == token) == 1
     assert render.broken(talk(text)) == 1
     assert render.broken(talk("x")) == 0
+    for asked, other in (("x", text), (text, "z")):  # of a pair either response counts, and what they share once
+        assert render.broken(replace(talk(asked, "y"), rejected=talk(asked, other).turns)) == 1
 
 
 def changed(tokenizer, folder, change):

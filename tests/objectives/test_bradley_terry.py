@@ -172,6 +172,8 @@ BAD = {
     "margin below 0": (ROWS["TRL"] | {"margin": -1}, "strength"),
     "margin as text": (ROWS["TRL"] | {"margin": "much"}, "margin"),
     "ends on the user": ({"chosen": MESSAGES[0], "rejected": MESSAGES[0] + MESSAGES[2]}, "chosen"),
+    "an empty side": ({"chosen": MESSAGES[0] + MESSAGES[1], "rejected": []}, "rejected"),
+    "an empty side of ours": (ROWS["ours"] | {"rejected": []}, "rejected"),
     "another prompt inside": ({"prompt": "q", "chosen": MESSAGES[0] + MESSAGES[1], "rejected": MESSAGES[2]}, "chosen"),
     "preference missing": (ROWS["HelpSteer3"] | {"overall_preference": None}, "overall_preference"),
     "NaN": (ROWS["HelpSteer2"] | {"preference_strength": float("nan")}, "preference_strength"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from steerjax.errors import ConfigError
 from steerjax.models.config import LoraConfig, ModelConfig
 from steerjax.parallel.mesh import MeshConfig
 from steerjax.planning.compile import compile_step, plannable, used_bytes, work_facts
-from steerjax.planning.hlo import collectives, shapes
+from steerjax.planning.hlo import work
 from steerjax.planning.topology import parse_topology
 from steerjax.training.config import Experiment
 from tests.refusals import refused
@@ -36,6 +37,12 @@ TINY = resolve(GROUPS)
 MODEL = TINY.model
 
 
+def shapes(text: str) -> set[tuple[int, ...]]:
+    """Dimensions of every array that a program names, on one device."""
+    found = set(re.findall(r"\b(?:pred|[a-z]+\d+\w*)\[([\d,]*)\]", text))
+    return {tuple(int(size) for size in dimensions.split(",") if size) for dimensions in found}
+
+
 def tiny(mesh: tuple[int, ...], experiment: Experiment = TINY, **changes) -> Experiment:
     return plannable(replace(experiment, mesh=MeshConfig(*mesh), **changes), 8)
 
@@ -48,7 +55,7 @@ def test_a_reward_model_gathers_layers_and_never_the_table(mesh):
     with_vocabulary = [s for s in shapes(compiled.text) if VOCABULARY in s or VOCABULARY // tensor in s]
     assert with_vocabulary
     assert all(math.prod(shape) <= shard for shape in with_vocabulary)
-    gathered = [math.prod(c.shape) for c in collectives(compiled.text, 8) if c.kind == "all-gather"]
+    gathered = [math.prod(c.shape) for c in work(compiled.text, 8).collectives if c.kind == "all-gather"]
     assert max(gathered) <= max(MODEL.block_parameters, 8 * 256)  # a layer, or the tokens
     assert compiled.used > compiled.parts["argument"] > 12 * compiled.parameters / 8
 
@@ -136,7 +143,7 @@ def assert_plan(repository, folder, config: str, topology: str, tensor: int, mod
     text, devices = file.read_text(), parse_topology(topology).devices
     vocabulary = (model.vocab_size, model.vocab_size // tensor)
     tables = [math.prod(s) for s in shapes(text) if any(v in s for v in vocabulary)]
-    gathered = [math.prod(c.shape) for c in collectives(text, devices) if c.kind == "all-gather"]
+    gathered = [math.prod(c.shape) for c in work(text, devices).collectives if c.kind == "all-gather"]
     assert max(tables) == model.vocab_size * model.hidden_size // devices
     assert max(gathered) <= model.block_parameters
     return done.stdout

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from steerjax.planning.hlo import collectives, work
+from steerjax.planning.hlo import work
 
 pytestmark = pytest.mark.short
 
@@ -16,8 +16,8 @@ TEXT = (Path(__file__).parent / "scan_on_8_devices.hlo.txt").read_text()
 
 
 def test_kinds_times_and_bytes():
-    found = {c.kind: c for c in collectives(TEXT, 8)}
-    assert len(collectives(TEXT, 8)) == len(found) == 4
+    found = {c.kind: c for c in work(TEXT, 8).collectives}
+    assert len(work(TEXT, 8).collectives) == len(found) == 4
     gather = found["all-gather"]
     assert (gather.shape, gather.group, gather.times, gather.exact) == ((32, 32), 4, 3, True)
     assert gather.bytes == 32 * 32 * 4
@@ -30,7 +30,7 @@ def test_kinds_times_and_bytes():
 def test_a_loop_of_unknown_length_counts_once_and_says_so():
     unknown = TEXT.replace('"known_trip_count":{"n":"3"}', "")
     assert unknown != TEXT
-    gather = next(c for c in collectives(unknown, 8) if c.kind == "all-gather")
+    gather = next(c for c in work(unknown, 8).collectives if c.kind == "all-gather")
     assert (gather.times, gather.exact) == (1, False)
 
 
@@ -79,7 +79,7 @@ ENTRY %main (p: bf16[256,8]) -> f32[8,8] {
 
 def test_what_a_tpu_program_adds():
     """Pieces of one collective, loops in strides, asynchronous starts, groups of one, three ways to write groups."""
-    found = collectives(TPU, 16)
+    found = work(TPU, 16).collectives
     assert [(c.kind, c.group, c.times, c.bytes) for c in found] == [
         ("all-gather", 4, 1, 8 * 4 * 4 + 16 * 2),
         ("reduce-scatter", 4, 1, 8 * 4 * 4),

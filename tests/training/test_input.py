@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from steerjax.chat.render import make_renderer
+from steerjax.chat.render import Renderer, make_renderer
 from steerjax.config import default_config, resolve
-from steerjax.errors import CheckpointError, ConfigError
+from steerjax.errors import CheckpointError, ConfigError, DataError
 from steerjax.objectives import predicted_schema
 from steerjax.report.records import read_metrics
 from steerjax.training.input import load_parts, make_input
@@ -86,6 +86,36 @@ def test_a_run_with_two_files_resumes_and_knows_them_both(files, tmp_path):
     pairs.write_text(pairs.read_text() + json.dumps({"prompt": "More?", "chosen": "yes", "rejected": "no"}) + "\n")
     with refused(CheckpointError, "pairs.jsonl", cure="accept_changes"):
         train(experiment(files, train__steps=4), tmp_path / "run")
+
+
+def test_a_row_that_one_objective_cannot_use_is_the_others(files):
+    """Whichever comes first; a pair whose rejected response is too long is still a rated response."""
+    path, rows = files / "both.jsonl", []
+    for i in range(9):
+        asked, answer = {"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}
+        turns = [asked, answer | {"ratings": {"helpfulness": 4}}]
+        rows.append({"turns": turns, "rejected": [asked, answer | {"content": "no " * (300 if i == 8 else 1)}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for objectives in (BOTH, BOTH[::-1]):
+        options = {"data__train": (str(path),), "bradley_terry__train": (), "data__on_bad_row": "skip"}
+        found = inputs(experiment(files, objectives, **options))
+        assert [(row.line, row.reason.split(":")[0]) for row in found.skipped] == [(9, "bradley_terry")]
+        counts = [counted(trees) for trees in (found.plan.trees, found.validation)]
+        assert [a + b for a, b in zip(*counts, strict=True)] == [9, 2 * 8]
+
+
+@pytest.mark.short
+def test_a_text_whose_control_string_cannot_be_broken_is_a_bad_row(files, monkeypatch):
+    def broken(renderer, conversation):
+        if conversation.line == 3:
+            raise DataError("holds a control string", cure="none")
+        return 0
+
+    monkeypatch.setattr(Renderer, "broken", broken)
+    with refused(DataError, "ratings.jsonl:3"):
+        inputs(experiment(files, ("regression",)))
+    found = inputs(experiment(files, ("regression",), data__on_bad_row="skip"))
+    assert [(row.line, row.reason) for row in found.skipped] == [(3, "holds a control string")]
 
 
 @pytest.mark.short

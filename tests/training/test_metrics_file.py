@@ -45,6 +45,16 @@ def test_a_line_that_is_no_record_is_left_out_said_and_kept_aside(tmp_path, name
     assert aside.read_bytes() == damaged
 
 
+def test_only_the_process_that_writes_reads(tmp_path, capsys):
+    """The others may come while it writes the file anew, and what they saw could differ."""
+    evaluated = [json.dumps({"step": 2, "split": "validation", "loss": 1.0}).encode()]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([b"garbage", *evaluated]) + b"\n")
+    assert not MetricsWriter(tmp_path, 2, (), {}, active=False).evaluated
+    assert capsys.readouterr().err == ""
+    with MetricsWriter(tmp_path, 2, (), {}, active=True) as writer:
+        assert writer.evaluated
+
+
 def test_a_half_last_line_is_left_out_without_a_word(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"\n".join(lines(GOOD)) + b'\n{"step": 4, "spl')

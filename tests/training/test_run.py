@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -193,9 +194,18 @@ def test_a_signal_at_an_evaluation_saves_first(recipe, tmp_path, monkeypatch, se
         training.train(experiment(recipe, **options), tmp_path)
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] != "train"] == [1, 2]
     monkeypatch.undo()
+    evaluate, late = training.Run.evaluate, [0.0]
+
+    def slow(*arguments, **named):
+        late[0] += 1e6
+        return evaluate(*arguments, **named)
+
+    monkeypatch.setattr(training.Run, "evaluate", slow)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + late[0]))
     training.train(experiment(recipe, **options), tmp_path)
-    found = [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] != "train"]
-    assert found == list(range(1, last + 1))
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert [r["step"] for r in found if r["split"] != "train"] == list(range(1, last + 1))
+    assert all(r["examples_per_second"] > 1e-3 for r in found if r["split"] == "train"), "an evaluation is no step"
 
 
 def test_metrics_have_what_the_interface_promises(uninterrupted):

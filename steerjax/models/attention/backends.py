@@ -120,7 +120,7 @@ def choose_backend(name: str, platform: str, dtype, head_dim: int, length: int, 
     """The back end that runs: the named one, or for `auto` the machine's own where it fits, else `chunked`.
 
     A platform that is neither `cpu` nor `tpu` is a GPU. `length` of a row and `chunk` are tokens, `context` the devices
-    along that axis, -1 where that is not known yet.
+    along that axis.
 
     Raises ConfigError: the named one cannot run this.
     """
@@ -142,7 +142,7 @@ def _unfit(name: str, platform: str, dtype: str, head_dim: int, length: int, chu
     """Why a back end cannot run this, or None."""
     if name == "chunked":
         return None
-    if context < 1 or length % context:
+    if length % context:
         return f"config.mesh.context {context} is no divisor of config.batch.row_length {length}"
     part = length // context
     tokens, elsewhere = f"a device's {part} tokens of a row", f"it does not run on {platform}"

@@ -88,7 +88,7 @@ def test_kernels_equal_the_definition_on_a_gpu(name):
         ("cpu", "float32", 64, 1024, 1, "blockwise", ""),
         ("cpu", "float32", 64, 1024, 4, "blockwise", ""),
         ("cpu", "float32", 64, 1000, 1, "chunked", "attention_chunk 256"),
-        ("cpu", "float32", 64, 1024, -1, "chunked", "mesh.context -1"),
+        ("cpu", "float32", 64, 1024, 3, "chunked", "mesh.context 3"),
         ("tpu", "bfloat16", 64, 4096, 1, "splash", ""),
         ("tpu", jnp.bfloat16, 64, 4096, 2, "splash", ""),
         ("tpu", "bfloat16", 64, 320, 1, "chunked", "320 tokens"),

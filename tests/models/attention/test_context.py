@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from steerjax.models.attention import make_plan
 from steerjax.parallel.mesh import MeshConfig, make_mesh
 from steerjax.parallel.rules import partition_spec
-from steerjax.planning.hlo import collectives
+from steerjax.planning.hlo import work
 from tests.models.attention.forests import (
     NAMES,
     arrays,
@@ -66,7 +66,7 @@ def test_on_a_mesh_as_by_definition(name, mesh):
 @pytest.mark.parametrize("name", NAMES)
 def test_only_keys_and_values_are_gathered(name):
     """And their gradients scattered back; else nothing but `until`."""
-    found = collectives(compiled(name, (1, 1, 1, 4))[0].as_text(), 4)
+    found = work(compiled(name, (1, 1, 1, 4))[0].as_text(), 4).collectives
     gathered = [c.shape for c in found if c.kind == "all-gather"]
     assert sorted(set(gathered)) == [(B, T), (B, T, K, H)]
     assert gathered.count((B, T, K, H)) == 2
