@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult
 
 from steerjax.errors import ConfigError, DataError
 from steerjax.evaluation.completions import LONGER
-from steerjax.evaluation.suite import RESULTS, ROWS
+from steerjax.evaluation.suite import ROWS, read_results
 from steerjax.hf.card import hub_id, public
 from steerjax.report.records import own_losses, read_metrics
 
@@ -86,14 +86,8 @@ def suite_results(folder: Path, model: Path) -> list[EvalResult]:
 
     Raises DataError: no output of a suite, or nothing in it is defined. ConfigError: it is of another model.
     """
-    try:
-        said = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        suite, figures, options = said["suite"], said["figures"], said["options"]
-        if "compared" in said or suite not in (*_SUITES, "attributes", "steerability"):
-            raise KeyError(suite)
-    except (OSError, ValueError, RecursionError, KeyError) as error:
-        cure = "a folder that evaluate --suite NAME has finished"
-        raise DataError(f"no output of a suite ({type(error).__name__})", file=str(folder), cure=cure) from None
+    said = read_results(folder)
+    suite, figures, options = said["suite"], said["figures"], said["options"]
     _check_model(folder, options.get("model"), model)
     named = list(_named(suite, figures))
     if suite == "attributes":

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from steerjax import __version__
+from steerjax.errors import DataError
+from steerjax.evaluation import SUITES
 from steerjax.inference.job import progress, resumable
 from steerjax.report.figures import Figure
 from steerjax.report.page import fenced, text_table, write_page
@@ -56,6 +58,18 @@ def kept_rows(
             output.add(first, compute(part))
             bar.update(output.done - bar.n)
     return read_rows(folder)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a folder that a suite has left. Raises DataError: it is none, or that of a comparison."""
+    try:
+        said = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if said["suite"] not in SUITES or "compared" in said or not {"figures", "options"} <= said.keys():
+            raise KeyError("suite")
+        return said
+    except (OSError, ValueError, TypeError, RecursionError, KeyError) as error:
+        cure = "a folder that evaluate --suite NAME has finished"
+        raise DataError(f"no output of a suite ({type(error).__name__})", file=str(folder), cure=cure) from None
 
 
 def read_rows(folder: Path) -> list[dict]:

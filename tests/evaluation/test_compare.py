@@ -23,7 +23,8 @@ def output(folder, score="MT-Bench", suite="mt_bench", better=0.0):
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {name: f.to_json() for name, f in figures(mt_bench.measure, mt_bench.columns(rows)).items()}
-    (folder / "results.json").write_text(json.dumps({"suite": suite, "judge": "J", "figures": found}))
+    said = {"suite": suite, "judge": "J", "options": {}, "figures": found}
+    (folder / "results.json").write_text(json.dumps(said))
     return folder
 
 
@@ -46,13 +47,19 @@ def test_a_small_difference_on_the_same_questions_is_seen(tmp_path, capsys):
 def test_what_cannot_be_compared(tmp_path):
     one, rated = output(tmp_path / "one"), output(tmp_path / "rated", score="helpfulness")
     other = output(tmp_path / "other", suite="attributes")
+    collected, nothing = output(tmp_path / "collected", suite="collect"), output(tmp_path / "nothing")
+    (nothing / "results.json").write_text('{"figures": {}}')
     for folders, error, fact, cure in (
         ([one], ConfigError, "--compare", "A B"),
         ([one, one], ConfigError, "--compare", "A B"),
         ([one, other], ConfigError, "attributes, mt_bench", "one suite"),
         ([one, rated], ConfigError, "no figure", "same scores"),
         ([one, tmp_path], DataError, str(tmp_path), "--suite"),
+        ([collected, one], DataError, "collected", "--suite"),
+        ([one, nothing], DataError, str(nothing), "--suite"),
     ):
         with refused(error, fact, cure=cure):
             compare(folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with refused(ConfigError, "--output", cure="another folder"):
+        compare([one, output(tmp_path / "more")], one)
