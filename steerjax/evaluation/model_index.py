@@ -84,11 +84,16 @@ def _own(objective: str, record: Mapping, weight: float) -> Iterator[tuple[str, 
 def suite_results(folder: Path, model: Path) -> list[EvalResult]:
     """Of an output of `evaluate` of this model, the figures that models are compared by.
 
-    Raises DataError: no output of a suite, or nothing in it is defined. ConfigError: it is of another model.
+    Raises DataError: no output of a suite, or nothing in it is defined. ConfigError: it is of another model, or its
+    MT-Bench answers were judged by a reward model.
     """
     said = read_results(folder)
     suite, figures, options = said["suite"], said["figures"], said["options"]
     _check_model(folder, options.get("model"), model)
+    if said.get("judged_by") == "reward model":
+        wrong = f"--evaluation {folder}: a reward model judged, and its ratings are no MT-Bench scores"
+        raise ConfigError(f"{wrong}; cure: leave it out, or evaluate with --judge of a language model's server")
+    judge = f", judged by {public(said['judge'])}" if "judge" in said else ""
     named = list(_named(suite, figures))
     if suite == "attributes":
         task, dataset = _RATING, _dataset(options["data"])
@@ -99,7 +104,7 @@ def suite_results(folder: Path, model: Path) -> list[EvalResult]:
     split = _split(options.get("data"))
     found = []
     for key, metric, name in named:
-        found += _result(task, *dataset, split, metric, name, **(figures.get(key) or {"value": None}))
+        found += _result(task, *dataset, split, metric, name + judge, **(figures.get(key) or {"value": None}))
     if not found:
         raise DataError(
             "all figures that a card names are undefined", file=str(folder), cure="more rows, or leave it out"
