@@ -18,8 +18,8 @@ from steerjax.data.conversation import Conversation, context_key
 from steerjax.data.loading import Skipped, file_hashes, load_conversations, prompt_key, write_skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
-from steerjax.evaluation.suite import Result, figure_table, kept_rows
-from steerjax.report.figures import UNIT, Columns, figures
+from steerjax.evaluation.suite import Result, figure_table, kept_rows, row_name
+from steerjax.report.figures import UNIT, Columns, figures, prompt_units
 from steerjax.report.page import format_table
 from steerjax.report.plots import plot_confusion, plot_correlations, plot_predictions
 from steerjax.report.results import (
@@ -79,8 +79,10 @@ def run(options: argparse.Namespace) -> Result:
         places, found, refused = predict(scorer, conversations, [[turn] for turn in turns], skip=how == "skip")
         found, reasons = dict(zip((place for place, _ in places), found, strict=True)), iter(refused)
         return [
-            _row(tested[i], found[place], {who: g[i] for who, g in guesses.items()}, raters, schema)
-            if place in found else {"id": tested[i][0].id, "turn": tested[i][1], "skipped": asdict(next(reasons))}
+            _named(*tested[i]) | (
+                _row(tested[i], found[place], {who: g[i] for who, g in guesses.items()}, raters, schema)
+                if place in found else {"skipped": asdict(next(reasons))}
+            )
             for place, i in enumerate(part)
         ]  # fmt: skip
 
@@ -156,9 +158,8 @@ def columns(rows: Sequence[Mapping]) -> Columns:
     """
     rows = [row for row in rows if "skipped" not in row]
     names = list(dict.fromkeys(name for row in rows for name in row["predicted_ratings"]))
-    prompts = np.array([row["prompt"] for row in rows])
     contexts = np.array([row.get("context", row["prompt"]) for row in rows])
-    found = {UNIT: prompts if len(set(prompts.tolist())) > 1 else np.arange(len(rows))}
+    found = {UNIT: prompt_units([row["prompt"] for row in rows], [f"{row_name(row)}" for row in rows])}
     found["log length"] = np.log1p(np.array([row["characters"] for row in rows], np.float64))
     for name in names:
         found[f"{name}:human"] = human = _column(row["ratings"].get(name) for row in rows)
@@ -205,7 +206,7 @@ def measure(found: Columns) -> dict[str, tuple[float, int]]:
         seen = ~np.isnan(y)
         out[f"{name}/length"] = (
             _partial(found[f"{name}:{PREDICTED}"][seen], found["log length"][seen], y[seen]),
-            sum(seen),
+            int(seen.sum()),
         )
         for key in ("people", "model with people"):
             if f"{name}:{key}:n" in found:
@@ -263,6 +264,12 @@ def _pooled_kappa(found: Columns, key: str) -> tuple[float, int]:
     return float(1 - (xx + yy - 2 * xy) / n / shuffled) if shuffled > 0 else np.nan, int(n)
 
 
+def _named(conversation: Conversation, turn: int) -> dict:
+    """What names a row; the message tells the two responses of a pair apart."""
+    id = conversation.turns[turn].id
+    return {"id": conversation.id, "turn": turn, **({"message": id} if id else {})}
+
+
 def _row(place, predicted: np.ndarray, guesses: Mapping, raters: Mapping, schema: Schema) -> dict:
     conversation, turn = place
     said = conversation.turns[turn]
@@ -277,8 +284,8 @@ def _row(place, predicted: np.ndarray, guesses: Mapping, raters: Mapping, schema
     last = all(later.role != "assistant" for later in conversation.turns[turn + 1 :])  # a row's lists are of it
     own = raters.get((conversation.file, conversation.line)) if last else None
     return {
-        "id": conversation.id, "turn": turn, "prompt": prompt_key(conversation),
-        "context": context_key(conversation.system, conversation.turns[:turn]), "characters": len(said.content),
+        "prompt": prompt_key(conversation), "characters": len(said.content),
+        "context": context_key(conversation.system, conversation.turns[:turn]),
         "ratings": ratings, "predicted_ratings": sides[PREDICTED], "baselines": {who: sides[who] for who in guesses},
         "whole": {who: {n: float(whole(v, schema[n])) for n, v in each.items()} for who, each in sides.items()},
         **({"raters": own} if own else {}),

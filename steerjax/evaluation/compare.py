@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from steerjax.errors import ConfigError
-from steerjax.evaluation.suite import Result, read_results, read_rows, write_result
+from steerjax.evaluation.suite import Result, common_rows, read_results, read_rows, write_result
 from steerjax.files import make_folder
 from steerjax.report.figures import Difference, Figure, differences
 from steerjax.report.page import text_table
@@ -33,8 +33,13 @@ def compare(folders: Sequence[Path], output: Path) -> None:
         name: {key: Figure(**figure) for key, figure in each["figures"].items()}
         for name, each in zip(names, said, strict=True)
     }
-    parts = [suite.columns(read_rows(folder)) for folder in folders]
-    deltas = {name: differences(suite.measure, part, parts[0]) for name, part in zip(names[1:], parts[1:], strict=True)}
+    first, *others = (read_rows(folder) for folder in folders)
+    deltas, both = {}, []
+    for name, rows in zip(names[1:], others, strict=True):
+        pair = common_rows(rows, first)
+        deltas[name] = differences(suite.measure, *map(suite.columns, pair))
+        if len(pair[1]) < max(len(rows), len(first)):
+            both.append(f"{name}: {len(pair[1])} rows of {len(rows)} and {names[0]}'s {len(first)}.")
     shared = [key for key in found[names[0]] if all(key in each for each in found.values())]
     if not shared:
         raise ConfigError(f"--compare of {', '.join(names)}: no figure is in all; cure: the same scores or attributes")
@@ -47,7 +52,7 @@ def compare(folders: Sequence[Path], output: Path) -> None:
     text = "\n".join([
         *text_table(_table(shared, found, deltas), "<" + ">" * len(names) + "<>" * (len(names) - 1)), "",
         f"Differences are to {names[0]}, on the rows that both have, with 95% intervals and two-sided p of paired",
-        "draws. Of many figures some will be below 0.05 by chance.",
+        "draws. Of many figures some will be below 0.05 by chance.", *both,
     ])  # fmt: skip
     detail = {
         "compared": dict(zip(names, map(str, folders), strict=True)),

@@ -77,6 +77,20 @@ def read_rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / ROWS).read_bytes().splitlines()]
 
 
+def row_name(row: Mapping[str, Any]) -> tuple:
+    """What a row of rows.jsonl is told by in outputs of other models."""
+    return tuple(row.get(key) for key in ("subset", "domain", "id", "turn", "message"))
+
+
+def common_rows(one: Sequence[Mapping], other: Sequence[Mapping]) -> tuple[list[Mapping], list[Mapping]]:
+    """The rows of both outputs that both could score; all where the names of rows do not tell them apart, or the
+    outputs have no name in common."""
+    usable = [{row_name(row) for row in rows if "skipped" not in row} for rows in (one, other)]
+    if any(len(set(map(row_name, rows))) < len(rows) for rows in (one, other)) or not (both := usable[0] & usable[1]):
+        return list(one), list(other)
+    return [row for row in one if row_name(row) in both], [row for row in other if row_name(row) in both]
+
+
 def figure_table(found: Mapping[str, Figure], names: Sequence[str] | None = None) -> str:
     """Figures as plain text: value, 95% interval, number of rows."""
     rows = [["figure", "value", "95% interval", "n"]]

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from steerjax.errors import ConfigError, DataError
-from steerjax.evaluation import mt_bench
+from steerjax.evaluation import attributes, mt_bench
+from steerjax.evaluation.attributes import WHO
 from steerjax.evaluation.compare import compare
 from steerjax.report.figures import figures
 from tests.refusals import refused
+from tests.reward_models import write_rows
 
 
 def output(folder, score="MT-Bench", suite="mt_bench", better=0.0):
@@ -41,6 +43,30 @@ def test_a_small_difference_on_the_same_questions_is_seen(tmp_path, capsys):
     assert "MT-Bench/math" in capsys.readouterr().out
     for plot in ("compared.png", "mt_bench.png"):
         assert (tmp_path / "both" / plot).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_that_one_model_could_not_score(tmp_path):
+    """They are left out of both sides, and what stands behind them is compared with itself."""
+    for name, error in (("short", 1.0), ("long", 0.5)):
+        rows = []
+        for number in range(6):
+            row = {"id": str(number), "turn": 1, "prompt": "p", "context": "p", "characters": 9}
+            human, predicted = {"wit": float(number)}, {"wit": number + error}
+            row |= {"ratings": human, "predicted_ratings": predicted, "baselines": {who: {} for who in WHO[1:]}}
+            row["whole"] = {"human": human} | dict.fromkeys(WHO, predicted)
+            rows.append({"id": "2", "turn": 1, "skipped": {}} if (name, number) == ("short", 2) else row)
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", rows)
+        found = {key: [*one, None] for key, one in attributes.measure(attributes.columns(rows)).items()}
+        found = {key: dict(zip(("value", "count", "interval"), one, strict=True)) for key, one in found.items()}
+        said = {"suite": "attributes", "options": {}, "figures": found}
+        (tmp_path / name / "results.json").write_text(json.dumps(said))
+    compare([tmp_path / "short", tmp_path / "long"], tmp_path / "both")
+    said = json.loads((tmp_path / "both/results.json").read_text())["differences"]["long"]
+    assert said["wit/mae"]["value"] == pytest.approx(-0.5)
+    assert said["wit/mae"]["interval"] == pytest.approx([-0.5, -0.5])
+    assert said["wit/mae"]["count"] == 5
+    assert "long: 5 rows of 6 and short's 6" in (tmp_path / "both/report.md").read_text()
 
 
 @pytest.mark.short
