@@ -51,7 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     from steerjax.checksums import folder_checksum
-    from steerjax.inference.scorer import open_scorer, predict, reading_schema
+    from steerjax.inference.scorer import open_scorer, predicted_ratings, reading_schema
 
     o, scorer = options, open_scorer(options.model, options)
     schema, how, skipped = scorer.schema, options.on_bad_row, []
@@ -75,15 +75,13 @@ def run(options: argparse.Namespace) -> Result:
 
     def compute(part: range) -> list[dict]:
         """The rows of these turns, each with a prediction, or why it has none."""
-        conversations, turns = zip(*(tested[i] for i in part), strict=True)
-        places, found, refused = predict(scorer, conversations, [[turn] for turn in turns], skip=how == "skip")
-        found, reasons = dict(zip((place for place, _ in places), found, strict=True)), iter(refused)
+        found = predicted_ratings(scorer, *zip(*(tested[i] for i in part), strict=True), skip=how == "skip")
         return [
             _named(*tested[i]) | (
-                _row(tested[i], found[place], {who: g[i] for who, g in guesses.items()}, raters, schema)
-                if place in found else {"skipped": asdict(next(reasons))}
+                {"skipped": asdict(one)} if isinstance(one, Skipped)
+                else _row(tested[i], one, {who: g[i] for who, g in guesses.items()}, raters, schema)
             )
-            for place, i in enumerate(part)
+            for one, i in zip(found, part, strict=True)
         ]  # fmt: skip
 
     settings = {
@@ -270,17 +268,13 @@ def _named(conversation: Conversation, turn: int) -> dict:
     return {"id": conversation.id, "turn": turn, **({"message": id} if id else {})}
 
 
-def _row(place, predicted: np.ndarray, guesses: Mapping, raters: Mapping, schema: Schema) -> dict:
+def _row(place, predicted: Mapping[str, float], guesses: Mapping, raters: Mapping, schema: Schema) -> dict:
     conversation, turn = place
     said = conversation.turns[turn]
     ratings = {name: float(said.ratings[name]) for name in schema.names if name in said.ratings}
-    sides = {"human": ratings, PREDICTED: dict(zip(schema.names, map(float, predicted), strict=True))}
+    sides = {"human": ratings, PREDICTED: predicted}
     for who, values in guesses.items():
         sides[who] = {n: float(v) for n, v in zip(schema.names, values, strict=True) if np.isfinite(v)}
-    if wrong := [name for name, value in sides[PREDICTED].items() if not np.isfinite(value)]:
-        raise DataError(
-            "the model predicts no finite number", field=wrong[0], cure="check the model, or another --dtype"
-        )
     last = all(later.role != "assistant" for later in conversation.turns[turn + 1 :])  # a row's lists are of it
     own = raters.get((conversation.file, conversation.line)) if last else None
     return {
