@@ -30,7 +30,9 @@ from steerjax.report.results import (
     correlation,
     evaluate_predictions,
     kappa_of_whole,
+    pooled_kappa,
     rank_correlation,
+    rater_pairs,
     whole,
 )  # fmt: skip
 from steerjax.report.results import (
@@ -172,7 +174,7 @@ def columns(rows: Sequence[Mapping]) -> Columns:
             found[f"{name}:{who}:right"], found[f"{name}:pairs"] = right, count
         raters = [row.get("raters", {}).get(name, ()) for row in rows]
         if any(len(each) > 1 for each in raters):
-            found |= _raters_columns(name, raters, found[f"{name}:{PREDICTED}:whole"])
+            found[f"{name}:raters"] = np.array([*itertools.zip_longest(*raters, fillvalue=np.nan)], np.float64).T
     return found
 
 
@@ -206,9 +208,11 @@ def measure(found: Columns) -> dict[str, tuple[float, int]]:
             _partial(found[f"{name}:{PREDICTED}"][seen], found["log length"][seen], y[seen]),
             int(seen.sum()),
         )
-        for key in ("people", "model with people"):
-            if f"{name}:{key}:n" in found:
-                out[f"{name}/{key}"] = _pooled_kappa(found, f"{name}:{key}")
+        if (raters := found.get(f"{name}:raters")) is not None:
+            x, y = rater_pairs(raters)
+            kappa = kappa_of_whole(x, y)
+            out[f"{name}/people"] = (np.nan if kappa is None else kappa), len(x)
+            out[f"{name}/model with people"] = pooled_kappa(found[f"{name}:{PREDICTED}:whole"], raters)
     for key in ("mse", "mae", "pearson", "spearman", "kappa", "slope", "bias", "pairs", "longer", "length"):
         values = [out[f"{name}/{key}"] for name in names if out[f"{name}/{key}"][1]]
         defined = [value for value, _ in values if not np.isnan(value)]
@@ -236,30 +240,6 @@ def _partial(x: np.ndarray, length: np.ndarray, y: np.ndarray) -> float:
     x, length = (z - (np.bincount(group, z) / counts)[group] for z in (x, length))
     found = correlation(x, length)
     return np.nan if found is None else found
-
-
-# A kappa over many pairs of numbers follows from their sums, one row each, so that rows can be drawn.
-_SUMS = ("n", "x", "y", "xx", "yy", "xy")
-
-
-def _raters_columns(name: str, raters: Sequence[Sequence[float]], model: np.ndarray) -> dict[str, np.ndarray]:
-    found = {f"{name}:{key}:{part}": np.zeros(len(raters)) for key in ("people", "model with people") for part in _SUMS}
-    for row, given in enumerate(raters):
-        people = np.array(list(itertools.permutations(given, 2)), np.float64).reshape(-1, 2)
-        others = np.array([(model[row], rating) for rating in given], np.float64).reshape(-1, 2)
-        for key, pairs in (("people", people), ("model with people", others)):
-            x, y = pairs[np.isfinite(pairs).all(1)].T
-            for part, value in zip(_SUMS, (len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y), strict=True):
-                found[f"{name}:{key}:{part}"][row] = value
-    return found
-
-
-def _pooled_kappa(found: Columns, key: str) -> tuple[float, int]:
-    n, x, y, xx, yy, xy = (found[f"{key}:{part}"].sum() for part in _SUMS)
-    if not n:
-        return np.nan, 0
-    shuffled = (xx + yy) / n - 2 * x * y / n**2
-    return float(1 - (xx + yy - 2 * xy) / n / shuffled) if shuffled > 0 else np.nan, int(n)
 
 
 def _named(conversation: Conversation, turn: int) -> dict:

@@ -60,6 +60,21 @@ def kappa_of_whole(x: np.ndarray, y: np.ndarray) -> float | None:
     return float(1 - np.mean((x - y) ** 2) / shuffled) if shuffled else None
 
 
+def rater_pairs(ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All ordered pairs of two raters' ratings of an answer, of `[N, R]`, so that nobody stands first."""
+    first, second = np.nonzero(~np.eye(ratings.shape[1], dtype=bool))
+    x, y = ratings[:, first].ravel(), ratings[:, second].ravel()
+    both = np.isfinite(x) & np.isfinite(y)
+    return x[both], y[both]
+
+
+def pooled_kappa(x: np.ndarray, others: np.ndarray) -> tuple[float, int]:
+    """Quadratic-weighted kappa of `x` `[N]` with every rating of `others` `[N, R]`, pairs together; and how many."""
+    both = np.isfinite(x)[:, None] & np.isfinite(others)
+    kappa = kappa_of_whole(np.broadcast_to(x[:, None], others.shape)[both], others[both])
+    return (np.nan if kappa is None else kappa), int(both.sum())
+
+
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Spearman's, average ranks for ties; None where `correlation` is.
 
