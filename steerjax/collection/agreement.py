@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from steerjax.errors import ConfigError
-from steerjax.report.figures import UNIT, Columns
+from steerjax.report.figures import UNIT, Columns, prompt_units
 from steerjax.report.results import kappa_of_whole, pooled_kappa, rater_pairs
 from steerjax.schema import Schema
 
@@ -98,7 +98,7 @@ def ordinal_alpha(ratings: np.ndarray) -> tuple[float, int]:
 def columns(ratings: Sequence[Mapping], prompts: Sequence[str], schema: Schema, raters: Sequence[str]) -> Columns:
     """`ATTRIBUTE:RATER` of each answer (rater -> attribute -> rating); answers to a prompt are drawn together, unless
     all have one."""
-    found: dict[str, np.ndarray] = {UNIT: np.array(prompts) if len(set(prompts)) > 1 else np.arange(len(prompts))}
+    found: dict[str, np.ndarray] = {UNIT: prompt_units(prompts)}
     for name in schema.names:
         for rater in raters:
             found[f"{name}:{rater}"] = np.array([row.get(rater, {}).get(name, np.nan) for row in ratings], np.float64)
