@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult
 
 from steerjax.errors import ConfigError, DataError
+from steerjax.evaluation import judge_bench, reward_bench, reward_bench_2, rm_bench
 from steerjax.evaluation.completions import LONGER
 from steerjax.evaluation.suite import ROWS, read_results
 from steerjax.hf.card import hub_id, public
-from steerjax.report.records import own_losses, read_metrics
+from steerjax.report.records import own_losses, validation_records
 
 _RATING = "text-classification"  # the hub's task of a reward model
 _METRICS = {  # ours -> the name of the `evaluate` library, ours in words
@@ -32,15 +33,15 @@ class _Suite(NamedTuple):
     figures: Sequence[str]  # what models are compared by, of each score; every score has the last
 
 
-_SECTIONS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 _SUITES = {
     "reward_bench": _Suite(_RATING, "allenai/reward-bench", "RewardBench", "accuracy",
-                           ("Chat", "Chat Hard", "Safety", "Reasoning", "mean")),
-    "reward_bench_2": _Suite(_RATING, "allenai/reward-bench-2", "RewardBench 2", "accuracy", (*_SECTIONS, "mean")),
+                           (*reward_bench.SECTIONS, "mean")),
+    "reward_bench_2": _Suite(_RATING, "allenai/reward-bench-2", "RewardBench 2", "accuracy",
+                             (*reward_bench_2.SUBSETS, "mean")),
     "rm_bench": _Suite(_RATING, "THU-KEG/RM-Bench", "RM-Bench", "accuracy",
-                       ("chat", "math", "code", "safety", "hard", "normal", "easy", "Overall")),
+                       (*rm_bench.DOMAINS, *rm_bench.LEVELS, "Overall")),
     "judge_bench": _Suite(_RATING, "ScalerLab/JudgeBench", "JudgeBench", "accuracy",
-                          ("Knowledge", "Reasoning", "Math", "Coding", "Overall")),
+                          (*judge_bench.CATEGORIES, "Overall")),
     "truthfulqa": _Suite("text-generation", "truthfulqa/truthful_qa", "TruthfulQA", "accuracy", ("mc1", "mc2")),
     "mt_bench": _Suite("text-generation", "mt_bench", "MT-Bench", "score", ("average",)),
 }  # fmt: skip
@@ -48,11 +49,8 @@ _SUITES = {
 
 def validation_results(checkpoint: Path, provenance: Mapping[str, Any]) -> list[EvalResult]:
     """Of the validation at the checkpoint's step, where the run's metrics.jsonl has one."""
-    config, step = provenance.get("config") or {}, checkpoint.name
-    records = [record for record in read_metrics(checkpoint.absolute().parent.parent / "metrics.jsonl")
-               if (str(record["step"]), record["split"]) == (step, "validation")][-1:]  # fmt: skip
-    found = []
-    for record in records:
+    config, found = provenance.get("config") or {}, []
+    for record in validation_records(checkpoint)[-1:]:
         for objective in config.get("objectives", ()):
             group = config.get(objective) or {}
             data = group if group.get("train") else config.get("data", {})
