@@ -146,9 +146,9 @@ _MORE = ("slope", "bias", "pairs", "longer", "length", "people", "model with peo
 _EXPLANATION = """\
 slope: by how much human ratings rise where predictions rise by 1 (1 is calibrated); bias: by how much predictions are
 above human ratings in the mean; pairs: of two responses to the same turns, how often the better rated has the higher
-prediction; longer: of preferring the longer one; length: correlation of the prediction with log length, both less
-what the human rating says; people: quadratic-weighted kappa of two raters of a response; model with people: of the
-prediction and a rater."""
+prediction; longer: of preferring the longer one; length: correlation of prediction and log length among responses of
+equal human rating; people: quadratic-weighted kappa of two raters of a response; model with people: of the prediction
+and a rater."""
 
 
 def columns(rows: Sequence[Mapping]) -> Columns:

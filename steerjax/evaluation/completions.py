@@ -212,7 +212,7 @@ def result(
     if empty := [section for section in sections if found[first + section].count == 0]:
         notes.append(f"No rows: {', '.join(empty)}.")
     if unknown := [s for s in sections if found[first + s].value is None and s not in empty]:
-        notes.append(f"Not to be had without them: {', '.join(unknown)}.")
+        notes.append(f"Undefined without those rows: {', '.join(unknown)}.")
     if left_out := len(rows) - len(kept):
         notes.append(f"Left out for a completion that is too long (rows.jsonl has the reasons): {left_out} rows.")
     shares = {label: found[f"{prefix}equal scores"].value for prefix, label in labels.items()}

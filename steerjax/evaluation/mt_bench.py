@@ -61,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--server",
         metavar="URL",
-        help=f"answers, e.g. http://localhost:8000; --model then says what its model knows; {KEY}",
+        help="an OpenAI-compatible server that answers, e.g. http://localhost:8000; --model is then the folder it "
+        f"serves, read for its attributes; {KEY}",
     )
     add("--server-model", metavar="NAME", help="default: the one model that it serves")
     add("--attributes", default="", metavar="NAME=N,...", help="asked for in both turns; as steerjax generate takes it")
@@ -332,7 +333,7 @@ def _notes(
             sum(reward and j.scores is None for j in there),
         "judgments name no rating and are left out of the means, as in FastChat":
             sum(not reward and j.score == MISSING for j in there),
-        "of these have one that FastChat ends with an error on, as [[07]]": len(crashing),
+        "of these hold a number that makes FastChat fail, such as [[07]]": len(crashing),
         f"ratings lie outside {RANGE[0]} to {RANGE[1]} and count as they are, as in FastChat": len(outside),
         f"judgments were cut at {o.judge_max_tokens} tokens": sum(j.finish == "length" for j in there),
         f"answers were cut at {o.max_new_tokens} tokens": sum(row["finish"] == "length" for row in answers.values()),

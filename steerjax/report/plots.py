@@ -85,7 +85,7 @@ def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
     """Predicted against human ratings, one panel an attribute."""
     count, columns = len(result.schema), min(len(result.schema), 3)
     rows = -(-count // columns)
-    title = "Predicted against human ratings, validation split"
+    title = "Predicted against human ratings"
     with new_figure(path, max(3.15 * columns, 8.0), 3.25 * rows + 0.9, title) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for a, (axes, attribute) in enumerate(zip(panels, result.schema.attributes, strict=False)):
@@ -138,7 +138,7 @@ def plot_correlations(result: EvaluationResult, path: str | Path) -> None:
     """How attributes go together in human and in predicted ratings."""
     names, side = result.schema.names, 1.9 + 0.52 * len(result.schema)
     rated = np.where(np.isfinite(result.ratings), result.predicted, np.nan)
-    title = "Which attributes go together: Pearson r on the validation split"
+    title = "Which attributes go together: Pearson r"
     headings = {"Human ratings": result.ratings, "Predicted ratings": rated}
     with new_figure(path, max(2 * side + 0.6, 8.0), side + 0.6, title) as figure:
         for axes, (heading, ratings) in zip(figure.subplots(1, 2), headings.items(), strict=True):
