@@ -9,7 +9,7 @@ among themselves stands beside the model's with them.
 import argparse
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -114,7 +114,8 @@ def _once(rated: Sequence[tuple[Conversation, int]]) -> list[tuple[Conversation,
 def _result(o, scorer, schema: Schema, rows: list[dict], kept: list[dict], fitted: tuple, shared: int) -> Result:
     human, predicted = (_ratings_of(kept, key, schema) for key in ("ratings", "predicted_ratings"))
     lengths, ids = [row["characters"] for row in kept], [row["id"] for row in kept]
-    result = evaluate_predictions(schema, predicted, human, lengths, ids, *fitted)
+    result, prompts = evaluate_predictions(schema, predicted, human, lengths, ids, *fitted), [r["prompt"] for r in kept]
+    result = replace(result, units=prompts if len(set(prompts)) > 1 else None)  # as in `columns`
     found = figures(measure, columns(rows))
     plots = {
         "predictions.png": "Predicted against human ratings",

@@ -92,7 +92,8 @@ def interval_sentence(result: EvaluationResult) -> str:
     values = [(words, mean_metric(result.metrics, key, result.compared), key) for key, words in names.items()]
     found = [(words, value, interval) for words, value, key in values if (interval := result.interval(key))]
     said = ", ".join(f"{words} {value:.3f} [{low:.3f}, {high:.3f}]" for words, value, (low, high) in found)
-    return f"Averages with 95% intervals (bootstrap over the responses): {said}." if said else ""
+    over = "responses" if result.units is None else "prompts"
+    return f"Averages with 95% intervals (bootstrap over the {over}): {said}." if said else ""
 
 
 def comparison_sentences(result: EvaluationResult) -> list[str]:
