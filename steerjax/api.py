@@ -232,15 +232,15 @@ class Model(_Chat):
 
         Raises SteerjaxError: a chat model that has not learnt to rate, or a response that is too long with its prompt.
         """
-        from steerjax.inference.scorer import predict, predicted_keys
+        from steerjax.data.loading import Skipped
+        from steerjax.inference.scorer import predicted_ratings
 
         one = isinstance(responses, str)
         asked = conversation_of(prompt)
         each = [answered(asked, text) for text in ([responses] if one else responses)]
-        _, predicted, refused = predict(self._scorer, each, [[len(c.turns) - 1] for c in each], skip=False)
-        if refused:
-            raise DataError(f"cannot be rated: {refused[0].reason}", "responses", "a shorter prompt or response")
-        found = [predicted_keys(values, self._scorer.schema)["predicted_ratings"] for values in predicted]
+        found = predicted_ratings(self._scorer, each, [len(c.turns) - 1 for c in each], skip=False)
+        for refused in (one for one in found if isinstance(one, Skipped)):
+            raise DataError(f"cannot be rated: {refused.reason}", "responses", "a shorter prompt or response")
         return found[0] if one else found
 
 

@@ -16,17 +16,7 @@ from pathlib import Path
 
 from steerjax.command import resumable_command
 from steerjax.errors import ConfigError
-
-SUITES = {  # module of `evaluation` -> what its report is called
-    "attributes": "Predicted ratings against people's",
-    "mt_bench": "MT-Bench: two-turn questions, graded by a judge",
-    "steerability": "What requested ratings do",
-    "reward_bench": "RewardBench",
-    "reward_bench_2": "RewardBench 2",
-    "rm_bench": "RM-Bench",
-    "judge_bench": "JudgeBench",
-    "truthfulqa": "TruthfulQA, multiple choice",
-}
+from steerjax.evaluation import SUITES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

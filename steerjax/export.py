@@ -129,14 +129,13 @@ def _kept_layers(about) -> int:
 
 def _metrics(checkpoint: Path) -> dict[str, dict[str, float]] | None:
     """Attribute -> metric -> value of the evaluation at the checkpoint's step, where the run's metrics say it."""
-    from steerjax.report.records import read_metrics
+    from steerjax.report.records import validation_records
 
     found: dict[str, dict[str, float]] = {}
-    for record in read_metrics(checkpoint.absolute().parent.parent / "metrics.jsonl"):
-        if (str(record["step"]), record["split"]) == (checkpoint.name, "validation"):
-            for key in (key for key, value in record.items() if key.startswith("attributes/") and value is not None):
-                _, name, metric = key.split("/")
-                found.setdefault(name, {})[metric] = record[key]
+    for record in validation_records(checkpoint):
+        for key in (key for key, value in record.items() if key.startswith("attributes/") and value is not None):
+            _, name, metric = key.split("/")
+            found.setdefault(name, {})[metric] = record[key]
     return found or None
 
 

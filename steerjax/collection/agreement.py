@@ -11,8 +11,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from steerjax.errors import ConfigError
-from steerjax.report.figures import UNIT, Columns
-from steerjax.report.results import kappa_of_whole
+from steerjax.report.figures import UNIT, Columns, prompt_units
+from steerjax.report.results import kappa_of_whole, pooled_kappa, rater_pairs
 from steerjax.schema import Schema
 
 
@@ -95,17 +95,10 @@ def ordinal_alpha(ratings: np.ndarray) -> tuple[float, int]:
     return interval_alpha(ranks)
 
 
-def pooled_kappa(x: np.ndarray, others: np.ndarray) -> tuple[float, int]:
-    """Quadratic-weighted kappa of `x` `[N]` with every rating of `others` `[N, R]`, pairs together; and how many."""
-    both = np.isfinite(x)[:, None] & np.isfinite(others)
-    kappa = kappa_of_whole(np.broadcast_to(x[:, None], others.shape)[both], others[both])
-    return (np.nan if kappa is None else kappa), int(both.sum())
-
-
 def columns(ratings: Sequence[Mapping], prompts: Sequence[str], schema: Schema, raters: Sequence[str]) -> Columns:
     """`ATTRIBUTE:RATER` of each answer (rater -> attribute -> rating); answers to a prompt are drawn together, unless
     all have one."""
-    found: dict[str, np.ndarray] = {UNIT: np.array(prompts) if len(set(prompts)) > 1 else np.arange(len(prompts))}
+    found: dict[str, np.ndarray] = {UNIT: prompt_units(prompts)}
     for name in schema.names:
         for rater in raters:
             found[f"{name}:{rater}"] = np.array([row.get(rater, {}).get(name, np.nan) for row in ratings], np.float64)
@@ -142,11 +135,8 @@ def measure(found: Columns) -> dict[str, tuple[float, int]]:
 
 
 def _all_pairs(ratings: np.ndarray) -> tuple[tuple[float, int], tuple[float, int]]:
-    """Kappa of all ordered pairs, which makes it the same whoever stands first, and how often a pair is equal."""
-    first, second = np.nonzero(~np.eye(ratings.shape[1], dtype=bool))
-    x, y = ratings[:, first].ravel(), ratings[:, second].ravel()
-    both = np.isfinite(x) & np.isfinite(y)
-    x, y = x[both], y[both]
+    """Kappa of all pairs of two raters, and how often a pair is equal."""
+    x, y = rater_pairs(ratings)
     kappa = kappa_of_whole(x, y)
     pairs = len(x) // 2
     return (np.nan if kappa is None else kappa, pairs), (float(np.mean(x == y)) if pairs else np.nan, pairs)

@@ -16,7 +16,7 @@ from steerjax.data.loading import write_skipped
 from steerjax.errors import DataError
 from steerjax.evaluation.suite import Result, figure_table
 from steerjax.files import write_text
-from steerjax.report.figures import UNIT, Columns, Figure, figures, mean_of
+from steerjax.report.figures import UNIT, Columns, Figure, figures, mean_of, prompt_units
 from steerjax.report.page import text_table
 from steerjax.report.plots import BLUE, GREY, new_figure
 from steerjax.schema import Schema
@@ -110,7 +110,7 @@ def source_names(task: Task) -> list[str]:
 def by_source(key: Key, ratings: Mapping[str, Ratings], prompts: Sequence[str]) -> tuple[Any, Columns]:
     """How `SOURCE: ATTRIBUTE`, means of an answer's mean rating, follow from columns, and these; none of one source."""
     names = list(dict.fromkeys(source for name in ratings for source in source_names(key.tasks[name])))
-    table: dict[str, np.ndarray] = {UNIT: np.array(prompts) if len(set(prompts)) > 1 else np.arange(len(prompts))}
+    table: dict[str, np.ndarray] = {UNIT: prompt_units(prompts)}
     for source in names if len(names) > 1 else ():
         theirs = [source in source_names(key.tasks[name]) for name in ratings]
         for a in key.schema.names:

@@ -9,7 +9,7 @@ among themselves stands beside the model's with them.
 import argparse
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from steerjax.data.conversation import Conversation, context_key
 from steerjax.data.loading import Skipped, file_hashes, load_conversations, prompt_key, write_skipped
 from steerjax.data.readers import iter_rows
 from steerjax.errors import DataError
-from steerjax.evaluation.suite import Result, figure_table, kept_rows
-from steerjax.report.figures import UNIT, Columns, figures
+from steerjax.evaluation.suite import Result, figure_table, kept_rows, row_name
+from steerjax.report.figures import UNIT, Columns, figures, prompt_units
 from steerjax.report.page import format_table
 from steerjax.report.plots import plot_confusion, plot_correlations, plot_predictions
 from steerjax.report.results import (
@@ -30,7 +30,9 @@ from steerjax.report.results import (
     correlation,
     evaluate_predictions,
     kappa_of_whole,
+    pooled_kappa,
     rank_correlation,
+    rater_pairs,
     whole,
 )  # fmt: skip
 from steerjax.report.results import (
@@ -51,7 +53,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Result:
     from steerjax.checksums import folder_checksum
-    from steerjax.inference.scorer import open_scorer, predict, reading_schema
+    from steerjax.inference.scorer import open_scorer, predicted_ratings, reading_schema
 
     o, scorer = options, open_scorer(options.model, options)
     schema, how, skipped = scorer.schema, options.on_bad_row, []
@@ -75,13 +77,13 @@ def run(options: argparse.Namespace) -> Result:
 
     def compute(part: range) -> list[dict]:
         """The rows of these turns, each with a prediction, or why it has none."""
-        conversations, turns = zip(*(tested[i] for i in part), strict=True)
-        places, found, refused = predict(scorer, conversations, [[turn] for turn in turns], skip=how == "skip")
-        found, reasons = dict(zip((place for place, _ in places), found, strict=True)), iter(refused)
+        found = predicted_ratings(scorer, *zip(*(tested[i] for i in part), strict=True), skip=how == "skip")
         return [
-            _row(tested[i], found[place], {who: g[i] for who, g in guesses.items()}, raters, schema)
-            if place in found else {"id": tested[i][0].id, "turn": tested[i][1], "skipped": asdict(next(reasons))}
-            for place, i in enumerate(part)
+            _named(*tested[i]) | (
+                {"skipped": asdict(one)} if isinstance(one, Skipped)
+                else _row(tested[i], one, {who: g[i] for who, g in guesses.items()}, raters, schema)
+            )
+            for one, i in zip(found, part, strict=True)
         ]  # fmt: skip
 
     settings = {
@@ -112,7 +114,8 @@ def _once(rated: Sequence[tuple[Conversation, int]]) -> list[tuple[Conversation,
 def _result(o, scorer, schema: Schema, rows: list[dict], kept: list[dict], fitted: tuple, shared: int) -> Result:
     human, predicted = (_ratings_of(kept, key, schema) for key in ("ratings", "predicted_ratings"))
     lengths, ids = [row["characters"] for row in kept], [row["id"] for row in kept]
-    result = evaluate_predictions(schema, predicted, human, lengths, ids, *fitted)
+    result, prompts = evaluate_predictions(schema, predicted, human, lengths, ids, *fitted), [r["prompt"] for r in kept]
+    result = replace(result, units=prompts if len(set(prompts)) > 1 else None)  # as in `columns`
     found = figures(measure, columns(rows))
     plots = {
         "predictions.png": "Predicted against human ratings",
@@ -144,9 +147,9 @@ _MORE = ("slope", "bias", "pairs", "longer", "length", "people", "model with peo
 _EXPLANATION = """\
 slope: by how much human ratings rise where predictions rise by 1 (1 is calibrated); bias: by how much predictions are
 above human ratings in the mean; pairs: of two responses to the same turns, how often the better rated has the higher
-prediction; longer: of preferring the longer one; length: correlation of the prediction with log length, both less
-what the human rating says; people: quadratic-weighted kappa of two raters of a response; model with people: of the
-prediction and a rater."""
+prediction; longer: of preferring the longer one; length: correlation of prediction and log length among responses of
+equal human rating; people: quadratic-weighted kappa of two raters of a response; model with people: of the prediction
+and a rater."""
 
 
 def columns(rows: Sequence[Mapping]) -> Columns:
@@ -156,9 +159,8 @@ def columns(rows: Sequence[Mapping]) -> Columns:
     """
     rows = [row for row in rows if "skipped" not in row]
     names = list(dict.fromkeys(name for row in rows for name in row["predicted_ratings"]))
-    prompts = np.array([row["prompt"] for row in rows])
     contexts = np.array([row.get("context", row["prompt"]) for row in rows])
-    found = {UNIT: prompts if len(set(prompts.tolist())) > 1 else np.arange(len(rows))}
+    found = {UNIT: prompt_units([row["prompt"] for row in rows], [f"{row_name(row)}" for row in rows])}
     found["log length"] = np.log1p(np.array([row["characters"] for row in rows], np.float64))
     for name in names:
         found[f"{name}:human"] = human = _column(row["ratings"].get(name) for row in rows)
@@ -173,7 +175,7 @@ def columns(rows: Sequence[Mapping]) -> Columns:
             found[f"{name}:{who}:right"], found[f"{name}:pairs"] = right, count
         raters = [row.get("raters", {}).get(name, ()) for row in rows]
         if any(len(each) > 1 for each in raters):
-            found |= _raters_columns(name, raters, found[f"{name}:{PREDICTED}:whole"])
+            found[f"{name}:raters"] = np.array([*itertools.zip_longest(*raters, fillvalue=np.nan)], np.float64).T
     return found
 
 
@@ -205,11 +207,13 @@ def measure(found: Columns) -> dict[str, tuple[float, int]]:
         seen = ~np.isnan(y)
         out[f"{name}/length"] = (
             _partial(found[f"{name}:{PREDICTED}"][seen], found["log length"][seen], y[seen]),
-            sum(seen),
+            int(seen.sum()),
         )
-        for key in ("people", "model with people"):
-            if f"{name}:{key}:n" in found:
-                out[f"{name}/{key}"] = _pooled_kappa(found, f"{name}:{key}")
+        if (raters := found.get(f"{name}:raters")) is not None:
+            x, y = rater_pairs(raters)
+            kappa = kappa_of_whole(x, y)
+            out[f"{name}/people"] = (np.nan if kappa is None else kappa), len(x)
+            out[f"{name}/model with people"] = pooled_kappa(found[f"{name}:{PREDICTED}:whole"], raters)
     for key in ("mse", "mae", "pearson", "spearman", "kappa", "slope", "bias", "pairs", "longer", "length"):
         values = [out[f"{name}/{key}"] for name in names if out[f"{name}/{key}"][1]]
         defined = [value for value, _ in values if not np.isnan(value)]
@@ -239,46 +243,24 @@ def _partial(x: np.ndarray, length: np.ndarray, y: np.ndarray) -> float:
     return np.nan if found is None else found
 
 
-# A kappa over many pairs of numbers follows from their sums, one row each, so that rows can be drawn.
-_SUMS = ("n", "x", "y", "xx", "yy", "xy")
+def _named(conversation: Conversation, turn: int) -> dict:
+    """What names a row; the message tells the two responses of a pair apart."""
+    id = conversation.turns[turn].id
+    return {"id": conversation.id, "turn": turn, **({"message": id} if id else {})}
 
 
-def _raters_columns(name: str, raters: Sequence[Sequence[float]], model: np.ndarray) -> dict[str, np.ndarray]:
-    found = {f"{name}:{key}:{part}": np.zeros(len(raters)) for key in ("people", "model with people") for part in _SUMS}
-    for row, given in enumerate(raters):
-        people = np.array(list(itertools.permutations(given, 2)), np.float64).reshape(-1, 2)
-        others = np.array([(model[row], rating) for rating in given], np.float64).reshape(-1, 2)
-        for key, pairs in (("people", people), ("model with people", others)):
-            x, y = pairs[np.isfinite(pairs).all(1)].T
-            for part, value in zip(_SUMS, (len(x), x.sum(), y.sum(), x @ x, y @ y, x @ y), strict=True):
-                found[f"{name}:{key}:{part}"][row] = value
-    return found
-
-
-def _pooled_kappa(found: Columns, key: str) -> tuple[float, int]:
-    n, x, y, xx, yy, xy = (found[f"{key}:{part}"].sum() for part in _SUMS)
-    if not n:
-        return np.nan, 0
-    shuffled = (xx + yy) / n - 2 * x * y / n**2
-    return float(1 - (xx + yy - 2 * xy) / n / shuffled) if shuffled > 0 else np.nan, int(n)
-
-
-def _row(place, predicted: np.ndarray, guesses: Mapping, raters: Mapping, schema: Schema) -> dict:
+def _row(place, predicted: Mapping[str, float], guesses: Mapping, raters: Mapping, schema: Schema) -> dict:
     conversation, turn = place
     said = conversation.turns[turn]
     ratings = {name: float(said.ratings[name]) for name in schema.names if name in said.ratings}
-    sides = {"human": ratings, PREDICTED: dict(zip(schema.names, map(float, predicted), strict=True))}
+    sides = {"human": ratings, PREDICTED: predicted}
     for who, values in guesses.items():
         sides[who] = {n: float(v) for n, v in zip(schema.names, values, strict=True) if np.isfinite(v)}
-    if wrong := [name for name, value in sides[PREDICTED].items() if not np.isfinite(value)]:
-        raise DataError(
-            "the model predicts no finite number", field=wrong[0], cure="check the model, or another --dtype"
-        )
     last = all(later.role != "assistant" for later in conversation.turns[turn + 1 :])  # a row's lists are of it
     own = raters.get((conversation.file, conversation.line)) if last else None
     return {
-        "id": conversation.id, "turn": turn, "prompt": prompt_key(conversation),
-        "context": context_key(conversation.system, conversation.turns[:turn]), "characters": len(said.content),
+        "prompt": prompt_key(conversation), "characters": len(said.content),
+        "context": context_key(conversation.system, conversation.turns[:turn]),
         "ratings": ratings, "predicted_ratings": sides[PREDICTED], "baselines": {who: sides[who] for who in guesses},
         "whole": {who: {n: float(whole(v, schema[n])) for n, v in each.items()} for who, each in sides.items()},
         **({"raters": own} if own else {}),

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from steerjax.errors import ConfigError, DataError
-from steerjax.evaluation.suite import RESULTS, Result, read_rows, write_result
+from steerjax.errors import ConfigError
+from steerjax.evaluation.suite import Result, common_rows, read_results, read_rows, write_result
 from steerjax.files import make_folder
 from steerjax.report.figures import Difference, Figure, differences
 from steerjax.report.page import text_table
@@ -18,11 +17,14 @@ from steerjax.report.plots import plot_compared
 def compare(folders: Sequence[Path], output: Path) -> None:
     """Writes results.json, report.md and a plot, and prints the table.
 
-    Raises ConfigError: fewer than two, or of two suites. DataError: no output of a suite, or no row in common.
+    Raises ConfigError: fewer than two, or of two suites, or the output is one of them.
+    DataError: no output of a suite, or no row in common.
     """
     if len(folders) < 2 or len({folder.resolve() for folder in folders}) < len(folders):
         raise ConfigError("--compare needs two outputs or more, none twice; cure: --compare A B")
-    said = [_read(folder) for folder in folders]
+    if output.resolve() in {folder.resolve() for folder in folders}:
+        raise ConfigError(f"--output {output} is one of the outputs that are compared; cure: another folder")
+    said = [read_results(folder) for folder in folders]
     if len(suites := {each["suite"] for each in said}) > 1:
         raise ConfigError(f"--compare of the suites {', '.join(sorted(suites))}; cure: outputs of one suite")
     suite = importlib.import_module(f"steerjax.evaluation.{said[0]['suite']}")
@@ -31,8 +33,13 @@ def compare(folders: Sequence[Path], output: Path) -> None:
         name: {key: Figure(**figure) for key, figure in each["figures"].items()}
         for name, each in zip(names, said, strict=True)
     }
-    parts = [suite.columns(read_rows(folder)) for folder in folders]
-    deltas = {name: differences(suite.measure, part, parts[0]) for name, part in zip(names[1:], parts[1:], strict=True)}
+    first, *others = (read_rows(folder) for folder in folders)
+    deltas, both = {}, []
+    for name, rows in zip(names[1:], others, strict=True):
+        pair = common_rows(rows, first)
+        deltas[name] = differences(suite.measure, *map(suite.columns, pair))
+        if len(pair[1]) < max(len(rows), len(first)):
+            both.append(f"{name}: {len(pair[1])} rows of {len(rows)} and {names[0]}'s {len(first)}.")
     shared = [key for key in found[names[0]] if all(key in each for each in found.values())]
     if not shared:
         raise ConfigError(f"--compare of {', '.join(names)}: no figure is in all; cure: the same scores or attributes")
@@ -45,7 +52,7 @@ def compare(folders: Sequence[Path], output: Path) -> None:
     text = "\n".join([
         *text_table(_table(shared, found, deltas), "<" + ">" * len(names) + "<>" * (len(names) - 1)), "",
         f"Differences are to {names[0]}, on the rows that both have, with 95% intervals and two-sided p of paired",
-        "draws. Of many figures some will be below 0.05 by chance.",
+        "draws. Of many figures some will be below 0.05 by chance.", *both,
     ])  # fmt: skip
     detail = {
         "compared": dict(zip(names, map(str, folders), strict=True)),
@@ -55,17 +62,6 @@ def compare(folders: Sequence[Path], output: Path) -> None:
     title = f"{said[0]['suite']}: {', '.join(names)}"
     write_result(output, said[0]["suite"], title, detail["compared"], Result(figures, text, plots, {}, detail))
     print(f"{text}\n\nreport with plots: {output / 'report.html'}")
-
-
-def _read(folder: Path) -> dict:
-    try:
-        said = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        if "compared" in said:
-            raise KeyError("compared")
-        return said
-    except (OSError, ValueError, RecursionError, KeyError) as error:
-        cure = "a folder that evaluate --suite NAME has finished"
-        raise DataError(f"no output of a suite ({type(error).__name__})", file=str(folder), cure=cure) from None
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

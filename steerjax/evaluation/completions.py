@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -144,25 +145,18 @@ def scored_rows(
 
 
 def _scored(items: Sequence[Item], scorer, scores: Mapping[str, Mapping], skip: bool, part: range) -> list[Row]:
-    from steerjax.inference.scorer import predict, predicted_keys
+    from steerjax.inference.scorer import predicted_ratings
 
     items = items[part.start : part.stop]
     flat = [conversation for item in items for conversation in item.conversations]
-    rated, predicted, refused = predict(scorer, flat, [[len(one.turns) - 1] for one in flat], skip=skip)
-    values = dict(zip((place for place, _ in rated), predicted, strict=True))
-    reasons, rows, begin = {(s.file, s.line): s.reason for s in refused}, [], 0
+    ratings, rows = iter(predicted_ratings(scorer, flat, [len(one.turns) - 1 for one in flat], skip=skip)), []
     for item in items:
-        places = range(begin, begin := begin + len(item.conversations))
-        first = item.conversations[0]
+        found = list(islice(ratings, len(item.conversations)))
         row = dict(item.kept)
         rows.append(row)
-        if not all(place in values for place in places):
-            row["skipped"] = reasons[first.file, first.line]
+        if refused := [one for one in found if isinstance(one, Skipped)]:
+            row["skipped"] = refused[-1].reason
             continue
-        try:
-            found = [predicted_keys(values[place], scorer.schema)["predicted_ratings"] for place in places]
-        except DataError as error:
-            raise error.at(first.file, first.line) from None
         row["predicted_ratings"] = {name: [one[name] for one in found] for name in scorer.schema.names}
         row["scores"] = {name: [scalarize(one, weights) for one in found] for name, weights in scores.items()}
         row["characters"] = [len(one.turns[-1].content) for one in item.conversations]
@@ -216,7 +210,7 @@ def result(
     if empty := [section for section in sections if found[first + section].count == 0]:
         notes.append(f"No rows: {', '.join(empty)}.")
     if unknown := [s for s in sections if found[first + s].value is None and s not in empty]:
-        notes.append(f"Not to be had without them: {', '.join(unknown)}.")
+        notes.append(f"Undefined without those rows: {', '.join(unknown)}.")
     if left_out := len(rows) - len(kept):
         notes.append(f"Left out for a completion that is too long (rows.jsonl has the reasons): {left_out} rows.")
     shares = {label: found[f"{prefix}equal scores"].value for prefix, label in labels.items()}

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult
 
 from steerjax.errors import ConfigError, DataError
+from steerjax.evaluation import judge_bench, reward_bench, reward_bench_2, rm_bench
 from steerjax.evaluation.completions import LONGER
-from steerjax.evaluation.suite import RESULTS, ROWS
+from steerjax.evaluation.suite import ROWS, read_results
 from steerjax.hf.card import hub_id, public
-from steerjax.report.records import own_losses, read_metrics
+from steerjax.report.records import own_losses, validation_records
 
 _RATING = "text-classification"  # the hub's task of a reward model
 _METRICS = {  # ours -> the name of the `evaluate` library, ours in words
@@ -32,15 +33,15 @@ class _Suite(NamedTuple):
     figures: Sequence[str]  # what models are compared by, of each score; every score has the last
 
 
-_SECTIONS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 _SUITES = {
     "reward_bench": _Suite(_RATING, "allenai/reward-bench", "RewardBench", "accuracy",
-                           ("Chat", "Chat Hard", "Safety", "Reasoning", "mean")),
-    "reward_bench_2": _Suite(_RATING, "allenai/reward-bench-2", "RewardBench 2", "accuracy", (*_SECTIONS, "mean")),
+                           (*reward_bench.SECTIONS, "mean")),
+    "reward_bench_2": _Suite(_RATING, "allenai/reward-bench-2", "RewardBench 2", "accuracy",
+                             (*reward_bench_2.SUBSETS, "mean")),
     "rm_bench": _Suite(_RATING, "THU-KEG/RM-Bench", "RM-Bench", "accuracy",
-                       ("chat", "math", "code", "safety", "hard", "normal", "easy", "Overall")),
+                       (*rm_bench.DOMAINS, *rm_bench.LEVELS, "Overall")),
     "judge_bench": _Suite(_RATING, "ScalerLab/JudgeBench", "JudgeBench", "accuracy",
-                          ("Knowledge", "Reasoning", "Math", "Coding", "Overall")),
+                          (*judge_bench.CATEGORIES, "Overall")),
     "truthfulqa": _Suite("text-generation", "truthfulqa/truthful_qa", "TruthfulQA", "accuracy", ("mc1", "mc2")),
     "mt_bench": _Suite("text-generation", "mt_bench", "MT-Bench", "score", ("average",)),
 }  # fmt: skip
@@ -48,11 +49,8 @@ _SUITES = {
 
 def validation_results(checkpoint: Path, provenance: Mapping[str, Any]) -> list[EvalResult]:
     """Of the validation at the checkpoint's step, where the run's metrics.jsonl has one."""
-    config, step = provenance.get("config") or {}, checkpoint.name
-    records = [record for record in read_metrics(checkpoint.absolute().parent.parent / "metrics.jsonl")
-               if (str(record["step"]), record["split"]) == (step, "validation")][-1:]  # fmt: skip
-    found = []
-    for record in records:
+    config, found = provenance.get("config") or {}, []
+    for record in validation_records(checkpoint)[-1:]:
         for objective in config.get("objectives", ()):
             group = config.get(objective) or {}
             data = group if group.get("train") else config.get("data", {})
@@ -84,17 +82,16 @@ def _own(objective: str, record: Mapping, weight: float) -> Iterator[tuple[str, 
 def suite_results(folder: Path, model: Path) -> list[EvalResult]:
     """Of an output of `evaluate` of this model, the figures that models are compared by.
 
-    Raises DataError: no output of a suite, or nothing in it is defined. ConfigError: it is of another model.
+    Raises DataError: no output of a suite, or nothing in it is defined. ConfigError: it is of another model, or its
+    MT-Bench answers were judged by a reward model.
     """
-    try:
-        said = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
-        suite, figures, options = said["suite"], said["figures"], said["options"]
-        if "compared" in said or suite not in (*_SUITES, "attributes", "steerability"):
-            raise KeyError(suite)
-    except (OSError, ValueError, RecursionError, KeyError) as error:
-        cure = "a folder that evaluate --suite NAME has finished"
-        raise DataError(f"no output of a suite ({type(error).__name__})", file=str(folder), cure=cure) from None
+    said = read_results(folder)
+    suite, figures, options = said["suite"], said["figures"], said["options"]
     _check_model(folder, options.get("model"), model)
+    if said.get("judged_by") == "reward model":
+        wrong = f"--evaluation {folder}: a reward model judged, and its ratings are no MT-Bench scores"
+        raise ConfigError(f"{wrong}; cure: leave it out, or evaluate with --judge of a language model's server")
+    judge = f", judged by {public(said['judge'])}" if "judge" in said else ""
     named = list(_named(suite, figures))
     if suite == "attributes":
         task, dataset = _RATING, _dataset(options["data"])
@@ -105,7 +102,7 @@ def suite_results(folder: Path, model: Path) -> list[EvalResult]:
     split = _split(options.get("data"))
     found = []
     for key, metric, name in named:
-        found += _result(task, *dataset, split, metric, name, **(figures.get(key) or {"value": None}))
+        found += _result(task, *dataset, split, metric, name + judge, **(figures.get(key) or {"value": None}))
     if not found:
         raise DataError(
             "all figures that a card names are undefined", file=str(folder), cure="more rows, or leave it out"

@@ -44,14 +44,13 @@ from steerjax.inference.server import RefusedRequest
 from steerjax.inference.steering import Sampling
 from steerjax.report.figures import UNIT, Columns, figures, mean_of
 from steerjax.report.page import text_table
-from steerjax.report.plots import BLUE, GREY, INK, ORANGE, new_figure
+from steerjax.report.plots import COLOURS, GREY, new_figure
 from steerjax.schema import SCHEMAS, parse_scalar, scalarize
 from steerjax.typed import typed
 
 JUDGMENTS, RADAR = "judgments.jsonl", "radar.png"
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 _CHARACTERS = 4  # a token, for estimates
-_COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--server",
         metavar="URL",
-        help=f"answers, e.g. http://localhost:8000; --model then says what its model knows; {KEY}",
+        help="an OpenAI-compatible server that answers, e.g. http://localhost:8000; --model is then the folder it "
+        f"serves, read for its attributes; {KEY}",
     )
     add("--server-model", metavar="NAME", help="default: the one model that it serves")
     add("--attributes", default="", metavar="NAME=N,...", help="asked for in both turns; as steerjax generate takes it")
@@ -286,11 +286,7 @@ def report(
     o: argparse.Namespace,
 ) -> Result:  # fmt: skip
     """Raises ModelError: no judgment has a rating."""
-    names, judge, model = (
-        list(dict.fromkeys(n for row in rows for n in row["scores"])),
-        rows[0]["judge"],
-        rows[0]["model_id"],
-    )
+    names, judge, model = score_names(rows), rows[0]["judge"], rows[0]["model_id"]
     found = figures(measure, columns(rows)) if names else {}
     if not any(found[f"{name}/average"].count for name in names):
         said = next((j.judgment for j in judgments if j and j.judgment), "")
@@ -337,7 +333,7 @@ def _notes(
             sum(reward and j.scores is None for j in there),
         "judgments name no rating and are left out of the means, as in FastChat":
             sum(not reward and j.score == MISSING for j in there),
-        "of these have one that FastChat ends with an error on, as [[07]]": len(crashing),
+        "of these hold a number that makes FastChat fail, such as [[07]]": len(crashing),
         f"ratings lie outside {RANGE[0]} to {RANGE[1]} and count as they are, as in FastChat": len(outside),
         f"judgments were cut at {o.judge_max_tokens} tokens": sum(j.finish == "length" for j in there),
         f"answers were cut at {o.max_new_tokens} tokens": sum(row["finish"] == "length" for row in answers.values()),
@@ -378,7 +374,7 @@ def _radar(axes, name: str, found: Mapping[str, Mapping[str, Mapping]]) -> None:
     angles = np.linspace(0, 2 * np.pi, len(categories), endpoint=False)
     closed, ends = np.append(angles, angles[:1]), []
     for (label, each), colour, mark in zip(
-        found.items(), itertools.cycle(_COLOURS), itertools.cycle("os^Dv"), strict=False
+        found.items(), itertools.cycle(COLOURS), itertools.cycle("os^Dv"), strict=False
     ):
         there = [each.get(f"{name}/{category}", {}) for category in categories]
         values = np.array([figure.get("value") for figure in there], float)

@@ -170,16 +170,14 @@ class RewardJudge:
 
     def judged(self, calls: Sequence[Call]) -> Iterator[tuple[Call, dict | ModelError]]:
         """A row each; `scores` are None for an empty answer and one too long for the model."""
-        from steerjax.inference.scorer import predict, predicted_keys
+        from steerjax.inference.scorer import predicted_ratings
 
         for first in range(0, len(calls), _CHUNK):
             part = calls[first : first + _CHUNK]
-            turns = [[2 * call.turn - 1] if call.conversation.turns[-1].content else [] for call in part]
-            places, predicted, _ = predict(self._scorer, [call.conversation for call in part], turns, skip=True)
-            found = {place: row for (place, _), row in zip(places, predicted, strict=True)}
-            for place, call in enumerate(part):
-                known = predicted_keys(found[place], self._scorer.schema) if place in found else {}
-                yield call, {"scores": known.get("predicted_ratings")}
+            turns = [2 * call.turn - 1 if call.conversation.turns[-1].content else None for call in part]
+            found = predicted_ratings(self._scorer, [call.conversation for call in part], turns, skip=True)
+            for call, ratings in zip(part, found, strict=True):
+                yield call, {"scores": ratings if isinstance(ratings, dict) else None}
 
 
 def kept_judgments(

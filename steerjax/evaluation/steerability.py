@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from steerjax.command import KEY, MODEL, add_scoring_options, describe_model
+from steerjax.data.loading import Skipped, file_hashes
 from steerjax.errors import ConfigError, DataError
 from steerjax.evaluation.pages import request_words, write_pages
 from steerjax.evaluation.steering_answers import (
@@ -67,7 +68,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Result:
     """Writes answers, plots and pages. Raises SteerjaxError: options that do not fit, rows that are no answers."""
     from steerjax.checksums import folder_checksum
-    from steerjax.data.loading import file_hashes
 
     o = options
     _check(o)
@@ -176,17 +176,12 @@ def _neutral(o: argparse.Namespace, answers: Sequence[SteeredAnswer], schema: Sc
 
 def _rated(answers: Sequence[SteeredAnswer], scorer, skip: bool) -> list[SteeredAnswer]:
     """The answers with the reward model's ratings in place of any that they had."""
-    from steerjax.inference.scorer import predict, predicted_keys
+    from steerjax.inference.scorer import predicted_ratings
 
-    turns = [[len(answer.conversation.turns) - 1] if answer.text else [] for answer in answers]
-    places, predicted, skipped = predict(scorer, [answer.conversation for answer in answers], turns, skip=skip)
-    for entry in skipped:
-        print(f"no prediction for {entry.file}:{entry.line}: {entry.reason}")
-    rated = {}
-    for (place, _), row in zip(places, predicted, strict=True):
-        try:
-            rated[place] = predicted_keys(row, scorer.schema)["predicted_ratings"]
-        except DataError as error:
-            where = answers[place].conversation
-            raise error.at(where.file, where.line) from None
-    return [replace(answer, predicted=rated.get(place, {})) for place, answer in enumerate(answers)]
+    turns = [len(answer.conversation.turns) - 1 if answer.text else None for answer in answers]
+    found = predicted_ratings(scorer, [answer.conversation for answer in answers], turns, skip=skip)
+    for entry in found:
+        if isinstance(entry, Skipped):
+            print(f"no prediction for {entry.file}:{entry.line}: {entry.reason}")
+    rated = [ratings if isinstance(ratings, dict) else {} for ratings in found]
+    return [replace(answer, predicted=ratings) for answer, ratings in zip(answers, rated, strict=True)]

@@ -17,7 +17,7 @@ MEASURES = ("steering error", "miscalibration", "orthogonality")
 
 
 class Movement(NamedTuple):
-    """Three vectors of each text [n, d]: to the target from where it came out; from the source; and as asked."""
+    """[n, d] each: missed = target - output, moved = output - source, asked = target - source."""
 
     missed: np.ndarray
     moved: np.ndarray

@@ -137,7 +137,8 @@ def _exact(found: Found) -> list[str]:
         if exact is not None:
             met.append(f"{name} {exact:.0%} ({chance:.0%})")
         elif found.figures[f"{name}/exact"].count:
-            said.append(f"{name}: all predictions round to one rating; requests of just that are not met by steering")
+            why = "every prediction rounds to one rating, so the share of met requests says nothing about steering"
+            said.append(f"{name}: {why}")
     if met:
         said.append(f"rounded prediction is the request (in brackets: were the requests shuffled): {', '.join(met)}")
     return said

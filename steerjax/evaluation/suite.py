@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from steerjax import __version__
+from steerjax.errors import DataError
+from steerjax.evaluation import SUITES
 from steerjax.inference.job import progress, resumable
 from steerjax.report.figures import Figure
 from steerjax.report.page import fenced, text_table, write_page
@@ -58,9 +60,35 @@ def kept_rows(
     return read_rows(folder)
 
 
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of a folder that a suite has left. Raises DataError: it is none, or that of a comparison."""
+    try:
+        said = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if said["suite"] not in SUITES or "compared" in said or not {"figures", "options"} <= said.keys():
+            raise KeyError("suite")
+        return said
+    except (OSError, ValueError, TypeError, RecursionError, KeyError) as error:
+        cure = "a folder that evaluate --suite NAME has finished"
+        raise DataError(f"no output of a suite ({type(error).__name__})", file=str(folder), cure=cure) from None
+
+
 def read_rows(folder: Path) -> list[dict]:
     """rows.jsonl of a folder that a suite has left."""
     return [json.loads(line) for line in (folder / ROWS).read_bytes().splitlines()]
+
+
+def row_name(row: Mapping[str, Any]) -> tuple:
+    """What a row of rows.jsonl is told by in outputs of other models."""
+    return tuple(row.get(key) for key in ("subset", "domain", "id", "turn", "message"))
+
+
+def common_rows(one: Sequence[Mapping], other: Sequence[Mapping]) -> tuple[list[Mapping], list[Mapping]]:
+    """The rows of both outputs that both could score; all where the names of rows do not tell them apart, or the
+    outputs have no name in common."""
+    usable = [{row_name(row) for row in rows if "skipped" not in row} for rows in (one, other)]
+    if any(len(set(map(row_name, rows))) < len(rows) for rows in (one, other)) or not (both := usable[0] & usable[1]):
+        return list(one), list(other)
+    return [row for row in one if row_name(row) in both], [row for row in other if row_name(row) in both]
 
 
 def figure_table(found: Mapping[str, Figure], names: Sequence[str] | None = None) -> str:

@@ -189,12 +189,32 @@ def predict(
     return rated, np.concatenate(predicted), skipped
 
 
+def predicted_ratings(
+    scorer: Scorer, conversations: Sequence[Conversation], turns: Sequence[int | None], *, skip: bool
+) -> list[dict[str, float] | Skipped | None]:
+    """Of each conversation the ratings of this turn by attribute, or why it has none; None where no turn is asked for.
+    As `predict`."""
+    asked = [[] if turn is None else [turn] for turn in turns]
+    rated, predicted, refused = predict(scorer, conversations, asked, skip=skip)
+    ratings = {place: _shortest(row, scorer.schema) for (place, _), row in zip(rated, predicted, strict=True)}
+    reasons = iter(refused)
+    return [
+        None if turn is None else ratings[place] if place in ratings else next(reasons)
+        for place, turn in enumerate(turns)
+    ]
+
+
 def assistant_turns(conversation: Conversation) -> list[int]:
     """Places of the assistant's turns."""
     return [place for place, turn in enumerate(conversation.turns) if turn.role == "assistant"]
 
 
 def predicted_keys(predicted: np.ndarray, schema: Schema) -> dict:
-    """What a turn says about a prediction [A]: the shortest decimals that are these float32 numbers, and the label."""
-    ratings = {name: float(str(value)) for name, value in zip(schema.names, predicted, strict=True)}
+    """What a turn says about a prediction [A]: ratings and label."""
+    ratings = _shortest(predicted, schema)
     return {"predicted_ratings": ratings, "predicted_label": label_line(ratings, schema, "numbers")}
+
+
+def _shortest(predicted: np.ndarray, schema: Schema) -> dict[str, float]:
+    """The shortest decimals that are these float32 numbers [A]."""
+    return {name: float(str(value)) for name, value in zip(schema.names, predicted, strict=True)}

@@ -98,6 +98,12 @@ def differences(measure: Measure, one: Columns, other: Columns, seed: int = 0) -
     return found
 
 
+def prompt_units(prompts: Sequence[str], rows: Sequence = ()) -> np.ndarray:
+    """The column `UNIT` where rows of one prompt are drawn together; where all have one, each row is by itself, named
+    by `rows` or its place."""
+    return np.array(prompts if len(set(prompts)) > 1 else rows or range(len(prompts)))
+
+
 def _units(names: np.ndarray) -> list[np.ndarray]:
     """Of each unit, in the order of their names, the places of its rows."""
     _, inverse, counts = np.unique(names, return_inverse=True, return_counts=True)

@@ -92,7 +92,8 @@ def interval_sentence(result: EvaluationResult) -> str:
     values = [(words, mean_metric(result.metrics, key, result.compared), key) for key, words in names.items()]
     found = [(words, value, interval) for words, value, key in values if (interval := result.interval(key))]
     said = ", ".join(f"{words} {value:.3f} [{low:.3f}, {high:.3f}]" for words, value, (low, high) in found)
-    return f"Averages with 95% intervals (bootstrap over the responses): {said}." if said else ""
+    over = "responses" if result.units is None else "prompts"
+    return f"Averages with 95% intervals (bootstrap over the {over}): {said}." if said else ""
 
 
 def comparison_sentences(result: EvaluationResult) -> list[str]:
@@ -102,7 +103,7 @@ def comparison_sentences(result: EvaluationResult) -> list[str]:
     sentences = [said] if (said := interval_sentence(result)) else []
     sentences += [_compare(averages[MODEL], averages[name], words, result, name) for name, words in baselines]
     if left_out := [name for name in schema.names if name not in result.compared]:
-        sentences.append(f"Averages leave out {', '.join(left_out)}: no rating in the validation or training split.")
+        sentences.append(f"Averages leave out {', '.join(left_out)}: no rating here, or none to fit the baselines on.")
     if len({schema[name].high - schema[name].low for name in result.compared}) > 1:
         sentences.append("Ranges differ, and the average MSE is mostly that of the attributes with the widest.")
     return sentences
@@ -110,7 +111,9 @@ def comparison_sentences(result: EvaluationResult) -> list[str]:
 
 def _compare(model: float | None, baseline: float | None, words: str, result: EvaluationResult, name: str) -> str:
     if model is None or baseline is None:
-        return f"No comparison with the {words}: no attribute has ratings in both the training and validation split."
+        fitted = any(entry["count"] for entry in result.baselines[name].values())
+        none, both = "there are no training ratings to fit it on (--train-data)", "both here and in the training data"
+        return f"No comparison with the {words}: {f'no attribute has ratings {both}' if fitted else none}."
     if not math.isfinite(model):
         return f"No comparison with the {words}: some of the model's predictions are NaN or infinite."
     numbers = f"{model:.3f} to {baseline:.3f}"

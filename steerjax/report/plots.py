@@ -16,6 +16,7 @@ from steerjax.report.results import EvaluationResult, attribute_correlations, wh
 from steerjax.schema import Attribute
 
 BLUE, ORANGE, INK, GREY, FAINT = "#0072B2", "#D55E00", "#222222", "#6E6E6E", "#E3E3E3"
+COLOURS = (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", INK)  # of models side by side
 _STYLE = {
     "font.size": 9.5, "axes.titlesize": 11.5, "axes.titlelocation": "left", "axes.labelsize": 10.5,
     "figure.titlesize": 12.5, "figure.facecolor": "white", "axes.edgecolor": GREY, "axes.grid": True,
@@ -84,7 +85,7 @@ def plot_predictions(result: EvaluationResult, path: str | Path) -> None:
     """Predicted against human ratings, one panel an attribute."""
     count, columns = len(result.schema), min(len(result.schema), 3)
     rows = -(-count // columns)
-    title = "Predicted against human ratings, validation split"
+    title = "Predicted against human ratings"
     with new_figure(path, max(3.15 * columns, 8.0), 3.25 * rows + 0.9, title) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for a, (axes, attribute) in enumerate(zip(panels, result.schema.attributes, strict=False)):
@@ -137,7 +138,7 @@ def plot_correlations(result: EvaluationResult, path: str | Path) -> None:
     """How attributes go together in human and in predicted ratings."""
     names, side = result.schema.names, 1.9 + 0.52 * len(result.schema)
     rated = np.where(np.isfinite(result.ratings), result.predicted, np.nan)
-    title = "Which attributes go together: Pearson r on the validation split"
+    title = "Which attributes go together: Pearson r"
     headings = {"Human ratings": result.ratings, "Predicted ratings": rated}
     with new_figure(path, max(2 * side + 0.6, 8.0), side + 0.6, title) as figure:
         for axes, (heading, ratings) in zip(figure.subplots(1, 2), headings.items(), strict=True):
@@ -193,10 +194,7 @@ def plot_compared(found: Mapping[str, Mapping], path: str | Path) -> None:
     kinds = {kind: [key for key in names if key.split("/")[-1] == kind] for kind in (n.split("/")[-1] for n in names)}
     longest = max((len(key.rpartition("/")[0]) for key in names), default=0)
     panel = 2.1 + 0.075 * longest  # inches
-    columns, colours = (
-        min(len(kinds), max(1, int(14 / panel))),
-        (BLUE, ORANGE, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", INK),
-    )
+    columns = min(len(kinds), max(1, int(14 / panel)))
     rows = -(-len(kinds) // max(columns, 1))
     tallest = max((len(keys) for keys in kinds.values()), default=1)
     with new_figure(
@@ -209,7 +207,7 @@ def plot_compared(found: Mapping[str, Mapping], path: str | Path) -> None:
                 values = [each[key].value for key in keys]
                 spans = [each[key].interval or (value, value) for key, value in zip(keys, values, strict=True)]
                 sides = np.abs(np.array(spans).T - values)
-                colour = colours[m % len(colours)]
+                colour = COLOURS[m % len(COLOURS)]
                 axes.errorbar(values, places, xerr=sides, fmt="o", markersize=4, color=colour, label=name)
             axes.set_yticks(range(len(keys)), [key.removesuffix(f"/{kind}") for key in keys], fontsize=8)
             axes.set_ylim(len(keys) - 0.5, -0.5)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from steerjax.files import whole_file
+from steerjax.report.figures import UNIT, figures
 from steerjax.report.page import bullets, write_page
 from steerjax.report.plots import plot_calibration, plot_losses
 
@@ -30,11 +31,12 @@ class PreferenceResult:
     longer: np.ndarray
     metrics: Mapping[str, float]
 
-    def interval(self, less: str | None = None) -> tuple[float, float]:
-        """95% of the accuracy, or of what it is more than `longer`'s: bootstrap over pairs (1,000 draws, seed 0)."""
-        values, random = self.right - (self.longer if less else 0), np.random.default_rng(0)
-        means = [values[random.integers(0, len(values), len(values))].mean() for _ in range(1000)]
-        return tuple(np.percentile(means, [2.5, 97.5]).tolist())
+    def interval(self, beyond_longer: bool = False) -> tuple[float, float]:
+        """95% of the accuracy, or of what it is more than `longer`'s: `report.figures` over pairs."""
+        values = self.right - (self.longer if beyond_longer else 0)
+        columns, mean = {UNIT: np.arange(len(values)), "x": values}, float(values.mean())
+        found = figures(lambda drawn: {"mean": (drawn["x"].mean(), len(values))}, columns)["mean"]
+        return found.interval or (mean, mean)
 
 
 def preference_result(scores, strengths, lengths, ids: Sequence[str]) -> PreferenceResult:
@@ -65,7 +67,7 @@ def calibration(difference: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def preference_text(result: PreferenceResult) -> str:
     """The metrics in words."""
-    m, (low, high), (less, more) = result.metrics, result.interval(), result.interval(less="longer")
+    m, (low, high), (less, more) = result.metrics, result.interval(), result.interval(beyond_longer=True)
     verb = "beats" if less > 0 else "loses to" if more < 0 else "is not told apart from"
     return (
         f"{len(result.ids)} pairs: the preferred response scores higher in {m['accuracy']:.3f} of them "

@@ -27,6 +27,12 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
+def validation_records(checkpoint: Path) -> list[dict]:
+    """Of the validations at the step of `checkpoints/STEP`, where the run's metrics.jsonl has them."""
+    records = read_metrics(checkpoint.absolute().parent.parent / "metrics.jsonl")
+    return [each for each in records if (str(each["step"]), each["split"]) == (checkpoint.name, "validation")]
+
+
 def _record(line: bytes) -> dict:
     """Raises ValueError: no JSON object with a step, a split, and numbers or null; or not as it was written."""
     record = json.loads(line.decode())

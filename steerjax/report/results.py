@@ -60,6 +60,21 @@ def kappa_of_whole(x: np.ndarray, y: np.ndarray) -> float | None:
     return float(1 - np.mean((x - y) ** 2) / shuffled) if shuffled else None
 
 
+def rater_pairs(ratings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All ordered pairs of two raters' ratings of an answer, of `[N, R]`, so that nobody stands first."""
+    first, second = np.nonzero(~np.eye(ratings.shape[1], dtype=bool))
+    x, y = ratings[:, first].ravel(), ratings[:, second].ravel()
+    both = np.isfinite(x) & np.isfinite(y)
+    return x[both], y[both]
+
+
+def pooled_kappa(x: np.ndarray, others: np.ndarray) -> tuple[float, int]:
+    """Quadratic-weighted kappa of `x` `[N]` with every rating of `others` `[N, R]`, pairs together; and how many."""
+    both = np.isfinite(x)[:, None] & np.isfinite(others)
+    kappa = kappa_of_whole(np.broadcast_to(x[:, None], others.shape)[both], others[both])
+    return (np.nan if kappa is None else kappa), int(both.sum())
+
+
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Spearman's, average ranks for ties; None where `correlation` is.
 
@@ -118,7 +133,8 @@ class EvaluationResult:
     """Predicted and human ratings `[E, A]` of one split and what follows from them.
 
     `guesses` are the predictions `[E, A]` of "mean rating" and "log length", fitted on the training split; NaN where
-    they have none. `metrics` are the model's `attribute_metrics`, `baselines` theirs.
+    they have none. `metrics` are the model's `attribute_metrics`, `baselines` theirs. `units`: the prompt of each
+    response, where intervals are over prompts.
     """
 
     schema: Schema
@@ -128,6 +144,7 @@ class EvaluationResult:
     metrics: AttributeMetrics
     baselines: Mapping[str, AttributeMetrics]
     ids: Sequence[str]
+    units: Sequence | None = None
 
     @property
     def compared(self) -> tuple[str, ...]:
@@ -146,14 +163,15 @@ class EvaluationResult:
         """95% of the model's average `key` (mse, pearson or kappa) over `compared`, had other such responses been
         rated; with `less`, of what it is more than that baseline's.
 
-        The percentile bootstrap over the E responses (1,000 draws, seed 0); None for less than two, or where a draw
-        leaves it undefined.
+        The percentile bootstrap over the E responses, or over `units` (1,000 draws, seed 0); None for less than two, or
+        where a draw leaves it undefined.
         """
-        random, count, draws = np.random.default_rng(0), len(self.ids), []
+        units = np.arange(len(self.ids)) if self.units is None else np.unique(self.units, return_inverse=True)[1]
+        random, count, draws = np.random.default_rng(0), len(np.unique(units)), []
         if count < 2:
             return None
         for _ in range(0, 1000, 100):  # so that no large split needs much memory
-            times = random.multinomial(count, np.full(count, 1 / count), 100).astype(np.float64)
+            times = random.multinomial(count, np.full(count, 1 / count), 100).astype(np.float64)[:, units]
             value = self._resampled(key, self.predicted, times)
             draws.append(value - self._resampled(key, self.guesses[less], times) if less else value)
         low, high = np.percentile(draws, [2.5, 97.5]).tolist() if np.isfinite(draws).all() else (np.nan, np.nan)

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from steerjax.errors import ConfigError, DataError
-from steerjax.evaluation import mt_bench
+from steerjax.evaluation import attributes, mt_bench
+from steerjax.evaluation.attributes import WHO
 from steerjax.evaluation.compare import compare
 from steerjax.report.figures import figures
 from tests.refusals import refused
+from tests.reward_models import write_rows
 
 
 def output(folder, score="MT-Bench", suite="mt_bench", better=0.0):
@@ -23,7 +25,8 @@ def output(folder, score="MT-Bench", suite="mt_bench", better=0.0):
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {name: f.to_json() for name, f in figures(mt_bench.measure, mt_bench.columns(rows)).items()}
-    (folder / "results.json").write_text(json.dumps({"suite": suite, "judge": "J", "figures": found}))
+    said = {"suite": suite, "judge": "J", "options": {}, "figures": found}
+    (folder / "results.json").write_text(json.dumps(said))
     return folder
 
 
@@ -42,17 +45,47 @@ def test_a_small_difference_on_the_same_questions_is_seen(tmp_path, capsys):
         assert (tmp_path / "both" / plot).read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_that_one_model_could_not_score(tmp_path):
+    """They are left out of both sides, and what stands behind them is compared with itself."""
+    for name, error in (("short", 1.0), ("long", 0.5)):
+        rows = []
+        for number in range(6):
+            row = {"id": str(number), "turn": 1, "prompt": "p", "context": "p", "characters": 9}
+            human, predicted = {"wit": float(number)}, {"wit": number + error}
+            row |= {"ratings": human, "predicted_ratings": predicted, "baselines": {who: {} for who in WHO[1:]}}
+            row["whole"] = {"human": human} | dict.fromkeys(WHO, predicted)
+            rows.append({"id": "2", "turn": 1, "skipped": {}} if (name, number) == ("short", 2) else row)
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "rows.jsonl", rows)
+        found = {key: [*one, None] for key, one in attributes.measure(attributes.columns(rows)).items()}
+        found = {key: dict(zip(("value", "count", "interval"), one, strict=True)) for key, one in found.items()}
+        said = {"suite": "attributes", "options": {}, "figures": found}
+        (tmp_path / name / "results.json").write_text(json.dumps(said))
+    compare([tmp_path / "short", tmp_path / "long"], tmp_path / "both")
+    said = json.loads((tmp_path / "both/results.json").read_text())["differences"]["long"]
+    assert said["wit/mae"]["value"] == pytest.approx(-0.5)
+    assert said["wit/mae"]["interval"] == pytest.approx([-0.5, -0.5])
+    assert said["wit/mae"]["count"] == 5
+    assert "long: 5 rows of 6 and short's 6" in (tmp_path / "both/report.md").read_text()
+
+
 @pytest.mark.short
 def test_what_cannot_be_compared(tmp_path):
     one, rated = output(tmp_path / "one"), output(tmp_path / "rated", score="helpfulness")
     other = output(tmp_path / "other", suite="attributes")
+    collected, nothing = output(tmp_path / "collected", suite="collect"), output(tmp_path / "nothing")
+    (nothing / "results.json").write_text('{"figures": {}}')
     for folders, error, fact, cure in (
         ([one], ConfigError, "--compare", "A B"),
         ([one, one], ConfigError, "--compare", "A B"),
         ([one, other], ConfigError, "attributes, mt_bench", "one suite"),
         ([one, rated], ConfigError, "no figure", "same scores"),
         ([one, tmp_path], DataError, str(tmp_path), "--suite"),
+        ([collected, one], DataError, "collected", "--suite"),
+        ([one, nothing], DataError, str(nothing), "--suite"),
     ):
         with refused(error, fact, cure=cure):
             compare(folders, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with refused(ConfigError, "--output", cure="another folder"):
+        compare([one, output(tmp_path / "more")], one)

@@ -117,5 +117,16 @@ def test_what_is_told_of_a_suite(suite, figures, expected, dataset, tmp_path):
     assert {(r.dataset_type, r.dataset_split, r.metric_args["rows"]) for r in found} == {(dataset, "test", 9)}
 
 
+def test_who_judged(tmp_path):
+    """It is named; and what a reward model gives is no MT-Bench score."""
+    figures = {"MT-Bench/average": {"value": 7.5, "count": 9, "interval": None}}
+    said = {"suite": "mt_bench", "figures": figures, "options": {}, "judge": "gpt-4", "judged_by": "language model"}
+    (tmp_path / "results.json").write_text(json.dumps(said))
+    assert [r.metric_name for r in suite_results(tmp_path, tmp_path)] == ["MT-Bench/average, judged by gpt-4"]
+    (tmp_path / "results.json").write_text(json.dumps(said | {"judge": "runs/rm", "judged_by": "reward model"}))
+    with refused(ConfigError, str(tmp_path), "reward model", cure="--judge"):
+        suite_results(tmp_path, tmp_path)
+
+
 def test_every_suite_has_a_place():
     assert set(SUITES) == {*model_index._SUITES, "attributes", "steerability"}

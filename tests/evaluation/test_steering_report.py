@@ -43,7 +43,7 @@ def test_what_is_said(swept):
     text = report_text(swept)
     assert "3 of 30 answers were cut at the limit of tokens" in text
     assert f"{LONG} 100% (33%)" in next(line for line in text.splitlines() if line.startswith("rounded prediction"))
-    assert "wit: all predictions round to one rating" in text
+    assert "wit: every prediction rounds to one rating" in text
     assert swept.figures["wit/exact"].value is None
     assert swept.figures[f"{LONG}/exact"].value == 1 > 0.5 > swept.figures[f"{LONG}/exact by chance"].value
 

@@ -110,6 +110,7 @@ def test_without_a_training_split():
     result = evaluate_predictions(_schema("a"), [[1.0]], [[2.0]], [7], ["x"], empty, [])
     assert result.average_mse() == {"model": 1.0, "mean rating": None, "log length": None}
     assert all(sentence.startswith("No comparison") for sentence in comparison_sentences(result))
+    assert "--train-data" in comparison_sentences(result)[0]
 
 
 def test_predictions_that_are_not_finite_are_no_win():

@@ -1,10 +1,12 @@
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from steerjax.report.figures import UNIT, figures
 from steerjax.report.results import (
     attribute_correlations,
     attribute_metrics,
@@ -175,6 +177,13 @@ def test_intervals_are_those_of_metrics_on_drawn_rows():
         assert low < mean_metric(result.metrics, key) < high
     low, high = result.interval("mse", less="mean rating")
     assert low < result.average_mse()["model"] - result.average_mse()["mean rating"] < high
+    apart, twice = result.interval("mse"), replace(result, units=[number // 2 for number in range(60)])
+    columns = {UNIT: np.array(twice.units), "p": predicted, "y": ratings}
+    drawn = figures(
+        lambda c: {"mse": (mean_metric(attribute_metrics(c["p"], c["y"], _schema("ab")), "mse"), 60)}, columns
+    )["mse"].interval
+    assert twice.interval("mse") != apart
+    assert twice.interval("mse") == pytest.approx(drawn, abs=0.1 * (drawn[1] - drawn[0]))
     one = evaluate_predictions(_schema("a"), [[1.0]], [[2.0]], [7], ["x"], np.empty((0, 1)), [])
     assert one.interval("pearson") is None
 
