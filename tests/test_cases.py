@@ -18,6 +18,7 @@ from steerjax.data.formats import conversation_from_row
 from steerjax.errors import SteerjaxError
 from steerjax.schema import HELPSTEER
 from steerjax.training.train import train
+from tests.helpers import slow_but
 from tests.hf_folders import CLASSIFIER, TINY, random_tensors, write_folder
 from tests.reward_models import read_rows, reward_folder, write_rows
 
@@ -351,7 +352,15 @@ CASES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+SLOW = (  # they train more than once
+    an_attribute_without_a_metric, a_tokenizer_copy_that_is_not_whole, other_rows_under_the_same_name, an_unnamed_head,
+    no_label_of_the_kind_asked_for, a_tokenizer_under_another_name, nine_attributes,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case", slow_but(tuple(case for case in CASES if case not in SLOW), CASES), ids=lambda case: case.__name__
+)
 def test_case(case, folder, tmp_path, monkeypatch, capsys):
     for path in folder.iterdir():
         (tmp_path / path.name).symlink_to(path)

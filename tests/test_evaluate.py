@@ -191,6 +191,7 @@ def cohen(x, y):
     return 1 - (weights * observed).sum() / (weights * chance).sum()
 
 
+@pytest.mark.slow
 def test_two_outputs_are_compared_on_their_shared_rows(run, tmp_path, capsys):
     workdir, _, train_file, validation = run
     folder = reward_folder(tmp_path / "other", context=256)
@@ -212,6 +213,7 @@ def test_two_outputs_are_compared_on_their_shared_rows(run, tmp_path, capsys):
     says(refusal("--compare", tmp_path / "a", tmp_path, "--output", tmp_path / "x"), str(tmp_path), cure="--suite")
 
 
+@pytest.mark.slow
 def test_an_evaluation_goes_on_where_it_was(run, tmp_path, monkeypatch):
     workdir, _, _, validation = run
     words = ("--suite", "attributes", "--model", workdir, "--data", validation, "--output", tmp_path / "out", *SHORT)

@@ -140,6 +140,7 @@ def test_prompt_to_the_terminal(model, capsys):
     assert re.findall(r"--- .*verbosity=(\d)", capsys.readouterr().out) == ["2", "1"]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_uninterrupted(model, prompts, tmp_path):
     """SIGKILL while rows are written; the last run finishes, and the bytes are those of one run."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

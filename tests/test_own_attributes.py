@@ -138,6 +138,7 @@ def test_a_chat_model(chat):
     assert '"depth": [1, 10' in template
 
 
+@pytest.mark.slow
 def test_steering_and_its_measure(folder, chat, reward, capsys):
     """Sweeps over the attributes' own ranges, rated by the judge, measured and plotted."""
     answers, rated, measured = folder / "answers.jsonl", folder / "rated.jsonl", folder / "measured"

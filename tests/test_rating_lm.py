@@ -62,6 +62,7 @@ def test_run_and_export_annotate_as_a_reward_model_does(folder):
         assert turn["predicted_label"] == ",".join(f"{name}:{label}" for name, label in rounded.items())
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_rates_in_python_and_still_answers(folder):
     options = ("--model", folder / "run", "--data", folder / "rows.jsonl", "--output", folder / "attributes")
     command(evaluate, "--suite", "attributes", *options)

@@ -43,7 +43,8 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         turns, rejected, strength = read(row, schema, key), [], 1.0
         if key not in ("turns", "prompt_turns"):  # whose other keys pass through
             _rate_last(turns, row, schema, key)
-        if key == "turns" and "rejected" in row:
+        pair = key == "turns" and row.get("rejected") is not None  # null, as Parquet has for rows of another kind
+        if pair:
             rejected, strength = read_dialogue(row, schema, "rejected"), _number(row, "strength", 1.0)
     for side, field in ((turns, key), (rejected, "rejected")):
         check_turns(side, field)
@@ -59,7 +60,7 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
         raise DataError(f"no attribute of the schema: {', '.join(schema.names)}", schema.names[0], cure)
     if format == "alpaca":
         system = system or None  # its rows have "" where there is none
-    if pair or (key == "turns" and "rejected" in row):
+    if pair:
         _check_pair(turns, rejected, strength)
     asked, samples = _sampled(row, schema, turns) if key == "prompt_turns" else ({}, ())
     return Conversation(

@@ -147,7 +147,8 @@ def test_where_a_template_stands(embedded, tmp_path):
 
 @pytest.mark.smollm2
 def test_the_real_one(smollm2):
+    if not os.environ.get("STEERJAX_SMOLLM2"):
+        pytest.skip("STEERJAX_SMOLLM2 is not set")
     template = source_template(smollm2.files[0].parent, smollm2)
-    assert os.environ["STEERJAX_SMOLLM2"]
     assert (template.end, template.after_end, template.strip) == ("<|im_end|>", "\n", ())
     assert "SmolLM" in template.default_system

@@ -321,6 +321,7 @@ def chat(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("chat"), TINY, tensors)
 
 
+@pytest.mark.slow
 def test_our_own_decoder_and_a_reward_model_as_judge(fake, chat, files, tmp_path, monkeypatch, capsys):
     """Interrupted in the second turns, it goes on with the same texts; the scores are no MT-Bench scores."""
     options = ("--model", chat, "--template", "extra_id", "--schema", "helpsteer", "--attributes", "verbosity=2",

@@ -98,6 +98,7 @@ def test_answers_of_a_file(answers, reward, tmp_path, capsys):
         assert third["figures"][name]["value"] == pytest.approx(rated["figures"][name]["value"], abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_grid_is_answered_rated_and_resumed(chat, reward, prompts, tmp_path, monkeypatch):
     output = tmp_path / "out"
     words = ("--model", chat, "--prompts", prompts, "--grid", "verbosity=0,2,4", "--grid", "complexity=0,4",

@@ -93,6 +93,7 @@ def test_a_run_whose_files_may_not_grow(tmp_path, whole, most):
     assert same(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
 def test_an_earlier_checkpoint_outlives_a_full_disk(tmp_path, whole):
     """Two are there; the third cannot be written."""
     half, run = experiment(whole.parent, steps=4), experiment(whole.parent)

@@ -43,6 +43,7 @@ def checkpoints(workdir) -> list[str]:
     return [path.name for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
 
 
+@pytest.mark.slow
 def test_a_loss_beyond_float32_ends_even_a_short_run(experiment, tmp_path, tried):
     e = experiment(regression={"weight": 1e30}, train={"steps": 2})
     with refused(TrainingError, "2 steps in a row", "no checkpoint was saved", cure="config.optimizer.learning_rate"):
@@ -51,6 +52,7 @@ def test_a_loss_beyond_float32_ends_even_a_short_run(experiment, tmp_path, tried
     tried("number", "loss beyond float32")
 
 
+@pytest.mark.slow
 def test_parameters_beyond_float32_are_not_saved(experiment, tmp_path, monkeypatch, tried):
     """The gradients are finite, and what the update makes is not."""
     monkeypatch.setattr("steerjax.training.program.make_schedule", lambda config, steps: lambda step: jnp.inf)

@@ -120,6 +120,7 @@ def test_greedy_equals_transformers(case):
         assert tuple(out[0, len(prompt) :].tolist()) == ids
 
 
+@pytest.mark.slow
 def test_one_prompt_is_computed_once_for_all_settings_and_samples():
     prompt, labels = prompts(1, longest=60)[0], [np.array([9, 8, n, 4], np.int32) for n in range(5)]
     request = Request(tuple(np.concatenate([prompt, label]) for label in labels), samples=3)
@@ -149,6 +150,7 @@ def test_text_does_not_depend_on_batch_order_or_size():
     assert shuffled == [whole[i] for i in order]
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_text():
     model, requests = tiny(), [Request((p,)) for p in prompts(9)]
     sampling = Sampling(max_new_tokens=12)

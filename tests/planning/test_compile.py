@@ -106,6 +106,7 @@ def test_compile_time_does_not_grow_with_layers(no_compile_cache):
     assert length[32] < 1.05 * length[2]
 
 
+@pytest.mark.slow
 def test_adapters_have_the_optimizers_state_alone():
     """Arguments are the parameters once, and two moments of adapters and head."""
     sizes = {}

@@ -55,7 +55,7 @@ def inside(work, monkeypatch):
 
 
 def test_every_block_is_tried():
-    assert set(snippets()) == {"classify.py", "rate.py", "answer.py", "grpo.py", "get_reward.py"}
+    assert set(snippets()) == {"classify.py", "rate.py", "answer.py", "best.py", "grpo.py", "get_reward.py"}
 
 
 @pytest.mark.parity
@@ -69,6 +69,13 @@ def test_transformers_answers(work):
     answer = run("answer.py", {"max_new_tokens=256": "max_new_tokens=12"})["answer"]
     assert answer == chat.generate("Why is the sky blue?", {"verbosity": 1}, max_new_tokens=12)
     assert answer != chat.generate("Why is the sky blue?", {"verbosity": 4}, max_new_tokens=12)
+
+
+def test_the_best_of_several_answers(rm):
+    found = run("best.py", {"samples=8": "samples=3, max_new_tokens=8"})
+    assert len(set(found["answers"])) == 3
+    rated = rm.rate(found["prompt"], found["answers"])
+    assert found["best"] == max(zip(found["answers"], rated, strict=True), key=lambda pair: pair[1]["helpfulness"])[0]
 
 
 @pytest.mark.parity

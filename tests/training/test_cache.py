@@ -46,6 +46,7 @@ def test_cached_equals_whole(whole, tmp_path, frozen_layers):
     assert params[0]["llama"]["layers"]["mlp"]["up"]["kernel"].shape[0] == 3  # one stack, whatever is frozen
 
 
+@pytest.mark.slow
 def test_a_cached_run_goes_on_and_may_drop_the_cache(whole, tmp_path, capsys):
     train(experiment(cached=True, steps=2), tmp_path)
     said = capsys.readouterr().out

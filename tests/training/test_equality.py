@@ -63,7 +63,7 @@ def assert_equal_to_one_row_an_example(module, objectives, trees, row_length, lo
 
 @pytest.mark.parametrize("responses", slow_but(4, [1, 2, 4]))
 @pytest.mark.parametrize("readout", ["last", "mean"])
-@pytest.mark.parametrize("average", ["ratings", "examples"])
+@pytest.mark.parametrize("average", slow_but("ratings", ["ratings", "examples"]))
 def test_rewards_in_trees_equal_one_row_a_response(responses, readout, average):
     objective = regression(average)
     trees = grow(rated_examples(objective, [responses] * 6, seed=responses))
@@ -296,6 +296,7 @@ def test_the_parameters_are_held_once(frozen_layers):
     assert all(id(x) in kept or (frozen_layers and "layers" in jax.tree_util.keystr(path)) for path, x in saved)
 
 
+@pytest.mark.slow
 def test_the_first_moment_in_bfloat16():
     """Half its size, and the first step is nearly the same; gradients and parameters stay float32."""
     after = {}

@@ -78,6 +78,7 @@ def test_files_with_validation_of_their_own_and_without(files):
     assert [(part.objectives, sum(map(len, part.splits))) for part in alone] == [(["bradley_terry"], 40)]
 
 
+@pytest.mark.slow
 def test_a_run_with_two_files_resumes_and_knows_them_both(files, tmp_path):
     train(experiment(files), tmp_path / "run")
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["split"] == "train"]

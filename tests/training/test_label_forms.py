@@ -24,7 +24,6 @@ from steerjax.planning.compile import plannable
 from steerjax.schema import Attribute, Schema
 from steerjax.training.source import initial_parameters, new_tokens, resolve_model
 from steerjax.training.train import train
-from tests.helpers import slow_but
 from tests.hf.serving import as_messages, llama3_like, talk
 from tests.hf_folders import TINY, random_tensors, write_folder
 from tests.refusals import refused
@@ -68,7 +67,8 @@ def recipe(rows, source, labels, objective="sft", steps=2, **groups):
     return resolve(config.to_dict())
 
 
-@pytest.mark.parametrize("labels", slow_but("tokens", ["words", "tokens"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", ["words", "tokens"])
 def test_trained_resumed_exported_and_trained_on(labels, source, rows, tmp_path, capsys):
     """The form travels; an export's tokens and embedding are transformers'; a second run adds no token again."""
     transformers = pytest.importorskip("transformers")
@@ -187,6 +187,7 @@ def test_a_sources_form_meets_other_attributes():
         assert renderer.tokenizer.hash == load_tokenizer("embedded").hash
 
 
+@pytest.mark.slow
 def test_a_random_model_on_a_mesh(source, rows, tmp_path):
     """The embedding is cut although the tokens are an odd number."""
     chat, mesh = {"tokenizer": str(source / "tokenizer.json")}, {"fsdp": 4, "tensor": 2}

@@ -136,6 +136,7 @@ def rewards(folder, mesh=None):
         return np.asarray(jax.jit(bundle.module.apply)({"params": bundle.params}, *inputs))
 
 
+@pytest.mark.slow
 def test_only_adapters_and_the_head_are_trained_and_the_merged_export_is_the_same_model(source, tmp_path, capsys):
     train(experiment(source), tmp_path / "run")
     said = capsys.readouterr().out

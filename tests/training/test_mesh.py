@@ -11,7 +11,6 @@ import pytest
 from steerjax.config import resolve
 from steerjax.report.records import read_metrics
 from steerjax.training import train as training
-from tests.helpers import slow_but
 
 NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 CASES = {  # of eight devices -> objective, micro-batches, attention; every axis is met by both objectives
@@ -75,7 +74,8 @@ def alone(rows, tmp_path_factory) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.mark.parametrize("mesh", slow_but("tensor=2,context=4", CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", CASES)
 def test_every_mesh_trains_as_one_device(rows, alone, tmp_path, mesh):
     objective, *options = CASES[mesh]
     np.testing.assert_allclose(losses(rows, tmp_path, objective, mesh, *options), alone[objective], rtol=1e-5)

@@ -41,9 +41,8 @@ def source_folder(folder, name, raw=TINY):
     return folder
 
 
-@pytest.mark.parametrize(
-    ("objective", "name"), [pytest.param("regression", "qwen3", marks=pytest.mark.slow), ("sft", "mistral")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("objective", "name"), [("regression", "qwen3"), ("sft", "mistral")])
 def test_trained_resumed_and_exported(objective, name, tmp_path, capsys):
     """The run and its export open with the source's template when that is gone; a resume compares it."""
     rows = [

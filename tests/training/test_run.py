@@ -176,9 +176,8 @@ def test_sigterm_saves_and_says_so(recipe, repository, uninterrupted, tmp_path):
     assert records(tmp_path) == records(uninterrupted)
 
 
-@pytest.mark.parametrize(
-    ("sent", "last"), [pytest.param(signal.SIGTERM, 3, marks=pytest.mark.slow), (signal.SIGINT, 6)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "last"), [(signal.SIGTERM, 3), (signal.SIGINT, 6)])
 def test_a_signal_at_an_evaluation_saves_first(recipe, tmp_path, monkeypatch, sent, last):
     """An evaluation can take longer than a preempted machine has left; what was owed is done when the run goes on."""
     write = training.step_record
@@ -370,6 +369,7 @@ def edited(recipe: Path, folder: Path, edit) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_resume_on_other_data_is_refused_or_recorded(recipe, tmp_path):
     path = edited(recipe, tmp_path, lambda rows: rows)
     training.train(experiment(path, steps=4), tmp_path / "run")
@@ -419,6 +419,7 @@ def test_a_resume_on_other_inputs_is_refused(recipe, tmp_path):
     go(6)
 
 
+@pytest.mark.slow
 def test_a_resume_on_another_source_model_is_refused_or_recorded(recipe, tmp_path):
     model, run = reward_folder(tmp_path / "model"), tmp_path / "run"
     (model / "steerjax.json").write_text('{"kind": "reward", "template": "extra_id"}')

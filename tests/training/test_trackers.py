@@ -166,6 +166,7 @@ def events(folder):
             data = data[16 + length :]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_metrics_the_config_and_the_pictures(tmp_path):
     train(experiment("tensorboard", plots=True), tmp_path)
     values = [(e.step, v) for e in events(tmp_path / "tensorboard") for v in e.summary.value]
