@@ -65,6 +65,7 @@ def answers(tmp_path):
     return write_rows(tmp_path / "answers.jsonl", rows)
 
 
+@pytest.mark.slow
 def test_answers_of_a_file(answers, reward, tmp_path, capsys):
     plain = evaluate(tmp_path / "plain", "--input", answers)
     figures = plain["figures"]

@@ -76,6 +76,7 @@ def whole(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [300, *(pytest.param(most, marks=faults) for most in (30_000, 200_000, 700_000))])
 def test_a_run_whose_files_may_not_grow(tmp_path, whole, most):
     """Of the first kilobyte on: the config, the tokenizer, an array of the checkpoint, a later one."""

@@ -66,6 +66,7 @@ def test_parameters_beyond_float32_are_not_saved(experiment, tmp_path, monkeypat
     tried("number", "parameters beyond float32", 2)
 
 
+@pytest.mark.slow
 def test_steps_that_are_skipped_are_counted_and_said(experiment, tmp_path, monkeypatch, capsys, tried):
     real = step_module.optax.tree.norm
 

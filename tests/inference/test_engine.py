@@ -137,6 +137,7 @@ def test_one_prompt_is_computed_once_for_all_settings_and_samples():
         assert len({a.ids for a in alone}) == 3
 
 
+@pytest.mark.slow
 def test_text_does_not_depend_on_batch_order_or_size():
     model, mixed = tiny(), prompts(7)
     sampling = Sampling(0.9, top_k=40, top_p=0.95, seed=4, max_new_tokens=10)

@@ -147,6 +147,7 @@ def whole(models, prompts, tmp_path_factory):
     return workdir, found
 
 
+@pytest.mark.slow
 def test_every_answer_is_in_a_group_or_listed(whole):
     workdir, found = whole
     folder = workdir / "iteration-1"

@@ -7,7 +7,7 @@ from steerjax.bundle import open_bundle
 from steerjax.config import default_config, resolve
 from steerjax.report.records import read_metrics
 from steerjax.training.train import train
-from tests.helpers import assert_trees_close, slow_but
+from tests.helpers import assert_trees_close
 
 
 def experiment(*, cached: bool, frozen_layers: int = 2, steps: int = 3):
@@ -30,7 +30,8 @@ def whole(tmp_path_factory):
     return workdir, train(experiment(cached=False), workdir)["regression"]
 
 
-@pytest.mark.parametrize("frozen_layers", slow_but(2, [2, 3]))
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen_layers", [2, 3])
 def test_cached_equals_whole(whole, tmp_path, frozen_layers):
     """Losses, predictions and checkpoints; also where the head alone is trained."""
     workdir, expected = whole

@@ -178,6 +178,7 @@ def test_tensorboard_has_the_metrics_the_config_and_the_pictures(tmp_path):
     assert any("row_length" in str(v.tensor) for _, v in values if v.tag.startswith("config"))
 
 
+@pytest.mark.slow
 def test_no_tracker_leaves_metrics_alone(tmp_path):
     train(experiment(), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} >= {"metrics.jsonl", "checkpoints"}
