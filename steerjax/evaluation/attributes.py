@@ -160,7 +160,7 @@ def columns(rows: Sequence[Mapping]) -> Columns:
     rows = [row for row in rows if "skipped" not in row]
     names = list(dict.fromkeys(name for row in rows for name in row["predicted_ratings"]))
     contexts = np.array([row.get("context", row["prompt"]) for row in rows])
-    found = {UNIT: prompt_units([row["prompt"] for row in rows], [f"{row_name(row)}" for row in rows])}
+    found = {UNIT: prompt_units([row["prompt"] for row in rows], [str(row_name(row)) for row in rows])}
     found["log length"] = np.log1p(np.array([row["characters"] for row in rows], np.float64))
     for name in names:
         found[f"{name}:human"] = human = _column(row["ratings"].get(name) for row in rows)

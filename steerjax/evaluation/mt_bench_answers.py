@@ -17,11 +17,13 @@ from typing import Annotated
 from pydantic import Field
 
 from steerjax.checksums import folder_checksum
+from steerjax.command import describe_model
 from steerjax.data.conversation import Conversation, Turn
 from steerjax.data.loading import file_hashes
 from steerjax.data.readers import typed_rows
 from steerjax.errors import DataError, ModelError
 from steerjax.evaluation.mt_bench_judge import NEED_REFERENCE, conversation_of
+from steerjax.hf.description import Description
 from steerjax.inference.answerer import open_answerer
 from steerjax.inference.job import Output, beside, progress, resumable
 from steerjax.inference.steering import Answer, Sampling, label_of
@@ -97,10 +99,10 @@ def read_questions(source: str, references: str | None, needed: bool = True) -> 
 
 
 class AnsweringModel:
-    """What --model or --server answers with."""
+    """What --server or else --model, which `about` describes, answers with."""
 
-    def __init__(self, o: argparse.Namespace):
-        self._options, self._answerer = o, (answerer := open_answerer(o))
+    def __init__(self, o: argparse.Namespace, about: Description | None):
+        self._options, self._answerer = o, (answerer := open_answerer(o, about))
         self.setting = answerer.setting(o.attributes)
         self.label = label_of(self.setting, answerer.defaults)
 
@@ -137,11 +139,10 @@ def answered(questions: Sequence[Question], o: argparse.Namespace) -> Answers:
 
     Raises SteerjaxError: the folder has answers of other settings, or the model fails.
     """
-    from steerjax.bundle import locate
-
+    about = describe_model(o.model, o) if o.model else None
     settings = {
         "suite": "mt_bench", "questions": file_hashes([o.questions])[o.questions],
-        "model": folder_checksum(locate(o.model, verify=not o.no_verify)) if o.model else None,
+        "model": folder_checksum(about.path) if about else None,
         **{key: vars(o)[key] for key in ("server_model", "attributes", "schema", "system", "greedy", "seed",
                                          "max_new_tokens", "template", "dtype")},
     }  # fmt: skip
@@ -155,7 +156,7 @@ def answered(questions: Sequence[Question], o: argparse.Namespace) -> Answers:
         answers = read_answers(o.output)
         if output.finished:
             return answers
-        model, backends, first = AnsweringModel(o), {}, 0
+        model, backends, first = AnsweringModel(o, about), {}, 0
         with progress(2 * len(questions), output.done, "answer") as bar:
             for turn, temperature, group in groups:
                 done = min(max(output.done - first, 0), len(group))

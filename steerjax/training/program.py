@@ -13,6 +13,7 @@ from steerjax.data.batch import Batch, Feeder
 from steerjax.data.packing import Row, packing_statistics
 from steerjax.models.flops import training_flops
 from steerjax.objectives import Objective, Setting, find_objective
+from steerjax.parallel.mesh import make_any
 from steerjax.parallel.rules import replicated, shardings_of
 from steerjax.schema import Schema
 from steerjax.training.config import Experiment
@@ -38,6 +39,7 @@ class Program:
         whole: abstract parameters as checkpoints hold them.
         abstract: the abstract train state.
         train_step: (state, batch [M, B/M, ...]) -> (state, metrics), jitted.
+        any_process: true on this process -> true on any (`mesh.make_any`).
         evaluation_step: (trained, frozen, batch [1, B, ...]) -> outputs of each objective, jitted.
     """
 
@@ -65,6 +67,7 @@ class Program:
         self._outputs = e.model.vocab_size if self.kind == "chat" else len(schema)
         states, everywhere = shardings_of(self.abstract), replicated(mesh)
         schedule = make_schedule(e.optimizer, steps)
+        self.any_process = make_any(mesh)
         self.train_step = jax.jit(
             make_train_step(self.module, objectives, self.optimizer, schedule, self._frozen, e.train.seed),
             in_shardings=(states, feed.shardings),

@@ -14,7 +14,6 @@ from steerjax.bundle.verify import damage, say, steps_of
 from steerjax.checksums import LIST
 from steerjax.errors import CheckpointError
 from steerjax.files import cannot_write
-from steerjax.parallel.mesh import make_any
 from steerjax.parallel.processes import Processes
 from steerjax.training.config import TrainConfig
 from steerjax.training.program import Program
@@ -48,7 +47,7 @@ def restore_newest(
         except Exception as error:  # whatever damage leads to
             failure = error
         alone = config.verify and processes.count == 1
-        if alone and set_damaged_aside(checkpoints, processes, make_any(program.mesh), whole=True):
+        if alone and set_damaged_aside(checkpoints, processes, program.any_process, whole=True):
             store.reload()
             continue
         if failure:

@@ -23,7 +23,7 @@ from steerjax.errors import CheckpointError, TrainingError
 from steerjax.hf.description import Description
 from steerjax.models.flops import peak_flops
 from steerjax.objectives import Evaluation
-from steerjax.parallel.mesh import make_any, make_mesh
+from steerjax.parallel.mesh import make_mesh
 from steerjax.parallel.processes import ALONE, Processes
 from steerjax.parallel.rules import replicated
 from steerjax.report.plots import require_plots
@@ -101,7 +101,7 @@ def _train(experiment: Experiment, workdir: Path, processes: Processes) -> dict[
     checkpoints = workdir / "checkpoints"
     with jax.set_mesh(mesh):
         several = processes.count > 1
-        set_damaged_aside(checkpoints, processes, make_any(mesh), whole=e.train.verify and several)
+        set_damaged_aside(checkpoints, processes, program.any_process, whole=e.train.verify and several)
     with jax.set_mesh(mesh), CheckpointStore(checkpoints, e.train.keep_last) as store:
         # ---- State
         state, step, provenance, new_head = first_state(run, source, renderer, store, provenance, processes)
@@ -286,7 +286,7 @@ def loop(
         return every > 0 and step > 0 and step % every == 0
 
     # A run that was asked to stop saves before it evaluates; what it owed is done here, by all processes or none.
-    any_process = make_any(run.program.mesh)
+    any_process = run.program.any_process
     evaluated = bool(any_process(writer.evaluated))
     owed = (is_due(e.train.checkpoint_every) or is_due(e.train.evaluate_every)) and not evaluated
     if owed or step == run.steps:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import importlib
 import io
 import json
 import os
@@ -340,7 +341,11 @@ def test_our_own_decoder_and_a_reward_model_as_judge(fake, chat, files, tmp_path
     evaluate(*files, *options, "--judge", fake.url, "--output", tmp_path / "parts")
     capsys.readouterr()
     reward = "--judge", reward_folder(tmp_path / "reward"), "--judge-template", "extra_id", "--scalar", "goodness"
+    opened, describing = [], importlib.import_module("steerjax.bundle.describe")
+    checked = describing.checked_folder
+    monkeypatch.setattr(describing, "checked_folder", lambda path, verify: opened.append(path) or checked(path, verify))
     evaluate(*files[:2], *options, *reward, "--output", tmp_path / "whole")
+    assert opened.count(Path(chat)) == 1, "a model is compared with its checksums once"
     whole, parts = (read_rows(tmp_path / name / "answers.jsonl") for name in ("whole", "parts"))
     assert whole == parts
     assert {(row["turn"], row["attributes"]["verbosity"]) for row in whole} == {(1, 2), (2, 2)}
