@@ -53,6 +53,16 @@ class _Literal(type(epath.Path())):
     def glob(self, pattern: str) -> Iterator[_Literal]:
         return map(type(self), glob.glob(os.path.join(glob.escape(str(self)), pattern)))
 
+    def rmtree(self, missing_ok: bool = False) -> None:
+        """A step loses its name first, so that a kill leaves no half of it that looks damaged."""
+        gone = self.rename(_temporary(self, "removed")) if self.name.isdecimal() else self
+        super(_Literal, gone).rmtree(missing_ok)
+
+
+def _temporary(step: epath.Path, purpose: str) -> epath.Path:
+    """A name that Orbax knows for a temporary one: the next start removes it."""
+    return step.with_name(f"{step.name}{ocp_path.atomicity.TMP_DIR_SUFFIX}-{purpose}")
+
 
 class _Listed(ocp_path.atomicity.AtomicRenameTemporaryPath):
     """Orbax's folder of a step until it is whole, which then gets a list of checksums before its name.
@@ -64,7 +74,7 @@ class _Listed(ocp_path.atomicity.AtomicRenameTemporaryPath):
         final = self._final_path
         if not final.name.isdecimal():
             return await super().finalize()
-        self._final_path = final.parent / f"{self.get().name}-listed"  # Orbax knows it for a temporary one
+        self._final_path = _temporary(final, "listed")
         await super().finalize()
         listed, self._final_path = Path(self._final_path), final
         await asyncio.to_thread(write_list, listed)
@@ -107,6 +117,8 @@ class CheckpointStore:
             # Made in the background, a folder that cannot be made is waited for, for 300 s.
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             temporary_path_class=_Listed,
+            cleanup_tmp_directories=True,
+            num_deletion_threads=1,  # several take a step's files away before `_Literal.rmtree`
         )
         self.directory, self._saved = directory, None
         self._manager = _Manager(_Literal(directory.resolve()), options=options)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -24,6 +25,8 @@ from tests.hf_folders import TINY, provenance, random_tensors, write_folder
 from tests.refusals import refused
 
 STEPS = (3, 5)
+TREE = {"head": np.arange(6.0, dtype=np.float32), "llama": {"x": np.ones((2, 3), np.float32)}}
+STEP = {"step": np.zeros((), np.int32)}
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +36,9 @@ def written(tmp_path_factory):
     source = write_folder(folder / "source", TINY, random_tensors(TINY))
     imported(source, folder / "import", checksums=True)
     run, model = folder / "run", read_config(source).model
-    tree = {"head": np.arange(6.0, dtype=np.float32), "llama": {"x": np.ones((2, 3), np.float32)}}
     with CheckpointStore(run / "checkpoints", keep_last=2) as store:
         for step in STEPS:
-            store.save(tree, {"step": np.zeros((), np.int32)}, step, provenance(model, checksums=True), 1.0 / step)
+            store.save(TREE, STEP, step, provenance(model, checksums=True), 1.0 / step)
     keep_tokenizer(load_tokenizer("embedded"), run)
     export(str(folder / "import"), folder / "out")
     return folder
@@ -49,6 +51,17 @@ def run(written, tmp_path):
 
 def aside(run):
     set_damaged_aside(run / "checkpoints", ALONE, bool, whole=True)
+
+
+def save_again(run):
+    """Step 5, from what step 3 has."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), (TREE, STEP))
+    with CheckpointStore(run / "checkpoints", keep_last=2) as store:
+        assert store.latest_step() == 3
+        store.save(
+            *store.restore(3, *like), 5, json.loads((run / "checkpoints/3/provenance/metadata").read_text()), None
+        )
 
 
 def steps(run):
@@ -125,16 +138,27 @@ def test_a_resume_sets_damage_aside_and_saves_the_step_again(run, kind, capsys):
     assert "5' is damaged" in said
     assert file.name in said
     assert steps(run) == ["3", "5.damaged"]
-    params = {"head": jax.ShapeDtypeStruct((6,), np.float32), "llama": {"x": jax.ShapeDtypeStruct((2, 3), np.float32)}}
-    shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings), params)
-    step = {"step": jax.ShapeDtypeStruct((), np.int32, sharding=shardings)}
-    with CheckpointStore(run / "checkpoints", keep_last=2) as store:
-        assert store.latest_step() == 3
-        tree, rest = store.restore(3, like, step)
-        store.save(tree, rest, 5, json.loads((run / "checkpoints/3/provenance/metadata").read_text()), None)
+    save_again(run)
     assert locate(run) == run / "checkpoints" / "5"
     assert steps(run) == ["3", "5", "5.damaged"]
+
+
+@pytest.mark.parametrize("left", ["", "-listed", "-removed"])
+def test_what_a_kill_left_of_a_save_or_a_removal_is_in_no_ones_way(run, left):
+    (run / "checkpoints" / "5").rename(run / "checkpoints" / f"5.orbax-checkpoint-tmp{left}")
+    assert locate(run) == run / "checkpoints" / "3"
+    save_again(run)
+    assert steps(run) == ["3", "5"]
+
+
+def test_a_checkpoint_whose_removal_ends_half_way_has_lost_its_name_first(run, monkeypatch):
+    removed = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append(Path(path).name))
+    with CheckpointStore(run / "checkpoints", keep_last=1) as store:
+        store.save(TREE, STEP, 7, json.loads((run / "checkpoints/3/provenance/metadata").read_text()), 0.01)
+    assert len(removed) == 2
+    assert steps(run) == sorted(["7", *removed])
+    assert all(name.endswith("-removed") for name in removed)
 
 
 @pytest.mark.parametrize("kind", ["empty", "flip", "delete"])

@@ -12,9 +12,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.faults.moments import install
 
-def _child(arguments: list[str], log: str) -> None:
-    """`steerjax ARGUMENTS` with both outputs in the log."""
+
+def _child(arguments: list[str], log: str, moments: list | None) -> None:
+    """`steerjax ARGUMENTS` with both outputs in the log; `moments` is for `tests.faults.moments.install`."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -23,6 +25,8 @@ def _child(arguments: list[str], log: str) -> None:
     sys.argv = ["steerjax", *arguments]
     from steerjax.__main__ import main
 
+    if moments:
+        install(*moments)
     main()
 
 
@@ -40,7 +44,7 @@ def serve() -> None:
             _, status = os.waitpid(request["wait"], 0)
             answer = os.waitstatus_to_exitcode(status)
         elif (answer := os.fork()) == 0:
-            _child(request["arguments"], request["log"])
+            _child(**request)
             sys.exit(0)
         print(json.dumps(answer), flush=True)
 
@@ -58,9 +62,9 @@ class Forks:
         print(json.dumps(request), file=self._server.stdin, flush=True)
         return json.loads(self._server.stdout.readline())
 
-    def start(self, arguments: list[str], log: Path) -> int:
+    def start(self, arguments: list[str], log: Path, moments: list | None = None) -> int:
         """The number of a new process, which leads a group of its own."""
-        return self._ask({"arguments": arguments, "log": str(log)})
+        return self._ask({"arguments": arguments, "log": str(log), "moments": moments})
 
     def wait(self, process: int) -> int:
         """Its exit status, minus the signal that ended it."""

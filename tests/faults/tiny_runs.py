@@ -109,5 +109,5 @@ def differences(workdir: Path, expected: Path, unevaluated: bool = False) -> lis
     ours, theirs = (arrays(run / "checkpoints" / str(STEPS)) for run in (workdir, expected))
     found += sorted(ours.keys() ^ theirs.keys())
     found += [name for name in ours.keys() & theirs.keys() if ours[name].tobytes() != theirs[name].tobytes()]
-    left = [path for path in workdir.rglob("*") if ".partial" in path.name or path.name.endswith(".tmp")]
+    left = [path for path in workdir.rglob("*") if any(sign in path.name for sign in (".partial", ".tmp", "-tmp"))]
     return found + [str(path) for path in left if "compile_cache" not in path.parts]
