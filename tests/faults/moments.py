@@ -21,7 +21,8 @@ PASSING = re.compile(r"(partial-|\.tfevents\.|/metrics\.)\d[\w.-]*")  # names wi
 def install(folder: str, log: str | None, moment: str | None) -> None:
     """Writes the moments that change the folder to the log, a line each, or kills this process at one of them."""
     counts: Counter[str] = Counter()
-    lock = threading.RLock()
+    lock = threading.Lock()
+    said = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT) if log else None
 
     def hook(event: str, arguments: tuple) -> None:
         if event not in CHANGES and not (event == "open" and arguments[2] & WRITES):
@@ -31,7 +32,7 @@ def install(folder: str, log: str | None, moment: str | None) -> None:
             return
         path = os.fsdecode(path)
         inside = event == "os.remove" and arguments[-1] != -1  # of a folder that is being removed
-        if not inside and (not path.startswith(folder) or "/compile_cache" in path):
+        if not inside and (not f"{path}/".startswith(f"{folder}/") or "/compile_cache" in path):
             return
         what = f"{event} {PASSING.sub(lambda found: found[1], path.removeprefix(folder))}"
         with lock:
@@ -39,10 +40,8 @@ def install(folder: str, log: str | None, moment: str | None) -> None:
             now = f"{what} #{counts[what]}"
             if now == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
-            if log:
-                descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-                os.write(descriptor, f"{now}\n".encode())
-                os.close(descriptor)
+            if said is not None:
+                os.write(said, f"{now}\n".encode())
 
     sys.addaudithook(hook)
 
