@@ -55,11 +55,14 @@ def write_list(folder: Path, leave: Collection[str] = ()) -> None:
     (folder / LIST).write_text(_text(checksums(folder, leave)), encoding="utf-8")
 
 
-def what_is_wrong(folder: Path, *, whole: bool = True, share: tuple[int, int] = (0, 1), foreign: bool = True) -> str:
+def what_is_wrong(
+    folder: Path, *, read: str | tuple[()] = "", share: tuple[int, int] = (0, 1), foreign: bool = True
+) -> str:
     """How a listed folder differs from its list, "" where it does not.
 
-    `whole` reads every file, else only those of at most SMALL bytes: of others the size is compared. `share`: the part
-    of process i of n of the reading. `foreign`: a file that is not listed is wrong; names with a dot ahead are not.
+    Files whose names begin with `read` (with (), none) are read, and those of at most SMALL bytes; of others the size
+    is compared. `share`: the part of process i of n of the reading. `foreign`: a file that is not listed is wrong;
+    names with a dot ahead are not.
     """
     try:
         text = (folder / LIST).read_text(encoding="utf-8")
@@ -77,8 +80,8 @@ def what_is_wrong(folder: Path, *, whole: bool = True, share: tuple[int, int] = 
     ]
     said += [f"{name} is foreign" for name in sizes.keys() - listed.keys() if foreign and not name.startswith(".")]
     if not said:
-        read = sorted((-size, name) for name, (size, _) in listed.items() if whole or size <= SMALL)
-        mine = [name for _, name in read[share[0] :: share[1]]]
+        due = sorted((-size, name) for name, (size, _) in listed.items() if size <= SMALL or name.startswith(read))
+        mine = [name for _, name in due[share[0] :: share[1]]]
         with ThreadPoolExecutor(_THREADS) as pool:
             said = list(filter(None, pool.map(lambda name: _differs(folder / name, name, listed[name]), mine)))
     return some(said)

@@ -11,6 +11,7 @@ from steerjax.checksums import LIST, what_is_wrong
 from steerjax.errors import CheckpointError, ModelError
 
 ABOUT = "steerjax.json"
+MODEL = "params/"  # what most commands read of a checkpoint; the training state is several times as large
 
 
 def is_step(directory: Path) -> bool:
@@ -24,13 +25,13 @@ def steps_of(checkpoints: Path) -> list[Path]:
     return sorted(found, key=lambda step: int(step.name), reverse=True)
 
 
-def damage(step: Path, *, whole: bool = True, share: tuple[int, int] = (0, 1)) -> str:
+def damage(step: Path, *, read: str | tuple[()] = MODEL, share: tuple[int, int] = (0, 1)) -> str:
     """What is wrong with a checkpoint, "" where nothing is known to be; arguments as `what_is_wrong`.
 
     One that has no list, of an older steerjax, must have what each has.
     """
     if (step / LIST).exists():
-        return what_is_wrong(step, whole=whole, share=share)
+        return what_is_wrong(step, read=read, share=share)
     said = {}
     metrics = ["metrics/metrics"] if (step / "metrics").exists() else []
     for name in ("params/_METADATA", "provenance/metadata", *metrics):

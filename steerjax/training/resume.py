@@ -65,7 +65,7 @@ def set_damaged_aside(
     """
     sound, damaged, share = None, [], (processes.index, processes.count)
     for step in steps_of(checkpoints):
-        problem = damage(step, whole=whole and sound is None, share=share)
+        problem = damage(step, read="" if whole and sound is None else (), share=share)
         if problem:
             say(f"'{step}' is damaged: {problem}")
         if any_process(bool(problem)):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from steerjax import checksums
 from steerjax.bundle import locate
 from steerjax.bundle.store import CheckpointStore
 from steerjax.chat.tokenizer import load_tokenizer
@@ -83,6 +84,15 @@ def test_damage_of_a_checkpoint_is_named_and_the_one_before_is_used(run, capsys)
         tried += 1
     assert tried > 40
     assert locate(run) == newest
+
+
+@pytest.mark.parametrize(("item", "opened"), [("params", "3"), ("training", "5")])
+def test_a_model_is_opened_without_reading_its_training_state(run, monkeypatch, item, opened):
+    monkeypatch.setattr(checksums, "SMALL", 0)
+    damage(next((run / "checkpoints" / "5" / item).glob("d/*")), "flip", 0)
+    assert locate(run).name == opened
+    aside(run)
+    assert steps(run) == ["3", "5.damaged"]
 
 
 def test_foreign_files_and_a_folder_that_is_gone_are_damage(run):

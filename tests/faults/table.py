@@ -20,6 +20,11 @@ Row = Sequence  # door, kind, tried, failed
 # What is promised, the file of the test that holds it, and the doors whose counts say how often it was tried.
 PROMISES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("A run that is killed goes on to the bits of one that is not", "test_kills.py", ("run killed",)),
+    (
+        "So does any command that is killed before any one thing that it does to a file, and once more as it goes on",
+        "test_every_moment.py",
+        ("killed at every moment",),
+    ),
     ("A run that is asked to stop goes on to the same bits", "test_kills.py", ("run stopped",)),
     ("Of two starts in one folder one is refused, and neither is damaged", "test_double_starts.py", ("double start",)),
     (
