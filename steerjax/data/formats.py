@@ -12,7 +12,7 @@ from steerjax.data.conversation import LOG_PROBABILITIES, ROLES, Conversation, S
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import SCHEMAS, Schema, check_rating, parse_label
 
-Row = dict[str, Any]
+JsonRow = dict[str, Any]
 
 _HH = re.compile(r"\n\n(Human|Assistant):")
 _MARKER = re.compile(r"\n<extra_id_1>(Assistant|User)\n")
@@ -27,7 +27,7 @@ _NAMED = "data.attributes or data.schema in training, --attribute or --schema in
 _UNREAD = {"tool_calls", "function_call", "tool_call_id", "weight"}  # would change what a turn means
 
 
-def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rated: bool = True) -> Conversation:
+def conversation_from_row(row: JsonRow, schema: Schema, format: str = "auto", *, rated: bool = True) -> Conversation:
     """One row as a conversation; where it is not `rated`, a response needs no column of an attribute.
 
     Raises DataError: names the field. ConfigError: `format` is neither "auto" nor in `FORMATS`.
@@ -68,7 +68,7 @@ def conversation_from_row(row: Row, schema: Schema, format: str = "auto", *, rat
     )
 
 
-def _detect_format(row: Row) -> str:
+def _detect_format(row: JsonRow) -> str:
     keys = row.keys() | {"prompt"} if "response" in row else row.keys()
     keys = keys - {"completion" if "response" in row else "prompt"} if "completion" in keys else keys
     names = [name for name, (key, _) in FORMATS.items() if key in keys and name not in ("helpsteer2", "sharegpt")]
@@ -84,15 +84,15 @@ def _detect_format(row: Row) -> str:
     return names[0]
 
 
-def _helpsteer(row: Row, schema: Schema, key: str) -> list[Turn]:
+def _helpsteer(row: JsonRow, schema: Schema, key: str) -> list[Turn]:
     return [Turn("user", text_of(row, key)), Turn("assistant", text_of(row, "response"))]
 
 
-def _helpsteer2(row: Row, schema: Schema, key: str) -> list[Turn]:
+def _helpsteer2(row: JsonRow, schema: Schema, key: str) -> list[Turn]:
     return [*prompt_turns(row, key), *_helpsteer(row, schema, key)[1:]]
 
 
-def _rate_last(turns: list[Turn], row: Row, schema: Schema, key: str) -> None:
+def _rate_last(turns: list[Turn], row: JsonRow, schema: Schema, key: str) -> None:
     """Ratings in the row's columns, or its `ratings`, belong to the last assistant turn."""
     columns, more = _columns(row, schema), _ratings(row, "ratings", schema)
     if rated := {**(columns or {}), **(more or {})}:
@@ -104,7 +104,7 @@ def _rate_last(turns: list[Turn], row: Row, schema: Schema, key: str) -> None:
         turns[last] = replace(turns[last], ratings=rated)
 
 
-def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
+def _columns(row: JsonRow, schema: Schema) -> dict[str, float] | None:
     """Ratings in columns of the attributes' names; a list (HelpSteer2's `disagreements`) counts as its mean."""
     columns = {attribute.name: row.get(attribute.name) for attribute in schema.attributes}
     for name, value in columns.items():
@@ -113,7 +113,7 @@ def _columns(row: Row, schema: Schema) -> dict[str, float] | None:
     return _checked(columns, schema)
 
 
-def prompt_turns(row: Row, key: str = "prompt") -> tuple[Turn, ...]:
+def prompt_turns(row: JsonRow, key: str = "prompt") -> tuple[Turn, ...]:
     """HelpSteer2's `{user}\\n<extra_id_1>Assistant\\n{assistant}\\n<extra_id_1>User\\n{user}` as turns.
 
     A text whose markers do not alternate up to a user turn stays whole.
@@ -125,7 +125,7 @@ def prompt_turns(row: Row, key: str = "prompt") -> tuple[Turn, ...]:
     return tuple(Turn(ROLES[i % 2], text_of({key: piece}, key)) for i, piece in enumerate(pieces[::2]))
 
 
-def _reference(row: Row, schema: Schema, key: str) -> list[Turn]:
+def _reference(row: JsonRow, schema: Schema, key: str) -> list[Turn]:
     """Markers in a user's text are HelpSteer2's, which the reference's conversion leaves in place."""
     masked = [name.strip().casefold() for name in value_of(row, "mask", str, "User").split(",")]  # the user's side
     if "assistant" in masked:
@@ -137,7 +137,7 @@ def _reference(row: Row, schema: Schema, key: str) -> list[Turn]:
     return turns
 
 
-def read_dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str] = _SPEAKERS) -> list[Turn]:
+def read_dialogue(row: JsonRow, schema: Schema, key: str, speakers: Mapping[str, str] = _SPEAKERS) -> list[Turn]:
     """A list of turns, of which the first may be the system text."""
     named = key in ("conversations", "prompt_turns")
     role_key, content_key = ("from", "value") if named else ("role", "content")
@@ -161,7 +161,7 @@ def read_dialogue(row: Row, schema: Schema, key: str, speakers: Mapping[str, str
     return turns
 
 
-def _content(entry: Row, key: str) -> str:
+def _content(entry: JsonRow, key: str) -> str:
     """A text, or a list of `{"type": "text", "text": ...}` as one text."""
     content = entry.get(key)
     if not isinstance(content, list):
@@ -175,7 +175,7 @@ def _content(entry: Row, key: str) -> str:
     return text
 
 
-def _ratings(entry: Row, key: str, schema: Schema) -> dict[str, float] | None:
+def _ratings(entry: JsonRow, key: str, schema: Schema) -> dict[str, float] | None:
     """Ratings by name; a `label` is the reference's `helpfulness:4,correctness:3`."""
     given = value_of(entry, key, str if key == "label" else dict, None)
     with inside(f"{key}."):
@@ -191,7 +191,7 @@ def _unbounded(schema: Schema) -> Schema:
     return Schema(tuple(replace(a, low=-1e30, high=1e30) for a in schema.attributes))
 
 
-def _alpaca(row: Row, schema: Schema, key: str) -> list[Turn]:
+def _alpaca(row: JsonRow, schema: Schema, key: str) -> list[Turn]:
     """Joined by a line break, as LLaMA-Factory does."""
     if row.get("history"):
         raise DataError("earlier turns are not read", "history", "write the row as messages (docs/formats.md)")
@@ -199,11 +199,11 @@ def _alpaca(row: Row, schema: Schema, key: str) -> list[Turn]:
     return [Turn("user", f"{question}\n{more}" if more else question), Turn("assistant", text_of(row, "output"))]
 
 
-def _completion(row: Row, schema: Schema, key: str) -> list[Turn]:
+def _completion(row: JsonRow, schema: Schema, key: str) -> list[Turn]:
     return after_prompt(_side(row, schema, "prompt", "user"), _side(row, schema, key, "assistant"), key)
 
 
-def _side(row: Row, schema: Schema, key: str, role: str) -> list[Turn]:
+def _side(row: JsonRow, schema: Schema, key: str, role: str) -> list[Turn]:
     """TRL's: a text of this role, or messages."""
     return read_dialogue(row, schema, key) if isinstance(row.get(key), list) else [Turn(role, text_of(row, key))]
 
@@ -239,7 +239,7 @@ FORMATS = {  # name -> (the key that tells it, (row, schema, key) -> turns)
 # Responses that a model gave to a prompt, with log-probabilities.
 
 
-def _sampled(row: Row, schema: Schema, turns: Sequence[Turn]) -> tuple[dict[str, float], tuple[Sample, ...]]:
+def _sampled(row: JsonRow, schema: Schema, turns: Sequence[Turn]) -> tuple[dict[str, float], tuple[Sample, ...]]:
     """The ratings that were asked for, and the responses; NeMo-Aligner's `SteerLM2Dataset`."""
     if turns[-1].role != "user":
         raise DataError("does not end with the user", "prompt_turns", "write the responses under 'responses'")
@@ -257,7 +257,7 @@ def _sampled(row: Row, schema: Schema, turns: Sequence[Turn]) -> tuple[dict[str,
     return asked, tuple(samples)
 
 
-def _log_probability(entry: Row, key: str) -> float:
+def _log_probability(entry: JsonRow, key: str) -> float:
     """A number, or a text of one."""
     value = entry.get(key)
     try:
@@ -283,7 +283,7 @@ class Pair(NamedTuple):
     strength: float
 
 
-def _trl(row: Row, schema: Schema) -> Pair:
+def _trl(row: JsonRow, schema: Schema) -> Pair:
     """TRL's, UltraFeedback's and RewardBench's: texts, or messages with the prompt apart, inside, or both."""
     before = [] if row.get("prompt") is None else _side(row, schema, "prompt", "user")
 
@@ -305,24 +305,24 @@ def _hh(text: str, key: str) -> list[Turn]:
     return [Turn(roles[name], said.strip()) for name, said in zip(pieces[::2], pieces[1::2], strict=True)]
 
 
-def _helpsteer2_pair(row: Row, schema: Schema) -> Pair:
+def _helpsteer2_pair(row: JsonRow, schema: Schema) -> Pair:
     return _two(list(prompt_turns(row)), row, "response_1", "response_2", "preference_strength")
 
 
-def _helpsteer3_pair(row: Row, schema: Schema) -> Pair:
+def _helpsteer3_pair(row: JsonRow, schema: Schema) -> Pair:
     text = isinstance(row.get("context"), str)
     before = [Turn("user", text_of(row, "context"))] if text else read_dialogue(row, schema, "context")
     return _two(before, row, "response1", "response2", "overall_preference")
 
 
-def _two(before: list[Turn], row: Row, first: str, second: str, preference: str) -> Pair:
+def _two(before: list[Turn], row: JsonRow, first: str, second: str, preference: str) -> Pair:
     """A preference below 0 is for the first."""
     sides = [[*before, Turn("assistant", text_of(row, key))] for key in (first, second)]
     strength = _number(row, preference)
     return Pair(*(sides if strength < 0 else sides[::-1]), abs(strength))
 
 
-def _number(row: Row, key: str, *default: Any) -> float:
+def _number(row: JsonRow, key: str, *default: Any) -> float:
     value = row.get(key)
     if value is None and default:
         return default[0]
@@ -331,14 +331,14 @@ def _number(row: Row, key: str, *default: Any) -> float:
     return float(value)
 
 
-PAIRS: dict[str, tuple[tuple[str, ...], Callable[[Row, Schema], Pair]]] = {  # name -> (keys that tell it, reader)
+PAIRS: dict[str, tuple[tuple[str, ...], Callable[[JsonRow, Schema], Pair]]] = {  # name -> (keys that tell it, reader)
     "preference": (("chosen", "rejected"), _trl),
     "helpsteer2_preference": (("response_1", "response_2", "preference_strength"), _helpsteer2_pair),
     "helpsteer3": (("response1", "response2", "overall_preference"), _helpsteer3_pair),
 }
 
 
-def pair_of(row: Row, schema: Schema, format: str) -> Pair | None:
+def pair_of(row: JsonRow, schema: Schema, format: str) -> Pair | None:
     """The pair of a row of this format; of `auto`, where the row's keys tell one. None for a row that is no pair."""
     for name, (keys, read) in PAIRS.items():
         if name == format or (format == "auto" and row.keys() >= set(keys)):
@@ -356,7 +356,7 @@ def _check_pair(chosen: Sequence[Turn], rejected: Sequence[Turn], strength: floa
         raise DataError("both responses are the same text", "rejected", "remove the row; nothing can be learnt of it")
 
 
-def is_pair(row: Row) -> bool:
+def is_pair(row: JsonRow) -> bool:
     """Whether its keys tell a layout of pairs."""
     return any(row.keys() >= set(keys) for keys, _ in PAIRS.values())
 
@@ -367,7 +367,7 @@ _NO_RATINGS = frozenset(
 )
 
 
-def unread_numbers(row: Row, schema: Schema) -> Iterator[str]:
+def unread_numbers(row: JsonRow, schema: Schema) -> Iterator[str]:
     """Keys of a row, and of its messages, with numbers that no attribute reads: ratings, perhaps. A list or an object
     of numbers counts as a number.
 
@@ -382,7 +382,7 @@ def unread_numbers(row: Row, schema: Schema) -> Iterator[str]:
                 yield from (f"{key}[].{name}" for name in _numbers(entry) if name not in known)
 
 
-def _numbers(row: Row) -> Iterator[str]:
+def _numbers(row: JsonRow) -> Iterator[str]:
     for key, value in row.items():
         values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
         if key not in _NO_RATINGS and values and all(type(one) in (int, float) for one in values):
@@ -413,7 +413,7 @@ def check_kind(kind: type, value: object, field: str) -> None:
         raise DataError("contains half a surrogate pair", field, "write both halves, as in \\uD83D\\uDE00") from None
 
 
-def value_of(row: Row, key: str, kind: type, *default: Any) -> Any:
+def value_of(row: JsonRow, key: str, kind: type, *default: Any) -> Any:
     """The value of a key, a `kind`; null is missing, and refused unless there is a default."""
     value = row.get(key)
     if value is None and default:
@@ -424,7 +424,7 @@ def value_of(row: Row, key: str, kind: type, *default: Any) -> Any:
     return value
 
 
-def text_of(row: Row, key: str) -> str:
+def text_of(row: JsonRow, key: str) -> str:
     """The text of a key, not blank."""
     text = value_of(row, key, str)
     if not text.strip():
@@ -432,7 +432,7 @@ def text_of(row: Row, key: str) -> str:
     return text
 
 
-def name_of(row: Row) -> str:
+def name_of(row: JsonRow) -> str:
     """The `id` of a row or turn, "" where there is none; dumps number theirs."""
     name = row.get("id")
     return str(name) if type(name) is int else value_of(row, "id", str, "")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.formats import Row, check_kind, check_turns, inside, text_of, value_of
+from steerjax.data.formats import JsonRow, check_kind, check_turns, inside, text_of, value_of
 from steerjax.data.readers import iter_rows
 from steerjax.errors import ConfigError, DataError
 from steerjax.schema import OASST, Attribute, Schema, check_rating
@@ -32,7 +32,7 @@ def read_threads(
         raise ConfigError(f"the schema has none of {', '.join(OASST.names)}; cure: use the schema oasst or steerlm")
     counts, empty = Counter(), True
 
-    def kept(message: Row) -> bool:
+    def kept(message: JsonRow) -> bool:
         deleted = not keep_deleted and message.get("deleted")
         if not deleted and (not lang or message.get("lang") == lang):
             return True
@@ -57,9 +57,9 @@ def read_threads(
         raise DataError(f"no thread is left: {reasons}", file=source, cure="look at --lang and --keep-deleted")
 
 
-def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
+def _trees(source: str) -> Iterator[tuple[int, JsonRow | DataError]]:
     """(line, root message) of each tree, replies nested under `replies`; messages one by one come last."""
-    flat: dict[str, tuple[int, Row]] = {}
+    flat: dict[str, tuple[int, JsonRow]] = {}
     for line, row in iter_rows(source):
         if isinstance(row, DataError) or "replies" in row:
             yield line, row
@@ -84,7 +84,7 @@ def _trees(source: str) -> Iterator[tuple[int, Row | DataError]]:
             yield line, DataError("the message leads to no root", "parent_id", cure)
 
 
-def _all(root: Row) -> list[Row]:
+def _all(root: JsonRow) -> list[JsonRow]:
     """The message, and all replies below it."""
     messages = [root]
     for message in messages:
@@ -92,7 +92,7 @@ def _all(root: Row) -> list[Row]:
     return messages
 
 
-def _replies(message: Row) -> list[Row]:
+def _replies(message: JsonRow) -> list[JsonRow]:
     with inside(f"message {message.get('message_id')}."):
         replies = value_of(message, "replies", list, [])
         for reply in replies:
@@ -100,9 +100,9 @@ def _replies(message: Row) -> list[Row]:
     return replies
 
 
-def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], counts: Counter[str]) -> Iterator[tuple]:
+def _threads(root: JsonRow, schema: Schema, kept: Callable[[JsonRow], bool], counts: Counter[str]) -> Iterator[tuple]:
     """The paths from the root to each leaf, depth first, replies in their order."""
-    below: list[tuple[Row, tuple[Turn, ...]]] = [(root, ())] if kept(root) else []
+    below: list[tuple[JsonRow, tuple[Turn, ...]]] = [(root, ())] if kept(root) else []
     while below:
         message, turns = below.pop()
         replies = [reply for reply in _replies(message) if kept(reply)]
@@ -116,7 +116,7 @@ def _threads(root: Row, schema: Schema, kept: Callable[[Row], bool], counts: Cou
         below += [(reply, turns) for reply in reversed(replies)]
 
 
-def _turn(message: Row, schema: Schema) -> Turn:
+def _turn(message: JsonRow, schema: Schema) -> Turn:
     name = text_of(message, "message_id")
     with inside(f"message {name}."):
         if (speaker := text_of(message, "role")) not in _ROLES:
@@ -126,7 +126,7 @@ def _turn(message: Row, schema: Schema) -> Turn:
         return Turn(_ROLES[speaker], text_of(message, "text"), ratings or None, id=name)
 
 
-def _ratings(labels: Row, attributes: tuple[Attribute, ...]) -> dict[str, float]:
+def _ratings(labels: JsonRow, attributes: tuple[Attribute, ...]) -> dict[str, float]:
     """Of `{"quality": {"value": 0.75, ...}}`, or of the hub's `{"name": [...], "value": [...]}`; 0 to 1."""
     ratings = {}
     with inside("labels."):

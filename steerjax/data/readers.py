@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from steerjax.data.conversation import Conversation
-from steerjax.data.formats import Row, conversation_from_row, unread_numbers
+from steerjax.data.formats import JsonRow, conversation_from_row, unread_numbers
 from steerjax.errors import DataError
 from steerjax.schema import Schema
 from steerjax.typed import typed
 
 T = TypeVar("T")
-Rows = Iterator[tuple[int, Row | DataError]]
+Rows = Iterator[tuple[int, JsonRow | DataError]]
 
 EMBEDDED = ("helpsteer", "helpsteer2")
 _SAMPLES = Path(__file__).with_name("samples")
@@ -180,8 +180,8 @@ def _parse(raw: bytes) -> Any:
         raise DataError(f"broken JSON: {what}", line=line, cure=cure) from None
 
 
-def _object(pairs: Iterable[tuple[str, Any]]) -> Row:
-    row: Row = {}
+def _object(pairs: Iterable[tuple[str, Any]]) -> JsonRow:
+    row: JsonRow = {}
     for key, value in pairs:
         if key in row:
             raise DataError("stands twice", key, "keep one of the two")

@@ -19,7 +19,16 @@ import numpy as np
 
 from steerjax.command import MODEL, add_scoring_options
 from steerjax.data.conversation import Conversation, Turn
-from steerjax.data.formats import after_prompt, check_turns, inside, name_of, read_dialogue, text_of, value_of
+from steerjax.data.formats import (
+    JsonRow,
+    after_prompt,
+    check_turns,
+    inside,
+    name_of,
+    read_dialogue,
+    text_of,
+    value_of,
+)
 from steerjax.data.loading import Skipped, file_hashes, write_skipped
 from steerjax.errors import DataError
 from steerjax.evaluation.suite import Result, kept_rows
@@ -32,14 +41,12 @@ LONGER = "longer wins/"  # prefix of the figures of the baseline whose score is 
 CHUNK = 16  # rows that are packed together, and lost when interrupted, for each of --rows
 _MANY = 3  # scores beside which a table has no room for intervals
 
-Row = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Item:
     """A row of a benchmark: the keys that are kept of it, `id` among them, and its completions with their prompt."""
 
-    kept: Row
+    kept: JsonRow
     conversations: tuple[Conversation, ...]
 
     def content(self) -> list:
@@ -69,7 +76,7 @@ def scalars(text: str | None, schema: Schema) -> dict[str, dict[str, float]]:
     return {name: {name: 1.0} for name in schema.names} | known
 
 
-def prompt_of(row: Row, key: str = "prompt") -> list[Turn]:
+def prompt_of(row: JsonRow, key: str = "prompt") -> list[Turn]:
     """The turns before a completion: a text, or messages. Raises DataError, which names the key."""
     return read_dialogue(row, STEERLM, key) if isinstance(row.get(key), list) else [Turn("user", text_of(row, key))]
 
@@ -87,7 +94,7 @@ def completed(prompt: Sequence[Turn], said: str | Sequence[Turn], field: str) ->
     return Conversation(tuple(turns), system)
 
 
-def texts_of(row: Row, key: str) -> list[str]:
+def texts_of(row: JsonRow, key: str) -> list[str]:
     """A list of texts, at least one. Raises DataError, which names the key and place."""
     found = value_of(row, key, list)
     for place, text in enumerate(found):
@@ -99,9 +106,9 @@ def texts_of(row: Row, key: str) -> list[str]:
 
 
 def scored_rows(
-    options: argparse.Namespace, read: Callable[[Row, str], tuple[Row, Sequence[Conversation]]],
+    options: argparse.Namespace, read: Callable[[JsonRow, str], tuple[JsonRow, Sequence[Conversation]]],
     check: Callable[[Sequence[Item]], None] = lambda items: None,
-) -> tuple[list[Row], dict[str, str]]:  # fmt: skip
+) -> tuple[list[JsonRow], dict[str, str]]:  # fmt: skip
     """The rows of rows.jsonl and a summary. `read(row, source)` gives what is kept of a row, and its completions with
     their prompt; `check` sees all rows before any is scored.
 
@@ -113,7 +120,7 @@ def scored_rows(
 
     skipped: list[Skipped] = []
 
-    def item(source: str, row: Row, line: int) -> Item:
+    def item(source: str, row: JsonRow, line: int) -> Item:
         kept, conversations = read(row, source)
         kept = {"id": name_of(row) or f"{source}:{line}"} | kept
         return Item(kept, tuple(replace(one, id=kept["id"], file=source, line=line) for one in conversations))
@@ -144,7 +151,7 @@ def scored_rows(
     return rows, summary
 
 
-def _scored(items: Sequence[Item], scorer, scores: Mapping[str, Mapping], skip: bool, part: range) -> list[Row]:
+def _scored(items: Sequence[Item], scorer, scores: Mapping[str, Mapping], skip: bool, part: range) -> list[JsonRow]:
     from steerjax.inference.scorer import predicted_ratings
 
     items = items[part.start : part.stop]
@@ -168,12 +175,12 @@ def _described(name: str, weights: Mapping[str, float]) -> str:
     return name if weights == {name: 1.0} else f"{name} = {terms}"
 
 
-def scored(rows: Sequence[Row]) -> list[Row]:
+def scored(rows: Sequence[JsonRow]) -> list[JsonRow]:
     """The rows that have scores."""
     return [row for row in rows if "skipped" not in row]
 
 
-def scores_of(rows: Sequence[Row]) -> dict[str, list[list[float]]]:
+def scores_of(rows: Sequence[JsonRow]) -> dict[str, list[list[float]]]:
     """Prefix of a score's figures -> its values for the completions of each row; the baseline's stands last.
 
     The prefix is "" where there is one score, so that models with one score each can be compared, whatever it is of.
@@ -195,8 +202,8 @@ def section_means(codes: np.ndarray, values: np.ndarray, count: int) -> np.ndarr
 
 
 def result(
-    options: argparse.Namespace, rows: Sequence[Row], summary: Mapping[str, str], columns: Columns, measure: Measure, *,
-    title: str, sections: Mapping[str, float | None], ties: str, whole: int = 0,
+    options: argparse.Namespace, rows: Sequence[JsonRow], summary: Mapping[str, str], columns: Columns,
+    measure: Measure, *, title: str, sections: Mapping[str, float | None], ties: str, whole: int = 0,
 ) -> Result:  # fmt: skip
     """The table, the plot sections.png and notes. `sections`: figure -> what chance gives, None where that says
     nothing; `ties`: what becomes of equal scores; `whole`: rows of the published benchmark, 0 where it has several."""
