@@ -77,9 +77,7 @@ def whole_folder(path: str | os.PathLike, *also: type[Exception]) -> Iterator[Pa
         try:
             _own(own)
             yield partial
-            for file in sorted(partial.rglob("*"), reverse=True):
-                _sync(file)
-            _sync(partial)
+            sync(partial)
             if target.exists():
                 os.rename(target, before)
             os.rename(partial, target)
@@ -90,6 +88,12 @@ def whole_folder(path: str | os.PathLike, *also: type[Exception]) -> Iterator[Pa
                 os.rename(before, target)
             for left in (partial, before):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+def sync(folder: Path) -> None:
+    """Returns when all that it holds is on disk, so that no loss of power leaves a half under the name that it gets."""
+    for path in (*sorted(folder.rglob("*"), reverse=True), folder):
+        _sync(path)
 
 
 def make_folder(path: str | os.PathLike) -> None:

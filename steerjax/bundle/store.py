@@ -25,7 +25,7 @@ from orbax.checkpoint import path as ocp_path
 from steerjax.bundle.reader import CheckpointReader
 from steerjax.checksums import write_list
 from steerjax.errors import CheckpointError
-from steerjax.files import cannot_write
+from steerjax.files import cannot_write, sync
 
 METRIC = "loss"
 CHUNK_BYTES = 64 << 20
@@ -78,6 +78,7 @@ class _Listed(ocp_path.atomicity.AtomicRenameTemporaryPath):
         await super().finalize()
         listed, self._final_path = Path(self._final_path), final
         await asyncio.to_thread(write_list, listed)
+        await asyncio.to_thread(sync, listed)
         listed.rename(final)
 
 
