@@ -79,9 +79,12 @@ class Sweep:
 
 
 def _other_content(ours, whole):
-    """But for where it lies, which results.json says."""
-    found, expected = content(ours), content(whole)
-    found = {name: value.replace(bytes(ours.parent), bytes(whole.parent)) for name, value in found.items()}
+    """Names of files that differ, but for where they lie and what this start computed of it, which reports say."""
+    found, expected = (
+        {name: [line for line in lines.splitlines() if b"computed" not in line] for name, lines in content(out).items()}
+        for out in (ours, whole)
+    )
+    found = {n: [line.replace(bytes(ours.parent), bytes(whole.parent)) for line in x] for n, x in found.items()}
     return [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
 
 
