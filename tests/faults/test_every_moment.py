@@ -58,7 +58,10 @@ class Sweep:
         """After a kill at one moment, one at another, if it comes to that, and a start that nobody disturbs."""
         output = self.folder / "killed" / self.name
         shutil.rmtree(output.parent, ignore_errors=True)
-        for killed_at in (moment, again, None):
+        status, said = self.run(output, moment=moment)
+        if status != -signal.SIGKILL:
+            return [f"the moment did not come: {said}"]
+        for killed_at in (again, None):
             status, said = self.run(output, moment=killed_at)
             if status != -signal.SIGKILL:
                 break
@@ -78,14 +81,24 @@ class Sweep:
         assert not failed
 
 
-def _other_content(ours, whole):
-    """Names of files that differ, but for where they lie and what this start computed of it, which reports say."""
-    found, expected = (
-        {name: [line for line in lines.splitlines() if b"computed" not in line] for name, lines in content(out).items()}
-        for out in (ours, whole)
-    )
-    found = {n: [line.replace(bytes(ours.parent), bytes(whole.parent)) for line in x] for n, x in found.items()}
+def _differences(found, expected, ours, whole):
+    """Names of what differs, but for where it lies and what this start computed of it, which reports say."""
+
+    def told(value, folder):
+        if not isinstance(value, bytes):
+            return value
+        return [line.replace(bytes(folder), b"") for line in value.splitlines() if b"computed" not in line]
+
+    found, expected = ({n: told(v, at) for n, v in x.items()} for x, at in ((found, ours), (expected, whole)))
     return [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+
+
+def _other_content(ours, whole):
+    return _differences(content(ours), content(whole), ours, whole)
+
+
+def _other_iterations(ours, whole):
+    return _differences(iteration.content(ours), iteration.content(whole), ours, whole)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +148,7 @@ def commands(folder):
         "iterate": (
             ("iterate", "--config", recipe, "--prompts", prompts, "--reward-model", judge, "--attributes",
              "helpfulness=1,verbosity=0", "--samples", 4, "--max-new-tokens", 16, "--workdir"), "work",
-            lambda ours, whole: [] if iteration.content(ours) == iteration.content(whole) else ["other content"],
+            _other_iterations,
         ),
     }  # fmt: skip
 
