@@ -34,7 +34,8 @@ def install(folder: str, log: str | None, moment: str | None) -> None:
         inside = event == "os.remove" and arguments[-1] != -1  # of a folder that is being removed
         if not inside and (not f"{path}/".startswith(f"{folder}/") or "/compile_cache" in path):
             return
-        what = f"{event} {PASSING.sub(lambda found: found[1], path.removeprefix(folder))}"
+        name = "in a folder" if inside else PASSING.sub(lambda found: found[1], path.removeprefix(folder))
+        what = f"{event} {name}"
         with lock:
             counts[what] += 1
             now = f"{what} #{counts[what]}"
