@@ -103,9 +103,9 @@ def _other_iterations(ours, whole):
 
 @pytest.fixture(scope="module")
 def training(forks, folder):
-    folder = folder / "train"
-    words = ("train", "--config", write_recipe(folder.parent), "--workdir")
-    return Sweep(forks, folder, words, differ=differences)
+    (data := folder / "recipe").mkdir()
+    words = ("train", "--config", write_recipe(data), "--workdir")
+    return Sweep(forks, folder / "train", words, differ=differences)
 
 
 @pytest.mark.parametrize("part", range(PARTS))
