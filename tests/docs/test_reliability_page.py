@@ -14,6 +14,6 @@ def test_every_promise_has_a_test_that_counts_its_doors():
 
 
 def test_nothing_that_was_tried_failed():
-    """But for the race with jax's own watch of process 0, which the page says is not promised."""
+    """But for a process that Gloo aborts when process 0 is killed, which the page says is not promised."""
     assert [row[:2] for row in read() if row[3]] in ([], [["one of four processes", "kill"]])
     assert "process 0's end is named" in PAGE.read_text().partition("## What is not promised")[2]
