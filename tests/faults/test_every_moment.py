@@ -6,6 +6,7 @@ A random moment seldom hits these; with a large model's files an instant of here
 import random
 import shutil
 import signal
+from functools import partial
 
 import pytest
 
@@ -32,13 +33,28 @@ def forks(folder, repository):
     found.close()
 
 
+def _differences(content, ours, whole):
+    """Names of what differs, but for where it lies and what this start computed of it, which reports say."""
+
+    def told(value, folder):
+        if not isinstance(value, bytes):
+            return value
+        return [line.replace(bytes(folder), b"") for line in value.splitlines() if b"computed" not in line]
+
+    found, expected = ({name: told(value, out) for name, value in content(out).items()} for out in (ours, whole))
+    return [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+
+
+OTHER_CONTENT = partial(_differences, content)
+
+
 class Sweep:
     """A command whose last argument is where it writes; `done` is what it says of an output that is whole."""
 
-    def __init__(self, forks, folder, words, name="out", differ=None, done=None):
+    def __init__(self, forks, folder, words, name="out", differ=OTHER_CONTENT, done=None):
         self.forks, self.folder, self.name, self.done = forks, folder, name, done
         self.words = list(map(str, words))
-        self.differ = differ or _other_content
+        self.differ = differ
         folder.mkdir()
         for attempt in ("first", "whole"):  # the first compiles
             self.whole, log = folder / attempt / name, folder / f"{attempt}.moments"
@@ -81,26 +97,6 @@ class Sweep:
         assert not failed
 
 
-def _differences(found, expected, ours, whole):
-    """Names of what differs, but for where it lies and what this start computed of it, which reports say."""
-
-    def told(value, folder):
-        if not isinstance(value, bytes):
-            return value
-        return [line.replace(bytes(folder), b"") for line in value.splitlines() if b"computed" not in line]
-
-    found, expected = ({n: told(v, at) for n, v in x.items()} for x, at in ((found, ours), (expected, whole)))
-    return [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
-
-
-def _other_content(ours, whole):
-    return _differences(content(ours), content(whole), ours, whole)
-
-
-def _other_iterations(ours, whole):
-    return _differences(iteration.content(ours), iteration.content(whole), ours, whole)
-
-
 @pytest.fixture(scope="module")
 def training(forks, folder):
     (data := folder / "recipe").mkdir()
@@ -140,15 +136,15 @@ def commands(folder):
             ("generate", "--model", chat, *template, "--input", asked, "--max-new-tokens", 8, "--schema", "helpsteer",
              "--batch-size", 2, "--output"), "o.jsonl",
         ),
-        "export": (("export", "--checkpoint", chat, *template, "--output"), "out", None, there),
-        "merge": (("merge", chat, other, *template, "--output"), "out", None, there),
+        "export": (("export", "--checkpoint", chat, *template, "--output"), "out", OTHER_CONTENT, there),
+        "merge": (("merge", chat, other, *template, "--output"), "out", OTHER_CONTENT, there),
         "prepare": (("prepare", "helpsteer", "--input", "embedded:helpsteer2", "--output"), "o.jsonl"),
         "collect": (("collect", "tasks", "--answers", rated, "--output"), "out"),
         "evaluate": (("evaluate", "--suite", "attributes", "--model", judge, "--data", rated, "--output"), "out"),
         "iterate": (
             ("iterate", "--config", recipe, "--prompts", prompts, "--reward-model", judge, "--attributes",
              "helpfulness=1,verbosity=0", "--samples", 4, "--max-new-tokens", 16, "--workdir"), "work",
-            _other_iterations,
+            partial(_differences, iteration.content),
         ),
     }  # fmt: skip
 
